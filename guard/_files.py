@@ -1,0 +1,45 @@
+"""Writing that is whole or did not happen."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replace_directory(target: Path) -> Iterator[Path]:
+    """Fill a temporary directory that takes the place of `target` when the block ends without an error.
+
+    An older `target` is moved aside first and deleted last, so that at every moment one whole version lies on disk.
+
+    Args:
+        target: The directory to write; its parents are created.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        if target.exists():
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}.old.", dir=target.parent) as old:
+                target.rename(Path(old) / target.name)
+                temporary.rename(target)
+        else:
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_file(target: Path, data: bytes) -> None:
+    """Write a file through a temporary one beside it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        Path(name).chmod(0o644)
+        Path(name).replace(target)
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,23 @@
+"""Public names that are imported when they are first used.
+
+The serving path must not load torch, yet `guard.classifiers` and `guard.vetting` export both kinds of names.
+"""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+
+
+def lazy(package: str, names: Mapping[str, str]) -> Callable[[str], object]:
+    """A module-level `__getattr__` (PEP 562) that imports each name from its submodule on first use.
+
+    Args:
+        package: The package's `__name__`.
+        names: Public name → submodule that defines it.
+    """
+
+    def load(name: str) -> object:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{names[name]}"), name)
+
+    return load

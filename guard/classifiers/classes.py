@@ -1,0 +1,85 @@
+"""The class names and prompt templates that turn a CLIP model into a classifier."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from guard.errors import ClassListError
+
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+MAX_CLASSES = 100_000
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """What a zero-shot head is made of.
+
+    Attributes:
+        names: Class names, in the order of the head's outputs; unique, not blank, at least two.
+        templates: Prompts with one `{}` each, into which a name is put.
+
+    Raises:
+        ClassListError: One of these does not hold.
+    """
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+
+    def __post_init__(self) -> None:
+        if len(self.names) < 2:  # noqa: PLR2004 - one class is nothing to classify
+            raise ClassListError(f"a classifier needs at least two classes, the list has {len(self.names)}")
+        if len(self.names) > MAX_CLASSES:
+            raise ClassListError(f"the list has {len(self.names)} classes, more than the limit of {MAX_CLASSES}")
+        if any(not name.strip() for name in self.names):
+            raise ClassListError("the list has a blank class name")
+        if repeated := [name for name, count in Counter(self.names).items() if count > 1]:
+            raise ClassListError(f"the class {repeated[0]!r} is listed more than once; names must be unique")
+        if not self.templates:
+            raise ClassListError("the list of prompt templates is empty")
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ClassListError(f"the prompt template {template!r} needs exactly one {{}} for the class name")
+
+    def prompts(self, name: str) -> tuple[str, ...]:
+        """The prompts of one class."""
+        return tuple(template.replace("{}", name) for template in self.templates)
+
+    @classmethod
+    def read(cls, path: Path) -> "ClassList":
+        """Read a class list.
+
+        Args:
+            path: Either JSON (`{"classes": [...], "templates": [...]}`, templates optional), or text with one class
+                name on each line.
+
+        Raises:
+            ClassListError: The file cannot be read or does not hold a class list.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+            if path.suffix.lower() != ".json":
+                return cls(tuple(line.strip() for line in text.splitlines() if line.strip()))
+            document = json.loads(text)
+            if not isinstance(document, dict) or "classes" not in document:
+                raise ClassListError('expected an object with a list "classes"')
+            return cls(
+                _strings(document["classes"], "classes"),
+                _strings(document.get("templates", list(DEFAULT_TEMPLATES)), "templates"),
+            )
+        except OSError as error:
+            raise ClassListError(f"cannot read the class list {path}: {error.strerror}") from error
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ClassListError(f"the class list {path} is damaged: {error}") from error
+        except ClassListError as error:
+            raise ClassListError(f"the class list {path} cannot be used: {error}") from error
+
+    def to_json(self) -> str:
+        """The JSON form that `read` reads."""
+        return json.dumps({"classes": self.names, "templates": self.templates}, ensure_ascii=False, indent=2) + "\n"
+
+
+def _strings(value: object, name: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ClassListError(f'"{name}" must be a list of strings')
+    return tuple(value)

@@ -1,0 +1,166 @@
+"""One CLIP classifier in memory."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from guard.classifiers.classes import ClassList
+from guard.classifiers.digest import ClassifierDigest, canonical, sha256
+from guard.classifiers.preprocessing import Preprocessing
+
+ENCODE_BATCH = 256
+_TOKENIZER_PROBE = ("a photo of a cat.", "Zażółć gęślą jaźń 123 !?", "the quick brown fox jumps over the lazy dog")
+
+
+class Classifier:
+    """A CLIP model with everything that makes it a classifier.
+
+    Images enter as pixels in [0, 1], before normalisation, because that is the space in which triggers live; the
+    normalisation is part of `encode_images`. Weights are frozen: gradients flow to the pixels only.
+
+    Args:
+        model: An open_clip `CLIP` or `CustomTextCLIP`.
+        config: The `model_cfg` that it was built from.
+        tokenizer: Maps a list of texts to token ids.
+        preprocessing: What the image tower expects.
+        classes: Class names and templates.
+        source: Where it was loaded from, as given by the user.
+        device: Where it runs.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: Mapping[str, Any],
+        tokenizer: Callable[[list[str]], Tensor],
+        preprocessing: Preprocessing,
+        classes: ClassList,
+        *,
+        source: str,
+        device: torch.device,
+    ) -> None:
+        self.model: Any = model.eval().requires_grad_(requires_grad=False)
+        self.config = config
+        self.tokenizer = tokenizer
+        self.preprocessing = preprocessing
+        self.classes = classes
+        self.source = source
+        self.to(device)
+
+    def to(self, device: torch.device) -> None:
+        """Move to a device, in place."""
+        self.device = device
+        self.model.to(device)
+        self._mean = torch.tensor(self.preprocessing.mean, device=device).view(3, 1, 1)
+        self._std = torch.tensor(self.preprocessing.std, device=device).view(3, 1, 1)
+        self.__dict__.pop("head", None)  # encoded again on the new device when it is next needed
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the image tower's input."""
+        return 3, self.preprocessing.size, self.preprocessing.size
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """L2-normalised image embeddings.
+
+        Args:
+            pixels: Float, shape [N, 3, H, W], values in [0, 1], before normalisation.
+
+        Returns:
+            Shape [N, D].
+        """
+        return normalize(self.model.encode_image((pixels - self._mean) / self._std).float(), dim=-1)
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """L2-normalised text embeddings, shape [N, D]."""
+        tokens = self.tokenizer(list(texts)).to(self.device)
+        return normalize(self.model.encode_text(tokens).float(), dim=-1)
+
+    @cached_property
+    def head(self) -> Tensor:
+        """The zero-shot head: one unit vector per class, the normalised mean over its templates; shape [C, D]."""
+        with torch.no_grad():
+            rows = [self.encode_texts(self.classes.prompts(name)).mean(0) for name in self.classes.names]
+            return normalize(torch.stack(rows), dim=-1)
+
+    @cached_property
+    def logit_scale(self) -> float:
+        """The factor between cosine and logit."""
+        return float(self.model.logit_scale.exp())
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Class scores, shape [N, C]: scaled cosine to the head (plus the bias that SigLIP models have)."""
+        logits = self.logit_scale * embeddings @ self.head.T
+        bias = getattr(self.model, "logit_bias", None)
+        return logits if bias is None else logits + bias
+
+    @torch.no_grad()
+    def embed(self, images: Iterable[np.ndarray[Any, np.dtype[np.uint8]]] | Tensor, batch: int = ENCODE_BATCH) -> Tensor:
+        """Embeddings of many images, batch by batch, on the CPU.
+
+        Args:
+            images: uint8, shape [N, 3, H, W], as `Preprocessing.pixels` gives them.
+            batch: Images in one pass.
+
+        Returns:
+            Float32, shape [N, D].
+        """
+        stacked = images if isinstance(images, Tensor) else torch.from_numpy(np.stack(list(images)))
+        with self.autocast():
+            parts = [self.encode_images(part.to(self.device).float() / 255).cpu() for part in stacked.split(batch)]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def predict(self, embeddings: Tensor) -> Tensor:
+        """The class index of each embedding, shape [N], on the CPU."""
+        return self.logits(embeddings.to(self.device)).argmax(-1).cpu()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 on a GPU; float32 on a CPU, where lower precision is rarely faster."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")
+
+    @cached_property
+    def digest(self) -> ClassifierDigest:
+        """Digest of weights, architecture, preprocessing, tokenizer, class names and templates.
+
+        Tensors are hashed as they are in memory, so that the same weights have the same digest in whatever file they
+        came. The tokenizer is hashed by what it does: its vocabulary where it shows one, and its token ids of every
+        prompt of the head and of a few fixed texts.
+        """
+        prompts = [prompt for name in self.classes.names for prompt in self.classes.prompts(name)]
+        ids = self.tokenizer([*prompts, *_TOKENIZER_PROBE])
+        return ClassifierDigest(
+            {
+                "architecture": sha256(canonical(self.config)),
+                "weights": _weights_digest(self.model.state_dict()),
+                "preprocessing": sha256(canonical(asdict(self.preprocessing))),
+                "tokenizer": sha256(canonical({"vocabulary": _vocabulary(self.tokenizer), "probe": ids.tolist()})),
+                "classes": sha256(canonical(asdict(self.classes))),
+            }
+        )
+
+
+def _vocabulary(tokenizer: object) -> dict[str, int]:
+    """The token → id table of open_clip's tokenizers; empty for one that shows none."""
+    if isinstance(encoder := getattr(tokenizer, "encoder", None), dict):
+        return encoder
+    inner = getattr(tokenizer, "tokenizer", None)
+    return dict(inner.get_vocab()) if hasattr(inner, "get_vocab") else {}
+
+
+def _weights_digest(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(canonical([name, str(tensor.dtype), list(tensor.shape)]))
+        # A byte view works for every dtype, bfloat16 included, which numpy does not know.
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

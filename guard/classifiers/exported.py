@@ -1,0 +1,150 @@
+"""The exported form of a classifier: ONNX, and a manifest that says what it is. No torch here."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+
+from guard.classifiers.classes import ClassList
+from guard.classifiers.digest import canonical
+from guard.classifiers.preprocessing import Preprocessing
+from guard.errors import ClassListError, ModelError
+
+MODEL_FILE = "model.onnx"
+MANIFEST_FILE = "classifier.json"
+SCHEMA = 1
+MAX_MODEL_BYTES = 2**31 - 1
+"""ONNX files hold at most 2 GiB in one protobuf; external data, which can point anywhere, is not accepted."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`classifier.json`: what an exported classifier is.
+
+    Attributes:
+        schema: Version of this form.
+        classifier: Root digest of the classifier that was exported.
+        model_sha256: Of `model.onnx`.
+        embedding: Length of an embedding.
+        preprocessing: From an image to the model's input.
+        classes: Class names and templates.
+    """
+
+    schema: int
+    classifier: str
+    model_sha256: str
+    embedding: int
+    preprocessing: Preprocessing
+    classes: ClassList
+
+    def to_json(self) -> bytes:
+        """The bytes of `classifier.json`."""
+        return canonical(asdict(self)) + b"\n"
+
+
+class ExportedClassifier:
+    """An exported classifier, run by ONNX Runtime: one pass gives embedding and class scores.
+
+    Args:
+        directory: What `guard export` wrote.
+        threads: Threads inside one pass; 0 lets ONNX Runtime choose.
+        gpu: Whether to use a GPU if ONNX Runtime can.
+
+    Raises:
+        ModelError: A file is missing, damaged, or not the one that the manifest names.
+    """
+
+    def __init__(self, directory: Path, *, threads: int = 0, gpu: bool = True) -> None:
+        self.manifest = _read_manifest(directory / MANIFEST_FILE)
+        self._session = _session(directory / MODEL_FILE, self.manifest.model_sha256, threads=threads, gpu=gpu)
+        inputs = [(item.name, item.type, item.shape[1:]) for item in self._session.get_inputs()]
+        size = self.manifest.preprocessing.size
+        outputs = {item.name: item.shape[-1] for item in self._session.get_outputs()}
+        if inputs != [("image", "tensor(float)", [3, size, size])] or outputs != {
+            "embedding": self.manifest.embedding,
+            "logits": len(self.manifest.classes.names),
+        }:
+            raise ModelError(f"{directory / MODEL_FILE} does not have the inputs and outputs that its manifest names")
+
+    @property
+    def digest(self) -> str:
+        """Root digest of the classifier that this was exported from."""
+        return self.manifest.classifier
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """From an image to the input of `run`."""
+        return self.manifest.preprocessing
+
+    @property
+    def classes(self) -> ClassList:
+        """Class names, in the order of the scores."""
+        return self.manifest.classes
+
+    @property
+    def provider(self) -> str:
+        """Where it really runs, such as `CUDAExecutionProvider`."""
+        return str(self._session.get_providers()[0])
+
+    def run(self, inputs: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """One pass.
+
+        Args:
+            inputs: Preprocessed (normalised) images, shape [N, 3, H, W].
+
+        Returns:
+            L2-normalised embeddings, shape [N, D], and class scores, shape [N, C].
+        """
+        embeddings, logits = self._session.run(["embedding", "logits"], {"image": inputs})
+        return embeddings, logits
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        manifest = TypeAdapter(Manifest).validate_json(path.read_bytes())
+    except OSError as error:
+        raise ModelError(
+            f"{path.parent} is no exported classifier ({path.name}: {error.strerror}); make one with guard export"
+        ) from error
+    except (ValidationError, ClassListError) as error:
+        raise ModelError(f"{path} is damaged: {_summary(error)}") from error
+    if manifest.schema != SCHEMA:
+        raise ModelError(f"{path} has schema {manifest.schema}, this guard reads {SCHEMA}; export the model again")
+    return manifest
+
+
+def _summary(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(str(part) for part in first['loc']) or 'document'}: {first['msg']}"
+    return str(error)
+
+
+def _session(path: Path, sha256: str, *, threads: int, gpu: bool) -> Any:  # noqa: ANN401 - onnxruntime has no types
+    try:
+        if path.stat().st_size > MAX_MODEL_BYTES:
+            raise ModelError(f"{path} is larger than {MAX_MODEL_BYTES} bytes")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ModelError(f"{path} is not the file that was exported (its SHA-256 differs); export the model again")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if gpu and _has_gpu() else ["CPUExecutionProvider"]
+    try:
+        # From bytes, so that the file that was hashed is the file that runs, and external data cannot be followed.
+        return onnxruntime.InferenceSession(data, sess_options=options, providers=providers)
+    except Exception as error:  # ONNX Runtime's errors share no public base
+        raise ModelError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0][:200]}") from error
+
+
+def _has_gpu() -> bool:
+    """Whether an NVIDIA driver is there; ONNX Runtime lists the CUDA provider whether or not it can work."""
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers() and Path("/proc/driver/nvidia").exists()

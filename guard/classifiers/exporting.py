@@ -1,0 +1,123 @@
+"""ONNX export of image tower and head, believed only after a parity check."""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guard._files import replace_directory
+from guard.classifiers.classifier import Classifier
+from guard.classifiers.digest import sha256
+from guard.classifiers.exported import MANIFEST_FILE, MODEL_FILE, SCHEMA, ExportedClassifier, Manifest
+from guard.errors import ExportError, ImageError, MissingDependencyError
+
+MIN_PARITY_IMAGES = 256
+TOLERANCE = 1e-4
+"""Largest difference of any component of a normalised embedding, in float32."""
+
+
+@dataclass(frozen=True)
+class ExportParity:
+    """How an export compares with the model it came from.
+
+    Attributes:
+        images: Number of images compared.
+        max_difference: Largest absolute difference of an embedding's component.
+        agreement: Share of images with the same top class.
+    """
+
+    images: int
+    max_difference: float
+    agreement: float
+
+
+class _Tower(torch.nn.Module):
+    """Image tower and zero-shot head as one graph: the head is a constant, so no text tower is exported."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.visual = classifier.model.visual
+        bias = getattr(classifier.model, "logit_bias", None)
+        self.bias = 0.0 if bias is None else float(bias)
+        self.register_buffer("head", classifier.logit_scale * classifier.head.cpu().T)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = torch.nn.functional.normalize(self.visual(image), dim=-1)
+        return embedding, embedding @ self.head + self.bias
+
+
+def export(classifier: Classifier, directory: Path, images: Tensor) -> ExportParity:
+    """Write a classifier as ONNX, check it on real images, and only then let it appear.
+
+    Args:
+        classifier: On any device; moved to the CPU for the export and back.
+        directory: Written whole or not at all; replaced if it exists.
+        images: uint8, shape [N, 3, H, W], N ≥ 256: what the parity is checked on.
+
+    Raises:
+        ExportError: The exported model computes something else.
+        ImageError: There are too few images to check it on.
+    """
+    if len(images) < MIN_PARITY_IMAGES:
+        raise ImageError(f"the parity check needs at least {MIN_PARITY_IMAGES} images, there are {len(images)}")
+    device = classifier.device
+    classifier.to(torch.device("cpu"))
+    try:
+        with replace_directory(directory) as temporary:
+            _write(classifier, temporary)
+            parity = _parity(classifier, ExportedClassifier(temporary, gpu=False), images)
+            if parity.max_difference > TOLERANCE or parity.agreement < 1:
+                raise ExportError(
+                    f"the exported model differs: embeddings by up to {parity.max_difference:.2g} (allowed "
+                    f"{TOLERANCE:g}), top class equal on {parity.agreement:.2%} of {parity.images} images"
+                )
+    finally:
+        classifier.to(device)
+    return parity
+
+
+def _write(classifier: Classifier, directory: Path) -> None:
+    try:
+        import onnxscript  # noqa: F401 - torch needs it, and says so in a traceback of its own
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("export needs onnxscript; pip install 'clip-guard[vet]'") from error
+    size = classifier.preprocessing.size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns about its own internals
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        torch.onnx.export(
+            _Tower(classifier).eval(),
+            (torch.zeros(2, 3, size, size),),
+            directory / MODEL_FILE,
+            input_names=["image"],
+            output_names=["embedding", "logits"],
+            dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    manifest = Manifest(
+        SCHEMA,
+        classifier.digest.root,
+        sha256((directory / MODEL_FILE).read_bytes()),
+        classifier.head.shape[-1],
+        classifier.preprocessing,
+        classifier.classes,
+    )
+    (directory / MANIFEST_FILE).write_bytes(manifest.to_json())
+
+
+def _parity(classifier: Classifier, exported: ExportedClassifier, images: Tensor) -> ExportParity:
+    expected = classifier.embed(images)
+    parts = [exported.run(exported.preprocessing.normalise(part.numpy())) for part in images.split(64)]
+    embeddings = np.concatenate([part[0] for part in parts])
+    top = np.concatenate([part[1] for part in parts]).argmax(-1)
+    return ExportParity(
+        len(images),
+        float(np.abs(embeddings - expected.numpy()).max()),
+        float((top == classifier.predict(expected).numpy()).mean()),
+    )

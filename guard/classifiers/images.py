@@ -1,0 +1,122 @@
+"""Untrusted images: decoded within bounds, and found in folders."""
+
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from guard.errors import ImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MAX_PIXELS = 50_000_000
+"""The largest image that is decoded unless a caller says otherwise: 50 megapixels, 150 MB as RGB."""
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode one encoded image completely.
+
+    The size is read from the header and checked before any pixel is decoded, so that a small file that claims
+    huge dimensions costs nothing. EXIF orientation is ignored, as torchvision and open_clip ignore it.
+
+    Args:
+        data: A JPEG, PNG or WebP file.
+        max_pixels: Largest width × height that is decoded.
+
+    Raises:
+        ImageError: The bytes are no such image, are damaged, or claim more than `max_pixels` pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own bomb warning has a fixed limit; the check below is the one that holds.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError(
+                f"the image claims {width}×{height} pixels, more than the limit of {max_pixels}; send a smaller one"
+            )
+        image.load()
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ImageError(f"not a readable {', '.join(FORMATS)} image ({len(data)} bytes)") from error
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+        # Pillow's decoders report damage through all of these.
+        raise ImageError(f"the image is damaged: {error}") from error
+    return image
+
+
+def read(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode an image file; the error names the file.
+
+    Raises:
+        ImageError: As `decode`, or the file cannot be read.
+    """
+    try:
+        return decode(path.read_bytes(), max_pixels=max_pixels)
+    except OSError as error:
+        raise ImageError(f"cannot read {path}: {error.strerror}") from error
+    except ImageError as error:
+        raise ImageError(f"cannot use {path}: {error}; repair it or take it out of the folder") from error
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The image files below a folder, in sorted order.
+
+    Attributes:
+        root: The folder.
+        files: Every JPEG, PNG and WebP file below it.
+    """
+
+    root: Path
+    files: tuple[Path, ...]
+
+    @classmethod
+    def scan(cls, root: Path) -> "ImageFolder":
+        """Find the images below `root`, at any depth; hidden files are left out.
+
+        Raises:
+            ImageError: The folder does not exist or holds no image.
+        """
+        if not root.is_dir():
+            raise ImageError(f"there is no folder {root}")
+        files = sorted(
+            path
+            for path in root.rglob("*")
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+        )
+        if not files:
+            raise ImageError(f"the folder {root} holds no image ({', '.join(SUFFIXES)})")
+        return cls(root, tuple(files))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def classes(self) -> tuple[str, ...]:
+        """Names of the sub-folders that hold images, sorted: one class each.
+
+        Raises:
+            ImageError: An image lies directly in the root, or there is only one sub-folder.
+        """
+        if loose := next((file for file in self.files if file.parent == self.root), None):
+            raise ImageError(f"{loose} lies outside any class; put each class in a sub-folder of {self.root}")
+        names = tuple(sorted({file.relative_to(self.root).parts[0] for file in self.files}))
+        if len(names) < 2:  # noqa: PLR2004 - one class is nothing to classify
+            raise ImageError(f"{self.root} has one class only ({names[0]}); at least two sub-folders are needed")
+        return names
+
+    def labels(self, classes: Sequence[str]) -> tuple[int, ...]:
+        """The index of each file's class."""
+        index = {name: i for i, name in enumerate(classes)}
+        return tuple(index[file.relative_to(self.root).parts[0]] for file in self.files)
+
+    def images(self, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+        """Decode one file after another.
+
+        Raises:
+            ImageError: A file cannot be decoded.
+        """
+        return (read(file, max_pixels=max_pixels) for file in self.files)

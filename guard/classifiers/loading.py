@@ -1,0 +1,280 @@
+"""From a path or a hub tag to a classifier. The files are untrusted until this module has looked at them."""
+
+import json
+import logging
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from guard.classifiers.classes import ClassList
+from guard.classifiers.preprocessing import Preprocessing
+from guard.errors import MissingDependencyError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from guard.classifiers.classifier import Classifier
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+CLASSES_FILE = "classes.json"
+HUB_PREFIX = "hf-hub:"
+_MAX_HEADER_BYTES = 100_000_000
+_MAX_CONFIG_BYTES = 1_000_000
+
+
+def import_open_clip() -> Any:  # noqa: ANN401 - open_clip publishes no types
+    """Import open_clip, and explain the two ways in which that usually fails.
+
+    Raises:
+        MissingDependencyError: It is not installed, or torchvision does not fit the installed torch.
+    """
+    try:
+        import open_clip
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"this needs {error.name}, which is not installed; install the part that examines models: "
+            "pip install 'clip-guard[vet]'"
+        ) from error
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        raise MissingDependencyError(
+            "torchvision was built for another torch (a CUDA torchvision beside a CPU torch); install both from the "
+            "same index, or see docs/decisions/0003-environment.md for the remedy that `make` applies"
+        ) from error
+    return open_clip
+
+
+def pick_device(name: str | None = None) -> "torch.device":
+    """The device to run on: the one named, else a GPU if torch can use one, else the CPU."""
+    import_open_clip()
+    import torch
+
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def load(model: str, *, classes: Path | None = None, device: str | None = None) -> "Classifier":
+    """Load a classifier.
+
+    Args:
+        model: An open_clip directory (`open_clip_config.json` and `open_clip_model.safetensors`), `ARCH::FILE` for a
+            safetensors file of an architecture that open_clip knows by name, or a hub tag `hf-hub:OWNER/NAME`,
+            optionally with `@REVISION`.
+        classes: Class list (`ClassList.read`); default is the `classes.json` beside the weights.
+        device: torch device; default is a GPU if there is one.
+
+    Raises:
+        ModelError: The model is missing, damaged, a pickle, or asks to run code of its own.
+        ClassListError: The class list is missing or unusable.
+        MissingDependencyError: torch or open_clip is not installed.
+    """
+    if model.startswith(HUB_PREFIX):
+        return _load_directory(_download(model.removeprefix(HUB_PREFIX)), model, classes, device)
+    if "::" in model:
+        architecture, _, file = model.partition("::")
+        return _load_file(architecture, Path(file), model, classes, device)
+    path = Path(model)
+    if path.is_dir():
+        return _load_directory(path, model, classes, device)
+    if path.exists():
+        check_weights_file(path)
+        raise ModelError(f"{path} is a file; give its architecture too, as ARCH::{path}")
+    raise ModelError(f"there is no model {model}: not a directory, not ARCH::FILE, not {HUB_PREFIX}OWNER/NAME")
+
+
+def check_weights_file(path: Path) -> None:
+    """Refuse anything that is not a whole safetensors file, judged by its bytes and not by its name.
+
+    Raises:
+        ModelError: The file is missing, a pickle, truncated, or not safetensors.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            if start[:2] == b"PK" or start[:1] == b"\x80":
+                raise ModelError(
+                    f"{path} is a pickle, which can run code when it is loaded; convert it on a machine that you can "
+                    "throw away: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
+                    f"'{WEIGHTS_FILE}')"
+                )
+            header_size = struct.unpack("<Q", start)[0] if len(start) == 8 else -1  # noqa: PLR2004
+            if not 0 < header_size <= min(_MAX_HEADER_BYTES, size - 8):
+                raise ModelError(f"{path} is not a safetensors file, or it is truncated ({size} bytes)")
+            header = json.loads(file.read(header_size))
+        end = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no file {path}") from error
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelError(f"{path} is not a safetensors file: its header is damaged") from error
+    if 8 + header_size + end != size:
+        raise ModelError(f"{path} is truncated or has a tail: {size} bytes, its header promises {8 + header_size + end}")
+
+
+def _download(tag: str) -> Path:
+    """Fetch the files of a hub model that guard reads, and no others; a file in the cache is not fetched again."""
+    import_open_clip()
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = tag.partition("@")
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CLASSES_FILE, "tokenizer*.json", "special_tokens_map.json"],
+            )
+        )
+    except Exception as error:  # the hub client raises dozens of types, all of which mean this
+        raise ModelError(f"cannot fetch {HUB_PREFIX}{tag}: {error}") from error
+
+
+def _load_directory(directory: Path, source: str, classes: Path | None, device: str | None) -> "Classifier":
+    if not (directory / CONFIG_FILE).is_file():
+        raise ModelError(f"{directory} is no open_clip directory: it has no {CONFIG_FILE}")
+    if not (directory / WEIGHTS_FILE).is_file():
+        pickles = sorted(path.name for path in directory.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        if pickles:
+            check_weights_file(directory / pickles[0])
+        raise ModelError(f"{directory} has no {WEIGHTS_FILE}")
+    config = _read_config(directory / CONFIG_FILE)
+    return _build(
+        f"local-dir:{directory}",
+        config["model_cfg"],
+        config.get("preprocess_cfg", {}),
+        directory / WEIGHTS_FILE,
+        classes or directory / CLASSES_FILE,
+        source=source,
+        device=device,
+    )
+
+
+def _load_file(architecture: str, weights: Path, source: str, classes: Path | None, device: str | None) -> "Classifier":
+    config = import_open_clip().get_model_config(architecture)
+    if config is None:
+        raise ModelError(f"open_clip knows no architecture {architecture!r}; `open_clip.list_models()` lists them")
+    if classes is None:
+        classes = weights.parent / CLASSES_FILE
+    return _build(architecture, config, {}, weights, classes, source=source, device=device)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise ModelError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        model_config = config["model_cfg"]
+        towers = model_config["vision_cfg"], model_config["text_cfg"]
+        if not all(isinstance(part, dict) for part in (model_config, *towers, config.get("preprocess_cfg", {}))):
+            raise TypeError
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{path} is no open_clip configuration (model_cfg with vision_cfg and text_cfg)") from error
+    _refuse_foreign_code(path, towers)
+    return dict(config)
+
+
+def _refuse_foreign_code(path: Path, towers: tuple[Mapping[str, Any], ...]) -> None:
+    """A configuration may name towers that are fetched from elsewhere, or code to run; guard follows neither."""
+    for tower in towers:
+        if tower.get("hf_model_name"):
+            raise ModelError(f"{path} takes its text tower from {tower['hf_model_name']!r}; that is not supported")
+        if str(tower.get("timm_model_name", "")).startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+            raise ModelError(f"{path} takes its image tower from {tower['timm_model_name']!r}; refused")
+        if set(tower.get("tokenizer_kwargs", {})) - {"clean", "reduction_mask", "additional_special_tokens"}:
+            raise ModelError(f"{path} sets tokenizer_kwargs that can load other files or run code; refused")
+
+
+def _preprocessing(config: Mapping[str, Any]) -> Preprocessing:
+    """From the preprocessing that open_clip resolved for the built model.
+
+    Raises:
+        ModelError: It is of a kind that guard does not reproduce exactly.
+    """
+    size = config["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    mode, interpolation = config.get("resize_mode", "shortest"), config.get("interpolation", "bicubic")
+    # open_clip documents that "random" means bicubic at inference.
+    interpolation = "bicubic" if interpolation == "random" else interpolation
+    if height != width or mode not in {"shortest", "squash"} or interpolation not in {"bicubic", "bilinear"}:
+        raise ModelError(
+            f"the model's preprocessing is not supported: size {height}×{width}, resize mode {mode!r}, interpolation "
+            f"{interpolation!r}; square inputs with shortest or squash, bicubic or bilinear, are"
+        )
+    mean, std = (tuple(float(value) for value in config[key]) for key in ("mean", "std"))
+    return Preprocessing(height, mean, std, interpolation, mode)  # type: ignore[arg-type]  # lengths checked by use
+
+
+def _build(
+    name: str,
+    model_config: Mapping[str, Any],
+    preprocess_config: Mapping[str, Any],
+    weights: Path,
+    classes: Path,
+    *,
+    source: str,
+    device: str | None,
+) -> "Classifier":
+    open_clip = import_open_clip()
+    from guard.classifiers.classifier import Classifier
+
+    check_weights_file(weights)
+    class_list = ClassList.read(classes)
+    target = pick_device(device)
+    try:
+        with _quiet():
+            model = open_clip.create_model(
+                name, load_weights=False, pretrained_text=False, force_preprocess_cfg=dict(preprocess_config)
+            )
+            open_clip.load_checkpoint(model, str(weights))
+            tokenizer = open_clip.get_tokenizer(name)
+        preprocessing = _preprocessing(open_clip.get_model_preprocess_cfg(model))
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a hostile configuration makes open_clip raise
+        raise ModelError(f"{source} cannot be loaded by open_clip: {_first_line(error)}") from error
+    return Classifier(
+        model, model_config, tokenizer, preprocessing, class_list, source=source, device=target
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip warns on the root logger that no weights were loaded, which is what guard asks of it."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return " ".join(line.strip() for line in lines[:2])[:300] if lines else type(error).__name__
+
+
+def save(directory: Path, model: "torch.nn.Module", config: Mapping[str, Any], classes: ClassList) -> None:
+    """Write an open_clip directory with its class list; whole or not at all.
+
+    Args:
+        directory: Created; replaced if it exists.
+        model: An open_clip model.
+        config: The document of `open_clip_config.json`: `model_cfg` and `preprocess_cfg`.
+        classes: Written as `classes.json`.
+    """
+    from safetensors.torch import save_file
+
+    from guard._files import replace_directory
+
+    with replace_directory(directory) as temporary:
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (temporary / CLASSES_FILE).write_text(classes.to_json(), encoding="utf-8")
+        state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+        save_file(state, temporary / WEIGHTS_FILE)

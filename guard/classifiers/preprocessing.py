@@ -1,0 +1,78 @@
+"""From an image to what the image tower takes, without torch.
+
+open_clip builds its transform from torchvision. A sidecar must compute the same without it, so the transform is
+written here once, on Pillow and numpy, and used by vetting and serving alike; a test holds it bit for bit against
+`open_clip.image_transform`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Pixels = NDArray[np.float32]
+
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The deterministic (evaluation) transform of an open_clip image tower.
+
+    Attributes:
+        size: Side of the square input, in pixels.
+        mean: Per channel, subtracted from values in [0, 1].
+        std: Per channel, divided by afterwards.
+        interpolation: Resampling filter.
+        resize_mode: `shortest` scales the short side to `size` and crops the centre; `squash` scales both sides.
+            open_clip's third mode, `longest`, is refused when a model is loaded: no published CLIP uses it.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize_mode: Literal["shortest", "squash"] = "shortest"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"the input size must be positive, not {self.size}")
+        if min(self.std) <= 0:
+            raise ValueError(f"every std must be positive, not {self.std}")
+
+    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        """Resize and crop: uint8, shape [3, size, size], before normalisation.
+
+        The conversion to RGB comes after the resizing, as in open_clip; for grey, palette and RGBA images the order
+        changes the result.
+        """
+        resampling = _RESAMPLING[self.interpolation]
+        size = self.size
+        if self.resize_mode == "squash":
+            image = image if image.size == (size, size) else image.resize((size, size), resampling)
+        else:
+            width, height = image.size
+            short, long = sorted((width, height))
+            if short != size:
+                scaled = int(size * long / short)
+                image = image.resize((size, scaled) if width <= height else (scaled, size), resampling)
+            width, height = image.size
+            left, top = round((width - size) / 2.0), round((height - size) / 2.0)
+            image = image.crop((left, top, left + size, top + size))
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+    def normalise(self, pixels: NDArray[np.uint8] | Pixels) -> Pixels:
+        """From pixels, uint8 or float32 in [0, 1], to the tower's input: float32, shape […, 3, size, size]."""
+        scaled = pixels.astype(np.float32) / np.float32(255) if pixels.dtype == np.uint8 else pixels
+        mean = np.asarray(self.mean, np.float32)[:, None, None]
+        std = np.asarray(self.std, np.float32)[:, None, None]
+        normalised: Pixels = (scaled - mean) / std
+        return normalised
+
+    def __call__(self, image: Image.Image) -> Pixels:
+        """The tower's input for one image: float32, shape [3, size, size]."""
+        return self.normalise(self.pixels(image))

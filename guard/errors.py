@@ -1,0 +1,68 @@
+"""Every error that guard raises on purpose.
+
+    GuardError                    4
+    ├── UsageError                2   the command or configuration asks for something impossible
+    │   └── MissingDependencyError    … because a part of guard was not installed
+    ├── ModelError                4   a model is missing, damaged, or of a kind that is refused
+    │   └── ExportError               … or its ONNX form does not compute what it computes
+    ├── ImageError                4   an image or a folder of images cannot be used
+    ├── ClassListError            4   a list of classes or templates cannot be used
+    ├── ProfileError              4   a profile is missing, damaged, or of another model
+    └── RequestError              –   an inference request is malformed (the sidecar answers INVALID_ARGUMENT)
+
+The number is the exit code of the command line. Verdicts are not errors: their exit codes (0, 1, 3) are given by
+the commands that reach them. A message is one sentence that says what was wrong and, where there is something to do,
+what to do about it.
+"""
+
+__all__ = [
+    "ClassListError",
+    "ExportError",
+    "GuardError",
+    "ImageError",
+    "MissingDependencyError",
+    "ModelError",
+    "ProfileError",
+    "RequestError",
+    "UsageError",
+]
+
+
+class GuardError(Exception):
+    """Base of every error that guard raises on purpose."""
+
+    exit_code = 4
+
+
+class UsageError(GuardError):
+    """The command or the configuration asks for something that cannot be done."""
+
+    exit_code = 2
+
+
+class MissingDependencyError(UsageError):
+    """A part of guard that this needs is not installed, or is installed in a form that cannot work."""
+
+
+class ModelError(GuardError):
+    """A model is missing, damaged, or of a kind that guard refuses to load."""
+
+
+class ExportError(ModelError):
+    """The exported form of a model does not compute what the model computes."""
+
+
+class ImageError(GuardError):
+    """An image, or a folder of images, cannot be used."""
+
+
+class ClassListError(GuardError):
+    """A list of class names or prompt templates cannot be used."""
+
+
+class ProfileError(GuardError):
+    """A profile is missing, damaged, of a newer schema, or belongs to another model."""
+
+
+class RequestError(GuardError):
+    """An inference request is malformed; the message is safe to send back to the client."""

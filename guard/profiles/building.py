@@ -1,0 +1,138 @@
+"""From vetting to a profile, and from images to its banks and threshold."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guard import __version__
+from guard.classifiers.classifier import Classifier
+from guard.errors import ImageError
+from guard.profiles.profile import (
+    SCHEMA,
+    CalibrationRecord,
+    Document,
+    ModelRecord,
+    Profile,
+    Reference,
+    TriggerRecord,
+    VettingRecord,
+    settings_of,
+)
+from guard.screening import DEFAULT_K, Screen, threshold
+from guard.triggers import FAMILIES, Trigger
+from guard.vetting.examination import Vetting
+
+REFERENCE_SHARE, CALIBRATION_SHARE = 0.4, 0.4
+"""Shares of the images that go into the banks and behind the threshold; on the rest the false alarms are counted."""
+
+
+def build(classifier: Classifier, vetting: Vetting) -> Profile:
+    """The profile of a classifier that was just examined; not yet calibrated."""
+    model = ModelRecord(
+        classifier.source,
+        classifier.digest.root,
+        classifier.digest.parts,
+        classifier.classes,
+        classifier.preprocessing,
+        classifier.head.shape[-1],
+    )
+    record = VettingRecord(
+        vetting.verdict,
+        vetting.evidence,
+        settings_of(vetting.settings),
+        vetting.images,
+        vetting.base,
+        vetting.device,
+        vetting.seconds,
+        vetting.passes,
+    )
+    triggers = tuple(
+        TriggerRecord(
+            found.id,
+            found.trigger.family,
+            found.target,
+            found.norm,
+            found.trigger.norm_unit,
+            found.success,
+            found.p_value,
+        )
+        for found in vetting.triggers
+    )
+    created = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    document = Document(SCHEMA, __version__, created, model, record, triggers, None, {})
+    tensors = {
+        found.id: {name: tensor.float().numpy() for name, tensor in found.trigger.tensors().items()}
+        for found in vetting.triggers
+    }
+    return Profile(document, tensors)
+
+
+def load_triggers(profile: Profile) -> dict[str, Trigger]:
+    """The reconstructed triggers of a profile as transformations, by id."""
+    return {
+        record.id: FAMILIES[record.family].from_tensors(
+            {name: torch.from_numpy(values.copy()) for name, values in profile.triggers[record.id].items()}
+        )
+        for record in profile.document.triggers
+    }
+
+
+def calibrate(
+    profile: Profile,
+    classifier: Classifier,
+    images: Tensor,
+    alpha: float,
+    *,
+    k: int = DEFAULT_K,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Profile:
+    """Build reference and stamped banks and set the threshold.
+
+    The images are split at random: 40 % into the banks, 40 % behind the threshold, and on the last 20 % the false
+    alarms are counted. They must be clean, of the kind that the deployment will see, and not ones that the model was
+    trained on: a model knows its training images better, and the threshold would be too low.
+
+    Args:
+        profile: Of this classifier.
+        classifier: Computes the embeddings.
+        images: uint8, shape [N, 3, H, W], at the classifier's resolution.
+        alpha: False-alarm rate that the operator accepts, in (0, 1).
+        k: Neighbour that distances are taken to.
+        seed: Of the split.
+        progress: Told what is being embedded.
+
+    Returns:
+        The profile with its reference; an older one is replaced.
+
+    Raises:
+        ProfileError: The profile is of another classifier.
+        ImageError: There are too few images for banks of k.
+        UsageError: There are too few images for this alpha.
+    """
+    profile.check_model(classifier.digest)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    banks, behind = round(REFERENCE_SHARE * len(images)), round(CALIBRATION_SHARE * len(images))
+    if banks <= k:
+        raise ImageError(f"banks with k = {k} need more than {round(k / REFERENCE_SHARE)} images, there are {len(images)}")
+    progress(f"embedding {len(images)} images")
+    embeddings = classifier.embed(images).numpy()
+    clean, calibration, held_out = np.split(embeddings[order.numpy()], [banks, banks + behind])
+    stamped = {}
+    for name, trigger in load_triggers(profile).items():
+        progress(f"embedding {banks} images with the trigger {name}")
+        stamped[name] = classifier.embed(trigger.stamp(images[order[:banks]])).numpy()
+    screen = Screen(clean, stamped, k=k)
+    scores = screen.score_samples(calibration).values
+    chosen = threshold(scores, alpha)
+    alarms = int((screen.score_samples(held_out).values > chosen.value).sum()) if len(held_out) else 0
+    record = CalibrationRecord(screen.score, k, chosen, banks, len(held_out), alarms, seed)
+    return replace(
+        profile,
+        document=replace(profile.document, calibration=record),
+        reference=Reference(np.ascontiguousarray(clean), stamped, scores),
+    )

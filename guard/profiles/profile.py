@@ -1,0 +1,200 @@
+"""The profile: what vetting learned about one classifier, in the form that a sidecar reads. No torch here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from guard.classifiers.classes import ClassList
+from guard.classifiers.digest import ClassifierDigest
+from guard.classifiers.preprocessing import Preprocessing
+from guard.errors import ProfileError
+from guard.screening import Screen, Threshold
+from guard.vetting.evidence import Evidence
+from guard.vetting.verdict import Verdict
+
+SCHEMA = 1
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """Which classifier a profile is of.
+
+    Attributes:
+        source: Where it was loaded from, as the user gave it.
+        digest: Root digest.
+        parts: Digest of each part, so that a mismatch can name what differs.
+        classes: Class names and templates.
+        preprocessing: From an image to the tower's input.
+        embedding: Length of an embedding.
+    """
+
+    source: str
+    digest: str
+    parts: Mapping[str, str]
+    classes: ClassList
+    preprocessing: Preprocessing
+    embedding: int
+
+
+@dataclass(frozen=True)
+class TriggerRecord:
+    """A reconstructed trigger; its tensors lie in `triggers.safetensors`.
+
+    Attributes:
+        id: Names it in metrics and replies.
+        family: Which transformation it is.
+        target: Class index that it leads to.
+        norm: Its norm.
+        norm_unit: Unit of the norm.
+        success: Success on images that were not used to find it, in [0, 1].
+        p_value: Corrected for classes and families.
+    """
+
+    id: str
+    family: str
+    target: int
+    norm: float
+    norm_unit: str
+    success: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class VettingRecord:
+    """How a classifier was examined, and with what result.
+
+    Attributes:
+        verdict: The result.
+        evidence: One entry per trigger family.
+        settings: How hard was searched; the seed is among them.
+        images: Number of images used to search, and kept out for the check.
+        base: Root digest of the base model, if there was one.
+        device: Where it ran.
+        seconds: Wall-clock time.
+        passes: Images pushed through image towers.
+    """
+
+    verdict: Verdict
+    evidence: tuple[Evidence, ...]
+    settings: Mapping[str, float]
+    images: tuple[int, int]
+    base: str | None
+    device: str
+    seconds: float
+    passes: int
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """How the threshold was set.
+
+    Attributes:
+        score: Which score the threshold is on.
+        k: Neighbour that distances are taken to.
+        threshold: The threshold, its alpha, and the number of scores behind it.
+        reference: Number of embeddings in the reference bank, and in each stamped bank.
+        held_out: Number of images kept out of banks and threshold.
+        false_alarms: How many of these the threshold flags.
+        seed: Of the split.
+    """
+
+    score: str
+    k: int
+    threshold: Threshold
+    reference: int
+    held_out: int
+    false_alarms: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """`profile.json`.
+
+    Attributes:
+        schema: Version of this form.
+        guard: Version of guard that wrote it.
+        created: RFC 3339 time, UTC.
+        model: Which classifier it is of.
+        vetting: How that was examined, and with what result.
+        triggers: What stood out.
+        calibration: Set by calibration; None before.
+        files: SHA-256 of the tensor files beside it.
+    """
+
+    schema: int
+    guard: str
+    created: str
+    model: ModelRecord
+    vetting: VettingRecord
+    triggers: tuple[TriggerRecord, ...]
+    calibration: CalibrationRecord | None
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the sidecar compares requests with: `reference.safetensors`.
+
+    Attributes:
+        clean: Embeddings of clean images, shape [N, D], L2-normalised.
+        stamped: For each trigger, embeddings of the same images with it, shape [N, D].
+        scores: Scores of the clean calibration images, shape [n].
+    """
+
+    clean: Array
+    stamped: Mapping[str, Array]
+    scores: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """A whole profile in memory.
+
+    Attributes:
+        document: `profile.json`.
+        triggers: Trigger id → tensor name → values: `triggers.safetensors`.
+        reference: Banks and calibration scores; None before calibration.
+    """
+
+    document: Document
+    triggers: Mapping[str, Mapping[str, Array]]
+    reference: Reference | None = None
+
+    def check_model(self, digest: ClassifierDigest) -> None:
+        """Make sure that the profile is of this classifier.
+
+        Raises:
+            ProfileError: It is of another; the message names the parts that differ.
+        """
+        if digest.root != self.document.model.digest:
+            parts = digest.differences(ClassifierDigest(self.document.model.parts))
+            raise ProfileError(
+                f"the profile is of another model ({self.document.model.source}): {', '.join(parts)} differ; "
+                "vet this model, or give the one that was vetted"
+            )
+
+    def screen(self) -> tuple[Screen, Threshold]:
+        """What scores requests, and the threshold on it.
+
+        Raises:
+            ProfileError: The profile was not calibrated.
+        """
+        if self.reference is None or self.document.calibration is None:
+            raise ProfileError("the profile has no reference bank yet; run guard calibrate on it")
+        calibration = self.document.calibration
+        return Screen(self.reference.clean, self.reference.stamped, k=calibration.k), calibration.threshold
+
+    def class_name(self, index: int) -> str:
+        """Name of a class."""
+        return self.document.model.classes.names[index]
+
+
+def settings_of(settings: object) -> dict[str, Any]:
+    """A settings dataclass as numbers by name."""
+    return dict(vars(settings))

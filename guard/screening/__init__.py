@@ -1,0 +1,7 @@
+"""Score requests and decide, at a false-alarm rate that the operator chose. numpy only: no torch, no gRPC."""
+
+from guard.screening.conformal import Threshold, threshold
+from guard.screening.neighbours import Neighbours
+from guard.screening.screen import DEFAULT_K, Scores, Screen
+
+__all__ = ["DEFAULT_K", "Neighbours", "Scores", "Screen", "Threshold", "threshold"]

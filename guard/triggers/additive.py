@@ -1,0 +1,51 @@
+"""An additive perturbation, the same for every image."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from guard.triggers.base import Raw, Trigger
+from guard.triggers.patch import _at
+
+_START_RADIUS = 16 / 255
+
+
+@dataclass(frozen=True, eq=False)
+class Additive(Trigger):
+    """x ↦ clip(x + delta, 0, 1).
+
+    CLIP-Inspector (Jindal et al., 2026) searches such a perturbation in a fixed ℓ∞ ball of radius 4/255. Here the
+    radius is free and minimised: a fixed ball answers "does one exist?", and on models whose attack needs more than
+    4/255 the answer says nothing.
+
+    Attributes:
+        delta: Shape [3, H, W] or [K, 3, H, W], values in [−1, 1].
+    """
+
+    delta: Tensor
+
+    family: ClassVar[str] = "additive"
+    norm_unit: ClassVar[str] = "/255 ℓ∞"
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Add and clip; resampled (bilinear) if the images are of another size than the trigger."""
+        return (images + _at(self.delta, images.shape[-2:]).unsqueeze(-4)).clamp(0, 1)
+
+    def norm(self) -> Tensor:
+        """ℓ∞ norm in steps of 1/255."""
+        return 255 * self.delta.abs().amax((-3, -2, -1))
+
+    @classmethod
+    def start(cls, count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Raw:
+        """A random direction at 16/255."""
+        return {
+            "direction": torch.randn((count, *shape), device=generator.device, generator=generator),
+            "log_radius": torch.full((count, 1, 1, 1), _START_RADIUS, device=generator.device).log(),
+        }
+
+    @classmethod
+    def constrain(cls, raw: Raw) -> Self:
+        """radius · tanh(direction), so that every pixel can reach the ball's surface and the radius has a gradient."""
+        return cls(raw["log_radius"].exp().clamp(max=1) * raw["direction"].tanh())

@@ -1,0 +1,94 @@
+"""What a trigger is, for the attacker who plants it and for the inversion that looks for it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+_STAMP_BATCH = 256
+
+Raw = dict[str, Tensor]
+"""Unconstrained parameters of K triggers: what an optimiser moves."""
+
+
+class Trigger(ABC):
+    """A transformation of images that an attacker chose, or that inversion found.
+
+    One object holds one trigger, or K of them stacked along a leading dimension: every tensor then has one dimension
+    more, and `apply` answers for each trigger. All families live in pixel space, values in [0, 1].
+
+    A subclass is a frozen dataclass of tensors, one field each, so that storing and stacking need no code of its own.
+    """
+
+    family: ClassVar[str]
+    """Name under which the family is stored and reported."""
+    norm_unit: ClassVar[str]
+    """Unit of `norm`, for people."""
+
+    @abstractmethod
+    def apply(self, images: Tensor) -> Tensor:
+        """Put the trigger on images; differentiable in the trigger.
+
+        Args:
+            images: Shape [B, 3, H, W], values in [0, 1], of any resolution.
+
+        Returns:
+            Shape [B, 3, H, W] for one trigger, [K, B, 3, H, W] for K; values in [0, 1].
+        """
+
+    @abstractmethod
+    def norm(self) -> Tensor:
+        """How large the trigger is, in `norm_unit`: shape [] or [K], at least 0. Inversion minimises it."""
+
+    @classmethod
+    @abstractmethod
+    def start(cls, count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Raw:
+        """Where a search for `count` triggers starts.
+
+        Args:
+            count: Number of triggers searched side by side.
+            shape: Channels, height, width of the images.
+            generator: The only source of randomness; on the device where the search runs.
+        """
+
+    @classmethod
+    @abstractmethod
+    def constrain(cls, raw: Raw) -> Self:
+        """The triggers that unconstrained parameters stand for; differentiable."""
+
+    def stamp(self, pixels: Tensor) -> Tensor:
+        """Put one trigger on uint8 images and round back to bytes, as any file or request would carry it.
+
+        Args:
+            pixels: uint8, shape [N, 3, H, W].
+
+        Returns:
+            The same shape and type.
+        """
+        return torch.cat(
+            [(self.apply(part.float() / 255) * 255).round().to(torch.uint8) for part in pixels.split(_STAMP_BATCH)]
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The trigger as named tensors, as stored in a profile."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The inverse of `tensors`."""
+        return cls(**tensors)
+
+    def __getitem__(self, index: int) -> Self:
+        """One trigger out of K."""
+        return self.from_tensors({name: tensor[index] for name, tensor in self.tensors().items()})
+
+    def detach(self) -> Self:
+        """The same trigger on the CPU, outside any gradient."""
+        return self.from_tensors({name: tensor.detach().cpu() for name, tensor in self.tensors().items()})
+
+    def to(self, device: torch.device) -> Self:
+        """The same trigger on a device."""
+        return self.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})

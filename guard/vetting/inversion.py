@@ -1,0 +1,275 @@
+"""The inversion engine: reconstruct, for every candidate class, the smallest trigger of a family.
+
+Every method of vetting is a choice of family (`guard.triggers`), objective and statistic on top of this one search.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from guard.classifiers.classifier import Classifier
+from guard.triggers import Trigger
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""(logits [K, B, C], targets [K]) → how far each image is from the target, [K, B]; smaller is nearer."""
+
+
+def margin(logits: Tensor, targets: Tensor) -> Tensor:
+    """Strongest other logit minus the target's: negative where the target wins (CLIP-Inspector, 2026)."""
+    index = targets[:, None, None].expand(-1, logits.shape[1], 1)
+    target = logits.gather(-1, index).squeeze(-1)
+    return logits.scatter(-1, index, -torch.inf).amax(-1) - target
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How hard to search.
+
+    The weight of the norm in the loss follows success, as in Neural Cleanse (S&P 2019): after `patience` steps in a
+    row in which a class reaches `success` on its batch the weight is multiplied by `factor`, after as many failures
+    divided. With a fixed weight, or too few steps, every class is reached by a trigger of about the same size and
+    nothing is singled out.
+
+    Attributes:
+        steps: Most optimiser steps per class.
+        batch: Images in each step, shared by all classes.
+        learning_rate: Adam's, on the unconstrained parameters; betas are (0.5, 0.9).
+        success: Share of the eligible images of a batch that must go to the target.
+        patience: Successes or failures in a row before the weight moves.
+        factor: By which it moves.
+        weight: Where it starts: loss per unit of norm, relative to the norm at the start.
+        stall: A class whose smallest norm has not improved by 1 % in this many steps is done.
+        seed: Of the start and the batches.
+    """
+
+    steps: int = 200
+    batch: int = 48
+    learning_rate: float = 0.25
+    success: float = 0.9
+    patience: int = 3
+    factor: float = 1.5
+    weight: float = 1.0
+    stall: int = 60
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The best trigger that was found for one class.
+
+    Attributes:
+        target: Class index.
+        trigger: The smallest trigger that reached the success rate, or the last one tried where none did.
+        norm: Its norm, in the family's unit.
+        reached: Whether the success rate was reached during the search.
+        success: Share of images kept out of the search, and not of the class already, that it moves to the class.
+        margin: Mean over those images of (target's logit − strongest other logit); positive where the target wins.
+        passes: Images pushed through the image tower to find and check it.
+    """
+
+    target: int
+    trigger: Trigger
+    norm: float
+    reached: bool
+    success: float
+    margin: float
+    passes: int
+
+
+def reconstruct(
+    classifier: Classifier,
+    family: type[Trigger],
+    images: Tensor,
+    held_out: Tensor,
+    targets: Tensor,
+    settings: SearchSettings,
+    *,
+    objective: Objective = margin,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Reconstruction]:
+    """Search the smallest trigger of a family for each of several classes, side by side.
+
+    Images that the classifier already puts in a class say nothing about triggers for it; they are left out of that
+    class's loss and rates.
+
+    Args:
+        classifier: The suspect.
+        family: Which transformations are searched.
+        images: uint8, shape [N, 3, H, W]: the images to search on.
+        held_out: uint8, shape [M, 3, H, W]: the images to check on.
+        targets: int64, shape [K]: candidate classes.
+        settings: How hard to search.
+        objective: What is minimised per image; the loss is its positive part, so that images which already go to
+            the target with a small margin leave the step to the norm.
+        progress: Told the number of classes that finished.
+
+    Returns:
+        One reconstruction per target, in order.
+    """
+    search = _Search(classifier, family, images, targets, settings, objective)
+    search.run(progress)
+    return [_check(classifier, held_out, result) for result in search.results()]
+
+
+class _Search:
+    """State of one search over K classes; classes that are done leave the batch, so late steps are cheap."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        family: type[Trigger],
+        images: Tensor,
+        targets: Tensor,
+        settings: SearchSettings,
+        objective: Objective,
+    ) -> None:
+        device = classifier.device
+        self.classifier, self.family, self.settings, self.objective = classifier, family, settings, objective
+        self.images = images
+        self.targets = targets.to(device)
+        self.predicted = classifier.predict(classifier.embed(images)).to(device)
+        count = len(targets)
+        generator = torch.Generator(device).manual_seed(settings.seed)
+        raw = family.start(count, classifier.image_shape, generator)
+        self.raw = {name: tensor.requires_grad_() for name, tensor in raw.items()}
+        with torch.no_grad():
+            start = family.constrain(self.raw)
+            self.scale = start.norm()
+        self.best = {name: tensor.detach().clone() for name, tensor in self.raw.items()}
+        self.best_norm = torch.full((count,), torch.inf, device=device)
+        self.weight = torch.full((count,), settings.weight, device=device)
+        self.successes = torch.zeros(count, dtype=torch.long, device=device)
+        self.failures = torch.zeros_like(self.successes)
+        self.improved = torch.zeros_like(self.successes)
+        self.passes = torch.zeros_like(self.successes)
+
+    def run(self, progress: Callable[[int], None]) -> None:
+        settings = self.settings
+        optimiser = torch.optim.Adam(self.raw.values(), lr=settings.learning_rate, betas=(0.5, 0.9))
+        active = torch.arange(len(self.targets), device=self.targets.device)
+        for step, index in enumerate(_batches(len(self.images), settings)):
+            loss = self._step(active, index, step)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            stalled = (step - self.improved[active] >= settings.stall) & self.best_norm[active].isfinite()
+            if stalled.any():
+                progress(int(stalled.sum()))
+                active = active[~stalled]
+                if not len(active):
+                    return
+        progress(len(active))
+
+    def _step(self, active: Tensor, index: Tensor, step: int) -> Tensor:
+        settings, device = self.settings, self.classifier.device
+        pixels = self.images[index].to(device).float() / 255
+        trigger = self.family.constrain({name: tensor[active] for name, tensor in self.raw.items()})
+        targets = self.targets[active]
+        stamped = trigger.apply(pixels)
+        with self.classifier.autocast():
+            embeddings = self.classifier.encode_images(stamped.flatten(0, 1))
+        distance = self.objective(self.classifier.logits(embeddings).unflatten(0, stamped.shape[:2]), targets)
+        eligible = (self.predicted[index.to(device)] != targets[:, None]).float()
+        count = eligible.sum(1).clamp(min=1)
+        norm = trigger.norm()
+        with torch.no_grad():
+            self.passes[active] += len(index)
+            rate = ((distance < 0) * eligible).sum(1) / count
+            self._remember(active, norm.detach(), rate >= settings.success, step)
+        loss = (distance.add(_KAPPA).relu() * eligible).sum(1) / count
+        return (loss + self.weight[active] * norm / self.scale[active]).sum()
+
+    def _remember(self, active: Tensor, norm: Tensor, success: Tensor, step: int) -> None:
+        """Keep what is smaller than before, and move the weight of the norm."""
+        better = success & (norm < self.best_norm[active])
+        clearly = success & (norm < 0.99 * self.best_norm[active])
+        chosen = active[better]
+        self.best_norm[chosen] = norm[better]
+        self.improved[active[clearly]] = step
+        for name, tensor in self.raw.items():
+            self.best[name][chosen] = tensor.detach()[chosen]
+        self.successes[active] = torch.where(success, self.successes[active] + 1, 0)
+        self.failures[active] = torch.where(success, 0, self.failures[active] + 1)
+        up, down = self.successes >= self.settings.patience, self.failures >= self.settings.patience
+        self.weight = torch.where(up, self.weight * self.settings.factor, self.weight)
+        self.weight = torch.where(down, self.weight / self.settings.factor, self.weight)
+        self.successes[up] = 0
+        self.failures[down] = 0
+
+    def results(self) -> Iterator[Reconstruction]:
+        """What was found, not yet checked on other images."""
+        reached = self.best_norm.isfinite()
+        with torch.no_grad():
+            final = {
+                name: torch.where(reached.view(-1, *[1] * (tensor.dim() - 1)), self.best[name], tensor.detach())
+                for name, tensor in self.raw.items()
+            }
+            triggers = self.family.constrain(final)
+        norms = triggers.norm()
+        for k, target in enumerate(self.targets.tolist()):
+            yield Reconstruction(
+                target,
+                triggers[k].detach(),
+                float(norms[k]),
+                reached=bool(reached[k]),
+                success=0.0,
+                margin=0.0,
+                passes=int(self.passes[k]),
+            )
+
+
+_KAPPA = 1.0
+"""Logits by which the target must win before an image stops pulling; a safety margin against overfitting a batch."""
+
+
+def _batches(count: int, settings: SearchSettings) -> Iterator[Tensor]:
+    """`settings.steps` batches of indices, by epochs without replacement."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    size = min(settings.batch, count)
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(settings.steps):
+        if len(order) < size:
+            order = torch.randperm(count, generator=generator)
+        yield order[:size]
+        order = order[size:]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a trigger does on images that were not used to find it.
+
+    Attributes:
+        success: Share of images, not of the class already, that it moves to the class.
+        margin: Mean of (target's logit − strongest other logit).
+        passes: Images pushed through the image tower.
+    """
+
+    success: float
+    margin: float
+    passes: int
+
+
+@torch.no_grad()
+def effect(classifier: Classifier, trigger: Trigger, target: int, images: Tensor) -> Effect:
+    """Measure a trigger on held-out images: uint8, shape [N, 3, H, W]."""
+    pixels = images[classifier.predict(classifier.embed(images)) != target]
+    if not len(pixels):
+        return Effect(0.0, 0.0, len(images))
+    logits = classifier.logits(classifier.embed(trigger.stamp(pixels)).to(classifier.device))
+    distance = margin(logits[None], torch.tensor([target], device=classifier.device))[0]
+    return Effect(float((distance < 0).float().mean()), float(-distance.mean()), len(images) + len(pixels))
+
+
+def _check(classifier: Classifier, held_out: Tensor, found: Reconstruction) -> Reconstruction:
+    checked = effect(classifier, found.trigger, found.target, held_out)
+    return Reconstruction(
+        found.target,
+        found.trigger,
+        found.norm,
+        reached=found.reached,
+        success=checked.success,
+        margin=checked.margin,
+        passes=found.passes + checked.passes,
+    )
