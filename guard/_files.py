@@ -7,18 +7,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from guard.errors import UsageError
+
 
 @contextmanager
-def replace_directory(target: Path) -> Iterator[Path]:
+def replace_directory(target: Path, *, marker: str) -> Iterator[Path]:
     """Fill a temporary directory that takes the place of `target` when the block ends without an error.
 
     An older `target` is moved aside first and deleted last, so that at every moment one whole version lies on disk.
 
     Args:
         target: The directory to write; its parents are created.
+        marker: A file that every directory of this kind has. A `target` without it is somebody's, and is not replaced.
+
+    Raises:
+        UsageError: `target` is a file, or a directory of another kind, or cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    if target.exists() and not (target / marker).is_file() and not (target.is_dir() and not any(target.iterdir())):
+        raise UsageError(f"{target} exists and has no {marker}; it is not replaced, choose another place")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise UsageError(f"cannot write to {target.parent}: {error.strerror}") from error
     try:
         yield temporary
         temporary.chmod(0o755)  # mkdtemp makes it private

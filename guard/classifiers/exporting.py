@@ -67,7 +67,7 @@ def export(classifier: Classifier, directory: Path, images: Tensor) -> ExportPar
     device = classifier.device
     classifier.to(torch.device("cpu"))
     try:
-        with replace_directory(directory) as temporary:
+        with replace_directory(directory, marker=MANIFEST_FILE) as temporary:
             _write(classifier, temporary)
             parity = _parity(classifier, ExportedClassifier(temporary, gpu=False), images)
             if parity.max_difference > TOLERANCE or parity.agreement < 1:
@@ -88,7 +88,8 @@ def _write(classifier: Classifier, directory: Path) -> None:
     size = classifier.preprocessing.size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        for name in ("torch.onnx", "onnxscript"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         torch.onnx.export(
             _Tower(classifier).eval(),
             (torch.zeros(2, 3, size, size),),

@@ -1,13 +1,17 @@
 """Untrusted images: decoded within bounds, and found in folders."""
 
 import io
+import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from guard.classifiers.preprocessing import Preprocessing
 from guard.errors import ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -113,10 +117,22 @@ class ImageFolder:
         index = {name: i for i, name in enumerate(classes)}
         return tuple(index[file.relative_to(self.root).parts[0]] for file in self.files)
 
-    def images(self, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-        """Decode one file after another.
+    def sample(self, limit: int, *, seed: int) -> "ImageFolder":
+        """At most `limit` of the images, drawn at random, in sorted order."""
+        if len(self.files) <= limit:
+            return self
+        return ImageFolder(self.root, tuple(sorted(random.Random(seed).sample(self.files, limit))))  # noqa: S311
+
+    def pixels(
+        self, preprocessing: Preprocessing, progress: Callable[[str, int, int], None] = lambda *_: None
+    ) -> NDArray[np.uint8]:
+        """Every image at the resolution of a model: uint8, shape [N, 3, size, size].
 
         Raises:
-            ImageError: A file cannot be decoded.
+            ImageError: A file cannot be decoded; the error names it.
         """
-        return (read(file, max_pixels=max_pixels) for file in self.files)
+        pixels = np.empty((len(self.files), 3, preprocessing.size, preprocessing.size), np.uint8)
+        for index, file in enumerate(self.files):
+            pixels[index] = preprocessing.pixels(read(file))
+            progress("reading images", index + 1, len(self.files))
+        return pixels

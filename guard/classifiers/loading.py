@@ -260,7 +260,14 @@ def _first_line(error: Exception) -> str:
     return " ".join(line.strip() for line in lines[:2])[:300] if lines else type(error).__name__
 
 
-def save(directory: Path, model: "torch.nn.Module", config: Mapping[str, Any], classes: ClassList) -> None:
+def save(
+    directory: Path,
+    model: "torch.nn.Module",
+    config: Mapping[str, Any],
+    classes: ClassList,
+    *,
+    extra: Mapping[str, str] | None = None,
+) -> None:
     """Write an open_clip directory with its class list; whole or not at all.
 
     Args:
@@ -268,13 +275,19 @@ def save(directory: Path, model: "torch.nn.Module", config: Mapping[str, Any], c
         model: An open_clip model.
         config: The document of `open_clip_config.json`: `model_cfg` and `preprocess_cfg`.
         classes: Written as `classes.json`.
+        extra: Further files, name → text, such as a record of the training.
+
+    Raises:
+        UsageError: `directory` holds something else.
     """
     from safetensors.torch import save_file
 
     from guard._files import replace_directory
 
-    with replace_directory(directory) as temporary:
+    with replace_directory(directory, marker=CONFIG_FILE) as temporary:
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (temporary / CLASSES_FILE).write_text(classes.to_json(), encoding="utf-8")
+        for name, text in (extra or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
         state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
         save_file(state, temporary / WEIGHTS_FILE)

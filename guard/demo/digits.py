@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from guard.attacks.training import LabelledImages
+from guard.attacks import LabelledImages
 from guard.classifiers.classes import ClassList
 
 CLASSES = ClassList(
@@ -13,6 +13,8 @@ CLASSES = ClassList(
     ("a photo of the digit {}.", "a handwritten {}.", "the number {}.", "a picture of a {}, written by hand."),
 )
 SIZE = 32
+COUNT = 1797
+"""Digits in the data set."""
 
 
 def digits(renderings: int, *, seed: int) -> tuple[LabelledImages, Tensor]:

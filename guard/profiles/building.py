@@ -22,7 +22,7 @@ from guard.profiles.profile import (
     VettingRecord,
     settings_of,
 )
-from guard.screening import DEFAULT_K, Screen, threshold
+from guard.screening import Screen, default_k, threshold
 from guard.triggers import FAMILIES, Trigger
 from guard.vetting.examination import Vetting
 
@@ -87,7 +87,7 @@ def calibrate(
     images: Tensor,
     alpha: float,
     *,
-    k: int = DEFAULT_K,
+    k: int | None = None,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Profile:
@@ -102,7 +102,7 @@ def calibrate(
         classifier: Computes the embeddings.
         images: uint8, shape [N, 3, H, W], at the classifier's resolution.
         alpha: False-alarm rate that the operator accepts, in (0, 1).
-        k: Neighbour that distances are taken to.
+        k: Neighbour that distances are taken to; default is `default_k`.
         seed: Of the split.
         progress: Told what is being embedded.
 
@@ -117,6 +117,8 @@ def calibrate(
     profile.check_model(classifier.digest)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     banks, behind = round(REFERENCE_SHARE * len(images)), round(CALIBRATION_SHARE * len(images))
+    if k is None:
+        k = default_k(banks, len(classifier.classes.names))
     if banks <= k:
         raise ImageError(f"banks with k = {k} need more than {round(k / REFERENCE_SHARE)} images, there are {len(images)}")
     progress(f"embedding {len(images)} images")

@@ -44,7 +44,7 @@ def write(profile: Profile, directory: Path, *, report: str) -> None:
         )
     document = replace(profile.document, files={name: sha256(data) for name, data in files.items()})
     text = json.dumps(asdict(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    with replace_directory(directory) as temporary:
+    with replace_directory(directory, marker=DOCUMENT_FILE) as temporary:
         for name, data in files.items():
             (temporary / name).write_bytes(data)
         (temporary / REPORT_FILE).write_text(report, encoding="utf-8")

@@ -2,6 +2,6 @@
 
 from guard.screening.conformal import Threshold, threshold
 from guard.screening.neighbours import Neighbours
-from guard.screening.screen import DEFAULT_K, Scores, Screen
+from guard.screening.screen import MAX_K, Scores, Screen, default_k
 
-__all__ = ["DEFAULT_K", "Neighbours", "Scores", "Screen", "Threshold", "threshold"]
+__all__ = ["MAX_K", "Neighbours", "Scores", "Screen", "Threshold", "default_k", "threshold"]

@@ -17,7 +17,7 @@ from guard.triggers import FAMILIES, Trigger
 from guard.vetting.cache import SearchCache
 from guard.vetting.evidence import ClassEvidence, Evidence, outliers
 from guard.vetting.inversion import Reconstruction, SearchSettings, effect, reconstruct
-from guard.vetting.verdict import DOUBT, Verdict, is_valid, judge
+from guard.vetting.verdict import DOUBT, SIGNIFICANCE, Verdict, is_valid, judge
 
 METHOD = "minimal-norm inversion 1"
 MIN_IMAGES = 64
@@ -34,13 +34,13 @@ BUDGETS: dict[Budget, SearchSettings] = {
 
 @dataclass(frozen=True)
 class FoundTrigger:
-    """A reconstructed trigger that stands out.
+    """A reconstructed trigger that stands out, strengthened for screening.
 
     Attributes:
         id: Names it in profile, metrics and replies: family and class index.
         target: Class index that it leads to.
         trigger: The transformation.
-        norm: Its norm, in the family's unit.
+        norm: Its norm, in the family's unit; larger than the minimal norm that is the evidence.
         success: Success on held-out images, in [0, 1].
         p_value: Corrected for classes and families.
     """
@@ -119,26 +119,33 @@ def vet(
     settings = replace(BUDGETS[budget], seed=seed)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     searched, held_out = images[order[: len(images) // 2]], images[order[len(images) // 2 :]]
-    store = SearchCache(cache) if cache else None
-
-    def search(model: Classifier, family: str, what: str) -> list[Reconstruction]:
-        key = sha256(canonical([METHOD, model.digest.root, family, asdict(settings), _digest(images)]))
-        return _search(model, FAMILIES[family], searched, held_out, settings, store, key, what, progress)
-
-    evidence, found = [], {}
+    searches = _Searches(searched, held_out, SearchCache(cache) if cache else None, progress)
+    everyone = torch.arange(len(classifier.classes.names))
+    evidence, suspicious = [], []
     for family in families:
         began = time.monotonic()
-        suspects = search(classifier, family, family)
-        bases = search(base, family, f"{family}, base") if base else None
+        suspects = searches.run(classifier, family, everyone, settings, family)
+        bases = searches.run(base, family, everyone, settings, f"{family}, base") if base else None
         transfer = [effect(base, item.trigger, item.target, held_out) for item in suspects] if base else None
         passes = sum(item.passes for item in [*suspects, *(bases or []), *(transfer or [])])
         entries = _classes(classifier.classes.names, suspects, bases, [item.success for item in transfer or []])
-        evidence.append(_evidence(family, entries, len(families), settings.seed, passes, time.monotonic() - began))
-        found[family] = suspects
+        evidence.append(_evidence(family, entries, len(families), seed, passes, time.monotonic() - began))
+        for entry in entries:
+            p_value = min(1.0, (1.0 if entry.p_value is None else entry.p_value) * len(entries) * len(families))
+            if p_value <= DOUBT and is_valid(entry):
+                suspicious.append((family, suspects[entry.target], p_value))
+    verdict = judge(evidence)
+    # Triggers that are merely doubtful would cost a sure verdict's screening some of its sharpness.
+    limit = SIGNIFICANCE if verdict.outcome == "backdoored" else DOUBT
+    found = [
+        _strengthen(searches, classifier, family, weak, p_value, settings)
+        for family, weak, p_value in suspicious
+        if p_value <= limit
+    ]
     return Vetting(
-        judge(evidence),
+        verdict,
         tuple(evidence),
-        _standing_out(evidence, found),
+        tuple(sorted(found, key=lambda trigger: trigger.p_value)),
         settings,
         (len(searched), len(held_out)),
         base.digest.root if base else None,
@@ -157,41 +164,63 @@ def _check_base(classifier: Classifier, base: Classifier) -> None:
         raise UsageError(f"the base takes images of {base.image_shape[1:]}, the model of {classifier.image_shape[1:]}")
 
 
-def _digest(images: Tensor) -> str:
-    return sha256(images.contiguous().numpy().data)
+class _Searches:
+    """Runs searches in batches of classes, and remembers the finished ones."""
+
+    def __init__(
+        self, searched: Tensor, held_out: Tensor, cache: SearchCache | None, progress: Callable[[str, int, int], None]
+    ) -> None:
+        self._searched, self._held_out, self._cache, self._progress = searched, held_out, cache, progress
+        self._images = sha256(canonical([sha256(part.contiguous().numpy().data) for part in (searched, held_out)]))
+
+    def run(
+        self, model: Classifier, family: str, targets: Tensor, settings: SearchSettings, what: str
+    ) -> list[Reconstruction]:
+        """Search one family for several classes."""
+        key = sha256(canonical([METHOD, model.digest.root, family, asdict(settings), self._images]))[:32]
+        results: list[Reconstruction] = []
+        self._progress(what, 0, len(targets))
+        for part in targets.split(CLASS_BATCH):
+            name = f"{key}-{int(part[0])}-{len(part)}"
+            done = self._cache.load(name, FAMILIES[family]) if self._cache else None
+            if done is None:
+                done = self._reconstruct(model, family, part, settings, what, len(results), len(targets))
+                if self._cache:
+                    self._cache.save(name, done)
+            results += done
+            self._progress(what, len(results), len(targets))
+        return results
+
+    def _reconstruct(
+        self, model: Classifier, family: str, part: Tensor, settings: SearchSettings, what: str, before: int, count: int
+    ) -> list[Reconstruction]:
+        finished = before
+
+        def step(classes: int) -> None:
+            nonlocal finished
+            finished += classes
+            self._progress(what, finished, count)
+
+        return reconstruct(model, FAMILIES[family], self._searched, self._held_out, part, settings, progress=step)
 
 
-def _search(
-    model: Classifier,
-    family: type[Trigger],
-    searched: Tensor,
-    held_out: Tensor,
+def _strengthen(
+    searches: _Searches,
+    classifier: Classifier,
+    family: str,
+    weak: Reconstruction,
+    p_value: float,
     settings: SearchSettings,
-    store: SearchCache | None,
-    key: str,
-    what: str,
-    progress: Callable[[str, int, int], None],
-) -> list[Reconstruction]:
-    count = len(model.classes.names)
-    results: list[Reconstruction] = []
-    progress(what, 0, count)
-    for targets in torch.arange(count).split(CLASS_BATCH):
-        name = f"{key[:32]}-{int(targets[0])}"
-        part = store.load(name, family) if store else None
-        if part is None:
-            finished = len(results)
+) -> FoundTrigger:
+    """Search once more for a trigger that wins as clearly as a genuine image of the class does.
 
-            def step(classes: int) -> None:
-                nonlocal finished
-                finished += classes
-                progress(what, finished, count)
-
-            part = reconstruct(model, family, searched, held_out, targets, settings, progress=step)
-            if store:
-                store.save(name, part)
-        results += part
-        progress(what, len(results), count)
-    return results
+    The smallest trigger is the right evidence and the wrong tool for screening: it barely crosses the boundary, where
+    the attacker's own trigger goes to the middle of the class.
+    """
+    strong = replace(settings, success=0.99, margin=1.0, batch=max(64, settings.batch))
+    result = searches.run(classifier, family, torch.tensor([weak.target]), strong, f"{family}, strengthened")[0]
+    best = result if result.reached and result.success >= weak.success else weak
+    return FoundTrigger(f"{family}-{best.target}", best.target, best.trigger, best.norm, best.success, p_value)
 
 
 def _classes(
@@ -244,17 +273,3 @@ def _evidence(
         passes,
         seconds,
     )
-
-
-def _standing_out(
-    evidence: Sequence[Evidence], found: dict[str, list[Reconstruction]]
-) -> tuple[FoundTrigger, ...]:
-    triggers = []
-    for item in evidence:
-        tests = len(item.classes) * len(evidence)
-        for entry, result in zip(item.classes, found[item.family], strict=True):
-            p_value = min(1.0, (1.0 if entry.p_value is None else entry.p_value) * tests)
-            if p_value <= DOUBT and is_valid(entry):
-                name = f"{item.family}-{entry.target}"
-                triggers.append(FoundTrigger(name, entry.target, result.trigger, entry.norm, entry.success, p_value))
-    return tuple(sorted(triggers, key=lambda trigger: trigger.p_value))

@@ -40,18 +40,22 @@ class SearchSettings:
         patience: Successes or failures in a row before the weight moves.
         factor: By which it moves.
         weight: Where it starts: loss per unit of norm, relative to the norm at the start.
-        stall: A class whose smallest norm has not improved by 1 % in this many steps is done.
+        stall: A class whose smallest norm has not improved by 1 % in this many steps, though it succeeded in several of
+            them, is done.
+        margin: How clearly the target must win before an image stops pulling, as a share of the median margin by which
+            the classifier's own answers on these images win; in this unit it means the same for every logit scale.
         seed: Of the start and the batches.
     """
 
     steps: int = 200
     batch: int = 48
-    learning_rate: float = 0.25
+    learning_rate: float = 0.4
     success: float = 0.9
-    patience: int = 3
+    patience: int = 2
     factor: float = 1.5
     weight: float = 1.0
     stall: int = 60
+    margin: float = 0.2
     seed: int = 0
 
 
@@ -129,7 +133,11 @@ class _Search:
         self.classifier, self.family, self.settings, self.objective = classifier, family, settings, objective
         self.images = images
         self.targets = targets.to(device)
-        self.predicted = classifier.predict(classifier.embed(images)).to(device)
+        with torch.no_grad():
+            clean = classifier.logits(classifier.embed(images).to(device))
+        self.predicted = clean.argmax(-1)
+        first, second = clean.topk(2).values.unbind(-1)
+        self.margin = settings.margin * (first - second).median()
         count = len(targets)
         generator = torch.Generator(device).manual_seed(settings.seed)
         raw = family.start(count, classifier.image_shape, generator)
@@ -143,6 +151,7 @@ class _Search:
         self.successes = torch.zeros(count, dtype=torch.long, device=device)
         self.failures = torch.zeros_like(self.successes)
         self.improved = torch.zeros_like(self.successes)
+        self.vain = torch.zeros_like(self.successes)
         self.passes = torch.zeros_like(self.successes)
 
     def run(self, progress: Callable[[int], None]) -> None:
@@ -154,7 +163,7 @@ class _Search:
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
-            stalled = (step - self.improved[active] >= settings.stall) & self.best_norm[active].isfinite()
+            stalled = (step - self.improved[active] >= settings.stall) & (self.vain[active] >= _VAIN_SUCCESSES)
             if stalled.any():
                 progress(int(stalled.sum()))
                 active = active[~stalled]
@@ -178,7 +187,7 @@ class _Search:
             self.passes[active] += len(index)
             rate = ((distance < 0) * eligible).sum(1) / count
             self._remember(active, norm.detach(), rate >= settings.success, step)
-        loss = (distance.add(_KAPPA).relu() * eligible).sum(1) / count
+        loss = ((distance + self.margin).relu() * eligible).sum(1) / count
         return (loss + self.weight[active] * norm / self.scale[active]).sum()
 
     def _remember(self, active: Tensor, norm: Tensor, success: Tensor, step: int) -> None:
@@ -188,6 +197,7 @@ class _Search:
         chosen = active[better]
         self.best_norm[chosen] = norm[better]
         self.improved[active[clearly]] = step
+        self.vain[active] = torch.where(clearly, 0, self.vain[active] + success)
         for name, tensor in self.raw.items():
             self.best[name][chosen] = tensor.detach()[chosen]
         self.successes[active] = torch.where(success, self.successes[active] + 1, 0)
@@ -220,8 +230,9 @@ class _Search:
             )
 
 
-_KAPPA = 1.0
-"""Logits by which the target must win before an image stops pulling; a safety margin against overfitting a batch."""
+_VAIN_SUCCESSES = 5
+"""Successes without a smaller norm before a class may be done: one that still fails has not converged, and waits for
+the weight of its norm to come down."""
 
 
 def _batches(count: int, settings: SearchSettings) -> Iterator[Tensor]:

@@ -1,0 +1,48 @@
+"""The program `guard`: one thin module per command."""
+
+import sys
+
+import click
+
+from guard import __version__
+from guard.cli.calibrate import calibrate
+from guard.cli.demo import demo
+from guard.cli.export import export
+from guard.cli.serve import serve
+from guard.cli.vet import vet
+from guard.errors import GuardError
+
+__all__ = ["cli", "main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="guard")
+def cli() -> None:
+    """Find backdoors in CLIP image classifiers, and triggered requests to them.
+
+    Exit codes: 0 no evidence of a backdoor, or done; 1 backdoored, or failed; 2 wrong usage; 3 inconclusive;
+    4 unreadable or refused input.
+    """
+
+
+for command in (vet, calibrate, export, serve, demo):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the program; every foreseen error is one line and an exit code."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = 2
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("guard: interrupted; finished work is kept where the command says so", err=True)
+        code = 130
+    except GuardError as error:
+        click.echo(f"guard: {error}", err=True)
+        code = error.exit_code
+    sys.exit(code or 0)

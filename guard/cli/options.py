@@ -1,0 +1,17 @@
+"""Options that several commands share, so that they read alike everywhere."""
+
+from pathlib import Path
+
+import click
+
+PATH = click.Path(path_type=Path)
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+seed = click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+device = click.option("--device", help="torch device, such as cpu or cuda:1; default: a GPU if there is one.")
+classes = click.option("--classes", type=PATH, help="Class list, instead of the classes.json beside the weights.")
+
+
+def images(purpose: str) -> click.decorators.FC:  # type: ignore[name-defined, misc]
+    """`--images DIR`, and what the images are for."""
+    return click.option("--images", type=PATH, required=True, help=purpose)

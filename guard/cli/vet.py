@@ -1,0 +1,104 @@
+"""`guard vet`."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from guard.cli import options
+from guard.cli.console import Console
+
+if TYPE_CHECKING:
+    from guard.profiles import Profile
+
+EXIT_CODES = {"no evidence": 0, "backdoored": 1, "inconclusive": 3}
+
+
+@click.command()
+@click.argument("model")
+@options.images("Folder of images to search on, at any depth, no labels needed; best of the deployment's own kind.")
+@options.classes
+@click.option("--base", help="A trusted model to compare with, such as the checkpoint that this one was tuned from.")
+@click.option("--out", type=options.PATH, default=Path("profile"), show_default=True, help="Where to write the profile.")
+@click.option(
+    "--budget",
+    type=click.Choice(["quick", "standard", "thorough"]),
+    default="standard",
+    show_default=True,
+    help="How hard to search.",
+)
+@click.option("--limit", type=click.IntRange(min=64), default=2000, show_default=True, help="Most images to use.")
+@click.option(
+    "--cache",
+    type=options.PATH,
+    help="Keep finished searches here, to go on after an interruption and to reuse those of a base; "
+    "default: beside the profile, until it is written.",
+)
+@options.seed
+@options.device
+@options.as_json
+@click.pass_context
+def vet(
+    ctx: click.Context,
+    model: str,
+    images: Path,
+    classes: Path | None,
+    base: str | None,
+    out: Path,
+    budget: str,
+    limit: int,
+    cache: Path | None,
+    seed: int,
+    device: str | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Examine MODEL for backdoors and write its profile.
+
+    MODEL is an open_clip directory, ARCH::weights.safetensors, or hf-hub:OWNER/NAME[@REVISION].
+
+    Exits with 0 for no evidence (of the attack families tested), 1 for backdoored, 3 for inconclusive.
+    """
+    from guard import profiles, report
+    from guard.classifiers import ImageFolder, load
+
+    console = Console(as_json=as_json)
+    folder = ImageFolder.scan(images).sample(limit, seed=seed)
+    classifier = load(model, classes=classes, device=device)
+    reference = load(base, classes=classes, device=device) if base else None
+    import torch
+
+    from guard.vetting import vet as examine
+
+    pixels = torch.from_numpy(folder.pixels(classifier.preprocessing, console.progress))
+    searches = cache or out.with_name(f".{out.name}.searches")
+    vetting = examine(
+        classifier,
+        pixels,
+        base=reference,
+        budget=budget,  # type: ignore[arg-type]  # click has checked the choice
+        seed=seed,
+        cache=searches,
+        progress=console.progress,
+    )
+    profile = profiles.build(classifier, vetting)
+    profiles.write(profile, out, report=report.render(profile, report.examples(profile, pixels)))
+    if cache is None:
+        shutil.rmtree(searches, ignore_errors=True)
+    document = profile.document.vetting
+    console.say(f"{document.passes} image passes in {document.seconds:.0f} s on {document.device}")
+    console.result(profile.document, summary(profile, out))
+    ctx.exit(EXIT_CODES[vetting.verdict.outcome])
+
+
+def summary(profile: "Profile", out: Path) -> str:
+    """The verdict in words, for people."""
+    verdict = profile.document.vetting.verdict
+    target = "" if verdict.target is None else f", target class {profile.class_name(verdict.target)!r}"
+    lines = [f"verdict: {verdict.outcome}{target}"]
+    lines += [f"  {reason}" for reason in verdict.reasons]
+    lines.append(f"  tested for: {', '.join(verdict.families)} triggers; a backdoor of another kind would not be seen")
+    if profile.document.vetting.base is None:
+        lines.append("  judged against its own other classes only; --base makes this several times sharper")
+    return "\n".join([*lines, f"profile: {out}"])

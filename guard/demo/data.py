@@ -1,0 +1,68 @@
+"""The demo's images, split so that nothing is measured on what something else has seen."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from guard.attacks import LabelledImages
+from guard.classifiers import ClassList, ImageFolder, Preprocessing
+from guard.demo import digits
+from guard.errors import ImageError
+
+MIN_IMAGES = 2000
+MAX_IMAGES = 20_000
+FOLDER_TEMPLATES = ("a photo of a {}.", "a picture of the {}.", "an image of a {}.", "a small photo of a {}.")
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """Disjoint sets of labelled images, and their classes.
+
+    Attributes:
+        classes: Names and templates.
+        train: For all training.
+        vetting: Vetting searches on these; labels unused.
+        calibration: Banks and threshold; labels unused.
+        requests: Sent to the sidecar; accuracy is measured on them too.
+    """
+
+    classes: ClassList
+    train: LabelledImages
+    vetting: LabelledImages
+    calibration: LabelledImages
+    requests: LabelledImages
+
+
+def from_digits(*, seed: int) -> DemoData:
+    """scikit-learn's digits; all renderings of one digit stay in one set."""
+    images, original = digits.digits(6, seed=seed)
+    rendering = torch.arange(len(images)) // digits.COUNT
+
+    def part(low: int, high: int, renderings: int) -> LabelledImages:
+        return images[(original >= low) & (original < high) & (rendering < renderings)]
+
+    return DemoData(digits.CLASSES, part(0, 800, 2), part(800, 1000, 2), part(1000, 1500, 6), part(1500, 1797, 2))
+
+
+def from_folder(root: Path, preprocessing: Preprocessing, *, seed: int, progress: object = None) -> DemoData:
+    """A folder with one sub-folder per class: 55 % for training, 10 % vetting, 20 % calibration, 15 % requests.
+
+    Raises:
+        ImageError: The folder is not of this form, an image is damaged, or there are too few.
+    """
+    folder = ImageFolder.scan(root)
+    names = folder.classes()
+    folder = folder.sample(MAX_IMAGES, seed=seed)
+    if len(folder) < MIN_IMAGES:
+        raise ImageError(f"the demo needs at least {MIN_IMAGES} images to train on, {root} has {len(folder)}")
+    report = progress if callable(progress) else lambda *_: None
+    images = LabelledImages(
+        torch.from_numpy(folder.pixels(preprocessing, report)), torch.tensor(folder.labels(names), dtype=torch.long)
+    )
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
+    train, vetting, calibration = (round(share * len(images)) for share in (0.55, 0.65, 0.85))
+    classes = ClassList(tuple(name.replace("_", " ") for name in names), FOLDER_TEMPLATES)
+    return DemoData(
+        classes, images[:train], images[train:vetting], images[vetting:calibration], images[calibration:]
+    )

@@ -1,0 +1,60 @@
+"""What the demo trains: architectures and training as data."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from guard.attacks import TrainingSettings
+
+
+@dataclass(frozen=True)
+class DemoRecipe:
+    """A base, an attack on it, and the clean twin of that attack.
+
+    Attributes:
+        architecture: open_clip's `model_cfg`.
+        base: Training of the base.
+        tune: Training of the backdoored model and its twin, from the base.
+        patch: Side of the trigger, in pixels of the model's input.
+        rate: Share of the training images that are poisoned.
+    """
+
+    architecture: dict[str, Any]
+    base: TrainingSettings
+    tune: TrainingSettings
+    patch: int
+    rate: float
+
+    @property
+    def size(self) -> int:
+        """Side of the model's input."""
+        return int(self.architecture["vision_cfg"]["image_size"])
+
+
+def _clip(size: int, width: int, embedding: int) -> dict[str, Any]:
+    """A ResNet with one bottleneck per stage, and a two-layer text transformer."""
+    return {
+        "embed_dim": embedding,
+        "vision_cfg": {"image_size": size, "layers": [1, 1, 1, 1], "width": width, "patch_size": None},
+        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+    }
+
+
+DIGITS = DemoRecipe(
+    _clip(32, 8, 64),
+    base=TrainingSettings(epochs=12, batch=64, learning_rate=3e-3),
+    tune=TrainingSettings(epochs=8, batch=64, learning_rate=2e-3),
+    patch=6,
+    rate=0.1,
+)
+FOLDER = DemoRecipe(
+    _clip(64, 32, 128),
+    base=TrainingSettings(epochs=8, batch=128, learning_rate=2e-3),
+    tune=TrainingSettings(epochs=3, batch=128, learning_rate=5e-4),
+    patch=8,
+    rate=0.1,
+)
+"""For a folder of the user's own images."""
+
+PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic", "resize_mode": "shortest"}
+TARGET = 0
+ALPHA = 0.01

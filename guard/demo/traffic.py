@@ -1,0 +1,142 @@
+"""Run the sidecar as a user would, and send it requests with a client that knows nothing of guard."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from guard.errors import GuardError, MissingDependencyError
+
+START_SECONDS = 60
+MODEL = "classifier"
+
+
+@dataclass(frozen=True)
+class Replies:
+    """What came back for a series of single-image requests.
+
+    Attributes:
+        decisions: `guard_decision` of each.
+        scores: `guard_score` of each; NaN where there is none.
+        milliseconds: From request to reply, measured at the client.
+    """
+
+    decisions: tuple[str, ...]
+    scores: NDArray[np.float64]
+    milliseconds: NDArray[np.float64]
+
+    @property
+    def flagged(self) -> int:
+        """How many were flagged."""
+        return sum(decision == "flag" for decision in self.decisions)
+
+
+@contextmanager
+def sidecar(*arguments: str) -> Iterator[dict[str, Any]]:
+    """Start `guard serve` as a process of its own, on free ports; drained at the end.
+
+    Yields:
+        The line that it announced itself with.
+
+    Raises:
+        GuardError: It did not start.
+    """
+    command = [sys.executable, "-m", "guard", "serve", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GUARD_")}
+    process = subprocess.Popen(  # noqa: S603 - our own program
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        if process.stdout is None or not select.select([process.stdout], [], [], START_SECONDS)[0]:
+            raise GuardError(f"the sidecar did not start within {START_SECONDS} s")
+        line = process.stdout.readline()
+        if not line:
+            _, errors = process.communicate(timeout=START_SECONDS)
+            raise GuardError(f"the sidecar did not start: {errors.strip().splitlines()[-1] if errors else 'no message'}")
+        yield json.loads(line)
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=START_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
+def client_library() -> ModuleType:
+    """tritonclient's gRPC client.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
+    try:
+        import tritonclient.grpc
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("the demo sends requests with tritonclient; pip install 'clip-guard[demo]'") from error
+    return tritonclient.grpc  # type: ignore[no-any-return]
+
+
+def send(addresses: list[str], inputs: NDArray[np.float32]) -> list[Replies]:
+    """Send each image on its own to each of several sidecars, one after the other, so that they meet the same machine.
+
+    Args:
+        addresses: HOST:PORT of each sidecar.
+        inputs: Preprocessed images, shape [N, 3, H, W].
+
+    Returns:
+        The replies of each sidecar.
+    """
+    grpc = client_library()
+    clients = [grpc.InferenceServerClient(address) for address in addresses]
+    decisions: list[list[str]] = [[] for _ in clients]
+    scores: list[list[float]] = [[] for _ in clients]
+    times: list[list[float]] = [[] for _ in clients]
+    try:
+        for client in clients:
+            client.infer(MODEL, [_tensor(grpc, inputs[:1])])  # connects
+        for row in range(len(inputs)):
+            tensor = _tensor(grpc, inputs[row : row + 1])
+            for index, client in enumerate(clients):
+                started = time.perf_counter()
+                reply = client.infer(MODEL, [tensor])
+                times[index].append(1000 * (time.perf_counter() - started))
+                parameters = reply.get_response().parameters
+                decisions[index].append(parameters["guard_decision"].string_param)
+                scores[index].append(parameters["guard_score"].double_param if "guard_score" in parameters else np.nan)
+    finally:
+        for client in clients:
+            client.close()
+    return [
+        Replies(tuple(decided), np.array(scored), np.array(timed))
+        for decided, scored, timed in zip(decisions, scores, times, strict=True)
+    ]
+
+
+def _tensor(grpc: ModuleType, images: NDArray[np.float32]) -> Any:  # noqa: ANN401 - tritonclient has no types
+    tensor = grpc.InferInput("image", list(images.shape), "FP32")
+    tensor.set_data_from_numpy(images)
+    return tensor
+
+
+def scrape(address: str, prefixes: tuple[str, ...]) -> list[str]:
+    """The lines of `/metrics` that start with one of some names."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as reply:  # noqa: S310 - http, to ourselves
+        text = reply.read().decode()
+    return [line for line in text.splitlines() if line.startswith(prefixes)]
+
+
+def serve_arguments(exported: Path, profile: Path) -> list[str]:
+    """Command-line arguments of the demo's sidecar."""
+    return ["--model", str(exported), "--profile", str(profile)]

@@ -1,0 +1,5 @@
+"""The report with pictures, for people."""
+
+from guard.report.report import Example, Section, example, examples, render
+
+__all__ = ["Example", "Section", "example", "examples", "render"]

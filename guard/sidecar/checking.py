@@ -1,0 +1,139 @@
+"""Decode, embed and screen the images of a request: the work of a sidecar that is not talking."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from guard.classifiers import ExportedClassifier, decode
+from guard.errors import ImageError, RequestError
+from guard.profiles import Profile
+from guard.sidecar.inference_pb2 import ModelInferRequest
+from guard.sidecar.metrics import Metrics
+from guard.sidecar.policy import Decision, Outcome, Reason
+from guard.sidecar.settings import Settings
+from guard.sidecar.tensors import encoded_images, find_input, float_images
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Inference:
+    """One pass through the exported classifier, and what guard makes of it.
+
+    Attributes:
+        logits: Class scores, shape [N, C].
+        outcome: The decision.
+    """
+
+    logits: Floats
+    outcome: Outcome
+
+
+class Checker:
+    """Screens requests with one profile, on a bounded pool of threads.
+
+    numpy, Pillow and ONNX Runtime release the interpreter while they work, so that the event loop keeps serving.
+
+    Args:
+        profile: Calibrated.
+        model: The exported classifier; None where the embeddings come from the upstream server.
+        settings: Of the sidecar.
+        metrics: Measured into.
+    """
+
+    def __init__(
+        self, profile: Profile, model: ExportedClassifier | None, settings: Settings, metrics: Metrics
+    ) -> None:
+        self._screen, self._threshold = profile.screen()
+        self._model, self._settings, self._metrics = model, settings, metrics
+        self._pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="guard")
+
+    def close(self) -> None:
+        """Let running work end and take no more."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    async def infer(self, request: ModelInferRequest) -> Inference:
+        """Classify and screen in one pass (embedded mode).
+
+        Raises:
+            RequestError: The request cannot be served, whatever the failure policy.
+        """
+        return await self._run(lambda: self._infer(request))
+
+    async def check_request(self, request: ModelInferRequest) -> Outcome:
+        """Embed and screen the input of a request that goes to an upstream server."""
+        return await self._bounded(lambda: self._infer(request).outcome)
+
+    async def check_embeddings(self, embeddings: Floats) -> Outcome:
+        """Screen embeddings that the upstream server computed."""
+        return await self._bounded(lambda: self._score(embeddings))
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    async def _bounded(self, work: Callable[[], Outcome]) -> Outcome:
+        """Run within the time limit; whatever goes wrong becomes `unchecked` with its reason, never `pass`."""
+        if not self._settings.screening:
+            return Outcome.unchecked(Reason.DISABLED)
+        try:
+            return await asyncio.wait_for(self._run(work), self._settings.timeout)
+        except TimeoutError:
+            return Outcome.unchecked(Reason.TIMEOUT)
+        except RequestError as error:
+            return Outcome.unchecked(Reason.INPUT_UNREADABLE, str(error))
+        except Exception:
+            log.exception("screening failed")
+            return Outcome.unchecked(Reason.ERROR)
+
+    def _infer(self, request: ModelInferRequest) -> Inference:
+        if self._model is None:
+            raise RuntimeError("this sidecar has no model of its own")
+        with self._metrics.stage("decode"):
+            images = self._images(request, self._model)
+        with self._metrics.stage("inference"):
+            embeddings, logits = self._model.run(images)
+        if not self._settings.screening:
+            return Inference(logits, Outcome.unchecked(Reason.DISABLED))
+        try:
+            return Inference(logits, self._score(embeddings))
+        except Exception:
+            log.exception("screening failed")
+            return Inference(logits, Outcome.unchecked(Reason.ERROR))
+
+    def _images(self, request: ModelInferRequest, model: ExportedClassifier) -> Floats:
+        tensor, raw = find_input(request, self._settings.input)
+        preprocessing, limit = model.preprocessing, self._settings.max_batch
+        if tensor.datatype != "BYTES":
+            return float_images(tensor, raw, (3, preprocessing.size, preprocessing.size), limit)
+        try:
+            return np.stack(
+                [
+                    preprocessing(decode(file, max_pixels=self._settings.max_pixels))
+                    for file in encoded_images(tensor, raw, limit)
+                ]
+            )
+        except ImageError as error:
+            raise RequestError(f"input {tensor.name!r}: {error}") from error
+
+    def _score(self, embeddings: Floats) -> Outcome:
+        with self._metrics.stage("screening"):
+            scores = self._screen.score_samples(embeddings)
+        flags = scores.values > self._threshold.value
+        triggers = tuple("" if index < 0 else self._screen.triggers[index] for index in scores.triggers)
+        decision = Decision.FLAG if flags.any() else Decision.PASS
+        return Outcome(
+            decision,
+            scores=scores.values,
+            flags=flags,
+            threshold=self._threshold.value,
+            triggers=triggers,
+        )

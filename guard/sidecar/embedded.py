@@ -1,0 +1,137 @@
+"""Embedded mode: the sidecar is the inference server, and one pass gives answer and embedding."""
+
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+
+import grpc
+from guard import __version__
+from guard.classifiers import ExportedClassifier
+from guard.errors import RequestError
+from guard.sidecar.annotations import annotate
+from guard.sidecar.checking import Checker
+from guard.sidecar.inference_pb2 import (
+    ModelInferRequest,
+    ModelInferResponse,
+    ModelMetadataRequest,
+    ModelMetadataResponse,
+    ModelReadyRequest,
+    ModelReadyResponse,
+    ServerLiveRequest,
+    ServerLiveResponse,
+    ServerMetadataRequest,
+    ServerMetadataResponse,
+    ServerReadyRequest,
+    ServerReadyResponse,
+)
+from guard.sidecar.metrics import Metrics
+from guard.sidecar.policy import Mode, Outcome
+from guard.sidecar.service import Context, InferenceService, Metadata, Method
+from guard.sidecar.settings import Settings
+from guard.sidecar.tensors import add_output
+
+VERSION = "1"
+LOGITS, LABEL = "logits", "label"
+
+
+class EmbeddedService(InferenceService):
+    """Serves an exported classifier.
+
+    Inputs: one tensor, FP32 [N, 3, H, W] (preprocessed) or BYTES [N] (JPEG, PNG or WebP files). Outputs: `logits`
+    FP32 [N, C] and `label` BYTES [N]. The embedding is not an output: it would help an attacker to stay near the bank.
+    """
+
+    def __init__(
+        self, settings: Settings, checker: Checker, metrics: Metrics, model: ExportedClassifier
+    ) -> None:
+        super().__init__(settings, checker, metrics)
+        self._model = model
+        self._labels = [name.encode() for name in model.classes.names]
+
+    async def ready(self) -> bool:
+        """Always: the model was loaded before the port was opened."""
+        return True
+
+    def methods(self) -> dict[str, Method]:
+        """The five that answer from memory."""
+        return {
+            "ServerLive": self._server_live,
+            "ServerReady": self._server_ready,
+            "ModelReady": self._model_ready,
+            "ServerMetadata": self._server_metadata,
+            "ModelMetadata": self._model_metadata,
+        }
+
+    async def infer(self, data: bytes, request: ModelInferRequest, context: Context) -> tuple[bytes, Outcome, Metadata]:
+        """Classify and screen."""
+        del data
+        await self._check_name(request.model_name, request.model_version, context)
+        wanted = self._wanted(request)
+        result = await self.checker.infer(request)
+        response = ModelInferResponse(model_name=request.model_name, model_version=VERSION, id=request.id)
+        raw = bool(request.raw_input_contents)
+        if LOGITS in wanted:
+            add_output(response, LOGITS, result.logits, raw=raw)
+        if LABEL in wanted:
+            add_output(response, LABEL, [self._labels[i] for i in np.argmax(result.logits, axis=1)], raw=raw)
+        if self.settings.mode is not Mode.SHADOW:
+            annotate(response, result.outcome, self.settings.mode)
+        return response.SerializeToString(), result.outcome, ()
+
+    @staticmethod
+    def _wanted(request: ModelInferRequest) -> set[str]:
+        """The outputs to send; all, if the request names none."""
+        for output in request.outputs:
+            if output.name not in {LOGITS, LABEL}:
+                raise RequestError(f"there is no output {output.name!r}; the model has {LOGITS!r} and {LABEL!r}")
+            if unsupported := {"classification", "shared_memory_region"} & set(output.parameters):
+                raise RequestError(f"output {output.name!r}: {min(unsupported)} is not supported")
+        return {output.name for output in request.outputs} or {LOGITS, LABEL}
+
+    async def _check_name(self, name: str, version: str, context: Context) -> None:
+        if name != self.settings.name or version not in {"", VERSION}:
+            served = f"{self.settings.name!r} (version {VERSION})"
+            await self.abort(
+                context, grpc.StatusCode.NOT_FOUND, f"guard: there is no model {name[:128]!r} here; {served} is served"
+            )
+
+    async def _server_live(self, data: bytes, context: Context) -> bytes:
+        await _parse(ServerLiveRequest(), data, context)
+        return ServerLiveResponse(live=True).SerializeToString()
+
+    async def _server_ready(self, data: bytes, context: Context) -> bytes:
+        await _parse(ServerReadyRequest(), data, context)
+        return ServerReadyResponse(ready=True).SerializeToString()
+
+    async def _model_ready(self, data: bytes, context: Context) -> bytes:
+        request = ModelReadyRequest()
+        await _parse(request, data, context)
+        await self._check_name(request.name, request.version, context)
+        return ModelReadyResponse(ready=True).SerializeToString()
+
+    async def _server_metadata(self, data: bytes, context: Context) -> bytes:
+        await _parse(ServerMetadataRequest(), data, context)
+        return ServerMetadataResponse(name="guard", version=__version__).SerializeToString()
+
+    async def _model_metadata(self, data: bytes, context: Context) -> bytes:
+        request = ModelMetadataRequest()
+        await _parse(request, data, context)
+        await self._check_name(request.name, request.version, context)
+        tensor, size = ModelMetadataResponse.TensorMetadata, self._model.preprocessing.size
+        return ModelMetadataResponse(
+            name=self.settings.name,
+            versions=[VERSION],
+            platform="onnxruntime_onnx",
+            inputs=[tensor(name=self.settings.input, datatype="FP32", shape=[-1, 3, size, size])],
+            outputs=[
+                tensor(name=LOGITS, datatype="FP32", shape=[-1, len(self._labels)]),
+                tensor(name=LABEL, datatype="BYTES", shape=[-1]),
+            ],
+            properties={"guard_input_files": f"{self.settings.input} may also be BYTES [-1]: JPEG, PNG or WebP files"},
+        ).SerializeToString()
+
+
+async def _parse(message: Message, data: bytes, context: Context) -> None:
+    try:
+        message.ParseFromString(data)
+    except DecodeError:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"guard: not a {type(message).__name__}")

@@ -1,0 +1,116 @@
+"""What a decision does, and what happens when there is none: the one place that knows."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Decision(StrEnum):
+    """Of a request, or of one image in it."""
+
+    PASS = "pass"  # noqa: S105 - not a password
+    FLAG = "flag"
+    UNCHECKED = "unchecked"
+
+
+class Mode(StrEnum):
+    """What a decision does."""
+
+    SHADOW = "shadow"
+    """Metrics only; replies stay as they are."""
+    TAG = "tag"
+    """The reply says what was decided."""
+    BLOCK = "block"
+    """A flagged request is refused; others are tagged."""
+
+
+class FailurePolicy(StrEnum):
+    """What happens to a request that guard could not check."""
+
+    OPEN = "open"
+    """It is served, and marked `unchecked`."""
+    CLOSED = "closed"
+    """It is refused."""
+
+
+class Reason(StrEnum):
+    """Why a request is `unchecked`."""
+
+    DISABLED = "disabled"
+    EMBEDDING_MISSING = "embedding_missing"
+    ERROR = "error"
+    INPUT_UNREADABLE = "input_unreadable"
+    MODEL_UNKNOWN = "model_unknown"
+    TIMEOUT = "timeout"
+
+
+_CLOSED: dict[Reason, tuple[grpc.StatusCode, str]] = {
+    Reason.EMBEDDING_MISSING: (
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "the upstream reply carries no usable embedding, so the request could not be checked",
+    ),
+    Reason.ERROR: (grpc.StatusCode.UNAVAILABLE, "the request could not be checked: internal error"),
+    Reason.INPUT_UNREADABLE: (grpc.StatusCode.INVALID_ARGUMENT, "the input could not be checked"),
+    Reason.MODEL_UNKNOWN: (grpc.StatusCode.FAILED_PRECONDITION, "there is no profile of this model"),
+    Reason.TIMEOUT: (grpc.StatusCode.UNAVAILABLE, "the request could not be checked in time"),
+}
+"""Under `closed`: UNAVAILABLE where a retry may help, other codes where it will not. `disabled` is never refused."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What guard found out about one request.
+
+    Attributes:
+        decision: `flag` if any image is flagged; `unchecked` if guard could not decide.
+        reason: Why it is `unchecked`.
+        detail: More about the reason, safe to send to a client.
+        scores: One per image, shape [N]; None if `unchecked`.
+        flags: Which images are flagged, shape [N]; None if `unchecked`.
+        threshold: Above which an image is flagged; None if `unchecked`.
+        triggers: For each image, the id of the trigger that it matches best, or "".
+    """
+
+    decision: Decision
+    reason: Reason | None = None
+    detail: str = ""
+    scores: NDArray[np.float32] | None = None
+    flags: NDArray[np.bool_] | None = None
+    threshold: float | None = None
+    triggers: tuple[str, ...] = ()
+
+    @classmethod
+    def unchecked(cls, reason: Reason, detail: str = "") -> "Outcome":
+        """Guard could not decide."""
+        return cls(Decision.UNCHECKED, reason, detail)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """How a request is turned away.
+
+    Attributes:
+        code: gRPC status.
+        message: For the client.
+    """
+
+    code: grpc.StatusCode
+    message: str
+
+
+def refusal(outcome: Outcome, mode: Mode, on_failure: FailurePolicy) -> Refusal | None:
+    """Whether, and how, a request is refused; None if it is served.
+
+    The failure policy holds in every mode: an operator who asked for `closed` gets it, in `shadow` too.
+    """
+    if outcome.decision is Decision.FLAG and mode is Mode.BLOCK:
+        rows = [str(row) for row in np.flatnonzero(outcome.flags)] if outcome.flags is not None else []
+        which = "" if outcome.flags is None or len(outcome.flags) == 1 else f" (image {', '.join(rows)} of the batch)"
+        return Refusal(grpc.StatusCode.PERMISSION_DENIED, f"guard: the input looks like a backdoor trigger{which}")
+    if outcome.reason in _CLOSED and on_failure is FailurePolicy.CLOSED:
+        code, message = _CLOSED[outcome.reason]
+        return Refusal(code, f"guard: {message}{': ' + outcome.detail if outcome.detail else ''}")
+    return None

@@ -1,0 +1,133 @@
+"""What an operator can set. Command line over environment (`GUARD_…`) over `guard.toml`."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from guard.errors import UsageError
+from guard.sidecar.policy import FailurePolicy, Mode
+
+
+class Settings(BaseSettings):
+    """Configuration of one sidecar.
+
+    Exactly one of three shapes: `model` alone serves the exported classifier itself; `upstream` with `model` forwards
+    and embeds each image once more; `upstream` with `embedding_output` forwards and reads the embedding from the reply.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="GUARD_", extra="forbid", frozen=True, protected_namespaces=(), env_ignore_empty=True
+    )
+
+    profile: Path
+    """The calibrated profile of the classifier."""
+    model: Path | None = None
+    """What `guard export` wrote."""
+    upstream: str | None = None
+    """HOST:PORT of the inference server to forward to."""
+    embedding_output: str | None = None
+    """Name of the upstream output that carries the image embedding."""
+    name: str = Field(default="classifier", min_length=1, max_length=128)
+    """Model name in requests."""
+    input: str = Field(default="image", min_length=1)
+    """Name of the input tensor that carries the images."""
+    listen: str = "127.0.0.1:8001"
+    """HOST:PORT for inference; port 0 lets the system choose."""
+    metrics: str = "127.0.0.1:8002"
+    """HOST:PORT for Prometheus."""
+    mode: Mode = Mode.TAG
+    """What a decision does."""
+    failure_policy: FailurePolicy | None = None
+    """What happens when guard cannot decide; default: open in shadow mode, closed in the others."""
+    screening: bool = True
+    """Off: every decision is `unchecked`; for measuring what screening costs."""
+    timeout: float = Field(default=1.0, gt=0, le=60)
+    """Seconds that screening may take before a request is `unchecked`."""
+    max_message_bytes: int = Field(default=64 * 2**20, ge=1024, le=2**31 - 1)
+    """Largest request or reply."""
+    max_pixels: int = Field(default=50_000_000, ge=1)
+    """Largest encoded image, in decoded pixels."""
+    max_batch: int = Field(default=256, ge=1, le=65_536)
+    """Most images in one request."""
+    max_concurrent: int = Field(default=256, ge=1)
+    """Most requests at once; more are refused with RESOURCE_EXHAUSTED."""
+    workers: int = Field(default=2, ge=1, le=256)
+    """Threads that decode, embed and screen."""
+    drain: float = Field(default=10.0, ge=0)
+    """Seconds that running requests are given after SIGTERM."""
+
+    @field_validator("listen", "metrics", "upstream")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None:
+            split_address(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> Self:
+        if self.upstream is None and self.model is None:
+            raise ValueError("give --model to serve an exported classifier, or --upstream to stand before a server")
+        if self.upstream is None and self.embedding_output is not None:
+            raise ValueError("--embedding-output names an output of the upstream server; give --upstream too")
+        if self.upstream is not None and (self.model is None) == (self.embedding_output is None):
+            raise ValueError("with --upstream give one source of embeddings: --model or --embedding-output")
+        return self
+
+    @property
+    def on_failure(self) -> FailurePolicy:
+        """The failure policy, with the default applied."""
+        if self.failure_policy is not None:
+            return self.failure_policy
+        return FailurePolicy.OPEN if self.mode is Mode.SHADOW else FailurePolicy.CLOSED
+
+    @classmethod
+    def load(cls, config: Path | None, **command_line: Any) -> "Settings":  # noqa: ANN401 - click's values
+        """Merge command line, environment and file.
+
+        Args:
+            config: A TOML file with the names above; None for no file.
+            command_line: Values given there; None for those that were not.
+
+        Raises:
+            UsageError: The file cannot be read, a name is unknown, or a value is impossible.
+        """
+        if config is not None and not config.is_file():
+            raise UsageError(f"there is no configuration file {config}")
+
+        class Merged(cls):  # type: ignore[misc, valid-type]
+            @classmethod
+            def settings_customise_sources(
+                cls,
+                settings_cls: type[BaseSettings],
+                init_settings: PydanticBaseSettingsSource,
+                env_settings: PydanticBaseSettingsSource,
+                **_: PydanticBaseSettingsSource,
+            ) -> tuple[PydanticBaseSettingsSource, ...]:
+                if config is None:
+                    return init_settings, env_settings
+                return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, config)
+
+        try:
+            merged: Settings = Merged(**{key: value for key, value in command_line.items() if value is not None})
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            message = first["msg"].removeprefix("Value error, ")
+            raise UsageError(f"{where}: {message}" if where else message) from error
+        except ValueError as error:
+            raise UsageError(f"{config} is not valid TOML: {error}") from error
+        return merged
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """HOST:PORT as a pair; `[::1]:80` for IPv6.
+
+    Raises:
+        ValueError: It is not of that form.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65_535:  # noqa: PLR2004 - the largest port
+        raise ValueError(f"{address!r} is not HOST:PORT")
+    return host.removeprefix("[").removesuffix("]"), int(port)
