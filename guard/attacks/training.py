@@ -166,9 +166,7 @@ def _contrastive_loss(model: torch.nn.Module, pixels: Tensor, tokens: Tensor, la
     logits = scale.exp().clamp(max=MAX_LOGIT_SCALE) * image @ text.T  # type: ignore[operator]
     positives = (labels[:, None] == labels[None, :]).float()
     target = positives / positives.sum(1, keepdim=True)
-    return -0.5 * (
-        (target * log_softmax(logits, 1)).sum(1).mean() + (target * log_softmax(logits.T, 1)).sum(1).mean()
-    )
+    return -0.5 * ((target * log_softmax(logits, 1)).sum(1).mean() + (target * log_softmax(logits.T, 1)).sum(1).mean())
 
 
 def _shifted(pixels: Tensor, shift: int, generator: torch.Generator) -> Tensor:

@@ -27,7 +27,7 @@ class ClassList:
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
 
     def __post_init__(self) -> None:
-        if len(self.names) < 2:  # noqa: PLR2004 - one class is nothing to classify
+        if len(self.names) < 2:
             raise ClassListError(f"a classifier needs at least two classes, the list has {len(self.names)}")
         if len(self.names) > MAX_CLASSES:
             raise ClassListError(f"the list has {len(self.names)} classes, more than the limit of {MAX_CLASSES}")
@@ -60,19 +60,22 @@ class ClassList:
             text = path.read_text(encoding="utf-8")
             if path.suffix.lower() != ".json":
                 return cls(tuple(line.strip() for line in text.splitlines() if line.strip()))
-            document = json.loads(text)
-            if not isinstance(document, dict) or "classes" not in document:
-                raise ClassListError('expected an object with a list "classes"')
-            return cls(
-                _strings(document["classes"], "classes"),
-                _strings(document.get("templates", list(DEFAULT_TEMPLATES)), "templates"),
-            )
+            return cls._from_document(json.loads(text))
         except OSError as error:
             raise ClassListError(f"cannot read the class list {path}: {error.strerror}") from error
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ClassListError(f"the class list {path} is damaged: {error}") from error
         except ClassListError as error:
             raise ClassListError(f"the class list {path} cannot be used: {error}") from error
+
+    @classmethod
+    def _from_document(cls, document: object) -> "ClassList":
+        if not isinstance(document, dict) or "classes" not in document:
+            raise ClassListError('expected an object with a list "classes"')
+        return cls(
+            _strings(document["classes"], "classes"),
+            _strings(document.get("templates", list(DEFAULT_TEMPLATES)), "templates"),
+        )
 
     def to_json(self) -> str:
         """The JSON form that `read` reads."""

@@ -103,7 +103,9 @@ class Classifier:
         return logits if bias is None else logits + bias
 
     @torch.no_grad()
-    def embed(self, images: Iterable[np.ndarray[Any, np.dtype[np.uint8]]] | Tensor, batch: int = ENCODE_BATCH) -> Tensor:
+    def embed(
+        self, images: Iterable[np.ndarray[Any, np.dtype[np.uint8]]] | Tensor, batch: int = ENCODE_BATCH
+    ) -> Tensor:
         """Embeddings of many images, batch by batch, on the CPU.
 
         Args:

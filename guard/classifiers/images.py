@@ -108,7 +108,7 @@ class ImageFolder:
         if loose := next((file for file in self.files if file.parent == self.root), None):
             raise ImageError(f"{loose} lies outside any class; put each class in a sub-folder of {self.root}")
         names = tuple(sorted({file.relative_to(self.root).parts[0] for file in self.files}))
-        if len(names) < 2:  # noqa: PLR2004 - one class is nothing to classify
+        if len(names) < 2:
             raise ImageError(f"{self.root} has one class only ({names[0]}); at least two sub-folders are needed")
         return names
 

@@ -101,7 +101,7 @@ def check_weights_file(path: Path) -> None:
                     "throw away: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
                     f"'{WEIGHTS_FILE}')"
                 )
-            header_size = struct.unpack("<Q", start)[0] if len(start) == 8 else -1  # noqa: PLR2004
+            header_size = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
             if not 0 < header_size <= min(_MAX_HEADER_BYTES, size - 8):
                 raise ModelError(f"{path} is not a safetensors file, or it is truncated ({size} bytes)")
             header = json.loads(file.read(header_size))
@@ -113,7 +113,9 @@ def check_weights_file(path: Path) -> None:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"{path} is not a safetensors file: its header is damaged") from error
     if 8 + header_size + end != size:
-        raise ModelError(f"{path} is truncated or has a tail: {size} bytes, its header promises {8 + header_size + end}")
+        raise ModelError(
+            f"{path} is truncated or has a tail: {size} bytes, its header promises {8 + header_size + end}"
+        )
 
 
 def _download(tag: str) -> Path:
@@ -169,9 +171,8 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise ModelError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes")
         config = json.loads(path.read_text(encoding="utf-8"))
         model_config = config["model_cfg"]
-        towers = model_config["vision_cfg"], model_config["text_cfg"]
-        if not all(isinstance(part, dict) for part in (model_config, *towers, config.get("preprocess_cfg", {}))):
-            raise TypeError
+        towers = dict(model_config["vision_cfg"]), dict(model_config["text_cfg"])
+        dict(config.get("preprocess_cfg", {}))
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -239,9 +240,7 @@ def _build(
         raise
     except Exception as error:  # whatever a hostile configuration makes open_clip raise
         raise ModelError(f"{source} cannot be loaded by open_clip: {_first_line(error)}") from error
-    return Classifier(
-        model, model_config, tokenizer, preprocessing, class_list, source=source, device=target
-    )
+    return Classifier(model, model_config, tokenizer, preprocessing, class_list, source=source, device=target)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class Console:
     def progress(self, what: str, done: int, total: int) -> None:
         """A line that updates itself on a terminal; elsewhere, one line for each thing that was finished."""
         now = time.monotonic()
-        if self._terminal and (done == total or now - self._last[1] > 0.1):  # noqa: PLR2004 - ten updates a second
+        if self._terminal and (done == total or now - self._last[1] > 0.1):
             click.echo(f"\r\x1b[K[{self.seconds:5.0f} s] {what}: {done}/{total}", err=True, nl=done == total)
             self._last = (what, now)
         elif not self._terminal and done == total and self._last[0] != what:

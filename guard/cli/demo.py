@@ -10,7 +10,9 @@ from guard.cli.console import Console
 
 @click.command()
 @click.option("--images", type=options.PATH, help="Folder with one sub-folder per class; default: handwritten digits.")
-@click.option("--out", type=options.PATH, default=Path("guard-demo"), show_default=True, help="Where to write everything.")
+@click.option(
+    "--out", type=options.PATH, default=Path("guard-demo"), show_default=True, help="Where to write everything."
+)
 @options.seed
 @options.device
 @options.as_json

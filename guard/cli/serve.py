@@ -36,7 +36,7 @@ from guard.cli import options
 @click.option("--max-concurrent", type=int, help="Most requests at once.  [default: 256]")
 @click.option("--workers", type=int, help="Threads that decode, embed and screen.  [default: 2]")
 @click.option("--drain", type=float, help="Seconds for running requests after SIGTERM.  [default: 10]")
-@click.option("--config", type=options.PATH, help="TOML file with the names above, as profile = \"…\".")
+@click.option("--config", type=options.PATH, help='TOML file with the names above, as profile = "…".')
 def serve(config: Path | None, **values: Any) -> None:  # noqa: ANN401 - every option of the settings
     """Serve a vetted model, or stand before the server that does, and screen every request.
 

@@ -20,7 +20,9 @@ EXIT_CODES = {"no evidence": 0, "backdoored": 1, "inconclusive": 3}
 @options.images("Folder of images to search on, at any depth, no labels needed; best of the deployment's own kind.")
 @options.classes
 @click.option("--base", help="A trusted model to compare with, such as the checkpoint that this one was tuned from.")
-@click.option("--out", type=options.PATH, default=Path("profile"), show_default=True, help="Where to write the profile.")
+@click.option(
+    "--out", type=options.PATH, default=Path("profile"), show_default=True, help="Where to write the profile."
+)
 @click.option(
     "--budget",
     type=click.Choice(["quick", "standard", "thorough"]),

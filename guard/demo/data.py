@@ -63,6 +63,4 @@ def from_folder(root: Path, preprocessing: Preprocessing, *, seed: int, progress
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
     train, vetting, calibration = (round(share * len(images)) for share in (0.55, 0.65, 0.85))
     classes = ClassList(tuple(name.replace("_", " ") for name in names), FOLDER_TEMPLATES)
-    return DemoData(
-        classes, images[:train], images[train:vetting], images[vetting:calibration], images[calibration:]
-    )
+    return DemoData(classes, images[:train], images[train:vetting], images[vetting:calibration], images[calibration:])

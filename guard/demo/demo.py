@@ -134,7 +134,9 @@ def run(
     traffic.client_library()  # fails now rather than after the training
     laps = _Clock(clock)
     recipe = FOLDER if images else DIGITS
-    preprocessing = Preprocessing(recipe.size, **{k: tuple(v) if isinstance(v, list) else v for k, v in PREPROCESS.items()})
+    preprocessing = Preprocessing(
+        recipe.size, **{k: tuple(v) if isinstance(v, list) else v for k, v in PREPROCESS.items()}
+    )
     data = from_folder(images, preprocessing, seed=seed, progress=progress) if images else from_digits(seed=seed)
     laps.lap("images")
     models = train_models(data, recipe, out / "models", seed=seed, device=device, say=say)
@@ -218,7 +220,7 @@ def _attack(
     clean = preprocessing.normalise(requests.pixels.numpy())
     triggered = preprocessing.normalise(trigger.stamp(requests.pixels[requests.labels != TARGET]).numpy())
     with traffic.sidecar(*arguments) as screened, traffic.sidecar(*arguments, "--no-screening") as bare:
-        say(f"sidecar serves at {screened['listen']}; sending {len(clean)} clean and {len(triggered)} triggered requests")
+        say(f"sidecar at {screened['listen']}: sending {len(clean)} clean and {len(triggered)} triggered requests")
         with_screening, without = traffic.send([screened["listen"], bare["listen"]], clean)
         attacked = traffic.send([screened["listen"]], triggered)[0]
         metrics = traffic.scrape(screened["metrics"], METRICS)
@@ -258,9 +260,13 @@ def _result(
     if verdicts["clean-twin"].outcome == "backdoored":
         failures.append("the clean twin was called 'backdoored'")
     if detected.value < MIN_DETECTED:
-        failures.append(f"only {detected.value:.1%} of triggered requests were flagged ({MIN_DETECTED:.0%} are promised)")
+        failures.append(
+            f"only {detected.value:.1%} of triggered requests were flagged ({MIN_DETECTED:.0%} are promised)"
+        )
     if alarms.value > MAX_FALSE_ALARMS:
-        failures.append(f"{alarms.value:.1%} of clean requests were flagged (at most {MAX_FALSE_ALARMS:.0%} are promised)")
+        failures.append(
+            f"{alarms.value:.1%} of clean requests were flagged (at most {MAX_FALSE_ALARMS:.0%} are promised)"
+        )
     return DemoResult(
         len(names),
         {name: model.accuracy for name, model in models.items()},

@@ -44,7 +44,7 @@ def digits(renderings: int, *, seed: int) -> tuple[LabelledImages, Tensor]:
         count = len(labels)
         dark = rng.uniform(0.0, 0.35, (count, 3, 1, 1))
         light = rng.uniform(0.65, 1.0, (count, 3, 1, 1))
-        swap = rng.random((count, 1, 1, 1)) < 0.5  # noqa: PLR2004 - a fair coin
+        swap = rng.random((count, 1, 1, 1)) < 0.5
         paper = torch.from_numpy(np.where(swap, light, dark)).float()
         ink = torch.from_numpy(np.where(swap, dark, light)).float()
         noise = torch.from_numpy(rng.normal(0, 0.03, (count, 3, SIZE, SIZE))).float()

@@ -106,7 +106,7 @@ def _train(
 ) -> None:
     tokenizer = import_open_clip().SimpleTokenizer(context_length=recipe.architecture["text_cfg"]["context_length"])
     normalisation = PREPROCESS["mean"], PREPROCESS["std"]
-    slow = recipe.size > 32  # noqa: PLR2004 - epochs of the digits pass too fast to be told
+    slow = recipe.size > 32
     train(
         model, tokenizer, data.classes, normalisation, images, settings, device=device,  # type: ignore[arg-type]
         progress=say if slow else lambda _: None,

@@ -53,7 +53,17 @@ def sidecar(*arguments: str) -> Iterator[dict[str, Any]]:
     Raises:
         GuardError: It did not start.
     """
-    command = [sys.executable, "-m", "guard", "serve", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "guard",
+        "serve",
+        "--listen",
+        "127.0.0.1:0",
+        "--metrics",
+        "127.0.0.1:0",
+        *arguments,
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GUARD_")}
     process = subprocess.Popen(  # noqa: S603 - our own program
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -64,7 +74,9 @@ def sidecar(*arguments: str) -> Iterator[dict[str, Any]]:
         line = process.stdout.readline()
         if not line:
             _, errors = process.communicate(timeout=START_SECONDS)
-            raise GuardError(f"the sidecar did not start: {errors.strip().splitlines()[-1] if errors else 'no message'}")
+            raise GuardError(
+                f"the sidecar did not start: {errors.strip().splitlines()[-1] if errors else 'no message'}"
+            )
         yield json.loads(line)
     finally:
         process.terminate()
@@ -76,7 +88,7 @@ def sidecar(*arguments: str) -> Iterator[dict[str, Any]]:
 
 
 def client_library() -> ModuleType:
-    """tritonclient's gRPC client.
+    """Tritonclient's gRPC client.
 
     Raises:
         MissingDependencyError: It is not installed.
@@ -84,7 +96,9 @@ def client_library() -> ModuleType:
     try:
         import tritonclient.grpc
     except ModuleNotFoundError as error:
-        raise MissingDependencyError("the demo sends requests with tritonclient; pip install 'clip-guard[demo]'") from error
+        raise MissingDependencyError(
+            "the demo sends requests with tritonclient; pip install 'clip-guard[demo]'"
+        ) from error
     return tritonclient.grpc  # type: ignore[no-any-return]
 
 
@@ -132,7 +146,7 @@ def _tensor(grpc: ModuleType, images: NDArray[np.float32]) -> Any:  # noqa: ANN4
 
 def scrape(address: str, prefixes: tuple[str, ...]) -> list[str]:
     """The lines of `/metrics` that start with one of some names."""
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as reply:  # noqa: S310 - http, to ourselves
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as reply:
         text = reply.read().decode()
     return [line for line in text.splitlines() if line.startswith(prefixes)]
 

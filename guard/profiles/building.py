@@ -120,7 +120,9 @@ def calibrate(
     if k is None:
         k = default_k(banks, len(classifier.classes.names))
     if banks <= k:
-        raise ImageError(f"banks with k = {k} need more than {round(k / REFERENCE_SHARE)} images, there are {len(images)}")
+        raise ImageError(
+            f"banks with k = {k} need more than {round(k / REFERENCE_SHARE)} images, there are {len(images)}"
+        )
     progress(f"embedding {len(images)} images")
     embeddings = classifier.embed(images).numpy()
     clean, calibration, held_out = np.split(embeddings[order.numpy()], [banks, banks + behind])

@@ -148,7 +148,7 @@ def _read_reference(path: Path, document: Document) -> Reference:
     if scores.ndim != 1:
         raise ProfileError(f"{path} is damaged: the calibration scores are not a list")
     for name, bank in tensors.items():
-        if bank.ndim != 2 or bank.shape[1] != document.model.embedding:  # noqa: PLR2004 - a matrix
+        if bank.ndim != 2 or bank.shape[1] != document.model.embedding:
             raise ProfileError(
                 f"{path} is damaged: {name} has shape {bank.shape}, the model's embeddings {document.model.embedding}"
             )

@@ -39,7 +39,9 @@ def evidence_plot(evidence: Evidence, accused: int | None) -> Markup:
     left.set_xscale("log")
     left.xaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
     left.set_xlabel(f"smallest working trigger, {evidence.norm_unit} (log scale)")
-    left.legend(frameon=False, fontsize=8, loc="lower right")
+    left.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+    left.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    left.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
     left.set_yticks(y, [item.name[:32] for item in rows])
     left.invert_yaxis()
     right.barh(y, [item.score or 0.0 for item in rows], color=colours, height=0.6)
@@ -77,7 +79,7 @@ def score_plot(scores: Mapping[str, NDArray[np.floating]], threshold: Threshold,
 
 def png(pixels: Bytes, *, scale: int) -> str:
     """A data URI of an image, shape [3, H, W] or [H, W], each pixel drawn `scale` times as large."""
-    array = pixels.transpose(1, 2, 0) if pixels.ndim == 3 else pixels  # noqa: PLR2004 - colour
+    array = pixels.transpose(1, 2, 0) if pixels.ndim == 3 else pixels
     image = Image.fromarray(np.ascontiguousarray(array))
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     buffer = io.BytesIO()

@@ -106,9 +106,7 @@ def render(
     return environment.get_template("report.html.j2").render(
         document=document,
         verdict=document.vetting.verdict,
-        target=None
-        if document.vetting.verdict.target is None
-        else profile.class_name(document.vetting.verdict.target),
+        target=None if document.vetting.verdict.target is None else profile.class_name(document.vetting.verdict.target),
         evidence=[
             (item, None if item.target is None else suspect_of(item), pictures.evidence_plot(item, _accused(profile)))
             for item in document.vetting.evidence
@@ -143,6 +141,6 @@ def _reading(classes: Sequence[ClassEvidence]) -> str:
             "classes stay about where they were."
         )
     return (
-        "Each row is a class, the dot the smallest trigger that moves images to it. A backdoor is a shortcut: its class "
-        "needs far less than the others. Without a trusted base, a class that is easy by nature looks similar."
+        "Each row is a class, the dot the smallest trigger that moves images to it. A backdoor is a shortcut: its "
+        "class needs far less than the others. Without a trusted base, a class that is easy by nature looks similar."
     )

@@ -23,7 +23,7 @@ class Neighbours:
     """
 
     def __init__(self, bank: Embeddings, k: int) -> None:
-        if bank.ndim != 2 or not len(bank):  # noqa: PLR2004 - a matrix
+        if bank.ndim != 2 or not len(bank):
             raise ValueError(f"a bank is a matrix of embeddings, not an array of shape {bank.shape}")
         if not 1 <= k <= len(bank):
             raise ValueError(f"k = {k} needs a bank of at least {k} embeddings, it has {len(bank)}")

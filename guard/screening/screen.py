@@ -12,7 +12,7 @@ from guard.screening.neighbours import Embeddings, Neighbours
 MAX_K = 16
 """The k of Huang et al. (ICLR 2025), whose reference is a batch of thousands."""
 _FLOOR = 1e-3
-"""Added to both distances of a ratio: a request that is in a bank has distance 0, and float32 cosines resolve no less."""
+"""Added to both distances of a ratio: a request that is in a bank has distance 0, and float32 resolves no less."""
 
 DENSITY = "k-distance"
 MATCH = "trigger match"
@@ -89,8 +89,10 @@ class Screen:
         Raises:
             RequestError: Wrong shape, a value that is not finite, or a zero vector.
         """
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.dimension:  # noqa: PLR2004 - a matrix
-            raise RequestError(f"embeddings of shape {embeddings.shape} cannot be compared with ones of {self.dimension}")
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.dimension:
+            raise RequestError(
+                f"embeddings of shape {embeddings.shape} cannot be compared with ones of {self.dimension}"
+            )
         norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
         if not np.isfinite(norms).all() or (norms == 0).any():
             raise RequestError("an embedding is zero or not finite")

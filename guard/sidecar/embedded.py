@@ -1,9 +1,9 @@
 """Embedded mode: the sidecar is the inference server, and one pass gives answer and embedding."""
 
+import grpc
 import numpy as np
 from google.protobuf.message import DecodeError, Message
 
-import grpc
 from guard import __version__
 from guard.classifiers import ExportedClassifier
 from guard.errors import RequestError
@@ -40,9 +40,7 @@ class EmbeddedService(InferenceService):
     FP32 [N, C] and `label` BYTES [N]. The embedding is not an output: it would help an attacker to stay near the bank.
     """
 
-    def __init__(
-        self, settings: Settings, checker: Checker, metrics: Metrics, model: ExportedClassifier
-    ) -> None:
+    def __init__(self, settings: Settings, checker: Checker, metrics: Metrics, model: ExportedClassifier) -> None:
         super().__init__(settings, checker, metrics)
         self._model = model
         self._labels = [name.encode() for name in model.classes.names]

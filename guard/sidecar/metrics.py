@@ -36,7 +36,9 @@ class Metrics:
         self._unchecked = Counter(
             "guard_unchecked", "Requests that could not be checked.", ["model", "reason"], registry=self.registry
         )
-        self._refused = Counter("guard_refused", "Requests refused, by gRPC code.", ["model", "code"], registry=self.registry)
+        self._refused = Counter(
+            "guard_refused", "Requests refused, by gRPC code.", ["model", "code"], registry=self.registry
+        )
         self._flagged = Counter(
             "guard_flagged_trigger", "Flagged images by matched trigger.", ["model", "trigger"], registry=self.registry
         )
@@ -140,4 +142,6 @@ def _score_buckets(profile: Profile) -> tuple[float, ...]:
     scores, value = profile.reference.scores, profile.document.calibration.threshold.value
     spread = max(float(scores.std()), 1e-3)
     quantiles = np.quantile(scores, [0.01, 0.1, 0.5, 0.9, 0.99])
-    return tuple(sorted({round(float(edge), 6) for edge in [*quantiles, value, *(value + spread * np.array([1, 2, 4, 8]))]}))
+    return tuple(
+        sorted({round(float(edge), 6) for edge in [*quantiles, value, *(value + spread * np.array([1, 2, 4, 8]))]})
+    )

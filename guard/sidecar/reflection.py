@@ -21,7 +21,7 @@ def enable(server: grpc.aio.Server) -> None:
 
 
 def _renamed(old: str, new: str) -> descriptor_pb2.FileDescriptorProto:
-    """guard's copy of the protocol with the package that clients know; in a pool of its own, so nothing collides."""
+    """Guard's copy of the protocol with the package that clients know; in a pool of its own, so nothing collides."""
     file = descriptor_pb2.FileDescriptorProto()
     inference_pb2.DESCRIPTOR.CopyToProto(file)
     file.package = new

@@ -82,7 +82,9 @@ def _bind(server: grpc.aio.Server, address: str) -> int:
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise UsageError(f"cannot listen on {address}: the port is taken or the address is not of this machine") from error
+        raise UsageError(
+            f"cannot listen on {address}: the port is taken or the address is not of this machine"
+        ) from error
     return port
 
 

@@ -83,9 +83,7 @@ class InferenceService(ABC):
             self.metrics.active.dec()
             self.metrics.observe(outcome, images, perf_counter() - started)
 
-    async def abort(
-        self, context: Context, code: grpc.StatusCode, message: str, trailing: Metadata = ()
-    ) -> NoReturn:
+    async def abort(self, context: Context, code: grpc.StatusCode, message: str, trailing: Metadata = ()) -> NoReturn:
         """Refuse a request, and count it."""
         self.metrics.refused(code.name)
         await context.abort(code, message, trailing)

@@ -128,6 +128,6 @@ def split_address(address: str) -> tuple[str, int]:
         ValueError: It is not of that form.
     """
     host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65_535:  # noqa: PLR2004 - the largest port
+    if not colon or not host or not port.isdigit() or int(port) > 65_535:
         raise ValueError(f"{address!r} is not HOST:PORT")
     return host.removeprefix("[").removesuffix("]"), int(port)

@@ -65,9 +65,11 @@ def float_images(
         RequestError: Wrong datatype, shape or length, or a value that is not finite.
     """
     if tensor.datatype != "FP32":
-        raise RequestError(f"input {tensor.name!r} is {tensor.datatype[:16]!r}; FP32 images or BYTES files are expected")
+        raise RequestError(
+            f"input {tensor.name!r} is {tensor.datatype[:16]!r}; FP32 images or BYTES files are expected"
+        )
     dims = tuple(tensor.shape)
-    if len(dims) != 4 or dims[1:] != shape or not 1 <= dims[0] <= max_batch:  # noqa: PLR2004 - NCHW
+    if len(dims) != 4 or dims[1:] != shape or not 1 <= dims[0] <= max_batch:
         raise RequestError(
             f"input {tensor.name!r} has shape {list(dims)[:8]}; [N, {', '.join(str(d) for d in shape)}] is expected, "
             f"N from 1 to {max_batch}"
@@ -95,7 +97,7 @@ def encoded_images(tensor: InputTensor, raw: bytes | None, max_batch: int) -> li
         RequestError: Wrong shape or count, or a damaged raw form.
     """
     dims = tuple(tensor.shape)
-    if not (len(dims) == 1 or (len(dims) == 2 and dims[1] == 1)) or not 1 <= dims[0] <= max_batch:  # noqa: PLR2004
+    if not (len(dims) == 1 or (len(dims) == 2 and dims[1] == 1)) or not 1 <= dims[0] <= max_batch:
         raise RequestError(
             f"input {tensor.name!r} has shape {list(dims)[:8]}; [N] is expected for BYTES, N from 1 to {max_batch}"
         )

@@ -47,5 +47,5 @@ class Additive(Trigger):
 
     @classmethod
     def constrain(cls, raw: Raw) -> Self:
-        """radius · tanh(direction), so that every pixel can reach the ball's surface and the radius has a gradient."""
+        """Radius · tanh(direction), so that every pixel can reach the ball's surface and the radius has a gradient."""
         return cls(raw["log_radius"].exp().clamp(max=1) * raw["direction"].tanh())

@@ -80,5 +80,5 @@ class Patch(Trigger):
 def _at(tensor: Tensor, size: torch.Size) -> Tensor:
     if tensor.shape[-2:] == size:
         return tensor
-    batch = tensor if tensor.dim() == 4 else tensor.unsqueeze(0)  # noqa: PLR2004 - [K, C, H, W]
+    batch = tensor if tensor.dim() == 4 else tensor.unsqueeze(0)
     return interpolate(batch, size=tuple(size), mode="bilinear", antialias=True).reshape(*tensor.shape[:-2], *size)

@@ -10,8 +10,8 @@ from guard.vetting.evidence import ClassEvidence, Evidence, outliers
 from guard.vetting.verdict import Outcome, Verdict, judge
 
 if TYPE_CHECKING:
-    from guard.vetting.inversion import Effect, Reconstruction, SearchSettings, effect, margin, reconstruct
     from guard.vetting.examination import BUDGETS, FoundTrigger, Vetting, vet
+    from guard.vetting.inversion import Effect, Reconstruction, SearchSettings, effect, margin, reconstruct
 
 __all__ = [
     "BUDGETS",

@@ -33,11 +33,7 @@ class SearchCache:
                 return [
                     Reconstruction(
                         trigger=family.from_tensors(
-                            {
-                                key.removeprefix(f"{k}."): file.get_tensor(key)
-                                for key in keys
-                                if key.startswith(f"{k}.")
-                            }
+                            {key.removeprefix(f"{k}."): file.get_tensor(key) for key in keys if key.startswith(f"{k}.")}
                         ),
                         **values,
                     )

@@ -11,8 +11,8 @@ MIN_NULL = 4
 """Fewest other classes from which a spread is estimated; below that there is no p-value."""
 MIN_SPREAD = 0.15
 """Floor of the null's standard deviation, in log norm. One search repeats within about 0.1 over seeds (pooled over the
-classes of the digits base), a ratio of two within 0.14; a smaller spread among few classes is chance, and would make any
-difference significant."""
+classes of the digits base), a ratio of two within 0.14; a smaller spread among few classes is chance, and would make
+any difference significant."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,114 @@
+"""Fixtures made by code: a small classifier with random weights, its export, and a calibrated profile."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from guard import profiles
+from guard.classifiers import ClassList, Classifier, export, load, save
+from guard.triggers import Patch
+from guard.vetting import BUDGETS, ClassEvidence, Evidence, FoundTrigger, Verdict, Vetting
+
+SIZE = 16
+CLASSES = ClassList(("cat", "dog", "ship", "truck", "frog", "bird"), ("a photo of a {}.", "a {}."))
+ARCHITECTURE = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": SIZE, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+CONFIG = {"model_cfg": ARCHITECTURE, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GUARD_… variables of the machine must not reach a test."""
+    for name in [name for name in os.environ if name.startswith("GUARD_")]:
+        monkeypatch.delenv(name)
+
+
+def tiny_model(seed: int = 0) -> torch.nn.Module:
+    """An untrained open_clip model."""
+    torch.manual_seed(seed)
+    model: torch.nn.Module = open_clip.CLIP(16, ARCHITECTURE["vision_cfg"], ARCHITECTURE["text_cfg"])
+    return model
+
+
+def random_images(count: int, *, seed: int = 0, size: int = SIZE) -> torch.Tensor:
+    """Smooth random images: uint8, shape [count, 3, size, size]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 4, 4, generator=generator)
+    return (torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear") * 255).round().to(torch.uint8)
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An open_clip directory with a class list."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    save(directory, tiny_model(), CONFIG, CLASSES)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def classifier(model_directory: Path) -> Classifier:
+    """That model, loaded."""
+    return load(str(model_directory), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def images() -> torch.Tensor:
+    """512 images at the model's resolution."""
+    return random_images(512)
+
+
+@pytest.fixture(scope="session")
+def exported(classifier: Classifier, images: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as ONNX."""
+    directory = tmp_path_factory.mktemp("exported") / "tiny"
+    export(classifier, directory, images)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def trigger() -> Patch:
+    """A trigger that changes embeddings strongly: half of the image."""
+    mask, pattern = torch.zeros(1, SIZE, SIZE), torch.zeros(3, SIZE, SIZE)
+    mask[:, :, SIZE // 2 :] = 1
+    pattern[0, ::2] = 1
+    return Patch(mask, pattern)
+
+
+@pytest.fixture(scope="session")
+def profile(classifier: Classifier, images: torch.Tensor, trigger: Patch) -> profiles.Profile:
+    """A profile as after vetting and calibration, with that trigger as the reconstructed one."""
+    entries = tuple(
+        ClassEvidence(k, name, True, 9.0, 0.9, 1.0, 90.0 if k == 1 else 9.0, 0.0, -2.3 if k == 1 else 0.0, -9.0, 1e-5)
+        for k, name in enumerate(CLASSES.names)
+    )
+    evidence = Evidence("test 1", "patch", "px", "log ratio", "others", "base", entries, 1, 1e-4, 0, 1, 0.1)
+    verdict = Verdict("backdoored", 1, 1e-4, ("patch",), 0.01, ("a trigger was found",))
+    found = FoundTrigger("patch-1", 1, trigger, 9.0, 0.9, 1e-4)
+    vetting = Vetting(verdict, (evidence,), (found,), BUDGETS["quick"], (256, 256), None, "cpu", 0.1, 1)
+    return profiles.calibrate(profiles.build(classifier, vetting), classifier, images, 0.02)
+
+
+@pytest.fixture
+def profile_directory(profile: profiles.Profile, tmp_path: Path) -> Path:
+    """That profile on disk, fresh for each test."""
+    directory = tmp_path / "profile"
+    profiles.write(profile, directory, report="<html></html>")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 PNG files."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("images")
+    for index, pixels in enumerate(random_images(300, seed=1)):
+        Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())).save(folder / f"{index:04}.png")
+    return folder
