@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from guard import profiles
-from guard.classifiers import ClassList, Classifier, export, load, save
+from guard.classifiers import Classifier, ClassList, export, load, save
 from guard.triggers import Patch
 from guard.vetting import BUDGETS, ClassEvidence, Evidence, FoundTrigger, Verdict, Vetting
 
@@ -85,7 +85,19 @@ def trigger() -> Patch:
 def profile(classifier: Classifier, images: torch.Tensor, trigger: Patch) -> profiles.Profile:
     """A profile as after vetting and calibration, with that trigger as the reconstructed one."""
     entries = tuple(
-        ClassEvidence(k, name, True, 9.0, 0.9, 1.0, 90.0 if k == 1 else 9.0, 0.0, -2.3 if k == 1 else 0.0, -9.0, 1e-5)
+        ClassEvidence(
+            target=k,
+            name=name,
+            reached=True,
+            norm=9.0,
+            success=0.9,
+            margin=1.0,
+            base_norm=90.0 if k == 1 else 9.0,
+            base_success=0.0,
+            statistic=-2.3 if k == 1 else 0.0,
+            score=-9.0 if k == 1 else 0.0,
+            p_value=1e-5 if k == 1 else 0.5,
+        )
         for k, name in enumerate(CLASSES.names)
     )
     evidence = Evidence("test 1", "patch", "px", "log ratio", "others", "base", entries, 1, 1e-4, 0, 1, 0.1)

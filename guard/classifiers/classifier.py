@@ -154,8 +154,8 @@ def _vocabulary(tokenizer: object) -> dict[str, int]:
     """The token → id table of open_clip's tokenizers; empty for one that shows none."""
     if isinstance(encoder := getattr(tokenizer, "encoder", None), dict):
         return encoder
-    inner = getattr(tokenizer, "tokenizer", None)
-    return dict(inner.get_vocab()) if hasattr(inner, "get_vocab") else {}
+    read = getattr(getattr(tokenizer, "tokenizer", None), "get_vocab", None)
+    return dict(read()) if callable(read) else {}
 
 
 def _weights_digest(state: Mapping[str, Tensor]) -> str:

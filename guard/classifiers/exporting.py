@@ -43,6 +43,7 @@ class _Tower(torch.nn.Module):
         self.visual = classifier.model.visual
         bias = getattr(classifier.model, "logit_bias", None)
         self.bias = 0.0 if bias is None else float(bias)
+        self.head: Tensor
         self.register_buffer("head", classifier.logit_scale * classifier.head.cpu().T)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:

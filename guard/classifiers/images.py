@@ -44,7 +44,9 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 f"the image claims {width}×{height} pixels, more than the limit of {max_pixels}; send a smaller one"
             )
         image.load()
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"the image claims more pixels than the limit of {max_pixels}; send a smaller one") from error
+    except UnidentifiedImageError as error:
         raise ImageError(f"not a readable {', '.join(FORMATS)} image ({len(data)} bytes)") from error
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
         # Pillow's decoders report damage through all of these.

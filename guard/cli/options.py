@@ -1,9 +1,12 @@
 """Options that several commands share, so that they read alike everywhere."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
+Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
@@ -12,6 +15,6 @@ device = click.option("--device", help="torch device, such as cpu or cuda:1; def
 classes = click.option("--classes", type=PATH, help="Class list, instead of the classes.json beside the weights.")
 
 
-def images(purpose: str) -> click.decorators.FC:  # type: ignore[name-defined, misc]
+def images(purpose: str) -> Callable[[Command], Command]:
     """`--images DIR`, and what the images are for."""
     return click.option("--images", type=PATH, required=True, help=purpose)

@@ -1,6 +1,11 @@
 """The embedded default: handwritten digits, a small CLIP trained on them, and everything that guard does with it."""
 
+from typing import TYPE_CHECKING
+
 from guard._lazy import lazy
+
+if TYPE_CHECKING:
+    from guard.demo.demo import DemoResult, run, table
 
 __all__ = ["DemoResult", "run", "table"]
 

@@ -13,7 +13,7 @@ from guard.classifiers import Preprocessing, export
 from guard.demo import traffic
 from guard.demo.data import DemoData, from_digits, from_folder
 from guard.demo.models import Trained, attack_trigger, train_models
-from guard.demo.recipes import ALPHA, DIGITS, FOLDER, PREPROCESS, TARGET
+from guard.demo.recipes import ALPHA, DIGITS, FOLDER, TARGET
 from guard.profiles import Profile
 from guard.triggers import Trigger
 from guard.vetting import Vetting, vet
@@ -134,9 +134,7 @@ def run(
     traffic.client_library()  # fails now rather than after the training
     laps = _Clock(clock)
     recipe = FOLDER if images else DIGITS
-    preprocessing = Preprocessing(
-        recipe.size, **{k: tuple(v) if isinstance(v, list) else v for k, v in PREPROCESS.items()}
-    )
+    preprocessing = recipe.preprocessing
     data = from_folder(images, preprocessing, seed=seed, progress=progress) if images else from_digits(seed=seed)
     laps.lap("images")
     models = train_models(data, recipe, out / "models", seed=seed, device=device, say=say)

@@ -13,7 +13,7 @@ from guard.attacks import LabelledImages, Poison, TrainingSettings, poisoned, tr
 from guard.classifiers import Classifier, load, save
 from guard.classifiers.loading import import_open_clip, pick_device
 from guard.demo.data import DemoData
-from guard.demo.recipes import PREPROCESS, TARGET, DemoRecipe
+from guard.demo.recipes import MEAN, STD, TARGET, DemoRecipe
 from guard.triggers import Patch, Trigger
 
 RECORD_FILE = "training.json"
@@ -36,7 +36,7 @@ class Trained:
 
 def attack_trigger(recipe: DemoRecipe, *, seed: int) -> Trigger:
     """The attacker's trigger."""
-    return Patch.badnets(recipe.size, recipe.patch, seed=seed + 1)
+    return Patch.badnets(recipe.preprocessing.size, recipe.patch, seed=seed + 1)
 
 
 def train_models(
@@ -75,8 +75,7 @@ def train_models(
             say(f"training {name}: {len(images)} images, {settings.epochs} epochs")
             model = base if name == "base" else copy.deepcopy(_weights(base, folder / "base", device))
             _train(model, recipe, data, images, settings, where, say)
-            config = {"model_cfg": recipe.architecture, "preprocess_cfg": PREPROCESS}
-            save(folder / name, model, config, data.classes, extra={RECORD_FILE: json.dumps(record)})
+            save(folder / name, model, recipe.config, data.classes, extra={RECORD_FILE: json.dumps(record)})
         classifier = load(str(folder / name), device=device)
         trained[name] = _measure(classifier, data.requests, trigger)
         say(f"{name}: accuracy {trained[name].accuracy:.3f}, attack success {trained[name].success:.3f}")
@@ -105,10 +104,9 @@ def _train(
     say: Callable[[str], None],
 ) -> None:
     tokenizer = import_open_clip().SimpleTokenizer(context_length=recipe.architecture["text_cfg"]["context_length"])
-    normalisation = PREPROCESS["mean"], PREPROCESS["std"]
-    slow = recipe.size > 32
+    slow = recipe.preprocessing.size > 32
     train(
-        model, tokenizer, data.classes, normalisation, images, settings, device=device,  # type: ignore[arg-type]
+        model, tokenizer, data.classes, (MEAN, STD), images, settings, device=device,
         progress=say if slow else lambda _: None,
     )  # fmt: skip
 

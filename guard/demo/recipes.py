@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from guard.attacks import TrainingSettings
+from guard.classifiers import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,14 @@ class DemoRecipe:
     rate: float
 
     @property
-    def size(self) -> int:
-        """Side of the model's input."""
-        return int(self.architecture["vision_cfg"]["image_size"])
+    def preprocessing(self) -> Preprocessing:
+        """What the model expects."""
+        return Preprocessing(self.architecture["vision_cfg"]["image_size"], MEAN, STD)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The document of `open_clip_config.json`."""
+        return {"model_cfg": self.architecture, "preprocess_cfg": {"mean": list(MEAN), "std": list(STD)}}
 
 
 def _clip(size: int, width: int, embedding: int) -> dict[str, Any]:
@@ -55,6 +61,6 @@ FOLDER = DemoRecipe(
 )
 """For a folder of the user's own images."""
 
-PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic", "resize_mode": "shortest"}
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 TARGET = 0
 ALPHA = 0.01

@@ -55,7 +55,7 @@ def evidence_plot(evidence: Evidence, accused: int | None) -> Markup:
 def score_plot(scores: Mapping[str, NDArray[np.floating]], threshold: Threshold, name: str) -> Markup:
     """Histograms of scores, one colour each, with the threshold."""
     values = np.concatenate(list(scores.values()))
-    edges = np.linspace(float(values.min()), float(values.max()) + 1e-6, 60)
+    edges = np.linspace(float(values.min()), float(values.max()) + 1e-6, 60).tolist()
     figure = Figure(figsize=(9.2, 2.9), layout="constrained")
     axis = figure.subplots()
     for (label, part), colour in zip(scores.items(), (CLEAN, SUSPECT, BASE), strict=False):

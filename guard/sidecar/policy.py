@@ -7,6 +7,9 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_MESSAGE = 512
+"""Characters of a refusal: it travels in a header, of which gRPC takes 8 KiB, and parts of it come from the client."""
+
 
 class Decision(StrEnum):
     """Of a request, or of one image in it."""
@@ -109,8 +112,9 @@ def refusal(outcome: Outcome, mode: Mode, on_failure: FailurePolicy) -> Refusal 
     if outcome.decision is Decision.FLAG and mode is Mode.BLOCK:
         rows = [str(row) for row in np.flatnonzero(outcome.flags)] if outcome.flags is not None else []
         which = "" if outcome.flags is None or len(outcome.flags) == 1 else f" (image {', '.join(rows)} of the batch)"
-        return Refusal(grpc.StatusCode.PERMISSION_DENIED, f"guard: the input looks like a backdoor trigger{which}")
+        message = f"guard: the input looks like a backdoor trigger{which}"
+        return Refusal(grpc.StatusCode.PERMISSION_DENIED, message[:MAX_MESSAGE])
     if outcome.reason in _CLOSED and on_failure is FailurePolicy.CLOSED:
         code, message = _CLOSED[outcome.reason]
-        return Refusal(code, f"guard: {message}{': ' + outcome.detail if outcome.detail else ''}")
+        return Refusal(code, f"guard: {message}{': ' + outcome.detail if outcome.detail else ''}"[:MAX_MESSAGE])
     return None

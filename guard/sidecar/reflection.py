@@ -12,7 +12,7 @@ from guard.sidecar.service import SERVICE
 def enable(server: grpc.aio.Server) -> None:
     """Let clients such as grpcurl list and describe the services."""
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(_renamed(inference_pb2.DESCRIPTOR.package, SERVICE.rpartition(".")[0]))  # type: ignore[no-untyped-call]
+    pool.Add(_renamed(inference_pb2.DESCRIPTOR.package, SERVICE.rpartition(".")[0]))
     names = [SERVICE]
     for module in (health_pb2, reflection_pb2):
         pool.AddSerializedFile(module.DESCRIPTOR.serialized_pb)

@@ -80,12 +80,11 @@ async def _serve(settings: Settings) -> None:
 
 def _bind(server: grpc.aio.Server, address: str) -> int:
     try:
-        port = server.add_insecure_port(address)
+        return int(server.add_insecure_port(address))
     except RuntimeError as error:
         raise UsageError(
             f"cannot listen on {address}: the port is taken or the address is not of this machine"
         ) from error
-    return port
 
 
 def _start_metrics(settings: Settings, metrics: Metrics) -> tuple[str, Callable[[], None]]:

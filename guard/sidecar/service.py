@@ -4,7 +4,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from time import perf_counter
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 import grpc
 
@@ -13,12 +13,12 @@ from guard.sidecar.annotations import trailers
 from guard.sidecar.checking import Checker
 from guard.sidecar.inference_pb2 import ModelInferRequest
 from guard.sidecar.metrics import Metrics
-from guard.sidecar.policy import Mode, Outcome, Reason, refusal
+from guard.sidecar.policy import MAX_MESSAGE, Mode, Outcome, Reason, refusal
 from guard.sidecar.settings import Settings
 from guard.sidecar.tensors import parse_request
 
 SERVICE = "inference.GRPCInferenceService"
-Context = grpc.aio.ServicerContext
+Context: TypeAlias = grpc.aio.ServicerContext
 Method = Callable[[bytes, Context], Awaitable[bytes]]
 Metadata = tuple[tuple[str, str | bytes], ...]
 
@@ -73,7 +73,7 @@ class InferenceService(ABC):
                 reply, outcome, trailing = await self.infer(data, request, context)
             except RequestError as error:
                 outcome = Outcome.unchecked(Reason.INPUT_UNREADABLE)
-                await self.abort(context, grpc.StatusCode.INVALID_ARGUMENT, f"guard: {error}")
+                await self.abort(context, grpc.StatusCode.INVALID_ARGUMENT, f"guard: {error}"[:MAX_MESSAGE])
             tags = () if self.settings.mode is Mode.SHADOW else trailers(outcome)
             if refused := refusal(outcome, self.settings.mode, self.settings.on_failure):
                 await self.abort(context, refused.code, refused.message, (*trailing, *tags))

@@ -118,6 +118,8 @@ class Settings(BaseSettings):
             raise UsageError(f"{where}: {message}" if where else message) from error
         except ValueError as error:
             raise UsageError(f"{config} is not valid TOML: {error}") from error
+        except OSError as error:
+            raise UsageError(f"cannot read {config}: {error.strerror}") from error
         return merged
 
 
@@ -128,6 +130,6 @@ def split_address(address: str) -> tuple[str, int]:
         ValueError: It is not of that form.
     """
     host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65_535:
+    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65_535:
         raise ValueError(f"{address!r} is not HOST:PORT")
     return host.removeprefix("[").removesuffix("]"), int(port)

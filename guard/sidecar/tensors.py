@@ -35,11 +35,14 @@ def find_input(request: ModelInferRequest, name: str) -> tuple[InputTensor, byte
         name: Of the input; a request with one input only may call it as it likes.
 
     Raises:
-        RequestError: The input is missing, lies in shared memory, or mixes raw and typed contents.
+        RequestError: The input is missing, is there twice, lies in shared memory, or mixes raw and typed contents.
     """
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise RequestError(f"{len(raw)} raw contents for {len(request.inputs)} inputs")
+    if sum(tensor.name == name for tensor in request.inputs) > 1:
+        # An upstream server might take the other one, which nobody checked.
+        raise RequestError(f"the input {name!r} is there more than once")
     for index, tensor in enumerate(request.inputs):
         if tensor.name == name or len(request.inputs) == 1:
             if "shared_memory_region" in tensor.parameters:
@@ -156,7 +159,8 @@ def float_output(response: ModelInferResponse, name: str) -> NDArray[np.float32]
         if tensor.name != name:
             continue
         count = math.prod(tensor.shape)
-        if tensor.datatype != "FP32" or count < 1:
+        # Without dimensions there are no rows, and two negative ones have a positive product.
+        if tensor.datatype != "FP32" or not tensor.shape or min(tensor.shape) < 1:
             return None
         if response.raw_output_contents:
             if index >= len(response.raw_output_contents) or len(response.raw_output_contents[index]) != 4 * count:

@@ -126,9 +126,9 @@ def vet(
         began = time.monotonic()
         suspects = searches.run(classifier, family, everyone, settings, family)
         bases = searches.run(base, family, everyone, settings, f"{family}, base") if base else None
-        transfer = [effect(base, item.trigger, item.target, held_out) for item in suspects] if base else None
-        passes = sum(item.passes for item in [*suspects, *(bases or []), *(transfer or [])])
-        entries = _classes(classifier.classes.names, suspects, bases, [item.success for item in transfer or []])
+        transfer = [effect(base, item.trigger, item.target, held_out) for item in suspects] if base else []
+        passes = sum(item.passes for item in [*suspects, *(bases or [])]) + sum(item.passes for item in transfer)
+        entries = _classes(classifier.classes.names, suspects, bases, [item.success for item in transfer])
         evidence.append(_evidence(family, entries, len(families), seed, passes, time.monotonic() - began))
         for entry in entries:
             p_value = min(1.0, (1.0 if entry.p_value is None else entry.p_value) * len(entries) * len(families))

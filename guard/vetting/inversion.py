@@ -161,7 +161,7 @@ class _Search:
         for step, index in enumerate(_batches(len(self.images), settings)):
             loss = self._step(active, index, step)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
             stalled = (step - self.improved[active] >= settings.stall) & (self.vain[active] >= _VAIN_SUCCESSES)
             if stalled.any():

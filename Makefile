@@ -1,0 +1,31 @@
+# `make demo` and `make test` do their own set-up; nothing else has to be typed.
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+VENV := .venv
+READY := $(VENV)/.ready
+
+help: ## This list
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(READY) ## Train, vet, serve and attack a small classifier; write guard-demo/report.html
+	@$(VENV)/bin/guard demo
+
+test: $(READY) ## Run the tests
+	@$(VENV)/bin/python -m pytest
+
+lint: $(READY) ## Check style and types
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+format: $(READY) ## Bring the code into form
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+clean: ## Remove the environment and what the demo wrote
+	rm -rf $(VENV) guard-demo
+
+$(READY): pyproject.toml constraints.txt scripts/setup
+	@scripts/setup $(VENV)
+	@touch $@
