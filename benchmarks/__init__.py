@@ -1,0 +1,1 @@
+"""One script per claim; what they printed lies in `results/`."""

@@ -28,20 +28,36 @@ def run(seed: int, images: Path | None, out: Path) -> dict[str, Any]:
     return result
 
 
+COLUMNS = (
+    "seed",
+    "accuracy base / backdoored / twin",
+    "attack success base / backdoored / twin",
+    "verdict on backdoored",
+    "verdict on twin",
+    "triggered flagged",
+    "clean flagged",
+    "p50 / p99 ms with screening",
+    "without",
+    "seconds",
+)
+
+
+def _three(values: dict[str, float]) -> str:
+    return " / ".join(f"{values[name]:.3f}" for name in ("base", "backdoored", "clean-twin"))
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """One row per seed, and the totals."""
     lines = [
-        "| seed | accuracy base / backdoored / twin | attack success base / backdoored / twin | verdict on backdoored "
-        "| verdict on twin | triggered flagged | clean flagged | p50 / p99 ms with screening | without | seconds |",
-        "| --- " * 10 + "|",
+        "| " + " | ".join(COLUMNS) + " |",
+        "| --- " * len(COLUMNS) + "|",
     ]
     for item in results:
-        names = ("base", "backdoored", "clean-twin")
         detected, alarms = item["detected"], item["false_alarms"]
         lines.append(
             f"| {item['seed']} "
-            f"| {' / '.join(f'{item["accuracy"][name]:.3f}' for name in names)} "
-            f"| {' / '.join(f'{item["attack_success"][name]:.3f}' for name in names)} "
+            f"| {_three(item['accuracy'])} "
+            f"| {_three(item['attack_success'])} "
             f"| {item['verdicts']['backdoored']}, {item['targets']['backdoored']} | {item['verdicts']['clean-twin']} "
             f"| {detected['count']}/{detected['total']} | {alarms['count']}/{alarms['total']} "
             f"| {' / '.join(f'{value:.2f}' for value in item['latency']['with screening'])} "

@@ -44,7 +44,7 @@ def main() -> None:
                         images[order[:half]],
                         images[order[half:]],
                         torch.arange(10),
-                        replace(BUDGETS[budget], seed=seed),  # type: ignore[index]  # the literal names of budgets
+                        replace(BUDGETS[budget], seed=seed),
                     )
                     norms.append([np.log(item.norm) for item in found])
                 spread = np.std(norms, axis=0, ddof=1)

@@ -1,6 +1,7 @@
 """Profiles on disk: written whole or not at all, and believed only after every check."""
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -75,7 +76,8 @@ def _read_document(path: Path) -> Document:
     try:
         if path.stat().st_size > _MAX_DOCUMENT_BYTES:
             raise ProfileError(f"{path} is larger than {_MAX_DOCUMENT_BYTES} bytes")
-        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+        json.dumps(raw, ensure_ascii=False).encode()  # an escape such as \ud800 alone is no character: ValueError
         if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
             raise ProfileError(f"{path} is no profile: it has no schema")
         if raw["schema"] > SCHEMA:
@@ -99,11 +101,16 @@ def _read_document(path: Path) -> Document:
 
 
 class _ConstantError(Exception):
-    """JSON with NaN or Infinity."""
+    """JSON with NaN, Infinity, or a number as large."""
 
 
 def _refuse_constant(name: str) -> float:
-    raise _ConstantError(f"it holds the number {name}")
+    raise _ConstantError(f"it holds the number {name[:32]}")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse_constant(text)
 
 
 def _check_document(document: Document, path: Path) -> None:
@@ -118,6 +125,8 @@ def _check_document(document: Document, path: Path) -> None:
         raise ProfileError(f"{path} is damaged: a target is not one of the {classes} classes")
     if len({trigger.id for trigger in document.triggers}) != len(document.triggers):
         raise ProfileError(f"{path} is damaged: two triggers have the same id")
+    if document.calibration and document.calibration.k < 1:
+        raise ProfileError(f"{path} is damaged: k = {document.calibration.k} is no neighbour")
 
 
 def _read_tensors(path: Path, document: Document) -> dict[str, Array]:

@@ -93,7 +93,8 @@ class Screen:
             raise RequestError(
                 f"embeddings of shape {embeddings.shape} cannot be compared with ones of {self.dimension}"
             )
-        norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
+        with np.errstate(over="ignore"):  # refused below; a warning for each would only fill the log
+            norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
         if not np.isfinite(norms).all() or (norms == 0).any():
             raise RequestError("an embedding is zero or not finite")
         unit = (embeddings / norms).astype(np.float32, copy=False)

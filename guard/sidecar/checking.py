@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.classifiers import ExportedClassifier, decode
+from guard.classifiers import ExportedClassifier, Preprocessing, decode
 from guard.errors import ImageError, RequestError
 from guard.profiles import Profile
 from guard.sidecar.inference_pb2 import ModelInferRequest
@@ -105,6 +105,9 @@ class Checker:
             return Inference(logits, Outcome.unchecked(Reason.DISABLED))
         try:
             return Inference(logits, self._score(embeddings))
+        except RequestError as error:
+            # The client's doing, by values so large that the model overflows.
+            return Inference(logits, Outcome.unchecked(Reason.INPUT_UNREADABLE, str(error)))
         except Exception:
             log.exception("screening failed")
             return Inference(logits, Outcome.unchecked(Reason.ERROR))
@@ -115,14 +118,18 @@ class Checker:
         if tensor.datatype != "BYTES":
             return float_images(tensor, raw, (3, preprocessing.size, preprocessing.size), limit)
         try:
-            return np.stack(
-                [
-                    preprocessing(decode(file, max_pixels=self._settings.max_pixels))
-                    for file in encoded_images(tensor, raw, limit)
-                ]
-            )
+            return np.stack([self._decode(file, preprocessing) for file in encoded_images(tensor, raw, limit)])
         except ImageError as error:
             raise RequestError(f"input {tensor.name!r}: {error}") from error
+
+    def _decode(self, file: bytes, preprocessing: Preprocessing) -> Floats:
+        limit = self._settings.max_pixels
+        image = decode(file, max_pixels=limit)
+        # A strip of 1 × 10,000,000 pixels is small until its short side is scaled up to the model's input.
+        short, long = sorted(image.size)
+        if preprocessing.resize_mode == "shortest" and preprocessing.size**2 * long > limit * short:
+            raise ImageError(f"the image is too narrow ({image.width}×{image.height}); resized it has over {limit} pixels")
+        return preprocessing(image)
 
     def _score(self, embeddings: Floats) -> Outcome:
         with self._metrics.stage("screening"):
