@@ -56,14 +56,14 @@ def pick_device(name: str | None = None) -> "torch.device":
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def load(model: str, *, classes: Path | None = None, device: str | None = None) -> "Classifier":
+def load(model: str, *, classes: Path | ClassList | None = None, device: str | None = None) -> "Classifier":
     """Load a classifier.
 
     Args:
         model: An open_clip directory (`open_clip_config.json` and `open_clip_model.safetensors`), `ARCH::FILE` for a
             safetensors file of an architecture that open_clip knows by name, or a hub tag `hf-hub:OWNER/NAME`,
             optionally with `@REVISION`.
-        classes: Class list (`ClassList.read`); default is the `classes.json` beside the weights.
+        classes: Class list, or a file of one (`ClassList.read`); default is the `classes.json` beside the weights.
         device: torch device; default is a GPU if there is one.
 
     Raises:
@@ -136,7 +136,7 @@ def _download(tag: str) -> Path:
         raise ModelError(f"cannot fetch {HUB_PREFIX}{tag}: {error}") from error
 
 
-def _load_directory(directory: Path, source: str, classes: Path | None, device: str | None) -> "Classifier":
+def _load_directory(directory: Path, source: str, classes: Path | ClassList | None, device: str | None) -> "Classifier":
     if not (directory / CONFIG_FILE).is_file():
         raise ModelError(f"{directory} is no open_clip directory: it has no {CONFIG_FILE}")
     if not (directory / WEIGHTS_FILE).is_file():
@@ -156,7 +156,9 @@ def _load_directory(directory: Path, source: str, classes: Path | None, device: 
     )
 
 
-def _load_file(architecture: str, weights: Path, source: str, classes: Path | None, device: str | None) -> "Classifier":
+def _load_file(
+    architecture: str, weights: Path, source: str, classes: Path | ClassList | None, device: str | None
+) -> "Classifier":
     config = import_open_clip().get_model_config(architecture)
     if config is None:
         raise ModelError(f"open_clip knows no architecture {architecture!r}; `open_clip.list_models()` lists them")
@@ -217,7 +219,7 @@ def _build(
     model_config: Mapping[str, Any],
     preprocess_config: Mapping[str, Any],
     weights: Path,
-    classes: Path,
+    classes: Path | ClassList,
     *,
     source: str,
     device: str | None,
@@ -226,7 +228,7 @@ def _build(
     from guard.classifiers.classifier import Classifier
 
     check_weights_file(weights)
-    class_list = ClassList.read(classes)
+    class_list = classes if isinstance(classes, ClassList) else ClassList.read(classes)
     target = pick_device(device)
     try:
         with _quiet():

@@ -13,7 +13,6 @@ from guard.cli.console import Console
 @options.images("Folder of clean images like those that requests will carry, none of them used in training.")
 @click.option("--alpha", type=float, default=0.01, show_default=True, help="Share of clean images that may be flagged.")
 @click.option("--model", help="The model, if it is no longer where the profile says.")
-@options.classes
 @click.option("--k", type=click.IntRange(min=1), help="Neighbour that distances are taken to; default: by bank size.")
 @click.option("--limit", type=click.IntRange(min=10), default=5000, show_default=True, help="Most images to use.")
 @options.seed
@@ -24,7 +23,6 @@ def calibrate(
     images: Path,
     alpha: float,
     model: str | None,
-    classes: Path | None,
     k: int | None,
     limit: int,
     seed: int,
@@ -42,7 +40,7 @@ def calibrate(
     console = Console(as_json=as_json)
     stored = profiles.read(profile)
     folder = ImageFolder.scan(images).sample(limit, seed=seed)
-    classifier = load(model or stored.document.model.source, classes=classes, device=device)
+    classifier = load(model or stored.document.model.source, classes=stored.document.model.classes, device=device)
     stored.check_model(classifier.digest)
     import torch
 

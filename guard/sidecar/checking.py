@@ -128,7 +128,9 @@ class Checker:
         # A strip of 1 × 10,000,000 pixels is small until its short side is scaled up to the model's input.
         short, long = sorted(image.size)
         if preprocessing.resize_mode == "shortest" and preprocessing.size**2 * long > limit * short:
-            raise ImageError(f"the image is too narrow ({image.width}×{image.height}); resized it has over {limit} pixels")
+            raise ImageError(
+                f"the image is too narrow ({image.width}×{image.height}); resized it has over {limit} pixels"
+            )
         return preprocessing(image)
 
     def _score(self, embeddings: Floats) -> Outcome:

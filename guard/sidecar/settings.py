@@ -114,6 +114,8 @@ class Settings(BaseSettings):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"])
+            if first["type"] == "missing":
+                raise UsageError(f"--{where} is required (or GUARD_{where.upper()}, or {where} in the file)") from error
             message = first["msg"].removeprefix("Value error, ")
             raise UsageError(f"{where}: {message}" if where else message) from error
         except ValueError as error:
