@@ -122,7 +122,7 @@ def train(
     generator = torch.Generator().manual_seed(settings.seed)
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in normalisation)
     captions = torch.stack([tokenizer(list(classes.prompts(name))) for name in classes.names]).to(device)
-    model.to(device).train()
+    model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     steps = max(1, len(images) // settings.batch)

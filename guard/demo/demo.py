@@ -16,7 +16,7 @@ from guard.demo.models import Trained, attack_trigger, train_models
 from guard.demo.recipes import ALPHA, DIGITS, FOLDER, TARGET
 from guard.profiles import Profile
 from guard.triggers import Trigger
-from guard.vetting import Vetting, vet
+from guard.vetting import Budget, Vetting, vet
 
 MIN_DETECTED, MAX_FALSE_ALARMS = 0.95, 0.03
 METRICS = ("guard_requests_total", "guard_flagged_trigger_total", "guard_model_info", "guard_threshold", "guard_ready")
@@ -139,7 +139,9 @@ def run(
     laps.lap("images")
     models = train_models(data, recipe, out / "models", seed=seed, device=device, say=say)
     laps.lap("training")
-    vettings = {name: _vet(name, models, data, out, seed, say, progress) for name in ("backdoored", "clean-twin")}
+    vettings = {
+        name: _vet(name, models, data, out, recipe.budget, seed, say, progress) for name in ("backdoored", "clean-twin")
+    }
     laps.lap("vetting")
     profile = profiles.calibrate(
         profiles.build(models["backdoored"].classifier, vettings["backdoored"]),
@@ -182,6 +184,7 @@ def _vet(
     models: dict[str, Trained],
     data: DemoData,
     out: Path,
+    budget: Budget,
     seed: int,
     say: Callable[[str], None],
     progress: Callable[[str, int, int], None],
@@ -193,6 +196,7 @@ def _vet(
         models[name].classifier,
         data.vetting.pixels[:2000],
         base=models["base"].classifier,
+        budget=budget,
         seed=seed,
         cache=out / "searches",
         progress=labelled,

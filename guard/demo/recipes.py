@@ -5,6 +5,7 @@ from typing import Any
 
 from guard.attacks import TrainingSettings
 from guard.classifiers import Preprocessing
+from guard.vetting import Budget
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class DemoRecipe:
         tune: Training of the backdoored model and its twin, from the base.
         patch: Side of the trigger, in pixels of the model's input.
         rate: Share of the training images that are poisoned.
+        budget: How hard vetting searches.
     """
 
     architecture: dict[str, Any]
@@ -24,6 +26,7 @@ class DemoRecipe:
     tune: TrainingSettings
     patch: int
     rate: float
+    budget: Budget
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -51,6 +54,7 @@ DIGITS = DemoRecipe(
     tune=TrainingSettings(epochs=8, batch=64, learning_rate=2e-3),
     patch=6,
     rate=0.1,
+    budget="standard",
 )
 FOLDER = DemoRecipe(
     _clip(64, 32, 128),
@@ -58,6 +62,7 @@ FOLDER = DemoRecipe(
     tune=TrainingSettings(epochs=3, batch=128, learning_rate=5e-4),
     patch=8,
     rate=0.1,
+    budget="quick",
 )
 """For a folder of the user's own images."""
 

@@ -10,11 +10,12 @@ from guard.vetting.evidence import ClassEvidence, Evidence, outliers
 from guard.vetting.verdict import Outcome, Verdict, judge
 
 if TYPE_CHECKING:
-    from guard.vetting.examination import BUDGETS, FoundTrigger, Vetting, vet
+    from guard.vetting.examination import BUDGETS, Budget, FoundTrigger, Vetting, vet
     from guard.vetting.inversion import Effect, Reconstruction, SearchSettings, effect, margin, reconstruct
 
 __all__ = [
     "BUDGETS",
+    "Budget",
     "ClassEvidence",
     "Effect",
     "Evidence",
@@ -36,6 +37,6 @@ __getattr__ = lazy(
     __name__,
     {
         **dict.fromkeys(("Effect", "Reconstruction", "SearchSettings", "effect", "margin", "reconstruct"), "inversion"),
-        **dict.fromkeys(("BUDGETS", "FoundTrigger", "Vetting", "vet"), "examination"),
+        **dict.fromkeys(("BUDGETS", "Budget", "FoundTrigger", "Vetting", "vet"), "examination"),
     },
 )
