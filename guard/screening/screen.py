@@ -23,8 +23,8 @@ def default_k(bank: int, classes: int) -> int:
 
     The reference bank holds about bank / classes genuine images of the target class. If k is a large part of these,
     the k-th clean neighbour of a genuine image lies at the edge of its class or in another, and genuine images of the
-    target look triggered. A fortieth of a class, at least 2 and at most `MAX_K`, kept them apart on the digits model
-    (true trigger, bank of 1,200: detected at 1 % false alarms 0.99 with k = 4, 0.97 with k = 16).
+    target look triggered. So k is a fortieth of a class's share, at least 2 and at most `MAX_K`
+    (benchmarks/results/neighbour.md).
 
     Args:
         bank: Images in the reference bank.

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -79,12 +80,24 @@ async def _serve(settings: Settings) -> None:
 
 
 def _bind(server: grpc.aio.Server, address: str) -> int:
+    refused = UsageError(f"cannot listen on {address}: the port is taken or the address is not of this machine")
+    if not _can_bind(*split_address(address)):
+        raise refused
     try:
         return int(server.add_insecure_port(address))
     except RuntimeError as error:
-        raise UsageError(
-            f"cannot listen on {address}: the port is taken or the address is not of this machine"
-        ) from error
+        raise refused from error
+
+
+def _can_bind(host: str, port: int) -> bool:
+    """Tried before gRPC does, which would write lines of its own to standard error."""
+    with suppress(OSError):
+        for family, kind, _, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with suppress(OSError), socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(place)
+                return True
+    return False
 
 
 def _start_metrics(settings: Settings, metrics: Metrics) -> tuple[str, Callable[[], None]]:

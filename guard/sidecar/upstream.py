@@ -78,7 +78,9 @@ class UpstreamService(InferenceService):
             return reply, tuple(await call.trailing_metadata())
         except grpc.aio.AioRpcError as error:
             details = error.details() or ""
-            if error.code() is grpc.StatusCode.UNAVAILABLE and not error.initial_metadata():
+            # The upstream server may itself say UNAVAILABLE, over a connection that stands.
+            lost = self._channel.get_state() is not grpc.ChannelConnectivity.READY
+            if error.code() is grpc.StatusCode.UNAVAILABLE and lost:
                 details = f"guard: the upstream server {self.settings.upstream} cannot be reached ({details})"
             await self.abort(context, error.code(), details, tuple(error.trailing_metadata() or ()))
 

@@ -1,0 +1,361 @@
+"""Sidecars as processes, a client that knows only bytes, and an upstream server that does what a test asks for."""
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from guard import profiles
+from guard.classifiers import ExportedClassifier
+from guard.demo.traffic import scrape
+from guard.sidecar.inference_pb2 import (
+    ModelInferRequest,
+    ModelInferResponse,
+    ModelMetadataResponse,
+    ModelReadyResponse,
+    ServerLiveResponse,
+    ServerMetadataResponse,
+    ServerReadyResponse,
+)
+from guard.sidecar.service import SERVICE
+from guard.sidecar.tensors import add_output, float_images
+from guard.triggers import Patch
+from tests.conftest import random_images
+
+WAIT_SECONDS = 60
+METHODS = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer")
+Floats = NDArray[np.float32]
+Pairs = tuple[tuple[str, str | bytes], ...]
+
+
+def eventually(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {WAIT_SECONDS} s"
+        time.sleep(0.02)
+
+
+@dataclass
+class Sidecar:
+    process: subprocess.Popen[bytes]
+    announced: dict[str, Any]
+    errors: Path
+
+    @property
+    def address(self) -> str:
+        return str(self.announced["listen"])
+
+    @property
+    def stderr(self) -> str:
+        return self.errors.read_text(encoding="utf-8")
+
+    def metric(self, name: str, **labels: str) -> float:
+        wanted = {f'{key}="{value}"' for key, value in labels.items()}
+        for line in scrape(str(self.announced["metrics"]), (name,)):
+            series, _, value = line.rpartition(" ")
+            found, _, inside = series.partition("{")
+            if found == name and wanted == set(inside.rstrip("}").split(",")) - {""}:
+                return float(value)
+        raise AssertionError(f"{name} {labels} is not exposed")
+
+
+def command(*arguments: str | Path) -> list[str]:
+    ports = ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
+    return [sys.executable, "-m", "guard", "serve", *ports, *(str(argument) for argument in arguments)]
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("GUARD_")}
+
+
+def refused_start(*arguments: str | Path) -> tuple[int, list[str]]:
+    done = subprocess.run(
+        command(*arguments), capture_output=True, text=True, env=environment(), timeout=WAIT_SECONDS, check=False
+    )
+    assert done.stdout == ""
+    return done.returncode, done.stderr.splitlines()
+
+
+class Launcher:
+    def __init__(self, errors: Path) -> None:
+        self._errors, self._count = errors, 0
+
+    @contextmanager
+    def __call__(self, *arguments: str | Path) -> Iterator[Sidecar]:
+        """A sidecar that must end well: drained, with code 0, and without a traceback in its log."""
+        self._count += 1
+        path = self._errors / f"{self._count}.log"
+        with path.open("wb") as errors:
+            process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=errors, env=environment())
+        try:
+            assert process.stdout is not None
+            assert select.select([process.stdout], [], [], WAIT_SECONDS)[0], "the sidecar did not start"
+            line = process.stdout.readline()
+            assert line, path.read_text(encoding="utf-8")
+            sidecar = Sidecar(process, json.loads(line), path)
+            yield sidecar
+            process.terminate()
+            assert process.wait(WAIT_SECONDS) == 0, sidecar.stderr
+            assert "Traceback" not in sidecar.stderr, sidecar.stderr
+        finally:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Launcher:
+    return Launcher(tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture(scope="session")
+def served_profile(profile: profiles.Profile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("served") / "profile"
+    profiles.write(profile, directory, report="")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def classify(exported: Path) -> ExportedClassifier:
+    return ExportedClassifier(exported, threads=1, gpu=False)
+
+
+@pytest.fixture(scope="session")
+def clean(classify: ExportedClassifier) -> Floats:
+    """Preprocessed images that no profile has seen."""
+    return classify.preprocessing.normalise(random_images(60, seed=5).numpy())
+
+
+@pytest.fixture(scope="session")
+def triggered(classify: ExportedClassifier, trigger: Patch) -> Floats:
+    """Images with the trigger."""
+    return classify.preprocessing.normalise(trigger.stamp(random_images(60, seed=6)).numpy())
+
+
+def infer_request(images: Floats, **more: Any) -> ModelInferRequest:
+    tensor = ModelInferRequest.InferInputTensor(name="image", datatype="FP32", shape=images.shape)
+    return ModelInferRequest(
+        **{"model_name": "classifier", "inputs": [tensor], "raw_input_contents": [images.tobytes()], **more}
+    )
+
+
+@dataclass
+class Reply:
+    response: ModelInferResponse
+    data: bytes
+    initial: Pairs
+    trailing: Pairs
+
+    def parameter(self, name: str) -> Any:
+        value = self.response.parameters[name]
+        return getattr(value, str(value.WhichOneof("parameter_choice")))
+
+    @property
+    def decision(self) -> str:
+        return str(self.parameter("guard_decision"))
+
+    @property
+    def outputs(self) -> list[str]:
+        return [output.name for output in self.response.outputs]
+
+
+def pairs(metadata: Any) -> Pairs:
+    return tuple((item.key, item.value) for item in metadata or ())
+
+
+class Client:
+    """The protocol as bytes, so that anything can be sent."""
+
+    def __init__(self, address: str) -> None:
+        self.channel = grpc.insecure_channel(address, [("grpc.enable_retries", 0)])
+
+    def method(self, name: str) -> Any:
+        return self.channel.unary_unary(f"/{SERVICE}/{name}")
+
+    def call(self, name: str, data: bytes = b"") -> bytes:
+        reply: bytes = self.method(name)(data, timeout=WAIT_SECONDS)
+        return reply
+
+    def infer(
+        self, request: ModelInferRequest | bytes, *, timeout: float | None = WAIT_SECONDS, metadata: Pairs = ()
+    ) -> Reply:
+        data = request if isinstance(request, bytes) else request.SerializeToString()
+        reply, call = self.method("ModelInfer").with_call(data, timeout=timeout, metadata=metadata)
+        return Reply(
+            ModelInferResponse.FromString(reply), reply, pairs(call.initial_metadata()), pairs(call.trailing_metadata())
+        )
+
+    def refused(self, request: ModelInferRequest | bytes, **more: Any) -> Any:
+        """The error that a request is answered with; whatever it is, it says nothing about guard's inside."""
+        with pytest.raises(grpc.RpcError) as caught:
+            self.infer(request, **more)
+        error: Any = caught.value
+        assert "Traceback" not in error.details()
+        assert "\n" not in error.details()
+        return error
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Client]:
+    client = Client(address)
+    try:
+        yield client
+    finally:
+        client.channel.close()
+
+
+@dataclass
+class Received:
+    method: str
+    data: bytes
+    metadata: Pairs
+    remaining: float | None
+
+
+@dataclass
+class Fault:
+    code: grpc.StatusCode
+    details: str
+    trailing: Pairs = ()
+
+
+@dataclass
+class Upstream:
+    """An Open Inference Protocol server that records what arrives.
+
+    Attributes:
+        classify: Computes its answers.
+        received: Every call, in order.
+        answer: From the bytes of a ModelInferRequest to those of the reply.
+        fault: Returned instead of an answer, if set.
+        initial: Metadata before the answer.
+        trailing: Metadata after it.
+        open: While cleared, calls wait.
+        cancelled: Set when a waiting call ends before its answer.
+    """
+
+    classify: ExportedClassifier
+    received: list[Received] = field(default_factory=list)
+    answer: Callable[[bytes], bytes] | None = None
+    fault: Fault | None = None
+    initial: Pairs = ()
+    trailing: Pairs = ()
+    ready: bool = True
+    open: threading.Event = field(default_factory=threading.Event)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    address: str = ""
+
+    def reset(self) -> None:
+        self.received.clear()
+        self.answer = self.fault = None
+        self.initial = self.trailing = ()
+        self.ready = True
+        self.open.set()
+        self.cancelled.clear()
+
+    def inferences(self) -> list[Received]:
+        return [call for call in self.received if call.method == "ModelInfer"]
+
+    @contextmanager
+    def running(self, port: int = 0) -> Iterator["Upstream"]:
+        self.reset()
+        server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+        handlers = {name: grpc.unary_unary_rpc_method_handler(partial(self._handle, name)) for name in METHODS}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        self.address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
+        server.start()
+        try:
+            yield self
+        finally:
+            self.open.set()
+            server.stop(0).wait()
+
+    def _handle(self, method: str, data: bytes, context: Any) -> bytes:
+        remaining = context.time_remaining()
+        # gRPC's servers say 292 billion years where there is no deadline.
+        self.received.append(
+            Received(method, data, pairs(context.invocation_metadata()), remaining if remaining < 1e9 else None)
+        )
+        if method != "ModelInfer":
+            canned: bytes = self._canned(method).SerializeToString()
+            return canned
+        context.add_callback(self._ended)
+        assert self.open.wait(WAIT_SECONDS)
+        if self.fault is not None:
+            context.set_trailing_metadata(self.fault.trailing)
+            context.abort(self.fault.code, self.fault.details)
+        context.send_initial_metadata(self.initial)
+        context.set_trailing_metadata(self.trailing)
+        return (self.answer or self.logits)(data)
+
+    def _ended(self) -> None:
+        if not self.open.is_set():
+            self.cancelled.set()
+            self.open.set()
+
+    def _canned(self, method: str) -> Any:
+        return {
+            "ServerLive": ServerLiveResponse(live=True),
+            "ServerReady": ServerReadyResponse(ready=self.ready),
+            "ModelReady": ModelReadyResponse(ready=True),
+            "ServerMetadata": ServerMetadataResponse(name="upstream", version="7"),
+            "ModelMetadata": ModelMetadataResponse(name="classifier", platform="fake"),
+        }[method]
+
+    def _run(self, data: bytes) -> tuple[ModelInferRequest, Floats, Floats]:
+        request = ModelInferRequest.FromString(data)
+        size = self.classify.preprocessing.size
+        images = float_images(request.inputs[0], request.raw_input_contents[0], (3, size, size), 256)
+        return request, *self.classify.run(images)
+
+    def logits(self, data: bytes) -> bytes:
+        request, _, logits = self._run(data)
+        response = ModelInferResponse(model_name=request.model_name, id=request.id)
+        add_output(response, "logits", logits, raw=True)
+        return response.SerializeToString()
+
+    def with_embedding(self, data: bytes) -> bytes:
+        """All outputs, or those that the request lists, in its order."""
+        request, embeddings, logits = self._run(data)
+        response = ModelInferResponse(model_name=request.model_name, id=request.id)
+        known = {"logits": logits, "embedding": embeddings}
+        for name in [output.name for output in request.outputs] or list(known):
+            add_output(response, name, known[name], raw=True)
+        return response.SerializeToString()
+
+
+@pytest.fixture(scope="session")
+def running_upstream(classify: ExportedClassifier) -> Iterator[Upstream]:
+    with Upstream(classify).running() as upstream:
+        yield upstream
+
+
+@pytest.fixture
+def upstream(running_upstream: Upstream) -> Upstream:
+    running_upstream.reset()
+    return running_upstream
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def decisions(client: Client, images: Floats) -> Sequence[str]:
+    return [client.infer(infer_request(images[i : i + 1])).decision for i in range(len(images))]

@@ -1,0 +1,395 @@
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
+
+from guard import profiles
+from guard.classifiers.digest import PARTS, ClassifierDigest, sha256
+from guard.errors import ProfileError, UsageError
+from guard.profiles import Profile
+
+DOCUMENT, TRIGGERS, REFERENCE = "profile.json", "triggers.safetensors", "reference.safetensors"
+Tensors = dict[str, NDArray[Any]]
+
+
+def refused(directory: Path, file: str) -> str:
+    with pytest.raises(ProfileError) as caught:
+        profiles.read(directory)
+    message = str(caught.value)
+    assert file in message
+    assert str(directory) in message
+    assert "\n" not in message
+    return message
+
+
+def document(directory: Path) -> Any:
+    return json.loads((directory / DOCUMENT).read_text(encoding="utf-8"))
+
+
+def change_document(directory: Path, change: Callable[[Any], object]) -> None:
+    changed = document(directory)
+    change(changed)
+    (directory / DOCUMENT).write_text(json.dumps(changed), encoding="utf-8")
+
+
+def change_tensors(directory: Path, file: str, change: Callable[[Tensors], object]) -> None:
+    tensors = {name: values.copy() for name, values in load((directory / file).read_bytes()).items()}
+    change(tensors)
+    rewrite(directory, file, save(tensors))
+
+
+def rewrite(directory: Path, file: str, data: bytes) -> None:
+    (directory / file).write_bytes(data)
+    change_document(directory, lambda changed: changed["files"].update({file: sha256(data)}))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_a_profile_is_read_as_it_was_written(profile: Profile, profile_directory: Path) -> None:
+    read = profiles.read(profile_directory)
+    assert asdict(replace(read.document, files={})) == asdict(replace(profile.document, files={}))
+    assert set(read.document.files) == {TRIGGERS, REFERENCE}
+    assert read.triggers.keys() == profile.triggers.keys()
+    for name, tensors in profile.triggers.items():
+        assert read.triggers[name].keys() == tensors.keys()
+        for tensor, values in tensors.items():
+            np.testing.assert_array_equal(read.triggers[name][tensor], values)
+    assert read.reference is not None
+    assert profile.reference is not None
+    np.testing.assert_array_equal(read.reference.clean, profile.reference.clean)
+    np.testing.assert_array_equal(read.reference.scores, profile.reference.scores)
+    assert list(read.reference.stamped) == list(profile.reference.stamped)
+    for name, bank in profile.reference.stamped.items():
+        np.testing.assert_array_equal(read.reference.stamped[name], bank)
+
+
+def test_writing_what_was_read_changes_nothing(profile_directory: Path, tmp_path: Path) -> None:
+    again = tmp_path / "deep" / "again"
+    profiles.write(profiles.read(profile_directory), again, report="<html></html>")
+    assert document(again) == document(profile_directory)
+    for file in (TRIGGERS, REFERENCE):
+        assert (again / file).read_bytes() == (profile_directory / file).read_bytes()
+
+
+def test_a_profile_that_was_not_calibrated_is_read_and_has_no_screen(profile: Profile, tmp_path: Path) -> None:
+    fresh = Profile(replace(profile.document, calibration=None), profile.triggers)
+    profiles.write(fresh, tmp_path / "fresh", report="")
+    read = profiles.read(tmp_path / "fresh")
+    assert read.reference is None
+    assert not (tmp_path / "fresh" / REFERENCE).exists()
+    with pytest.raises(ProfileError, match="run guard calibrate"):
+        read.screen()
+
+
+def test_a_profile_without_triggers_is_read(profile: Profile, tmp_path: Path) -> None:
+    assert profile.reference is not None
+    clean = Profile(replace(profile.document, triggers=()), {}, replace(profile.reference, stamped={}))
+    profiles.write(clean, tmp_path / "clean", report="")
+    read = profiles.read(tmp_path / "clean")
+    assert read.triggers == {}
+    assert read.screen()[0].triggers == ()
+
+
+def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
+    assert "there is no profile" in refused(tmp_path / "absent", DOCUMENT)
+
+
+@pytest.mark.parametrize("file", [DOCUMENT, TRIGGERS, REFERENCE])
+def test_a_missing_file_is_named(profile_directory: Path, file: str) -> None:
+    (profile_directory / file).unlink()
+    refused(profile_directory, file)
+
+
+@pytest.mark.parametrize("file", [DOCUMENT, TRIGGERS, REFERENCE])
+def test_a_directory_in_place_of_a_file_is_named(profile_directory: Path, file: str) -> None:
+    (profile_directory / file).unlink()
+    (profile_directory / file).mkdir()
+    assert "cannot read" in refused(profile_directory, file)
+
+
+@pytest.mark.parametrize("file", [TRIGGERS, REFERENCE])
+@pytest.mark.parametrize("position", [0, 100, -1])
+def test_a_flipped_byte_is_found(profile_directory: Path, file: str, position: int) -> None:
+    data = bytearray((profile_directory / file).read_bytes())
+    data[position] ^= 1
+    (profile_directory / file).write_bytes(data)
+    assert "SHA-256" in refused(profile_directory, file)
+
+
+@pytest.mark.parametrize("file", [TRIGGERS, REFERENCE])
+def test_a_file_that_the_document_does_not_list_is_not_believed(profile_directory: Path, file: str) -> None:
+    change_document(profile_directory, lambda changed: changed["files"].pop(file))
+    assert "SHA-256" in refused(profile_directory, file)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, -3])
+def test_a_truncated_document_is_refused(profile_directory: Path, keep: int) -> None:
+    path = profile_directory / DOCUMENT
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "is damaged" in refused(profile_directory, DOCUMENT)
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe", b"[" * 100_000, b"[]", b"1", b"{}", b'{"schema": "1"}', b"{} {}"])
+def test_a_document_that_is_no_profile_is_refused(profile_directory: Path, data: bytes) -> None:
+    (profile_directory / DOCUMENT).write_bytes(data)
+    refused(profile_directory, DOCUMENT)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+def test_a_number_that_is_not_finite_is_refused_in_the_document(profile_directory: Path, number: str) -> None:
+    def replace_threshold(changed: Any) -> None:
+        changed["calibration"]["threshold"]["value"] = "HERE"
+
+    change_document(profile_directory, replace_threshold)
+    path = profile_directory / DOCUMENT
+    path.write_text(path.read_text(encoding="utf-8").replace('"HERE"', number), encoding="utf-8")
+    assert number in refused(profile_directory, DOCUMENT)
+
+
+def test_a_newer_schema_is_refused_with_what_to_do(profile_directory: Path) -> None:
+    change_document(profile_directory, lambda changed: changed.update(schema=2, novelty={"unknown": True}))
+    message = refused(profile_directory, DOCUMENT)
+    assert "schema 2" in message
+    assert "newer guard" in message
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_digest_that_does_not_follow_from_its_parts_is_refused(profile_directory: Path, part: str) -> None:
+    change_document(profile_directory, lambda changed: changed["model"]["parts"].update({part: "0" * 64}))
+    assert "does not follow" in refused(profile_directory, DOCUMENT)
+
+
+@pytest.mark.parametrize("target", [-1, 6])
+def test_a_target_that_is_no_class_is_refused(profile_directory: Path, target: int) -> None:
+    original = document(profile_directory)
+    for change in (
+        lambda changed: changed["triggers"][0].update(target=target),
+        lambda changed: changed["vetting"]["verdict"].update(target=target),
+    ):
+        (profile_directory / DOCUMENT).write_text(json.dumps(original), encoding="utf-8")
+        change_document(profile_directory, change)
+        assert "target" in refused(profile_directory, DOCUMENT)
+
+
+def test_two_triggers_with_the_same_id_are_refused(profile_directory: Path) -> None:
+    change_document(profile_directory, lambda changed: changed["triggers"].append(dict(changed["triggers"][0])))
+    assert "same id" in refused(profile_directory, DOCUMENT)
+
+
+@pytest.mark.parametrize("k", [0, -1, 10_000])
+def test_a_k_that_the_banks_do_not_support_is_refused(profile_directory: Path, k: int) -> None:
+    change_document(profile_directory, lambda changed: changed["calibration"].update(k=k))
+    assert "k = " in refused(profile_directory, "")
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield from places(value, (*path, key))
+
+
+def test_any_value_of_the_document_may_be_anything_without_another_error(profile_directory: Path) -> None:
+    original = document(profile_directory)
+    for evidence in original["vetting"]["evidence"]:
+        del evidence["classes"][1:]  # one stands for all
+    for path in places(original):
+        if not path:
+            continue
+        values: tuple[object, ...] = (None, -1, "x", "\ud800", [], {})
+        for value in values:
+            changed = copy.deepcopy(original)
+            parent = changed
+            for key in path[:-1]:
+                parent = parent[key]
+            parent[path[-1]] = value
+            (profile_directory / DOCUMENT).write_text(json.dumps(changed), encoding="utf-8")
+            try:
+                read = profiles.read(profile_directory)
+                if read.document.calibration is not None:
+                    read.screen()
+            except ProfileError as error:
+                assert str(profile_directory) in str(error)  # noqa: PT017 - most changes are refused, not all
+
+
+@pytest.mark.parametrize("file", [TRIGGERS, REFERENCE])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_tensor_that_is_not_finite_is_refused(profile_directory: Path, file: str, value: float) -> None:
+    def damage(tensors: Tensors) -> None:
+        next(iter(tensors.values())).flat[0] = value
+
+    change_tensors(profile_directory, file, damage)
+    assert "not finite" in refused(profile_directory, file)
+
+
+@pytest.mark.parametrize("file", [TRIGGERS, REFERENCE])
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int32])
+def test_a_tensor_of_another_type_is_refused(profile_directory: Path, file: str, dtype: type[np.generic]) -> None:
+    def damage(tensors: Tensors) -> None:
+        name = next(iter(tensors))
+        tensors[name] = tensors[name].astype(dtype)
+
+    change_tensors(profile_directory, file, damage)
+    assert "not float32" in refused(profile_directory, file)
+
+
+def safetensors(dtype: str, shape: list[int], data: bytes) -> bytes:
+    header = json.dumps({"clean": {"dtype": dtype, "shape": shape, "data_offsets": [0, len(data)]}}).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+@pytest.mark.parametrize("file", [TRIGGERS, REFERENCE])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"junk", b"\xff" * 64, safetensors("F32", [3], bytes(8)), safetensors("BF16", [2], bytes(4)),
+     safetensors("F8_E4M3", [2], bytes(2)), safetensors("NEW", [2], bytes(2))],
+)  # fmt: skip
+def test_a_file_that_holds_no_float32_tensors_is_refused(profile_directory: Path, file: str, data: bytes) -> None:
+    rewrite(profile_directory, file, data)
+    assert "is damaged" in refused(profile_directory, file)
+
+
+@pytest.mark.parametrize("name", ["clean", "stamped.patch-1"])
+def test_a_bank_of_another_width_is_refused(profile_directory: Path, name: str) -> None:
+    def damage(tensors: Tensors) -> None:
+        tensors[name] = np.eye(40, 17, dtype=np.float32)[:17]
+
+    change_tensors(profile_directory, REFERENCE, damage)
+    message = refused(profile_directory, REFERENCE)
+    assert name in message
+    assert "(17, 17)" in message
+
+
+@pytest.mark.parametrize("name", ["clean", "stamped.patch-1"])
+def test_a_bank_that_is_not_normalised_is_refused(profile_directory: Path, name: str) -> None:
+    def damage(tensors: Tensors) -> None:
+        tensors[name][5] *= 1.01
+
+    change_tensors(profile_directory, REFERENCE, damage)
+    assert f"{name} holds embeddings that are not normalised" in refused(profile_directory, REFERENCE)
+
+
+def test_a_bank_with_fewer_rows_than_k_is_refused(profile_directory: Path) -> None:
+    def damage(tensors: Tensors) -> None:
+        tensors["clean"] = tensors["clean"][:1]
+
+    change_tensors(profile_directory, REFERENCE, damage)
+    assert "fewer rows than k" in refused(profile_directory, REFERENCE)
+
+
+def test_calibration_scores_that_are_no_list_are_refused(profile_directory: Path) -> None:
+    def damage(tensors: Tensors) -> None:
+        tensors["scores"] = tensors["scores"][None]
+
+    change_tensors(profile_directory, REFERENCE, damage)
+    assert "scores are not a list" in refused(profile_directory, REFERENCE)
+
+
+@pytest.mark.parametrize("name", ["clean", "scores", "stamped.patch-1"])
+def test_a_missing_tensor_of_the_reference_is_refused(profile_directory: Path, name: str) -> None:
+    change_tensors(profile_directory, REFERENCE, lambda tensors: tensors.pop(name))
+    assert "it holds" in refused(profile_directory, REFERENCE)
+
+
+def test_an_extra_tensor_of_the_reference_is_refused(profile_directory: Path) -> None:
+    change_tensors(profile_directory, REFERENCE, lambda tensors: tensors.update({"stamped.x": tensors["clean"]}))
+    assert "stamped.x" in refused(profile_directory, REFERENCE)
+
+
+def test_a_missing_trigger_is_refused(profile_directory: Path) -> None:
+    change_tensors(profile_directory, TRIGGERS, lambda tensors: tensors.clear())
+    assert "lacks the trigger 'patch-1'" in refused(profile_directory, TRIGGERS)
+
+
+def test_an_extra_trigger_is_refused(profile_directory: Path) -> None:
+    extra = {"patch-2/mask": np.zeros(1, np.float32)}
+    change_tensors(profile_directory, TRIGGERS, lambda tensors: tensors.update(extra))
+    assert "'patch-2'" in refused(profile_directory, TRIGGERS)
+
+
+@pytest.mark.parametrize("file", [TRIGGERS, "report.html", DOCUMENT])
+def test_a_failed_write_leaves_the_old_profile_and_nothing_else(
+    profile: Profile, profile_directory: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    before = contents(profile_directory)
+
+    def filling(real: Callable[..., int]) -> Callable[..., int]:
+        def write(path: Path, data: Any, **kwargs: Any) -> int:
+            if path.name == file:
+                real(path, data[:10], **kwargs)
+                raise OSError(28, "No space left on device")
+            return real(path, data, **kwargs)
+
+        return write
+
+    for method in ("write_bytes", "write_text"):
+        monkeypatch.setattr(Path, method, filling(getattr(Path, method)))
+    with pytest.raises(OSError, match="No space left"):
+        profiles.write(profile, profile_directory, report="another")
+    monkeypatch.undo()
+    assert contents(profile_directory) == before
+    assert [path.name for path in profile_directory.parent.iterdir()] == [profile_directory.name]
+
+
+def test_a_document_that_cannot_be_written_leaves_the_old_profile(profile: Profile, profile_directory: Path) -> None:
+    before = contents(profile_directory)
+    calibration = profile.document.calibration
+    assert calibration is not None
+    broken = replace(calibration, threshold=replace(calibration.threshold, value=float("nan")))
+    with pytest.raises(ValueError, match="JSON compliant"):
+        profiles.write(
+            replace(profile, document=replace(profile.document, calibration=broken)), profile_directory, report=""
+        )
+    assert contents(profile_directory) == before
+
+
+def test_a_profile_takes_the_place_of_an_older_one_as_a_whole(profile: Profile, profile_directory: Path) -> None:
+    fresh = Profile(replace(profile.document, calibration=None), profile.triggers)
+    profiles.write(fresh, profile_directory, report="new")
+    assert set(contents(profile_directory)) == {DOCUMENT, TRIGGERS, "report.html"}
+    assert [path.name for path in profile_directory.parent.iterdir()] == [profile_directory.name]
+    assert profiles.read(profile_directory).document.calibration is None
+
+
+def test_a_foreign_directory_is_not_replaced(profile: Profile, tmp_path: Path) -> None:
+    foreign = tmp_path / "photos"
+    foreign.mkdir()
+    (foreign / "mine.txt").write_text("precious", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"photos exists and has no profile\.json"):
+        profiles.write(profile, foreign, report="")
+    assert contents(foreign) == {"mine.txt": b"precious"}
+    assert list(tmp_path.iterdir()) == [foreign]
+
+
+def test_a_foreign_file_is_not_replaced(profile: Profile, tmp_path: Path) -> None:
+    foreign = tmp_path / "notes"
+    foreign.write_text("precious", encoding="utf-8")
+    with pytest.raises(UsageError, match="choose another place"):
+        profiles.write(profile, foreign, report="")
+    assert foreign.read_text(encoding="utf-8") == "precious"
+
+
+def test_an_empty_directory_is_filled(profile: Profile, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    profiles.write(profile, tmp_path / "empty", report="")
+    assert profiles.read(tmp_path / "empty").reference is not None
+
+
+def test_a_profile_is_accepted_for_its_model(profile: Profile) -> None:
+    profile.check_model(ClassifierDigest(profile.document.model.parts))
+
+
+@pytest.mark.parametrize("changed", [("weights",), ("architecture", "tokenizer"), PARTS])
+def test_a_profile_of_another_model_is_refused_by_what_differs(profile: Profile, changed: tuple[str, ...]) -> None:
+    other = ClassifierDigest({**profile.document.model.parts, **dict.fromkeys(changed, "0" * 64)})
+    with pytest.raises(ProfileError, match=f": {', '.join(changed)} differ"):
+        profile.check_model(other)

@@ -1,0 +1,92 @@
+import itertools
+
+import grpc
+import numpy as np
+import pytest
+
+from guard.sidecar import Decision, FailurePolicy, Mode, Outcome, Reason, refusal
+
+CODES = {
+    Reason.DISABLED: None,
+    Reason.EMBEDDING_MISSING: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.ERROR: grpc.StatusCode.UNAVAILABLE,
+    Reason.INPUT_UNREADABLE: grpc.StatusCode.INVALID_ARGUMENT,
+    Reason.MODEL_UNKNOWN: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.TIMEOUT: grpc.StatusCode.UNAVAILABLE,
+}
+
+
+def checked(*flags: bool) -> Outcome:
+    array = np.array(flags, dtype=np.bool_)
+    decision = Decision.FLAG if array.any() else Decision.PASS
+    return Outcome(decision, scores=array.astype(np.float32), flags=array, threshold=0.5, triggers=("",) * len(flags))
+
+
+@pytest.mark.parametrize(("reason", "policy", "mode"), list(itertools.product(Reason, FailurePolicy, Mode)))
+def test_what_could_not_be_checked_follows_the_failure_policy_in_every_mode(
+    reason: Reason, policy: FailurePolicy, mode: Mode
+) -> None:
+    refused = refusal(Outcome.unchecked(reason), mode, policy)
+    if policy is FailurePolicy.OPEN or CODES[reason] is None:
+        assert refused is None
+    else:
+        assert refused is not None
+        assert refused.code is CODES[reason]
+        assert refused.message.startswith("guard: ")
+
+
+def test_every_reason_but_disabled_is_refused_under_closed() -> None:
+    assert set(CODES) == set(Reason)
+    assert [reason for reason, code in CODES.items() if code is None] == [Reason.DISABLED]
+
+
+@pytest.mark.parametrize(("reason", "mode"), list(itertools.product(Reason, Mode)))
+def test_under_closed_nothing_unchecked_is_served_as_pass(reason: Reason, mode: Mode) -> None:
+    outcome = Outcome.unchecked(reason)
+    served = refusal(outcome, mode, FailurePolicy.CLOSED) is None
+    assert outcome.decision is Decision.UNCHECKED
+    assert not served or reason is Reason.DISABLED
+
+
+@pytest.mark.parametrize(("mode", "policy"), list(itertools.product(Mode, FailurePolicy)))
+def test_a_flagged_request_is_refused_in_block_mode_only(mode: Mode, policy: FailurePolicy) -> None:
+    refused = refusal(checked(*[True]), mode, policy)
+    if mode is Mode.BLOCK:
+        assert refused is not None
+        assert refused.code is grpc.StatusCode.PERMISSION_DENIED
+    else:
+        assert refused is None
+
+
+@pytest.mark.parametrize(("mode", "policy", "rows"), list(itertools.product(Mode, FailurePolicy, (1, 3))))
+def test_a_request_that_passes_is_served_everywhere(mode: Mode, policy: FailurePolicy, rows: int) -> None:
+    assert refusal(checked(*[False] * rows), mode, policy) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "ending"),
+    [
+        ((True,), "trigger"),
+        ((False, True), "trigger (image 1 of the batch)"),
+        ((True, False, True), "trigger (image 0, 2 of the batch)"),
+    ],
+)
+def test_a_refusal_names_the_flagged_rows_of_a_batch(flags: tuple[bool, ...], ending: str) -> None:
+    refused = refusal(checked(*flags), Mode.BLOCK, FailurePolicy.CLOSED)
+    assert refused is not None
+    assert refused.message.endswith(ending)
+
+
+def test_a_refusal_carries_the_detail() -> None:
+    outcome = Outcome.unchecked(Reason.INPUT_UNREADABLE, "input 'image' is damaged")
+    refused = refusal(outcome, Mode.TAG, FailurePolicy.CLOSED)
+    assert refused is not None
+    assert refused.message == "guard: the input could not be checked: input 'image' is damaged"
+
+
+def test_a_refusal_fits_into_a_header() -> None:
+    long = refusal(Outcome.unchecked(Reason.INPUT_UNREADABLE, "ü" * 100_000), Mode.TAG, FailurePolicy.CLOSED)
+    many = refusal(checked(*[True] * 65_536), Mode.BLOCK, FailurePolicy.CLOSED)
+    for refused in (long, many):
+        assert refused is not None
+        assert len(refused.message) < 1000
