@@ -19,6 +19,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 50_000_000
 """The largest image that is decoded unless a caller says otherwise: 50 megapixels, 150 MB as RGB."""
 
+# Pillow's own warning has a fixed limit; `decode` enforces the one that holds.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode one encoded image completely.
@@ -34,10 +37,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ImageError: The bytes are no such image, are damaged, or claim more than `max_pixels` pixels.
     """
     try:
-        with warnings.catch_warnings():
-            # Pillow's own bomb warning has a fixed limit; the check below is the one that holds.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from guard import __version__
 from guard.classifiers.classifier import Classifier
-from guard.errors import ImageError
+from guard.errors import ImageError, ProfileError
 from guard.profiles.profile import (
     SCHEMA,
     CalibrationRecord,
@@ -72,13 +72,19 @@ def build(classifier: Classifier, vetting: Vetting) -> Profile:
 
 
 def load_triggers(profile: Profile) -> dict[str, Trigger]:
-    """The reconstructed triggers of a profile as transformations, by id."""
-    return {
-        record.id: FAMILIES[record.family].from_tensors(
-            {name: torch.from_numpy(values.copy()) for name, values in profile.triggers[record.id].items()}
-        )
-        for record in profile.document.triggers
-    }
+    """The reconstructed triggers of a profile as transformations, by id.
+
+    Raises:
+        ProfileError: A trigger is of a family that this guard does not know, or lacks a tensor.
+    """
+    triggers = {}
+    for record in profile.document.triggers:
+        tensors = {name: torch.from_numpy(values.copy()) for name, values in profile.triggers[record.id].items()}
+        try:
+            triggers[record.id] = FAMILIES[record.family].from_tensors(tensors)
+        except (KeyError, TypeError) as error:
+            raise ProfileError(f"the trigger {record.id!r} is not a {record.family} that this guard knows") from error
+    return triggers
 
 
 def calibrate(

@@ -24,8 +24,8 @@ from guard.sidecar.inference_pb2 import (
     ServerReadyResponse,
 )
 from guard.sidecar.metrics import Metrics
-from guard.sidecar.policy import Mode, Outcome
-from guard.sidecar.service import Context, InferenceService, Metadata, Method
+from guard.sidecar.policy import Mode, Outcome, Reason
+from guard.sidecar.service import Context, InferenceService, Metadata, Method, RefusedError
 from guard.sidecar.settings import Settings
 from guard.sidecar.tensors import add_output
 
@@ -61,8 +61,8 @@ class EmbeddedService(InferenceService):
 
     async def infer(self, data: bytes, request: ModelInferRequest, context: Context) -> tuple[bytes, Outcome, Metadata]:
         """Classify and screen."""
-        del data
-        await self._check_name(request.model_name, request.model_version, context)
+        del data, context
+        self._check_name(request.model_name, request.model_version)
         wanted = self._wanted(request)
         result = await self.checker.infer(request)
         response = ModelInferResponse(model_name=request.model_name, model_version=VERSION, id=request.id)
@@ -85,35 +85,34 @@ class EmbeddedService(InferenceService):
                 raise RequestError(f"output {output.name!r}: {min(unsupported)} is not supported")
         return {output.name for output in request.outputs} or {LOGITS, LABEL}
 
-    async def _check_name(self, name: str, version: str, context: Context) -> None:
+    def _check_name(self, name: str, version: str) -> None:
         if name != self.settings.name or version not in {"", VERSION}:
             served = f"{self.settings.name!r} (version {VERSION})"
-            await self.abort(
-                context, grpc.StatusCode.NOT_FOUND, f"guard: there is no model {name[:128]!r} here; {served} is served"
-            )
+            message = f"guard: there is no model {name[:128]!r} here; {served} is served"
+            raise RefusedError(grpc.StatusCode.NOT_FOUND, message, reason=Reason.MODEL_UNKNOWN)
 
-    async def _server_live(self, data: bytes, context: Context) -> bytes:
-        await _parse(ServerLiveRequest(), data, context)
+    async def _server_live(self, data: bytes, _: Context) -> bytes:
+        _parse(ServerLiveRequest(), data)
         return ServerLiveResponse(live=True).SerializeToString()
 
-    async def _server_ready(self, data: bytes, context: Context) -> bytes:
-        await _parse(ServerReadyRequest(), data, context)
+    async def _server_ready(self, data: bytes, _: Context) -> bytes:
+        _parse(ServerReadyRequest(), data)
         return ServerReadyResponse(ready=True).SerializeToString()
 
-    async def _model_ready(self, data: bytes, context: Context) -> bytes:
+    async def _model_ready(self, data: bytes, _: Context) -> bytes:
         request = ModelReadyRequest()
-        await _parse(request, data, context)
-        await self._check_name(request.name, request.version, context)
+        _parse(request, data)
+        self._check_name(request.name, request.version)
         return ModelReadyResponse(ready=True).SerializeToString()
 
-    async def _server_metadata(self, data: bytes, context: Context) -> bytes:
-        await _parse(ServerMetadataRequest(), data, context)
+    async def _server_metadata(self, data: bytes, _: Context) -> bytes:
+        _parse(ServerMetadataRequest(), data)
         return ServerMetadataResponse(name="guard", version=__version__).SerializeToString()
 
-    async def _model_metadata(self, data: bytes, context: Context) -> bytes:
+    async def _model_metadata(self, data: bytes, _: Context) -> bytes:
         request = ModelMetadataRequest()
-        await _parse(request, data, context)
-        await self._check_name(request.name, request.version, context)
+        _parse(request, data)
+        self._check_name(request.name, request.version)
         tensor, size = ModelMetadataResponse.TensorMetadata, self._model.preprocessing.size
         return ModelMetadataResponse(
             name=self.settings.name,
@@ -128,8 +127,8 @@ class EmbeddedService(InferenceService):
         ).SerializeToString()
 
 
-async def _parse(message: Message, data: bytes, context: Context) -> None:
+def _parse(message: Message, data: bytes) -> None:
     try:
         message.ParseFromString(data)
-    except DecodeError:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"guard: not a {type(message).__name__}")
+    except DecodeError as error:
+        raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, f"guard: not a {type(message).__name__}") from error

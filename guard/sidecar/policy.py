@@ -42,15 +42,18 @@ class FailurePolicy(StrEnum):
 class Reason(StrEnum):
     """Why a request is `unchecked`."""
 
+    CANCELLED = "cancelled"
     DISABLED = "disabled"
     EMBEDDING_MISSING = "embedding_missing"
     ERROR = "error"
     INPUT_UNREADABLE = "input_unreadable"
     MODEL_UNKNOWN = "model_unknown"
     TIMEOUT = "timeout"
+    UPSTREAM_FAILED = "upstream_failed"
 
 
 _CLOSED: dict[Reason, tuple[grpc.StatusCode, str]] = {
+    Reason.CANCELLED: (grpc.StatusCode.UNAVAILABLE, "the request was cancelled before it was checked"),
     Reason.EMBEDDING_MISSING: (
         grpc.StatusCode.FAILED_PRECONDITION,
         "the upstream reply carries no usable embedding, so the request could not be checked",
@@ -58,9 +61,11 @@ _CLOSED: dict[Reason, tuple[grpc.StatusCode, str]] = {
     Reason.ERROR: (grpc.StatusCode.UNAVAILABLE, "the request could not be checked: internal error"),
     Reason.INPUT_UNREADABLE: (grpc.StatusCode.INVALID_ARGUMENT, "the input could not be checked"),
     Reason.MODEL_UNKNOWN: (grpc.StatusCode.FAILED_PRECONDITION, "there is no profile of this model"),
+    Reason.UPSTREAM_FAILED: (grpc.StatusCode.UNAVAILABLE, "the upstream server did not answer"),
     Reason.TIMEOUT: (grpc.StatusCode.UNAVAILABLE, "the request could not be checked in time"),
 }
-"""Under `closed`: UNAVAILABLE where a retry may help, other codes where it will not. `disabled` is never refused."""
+"""Under `closed`: UNAVAILABLE where a retry may help, other codes where it will not. `disabled` is never
+refused: the operator switched screening off."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """What both kinds of sidecar share: decisions become replies, refusals and metrics in one place."""
 
+import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from time import perf_counter
-from typing import NoReturn, TypeAlias
+from typing import TypeAlias
 
 import grpc
 
@@ -23,6 +24,23 @@ Method = Callable[[bytes, Context], Awaitable[bytes]]
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 log = logging.getLogger(__name__)
+
+
+class RefusedError(Exception):
+    """A request is answered with a status instead of a reply.
+
+    Args:
+        code: gRPC status.
+        message: For the client.
+        trailing: Metadata that goes with it.
+        reason: Why it could not be checked, if that is why it is refused.
+    """
+
+    def __init__(
+        self, code: grpc.StatusCode, message: str, *, trailing: Metadata = (), reason: Reason | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code, self.message, self.trailing, self.reason = code, message, trailing, reason
 
 
 class InferenceService(ABC):
@@ -54,6 +72,7 @@ class InferenceService(ABC):
 
         Raises:
             RequestError: The request is malformed.
+            RefusedError: It is answered with a status.
         """
 
     async def close(self) -> None:
@@ -63,51 +82,62 @@ class InferenceService(ABC):
     async def model_infer(self, data: bytes, context: Context) -> bytes:
         """`ModelInfer`: answer, decide, count."""
         started = perf_counter()
-        outcome, images = Outcome.unchecked(Reason.ERROR), 0
+        outcome, images = Outcome.unchecked(Reason.ERROR), 1
         self.metrics.active.inc()
         try:
-            try:
-                request = parse_request(data)
-                images = max(1, request.inputs[0].shape[0]) if request.inputs and request.inputs[0].shape else 1
-                images = min(images, self.settings.max_batch)
-                reply, outcome, trailing = await self.infer(data, request, context)
-            except RequestError as error:
-                outcome = Outcome.unchecked(Reason.INPUT_UNREADABLE)
-                await self.abort(context, grpc.StatusCode.INVALID_ARGUMENT, f"guard: {error}"[:MAX_MESSAGE])
-            tags = () if self.settings.mode is Mode.SHADOW else trailers(outcome)
-            if refused := refusal(outcome, self.settings.mode, self.settings.on_failure):
-                await self.abort(context, refused.code, refused.message, (*trailing, *tags))
-            context.set_trailing_metadata((*trailing, *tags))
-            return reply
+            request = parse_request(data)
+            images = _count_images(request, self.settings.max_batch)
+            reply, outcome, trailing = await self.infer(data, request, context)
+            context.set_trailing_metadata(self._enforce(outcome, trailing))
+        except asyncio.CancelledError:
+            outcome = Outcome.unchecked(Reason.CANCELLED)
+            raise
+        except RequestError as error:
+            outcome = Outcome.unchecked(Reason.INPUT_UNREADABLE)
+            message = f"guard: {error}"[:MAX_MESSAGE]
+            raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, message) from error
+        except RefusedError as error:
+            if error.reason is not None:
+                outcome = Outcome.unchecked(error.reason)
+            raise
         finally:
             self.metrics.active.dec()
             self.metrics.observe(outcome, images, perf_counter() - started)
+        return reply
 
-    async def abort(self, context: Context, code: grpc.StatusCode, message: str, trailing: Metadata = ()) -> NoReturn:
-        """Refuse a request, and count it."""
-        self.metrics.refused(code.name)
-        await context.abort(code, message, trailing)
-        raise AssertionError("abort always raises")
+    def _enforce(self, outcome: Outcome, trailing: Metadata) -> Metadata:
+        """Refuse what the policy refuses; the trailing metadata of what it serves."""
+        tags = () if self.settings.mode is Mode.SHADOW else trailers(outcome)
+        if refused := refusal(outcome, self.settings.mode, self.settings.on_failure):
+            raise RefusedError(refused.code, refused.message, trailing=(*trailing, *tags))
+        return (*trailing, *tags)
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """The gRPC handlers of the service."""
         methods = {**self.methods(), "ModelInfer": self.model_infer}
         return grpc.method_handlers_generic_handler(
-            SERVICE, {name: grpc.unary_unary_rpc_method_handler(_guarded(method)) for name, method in methods.items()}
+            SERVICE,
+            {name: grpc.unary_unary_rpc_method_handler(self._guarded(method)) for name, method in methods.items()},
         )
 
+    def _guarded(self, method: Method) -> Method:
+        """Where refusals become gRPC status, and an unexpected error INTERNAL: no traceback reaches a client."""
 
-def _guarded(method: Method) -> Method:
-    """An unexpected error becomes INTERNAL with a fixed text: no traceback reaches a client."""
+        async def call(data: bytes, context: Context) -> bytes:
+            try:
+                return await method(data, context)
+            except RefusedError as error:
+                self.metrics.refused(error.code.name)
+                await context.abort(error.code, error.message, error.trailing)
+            except Exception:
+                log.exception("a request failed")
+                await context.abort(grpc.StatusCode.INTERNAL, "guard: internal error")
+            raise AssertionError("abort always raises")
 
-    async def call(data: bytes, context: Context) -> bytes:
-        try:
-            return await method(data, context)
-        except (grpc.aio.AbortError, grpc.aio.AioRpcError):
-            raise
-        except Exception:
-            log.exception("a request failed")
-            await context.abort(grpc.StatusCode.INTERNAL, "guard: internal error")
-            raise
+        return call
 
-    return call
+
+def _count_images(request: ModelInferRequest, most: int) -> int:
+    """How many images a request says that it carries, for counting those that were not checked."""
+    rows = request.inputs[0].shape[0] if request.inputs and request.inputs[0].shape else 1
+    return min(max(rows, 1), most)

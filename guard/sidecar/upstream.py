@@ -10,7 +10,7 @@ from guard.sidecar.checking import Checker
 from guard.sidecar.inference_pb2 import ModelInferRequest, ModelInferResponse, ServerReadyRequest, ServerReadyResponse
 from guard.sidecar.metrics import Metrics
 from guard.sidecar.policy import Mode, Outcome, Reason
-from guard.sidecar.service import SERVICE, Context, InferenceService, Metadata, Method
+from guard.sidecar.service import SERVICE, Context, InferenceService, Metadata, Method, RefusedError
 from guard.sidecar.settings import Settings
 from guard.sidecar.tensors import float_output, remove_output
 
@@ -82,7 +82,8 @@ class UpstreamService(InferenceService):
             lost = self._channel.get_state() is not grpc.ChannelConnectivity.READY
             if error.code() is grpc.StatusCode.UNAVAILABLE and lost:
                 details = f"guard: the upstream server {self.settings.upstream} cannot be reached ({details})"
-            await self.abort(context, error.code(), details, tuple(error.trailing_metadata() or ()))
+            trailing = tuple(error.trailing_metadata() or ())
+            raise RefusedError(error.code(), details, trailing=trailing, reason=Reason.UPSTREAM_FAILED) from error
 
     async def infer(self, data: bytes, request: ModelInferRequest, context: Context) -> tuple[bytes, Outcome, Metadata]:
         """Forward and screen; side by side where guard embeds the image itself."""
@@ -102,9 +103,11 @@ class UpstreamService(InferenceService):
             request.outputs.add(name=name)
             data = request.SerializeToString()
         reply, trailing = await self._forward("ModelInfer", data, context)
-        return self._finish(reply, await self._check_reply(reply, name), trailing, hide=name if added else None)
+        return self._finish(
+            reply, await self._check_reply(reply, name, request), trailing, hide=name if added else None
+        )
 
-    async def _check_reply(self, reply: bytes, name: str) -> Outcome:
+    async def _check_reply(self, reply: bytes, name: str, request: ModelInferRequest) -> Outcome:
         if not self.settings.screening:
             return Outcome.unchecked(Reason.DISABLED)
         try:
@@ -113,7 +116,12 @@ class UpstreamService(InferenceService):
             embeddings = None
         if embeddings is None:
             return Outcome.unchecked(Reason.EMBEDDING_MISSING, f"FP32 output {name!r}")
-        outcome = await self.checker.check_embeddings(embeddings.reshape(len(embeddings), -1))
+        rows = 1 if embeddings.ndim == 1 else len(embeddings)
+        images = request.inputs[0].shape[0] if request.inputs and request.inputs[0].shape else 1
+        if embeddings.ndim > 1 and rows != images:
+            # An image without an embedding would go unscreened.
+            return Outcome.unchecked(Reason.EMBEDDING_MISSING, f"{rows} embeddings for {images} images")
+        outcome = await self.checker.check_embeddings(embeddings.reshape(rows, -1))
         if outcome.reason is Reason.INPUT_UNREADABLE:
             return Outcome.unchecked(Reason.EMBEDDING_MISSING, outcome.detail)
         return outcome
