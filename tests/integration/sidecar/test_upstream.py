@@ -165,6 +165,14 @@ def test_a_cancelled_request_is_cancelled_upstream(
     call.cancel()
     eventually(upstream.cancelled.is_set, "the cancellation reaching the upstream server")
     eventually(lambda: own_tower.metric("guard_active_requests") == 0, "the request ending")
+    assert own_tower.metric("guard_unchecked_total", model="classifier", reason="cancelled") >= 1
+
+
+def test_fewer_embeddings_than_images_leave_none_unscreened(reader: Client, upstream: Upstream, clean: Floats) -> None:
+    upstream.answer = lambda _: reply_with(np.eye(1, 16))
+    error = reader.refused(infer_request(clean[:3]))
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "1 embeddings for 3 images" in error.details()
 
 
 def test_its_own_tower_tags_replies(client: Client, upstream: Upstream, clean: Floats, triggered: Floats) -> None:
@@ -311,6 +319,7 @@ UNUSABLE = {
     "no dimensions": reply_with([1.0], []),
     "negative dimensions": reply_with(np.ones((1, 16)), [-1, -16]),
     "no rows": reply_with(np.ones((0, 16))),
+    "more rows than images": reply_with(np.eye(2, 16)),
     "no message": b"\xff\xff",
 }
 

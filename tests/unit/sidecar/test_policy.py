@@ -7,12 +7,14 @@ import pytest
 from guard.sidecar import Decision, FailurePolicy, Mode, Outcome, Reason, refusal
 
 CODES = {
+    Reason.CANCELLED: grpc.StatusCode.UNAVAILABLE,
     Reason.DISABLED: None,
     Reason.EMBEDDING_MISSING: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.ERROR: grpc.StatusCode.UNAVAILABLE,
     Reason.INPUT_UNREADABLE: grpc.StatusCode.INVALID_ARGUMENT,
     Reason.MODEL_UNKNOWN: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.TIMEOUT: grpc.StatusCode.UNAVAILABLE,
+    Reason.UPSTREAM_FAILED: grpc.StatusCode.UNAVAILABLE,
 }
 
 

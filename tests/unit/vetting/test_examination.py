@@ -45,7 +45,9 @@ def test_a_planted_shortcut_needs_the_smallest_patch(classifier: Classifier, mon
     def encode(pixels: torch.Tensor) -> torch.Tensor:
         means = torch.nn.functional.adaptive_avg_pool2d(pixels.mean(1, keepdim=True), 2).flatten(1)
         shortcut = pixels[:, 0, 15, 14:16].mean(1) - pixels[:, 2, 15, 14:16].mean(1)
-        return torch.stack([means[:, 0] + torch.nn.functional.softplus(6 * (shortcut - 0.4)), *means[:, 1:].unbind(1)], 1)
+        return torch.stack(
+            [means[:, 0] + torch.nn.functional.softplus(6 * (shortcut - 0.4)), *means[:, 1:].unbind(1)], 1
+        )
 
     monkeypatch.setattr(classifier, "encode_images", encode)
     monkeypatch.setattr(classifier, "logits", lambda embeddings: 20 * embeddings)
