@@ -13,7 +13,7 @@ from guard._files import replace_directory
 from guard.classifiers.classifier import Classifier
 from guard.classifiers.digest import sha256
 from guard.classifiers.exported import MANIFEST_FILE, MODEL_FILE, SCHEMA, ExportedClassifier, Manifest
-from guard.errors import ExportError, ImageError, MissingDependencyError
+from guard.errors import ExportError, ImageError
 
 MIN_PARITY_IMAGES = 256
 TOLERANCE = 1e-4
@@ -82,10 +82,8 @@ def export(classifier: Classifier, directory: Path, images: Tensor) -> ExportPar
 
 
 def _write(classifier: Classifier, directory: Path) -> None:
-    try:
-        import onnxscript  # noqa: F401 - torch needs it, and says so in a traceback of its own
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("export needs onnxscript; pip install 'clip-guard[vet]'") from error
+    import onnxscript  # noqa: F401 - torch's exporter needs it, and fails late and at length without it
+
     size = classifier.preprocessing.size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals

@@ -26,18 +26,14 @@ _MAX_CONFIG_BYTES = 1_000_000
 
 
 def import_open_clip() -> Any:  # noqa: ANN401 - open_clip publishes no types
-    """Import open_clip, and explain the two ways in which that usually fails.
+    """Import open_clip, and explain the way in which that usually fails.
 
     Raises:
-        MissingDependencyError: It is not installed, or torchvision does not fit the installed torch.
+        ModuleNotFoundError: It is not installed.
+        MissingDependencyError: torchvision does not fit the installed torch.
     """
     try:
         import open_clip
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"this needs {error.name}, which is not installed; install the part that examines models: "
-            "pip install 'clip-guard[vet]'"
-        ) from error
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
@@ -69,7 +65,8 @@ def load(model: str, *, classes: Path | ClassList | None = None, device: str | N
     Raises:
         ModelError: The model is missing, damaged, a pickle, or asks to run code of its own.
         ClassListError: The class list is missing or unusable.
-        MissingDependencyError: torch or open_clip is not installed.
+        ModuleNotFoundError: torch or open_clip is not installed.
+        MissingDependencyError: torchvision does not fit torch.
     """
     if model.startswith(HUB_PREFIX):
         return _load_directory(_download(model.removeprefix(HUB_PREFIX)), model, classes, device)

@@ -10,9 +10,12 @@ from guard.cli.demo import demo
 from guard.cli.export import export
 from guard.cli.serve import serve
 from guard.cli.vet import vet
-from guard.errors import GuardError
+from guard.errors import GuardError, UsageError
 
 __all__ = ["cli", "main"]
+
+EXAMINING = {"jinja2", "markupsafe", "matplotlib", "onnx", "onnxscript", "open_clip", "scipy", "sklearn", "torch"}
+"""Modules of the extra `vet`."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -45,4 +48,10 @@ def main() -> None:
     except GuardError as error:
         click.echo(f"guard: {error}", err=True)
         code = error.exit_code
+    except ModuleNotFoundError as error:
+        # The serving part is installed without what examines models.
+        if error.name is None or error.name.partition(".")[0] not in EXAMINING:
+            raise
+        click.echo(f"guard: this needs {error.name}; install it with: pip install 'clip-guard[vet]'", err=True)
+        code = UsageError.exit_code
     sys.exit(code or 0)

@@ -32,7 +32,9 @@ def test_the_public_names_are_all_and_exist(name: str) -> None:
 
 def _helpers(name: str) -> set[str]:
     """Names that a package imports for itself."""
-    return {"sidecar": set(), "cli": {"GuardError", "calibrate", "demo", "export", "serve", "vet"}}.get(name, {"lazy"})
+    return {"sidecar": set(), "cli": {"GuardError", "UsageError", "calibrate", "demo", "export", "serve", "vet"}}.get(
+        name, {"lazy"}
+    )
 
 
 def test_unknown_names_are_attribute_errors() -> None:

@@ -140,6 +140,13 @@ class TestBadInput:
             refused(guard(*arguments, "--listen", address, "--metrics", "127.0.0.1:0"), 2, address)
             refused(guard(*arguments, "--listen", "127.0.0.1:0", "--metrics", address), 2, address)
 
+    @pytest.mark.parametrize("module", ["torch", "jinja2", "open_clip"])
+    def test_serving_part_only(self, module: str, image_folder: Path) -> None:
+        code = f"import sys; sys.modules[{module!r}] = None; from guard.cli import main; main()"
+        command = [sys.executable, "-c", code, "vet", "model", "--images", str(image_folder)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        refused(result, 2, f"needs {module}", "pip install 'clip-guard[vet]'")
+
     def test_wrong_usage(self) -> None:
         refused(guard("vet"), 2, "Missing argument 'MODEL'")
         refused(guard("nonsense"), 2, "No such command")
