@@ -21,6 +21,8 @@ CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 CLASSES_FILE = "classes.json"
 HUB_PREFIX = "hf-hub:"
+MAX_LAYERS, MAX_SIZE = 256, 2**20
+"""Largest number of layers, and largest of any other number, in the configuration of a tower."""
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_CONFIG_BYTES = 1_000_000
 
@@ -102,17 +104,16 @@ def check_weights_file(path: Path) -> None:
             if not 0 < header_size <= min(_MAX_HEADER_BYTES, size - 8):
                 raise ModelError(f"{path} is not a safetensors file, or it is truncated ({size} bytes)")
             header = json.loads(file.read(header_size))
-        end = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
+        ends = [int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__"]
+        expected = 8 + header_size + max(ends, default=0)
     except FileNotFoundError as error:
         raise ModelError(f"there is no file {path}") from error
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise ModelError(f"{path} is not a safetensors file: its header is damaged") from error
-    if 8 + header_size + end != size:
-        raise ModelError(
-            f"{path} is truncated or has a tail: {size} bytes, its header promises {8 + header_size + end}"
-        )
+    if expected != size:
+        raise ModelError(f"{path} is truncated or has a tail: it has {size} bytes, its header promises {expected}")
 
 
 def _download(tag: str) -> Path:
@@ -177,6 +178,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{path} is no open_clip configuration (model_cfg with vision_cfg and text_cfg)") from error
     _refuse_foreign_code(path, towers)
+    _refuse_absurd_sizes(path, towers)
     return dict(config)
 
 
@@ -189,6 +191,16 @@ def _refuse_foreign_code(path: Path, towers: tuple[Mapping[str, Any], ...]) -> N
             raise ModelError(f"{path} takes its image tower from {tower['timm_model_name']!r}; refused")
         if set(tower.get("tokenizer_kwargs", {})) - {"clean", "reduction_mask", "additional_special_tokens"}:
             raise ModelError(f"{path} sets tokenizer_kwargs that can load other files or run code; refused")
+
+
+def _refuse_absurd_sizes(path: Path, towers: tuple[Mapping[str, Any], ...]) -> None:
+    """A configuration of a few bytes must not ask for more memory than any machine has."""
+    for tower in towers:
+        for name, value in tower.items():
+            limit = MAX_LAYERS if name == "layers" else MAX_SIZE
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int | float) and not 0 <= number <= limit:
+                    raise ModelError(f"{path} sets {name} to {number}; at most {limit} is accepted")
 
 
 def _preprocessing(config: Mapping[str, Any]) -> Preprocessing:

@@ -43,7 +43,7 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("guard: interrupted; finished work is kept where the command says so", err=True)
+        click.echo("guard: interrupted; the same command again reuses finished training and searches", err=True)
         code = 130
     except GuardError as error:
         click.echo(f"guard: {error}", err=True)

@@ -9,7 +9,11 @@ from guard.cli.console import Console
 
 
 @click.command()
-@click.option("--images", type=options.PATH, help="Folder with one sub-folder per class; default: handwritten digits.")
+@click.option(
+    "--images",
+    type=options.PATH,
+    help="Folder with one sub-folder per class, at most 20,000 images of it; default: handwritten digits.",
+)
 @click.option(
     "--out", type=options.PATH, default=Path("guard-demo"), show_default=True, help="Where to write everything."
 )

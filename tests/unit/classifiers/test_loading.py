@@ -93,6 +93,31 @@ def test_truncated_weights_are_refused(copy: Path, cut: int) -> None:
         load(str(copy))
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b'{"x": 1}',
+        b'{"x": {"data_offsets": ["a", "b"]}}',
+        b'{"x": {"data_offsets": [0, 1e999]}}',
+        b'{"x": {"data_offsets": [0, 99999999]}}',
+        b"[" * 100_000,
+        b"\xff\xfe",
+    ],
+)
+def test_a_hostile_header_is_refused(copy: Path, header: bytes) -> None:
+    (copy / "open_clip_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ModelError, match=r"damaged|truncated"):
+        load(str(copy))
+
+
+@pytest.mark.parametrize("change", [{"layers": 10**9}, {"width": 10**8}, {"layers": [1, 1, 10**6, 1]}, {"width": -1}])
+def test_a_configuration_of_absurd_size_is_refused(copy: Path, change: dict[str, Any]) -> None:
+    edit_config(copy, vision_cfg=change)
+    with pytest.raises(ModelError, match="is accepted"):
+        load(str(copy))
+
+
 def test_weights_of_another_architecture_are_refused_in_one_line(copy: Path) -> None:
     edit_config(copy, vision_cfg={"width": 48})
     with pytest.raises(ModelError, match="cannot be loaded") as caught:
