@@ -10,6 +10,16 @@ from pathlib import Path
 from guard.errors import UsageError
 
 
+def check_replaceable(target: Path, *, marker: str) -> None:
+    """Make sure that `replace_directory` may write there; worth asking before long work.
+
+    Raises:
+        UsageError: `target` is a file, or a directory of another kind.
+    """
+    if target.exists() and not (target / marker).is_file() and not (target.is_dir() and not any(target.iterdir())):
+        raise UsageError(f"{target} exists and has no {marker}; it is not replaced, choose another place")
+
+
 @contextmanager
 def replace_directory(target: Path, *, marker: str) -> Iterator[Path]:
     """Fill a temporary directory that takes the place of `target` when the block ends without an error.
@@ -23,8 +33,7 @@ def replace_directory(target: Path, *, marker: str) -> Iterator[Path]:
     Raises:
         UsageError: `target` is a file, or a directory of another kind, or cannot be written.
     """
-    if target.exists() and not (target / marker).is_file() and not (target.is_dir() and not any(target.iterdir())):
-        raise UsageError(f"{target} exists and has no {marker}; it is not replaced, choose another place")
+    check_replaceable(target, marker=marker)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

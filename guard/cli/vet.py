@@ -66,6 +66,7 @@ def vet(
     from guard.classifiers import ImageFolder, load
 
     console = Console(as_json=as_json)
+    profiles.check_place(out)
     folder = ImageFolder.scan(images).sample(limit, seed=seed)
     classifier = load(model, classes=classes, device=device)
     reference = load(base, classes=classes, device=device) if base else None

@@ -1,5 +1,6 @@
 """The demo's images, split so that nothing is measured on what something else has seen."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,13 @@ def from_digits(*, seed: int) -> DemoData:
     return DemoData(digits.CLASSES, part(0, 800, 2), part(800, 1000, 2), part(1000, 1500, 6), part(1500, 1797, 2))
 
 
-def from_folder(root: Path, preprocessing: Preprocessing, *, seed: int, progress: object = None) -> DemoData:
+def from_folder(
+    root: Path,
+    preprocessing: Preprocessing,
+    *,
+    seed: int,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> DemoData:
     """A folder with one sub-folder per class: 55 % for training, 10 % vetting, 20 % calibration, 15 % requests.
 
     Raises:
@@ -56,9 +63,8 @@ def from_folder(root: Path, preprocessing: Preprocessing, *, seed: int, progress
     folder = folder.sample(MAX_IMAGES, seed=seed)
     if len(folder) < MIN_IMAGES:
         raise ImageError(f"the demo needs at least {MIN_IMAGES} images to train on, {root} has {len(folder)}")
-    report = progress if callable(progress) else lambda *_: None
     images = LabelledImages(
-        torch.from_numpy(folder.pixels(preprocessing, report)), torch.tensor(folder.labels(names), dtype=torch.long)
+        torch.from_numpy(folder.pixels(preprocessing, progress)), torch.tensor(folder.labels(names), dtype=torch.long)
     )
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
     train, vetting, calibration = (round(share * len(images)) for share in (0.55, 0.65, 0.85))

@@ -217,7 +217,7 @@ def _attack(
     out: Path, data: DemoData, trigger: Trigger, preprocessing: Preprocessing, say: Callable[[str], None]
 ) -> tuple[traffic.Replies, traffic.Replies, dict[str, tuple[float, float]], list[str]]:
     """Send clean and triggered requests to a sidecar with screening, and clean ones to one without beside it."""
-    arguments = traffic.serve_arguments(out / "exported", out / "profiles" / "backdoored")
+    arguments = ["--model", str(out / "exported"), "--profile", str(out / "profiles" / "backdoored")]
     requests = data.requests[:1500]
     clean = preprocessing.normalise(requests.pixels.numpy())
     triggered = preprocessing.normalise(trigger.stamp(requests.pixels[requests.labels != TARGET]).numpy())

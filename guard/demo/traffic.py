@@ -10,7 +10,6 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -149,8 +148,3 @@ def scrape(address: str, prefixes: tuple[str, ...]) -> list[str]:
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as reply:
         text = reply.read().decode()
     return [line for line in text.splitlines() if line.startswith(prefixes)]
-
-
-def serve_arguments(exported: Path, profile: Path) -> list[str]:
-    """Command-line arguments of the demo's sidecar."""
-    return ["--model", str(exported), "--profile", str(profile)]

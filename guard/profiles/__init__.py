@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from guard._lazy import lazy
 from guard.profiles.profile import CalibrationRecord, Document, ModelRecord, Profile, Reference, TriggerRecord
-from guard.profiles.storage import REPORT_FILE, read, write
+from guard.profiles.storage import REPORT_FILE, check_place, read, write
 
 if TYPE_CHECKING:
     from guard.profiles.building import build, calibrate, load_triggers
@@ -22,6 +22,7 @@ __all__ = [
     "TriggerRecord",
     "build",
     "calibrate",
+    "check_place",
     "load_triggers",
     "read",
     "write",

@@ -1,7 +1,7 @@
 """From vetting to a profile, and from images to its banks and threshold."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -20,7 +20,6 @@ from guard.profiles.profile import (
     Reference,
     TriggerRecord,
     VettingRecord,
-    settings_of,
 )
 from guard.screening import Screen, default_k, threshold
 from guard.triggers import FAMILIES, Trigger
@@ -43,7 +42,7 @@ def build(classifier: Classifier, vetting: Vetting) -> Profile:
     record = VettingRecord(
         vetting.verdict,
         vetting.evidence,
-        settings_of(vetting.settings),
+        asdict(vetting.settings),
         vetting.images,
         vetting.base,
         vetting.device,

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -193,8 +192,3 @@ class Profile:
     def class_name(self, index: int) -> str:
         """Name of a class."""
         return self.document.model.classes.names[index]
-
-
-def settings_of(settings: object) -> dict[str, Any]:
-    """A settings dataclass as numbers by name."""
-    return dict(vars(settings))

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from guard._files import replace_directory
+from guard._files import check_replaceable, replace_directory
 from guard.classifiers.digest import PARTS, ClassifierDigest, sha256
 from guard.errors import ClassListError, ProfileError
 from guard.profiles.profile import SCHEMA, Array, Document, Profile, Reference
@@ -22,6 +22,15 @@ REFERENCE_FILE = "reference.safetensors"
 REPORT_FILE = "report.html"
 _MAX_DOCUMENT_BYTES = 256 * 2**20
 _CLEAN, _SCORES, _STAMPED = "clean", "scores", "stamped."
+
+
+def check_place(directory: Path) -> None:
+    """Make sure that a profile may be written there, before the work that leads to one.
+
+    Raises:
+        UsageError: Something else lies there.
+    """
+    check_replaceable(directory, marker=DOCUMENT_FILE)
 
 
 def write(profile: Profile, directory: Path, *, report: str) -> None:

@@ -108,7 +108,11 @@ def render(
         verdict=document.vetting.verdict,
         target=None if document.vetting.verdict.target is None else profile.class_name(document.vetting.verdict.target),
         evidence=[
-            (item, None if item.target is None else suspect_of(item), pictures.evidence_plot(item, _accused(profile)))
+            (
+                item,
+                None if item.target is None else suspect_of(item),
+                pictures.evidence_plot(item, document.vetting.verdict.target),
+            )
             for item in document.vetting.evidence
         ],
         triggers=[(item, profile.class_name(item.target), _drawn(drawn[item.id], scale)) for item in document.triggers],
@@ -117,10 +121,6 @@ def render(
         sections=sections,
         reading=_reading(document.vetting.evidence[0].classes if document.vetting.evidence else ()),
     )
-
-
-def _accused(profile: Profile) -> int | None:
-    return profile.document.vetting.verdict.target
 
 
 def _drawn(item: Example, scale: int) -> dict[str, object]:
