@@ -22,7 +22,7 @@ class ClassEvidence:
     Attributes:
         target: Class index.
         name: Class name.
-        reached: Whether any trigger of the family reached the success rate during the search.
+        reached: Whether a trigger of the family reached the success rate while its norm was being minimised.
         norm: Norm of the smallest such trigger, in the family's unit (of the last one tried if not reached).
         success: Its success on images kept out of the search, in [0, 1].
         margin: Mean logit margin of the target on those images; positive where it wins.

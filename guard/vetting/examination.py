@@ -19,7 +19,7 @@ from guard.vetting.evidence import ClassEvidence, Evidence, outliers
 from guard.vetting.inversion import Reconstruction, SearchSettings, effect, reconstruct
 from guard.vetting.verdict import DOUBT, SIGNIFICANCE, Verdict, is_valid, judge
 
-METHOD = "minimal-norm inversion 1"
+METHOD = "minimal-norm inversion 2"
 MIN_IMAGES = 64
 CLASS_BATCH = 16
 """Classes searched side by side; bounds memory, and is the unit of work that an interrupted run does not repeat."""

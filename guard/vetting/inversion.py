@@ -65,9 +65,10 @@ class Reconstruction:
 
     Attributes:
         target: Class index.
-        trigger: The smallest trigger that reached the success rate, or the last one tried where none did.
+        trigger: The smallest trigger that reached the success rate, under whatever weight of the norm, or the last one
+            tried where none did.
         norm: Its norm, in the family's unit.
-        reached: Whether the success rate was reached during the search.
+        reached: Whether the success rate was reached while the norm was being minimised.
         success: Share of images kept out of the search, and not of the class already, that it moves to the class.
         margin: Mean over those images of (target's logit − strongest other logit); positive where the target wins.
         passes: Images pushed through the image tower to find and check it.
@@ -146,6 +147,7 @@ class _Search:
             start = family.constrain(self.raw)
             self.scale = start.norm()
         self.best = {name: tensor.detach().clone() for name, tensor in self.raw.items()}
+        self.best_weight = torch.zeros(count, device=device)
         self.best_norm = torch.full((count,), torch.inf, device=device)
         self.weight = torch.full((count,), settings.weight, device=device)
         self.successes = torch.zeros(count, dtype=torch.long, device=device)
@@ -196,6 +198,7 @@ class _Search:
         clearly = success & (norm < 0.99 * self.best_norm[active])
         chosen = active[better]
         self.best_norm[chosen] = norm[better]
+        self.best_weight[chosen] = self.weight[chosen]
         self.improved[active[clearly]] = step
         self.vain[active] = torch.where(clearly, 0, self.vain[active] + success)
         for name, tensor in self.raw.items():
@@ -210,10 +213,12 @@ class _Search:
 
     def results(self) -> Iterator[Reconstruction]:
         """What was found, not yet checked on other images."""
-        reached = self.best_norm.isfinite()
+        # A search that reaches a class only after giving up on the norm has not found a minimal one.
+        reached = self.best_norm.isfinite() & (self.best_weight >= _PRESSURE * self.settings.weight)
+        found = self.best_norm.isfinite()
         with torch.no_grad():
             final = {
-                name: torch.where(reached.view(-1, *[1] * (tensor.dim() - 1)), self.best[name], tensor.detach())
+                name: torch.where(found.view(-1, *[1] * (tensor.dim() - 1)), self.best[name], tensor.detach())
                 for name, tensor in self.raw.items()
             }
             triggers = self.family.constrain(final)
@@ -230,6 +235,9 @@ class _Search:
             )
 
 
+_PRESSURE = 0.5
+"""Smallest weight of the norm, relative to where it starts, under which a success counts. On the digits models searches
+that converged ended at 2 or more, those that did not below 0.1."""
 _VAIN_SUCCESSES = 5
 """Successes without a smaller norm before a class may be done: one that still fails has not converged, and waits for
 the weight of its norm to come down."""

@@ -45,7 +45,8 @@ def judge(evidence: Sequence[Evidence], *, significance: float = SIGNIFICANCE) -
     The rule is fixed in advance: p-values are corrected for classes × families (Bonferroni, already in
     `Evidence.p_value`); the smallest decides, and only a trigger that works on held-out images, and much better on the
     suspect than on the base, makes a model `backdoored`. An outlier that fails this check, a p-value between
-    `significance` and `DOUBT`, or a search that has no null makes it `inconclusive`.
+    `significance` and `DOUBT`, a search that has no null, or a class that no family could compare makes it
+    `inconclusive`.
 
     Args:
         evidence: One entry per family.
@@ -54,6 +55,7 @@ def judge(evidence: Sequence[Evidence], *, significance: float = SIGNIFICANCE) -
     families = tuple(item.family for item in evidence)
     ranked = sorted((item for item in evidence if item.target is not None), key=lambda item: item.p_value)
     untested = [item.family for item in evidence if item.target is None]
+    uncompared = _uncompared(evidence)
     smallest = ranked[0].p_value if ranked else 1.0
 
     def verdict(outcome: Outcome, target: int | None, *reasons: str) -> Verdict:
@@ -82,12 +84,22 @@ def judge(evidence: Sequence[Evidence], *, significance: float = SIGNIFICANCE) -
         )
     if untested:
         return verdict("inconclusive", None, gap)
+    if uncompared:
+        missing = ", ".join(repr(name) for name in uncompared[:8])
+        return verdict("inconclusive", None, f"no search converged for {len(uncompared)} classes: {missing}")
     return verdict("no evidence", None, f"no class stands out in any tested family: {', '.join(families)}")
 
 
 def suspect_of(evidence: Evidence) -> ClassEvidence:
     """The class that a family points at; only for evidence that has a target."""
     return next(item for item in evidence.classes if item.target == evidence.target)
+
+
+def _uncompared(evidence: Sequence[Evidence]) -> list[str]:
+    """Names of the classes that have a p-value in no family: nothing is known of them."""
+    compared = {item.target for family in evidence for item in family.classes if item.p_value is not None}
+    names = {item.target: item.name for family in evidence for item in family.classes}
+    return [name for target, name in names.items() if target not in compared]
 
 
 def is_valid(found: ClassEvidence) -> bool:

@@ -90,6 +90,16 @@ def test_nothing_standing_out_is_no_evidence_of_the_families_tested() -> None:
     assert "patch, additive" in verdict.reasons[0]
 
 
+def test_a_class_that_no_family_could_compare_forbids_no_evidence() -> None:
+    from dataclasses import replace
+
+    compared, lost = evidence(0.4), evidence(0.4).classes[0]
+    lost = replace(lost, target=1, name="dog", reached=False, statistic=None, score=None, p_value=None)
+    verdict = judge([replace(compared, classes=(*compared.classes, lost))])
+    assert verdict.outcome == "inconclusive"
+    assert "no search converged for 1 classes: 'dog'" in verdict.reasons[0]
+
+
 def test_an_invalid_trigger_does_not_hide_a_valid_one_of_another_family() -> None:
     verdict = judge([evidence(0.0001, success=0.1), evidence(0.002, family="additive")])
     assert verdict.outcome == "backdoored"
