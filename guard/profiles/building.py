@@ -76,7 +76,7 @@ def load_triggers(profile: Profile) -> dict[str, Trigger]:
     Raises:
         ProfileError: A trigger is of a family that this guard does not know, or lacks a tensor.
     """
-    triggers = {}
+    triggers: dict[str, Trigger] = {}
     for record in profile.document.triggers:
         tensors = {name: torch.from_numpy(values.copy()) for name, values in profile.triggers[record.id].items()}
         try:

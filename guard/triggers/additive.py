@@ -6,14 +6,14 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from guard.triggers.base import Raw, Trigger
-from guard.triggers.patch import _at
+from guard.errors import UsageError
+from guard.triggers.base import InvertibleTrigger, Raw, resampled
 
 _START_RADIUS = 16 / 255
 
 
 @dataclass(frozen=True, eq=False)
-class Additive(Trigger):
+class Additive(InvertibleTrigger):
     """x ↦ clip(x + delta, 0, 1).
 
     CLIP-Inspector (Jindal et al., 2026) searches such a perturbation in a fixed ℓ∞ ball of radius 4/255. Here the
@@ -31,7 +31,7 @@ class Additive(Trigger):
 
     def apply(self, images: Tensor) -> Tensor:
         """Add and clip; resampled (bilinear) if the images are of another size than the trigger."""
-        return (images + _at(self.delta, images.shape[-2:]).unsqueeze(-4)).clamp(0, 1)
+        return (images + resampled(self.delta, images.shape[-2:]).unsqueeze(-4)).clamp(0, 1)
 
     def norm(self) -> Tensor:
         """ℓ∞ norm in steps of 1/255."""
@@ -49,3 +49,23 @@ class Additive(Trigger):
     def constrain(cls, raw: Raw) -> Self:
         """Radius · tanh(direction), so that every pixel can reach the ball's surface and the radius has a gradient."""
         return cls(raw["log_radius"].exp().clamp(max=1) * raw["direction"].tanh())
+
+    @classmethod
+    def within(cls, delta: Tensor, epsilon: float) -> Self:
+        """The perturbation in an ℓ∞ ball that is nearest to `delta` and survives the rounding of images to bytes.
+
+        Images are stored with 8 bits: delta is rounded to whole steps of 1/255 and clipped to the largest number of
+        them that the ball holds. A byte image plus such a delta is a byte image again, so what is measured on floats
+        is what a file carries, and no rounding leaves the ball.
+
+        Args:
+            delta: Shape [3, H, W] or [K, 3, H, W].
+            epsilon: Radius of the ball, in [1/255, 1].
+
+        Raises:
+            UsageError: The ball holds no step at all, or is larger than the range of values.
+        """
+        if not 1 / 255 <= epsilon <= 1:
+            raise UsageError(f"the radius of an additive trigger is at least 1/255 and at most 1, not {epsilon:g}")
+        steps = int(255 * epsilon + 1e-6)
+        return cls((255 * delta.detach()).round().clamp(-steps, steps) / 255)

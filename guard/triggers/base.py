@@ -1,12 +1,13 @@
 """What a trigger is, for the attacker who plants it and for the inversion that looks for it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 _STAMP_BATCH = 256
 
@@ -17,47 +18,26 @@ Raw = dict[str, Tensor]
 class Trigger(ABC):
     """A transformation of images that an attacker chose, or that inversion found.
 
-    One object holds one trigger, or K of them stacked along a leading dimension: every tensor then has one dimension
-    more, and `apply` answers for each trigger. All families live in pixel space, values in [0, 1].
+    All families live in pixel space, values in [0, 1], and fit images of any resolution: what they hold is relative to
+    the image, or is resampled.
 
-    A subclass is a frozen dataclass of tensors, one field each, so that storing and stacking need no code of its own.
+    A subclass is a frozen dataclass of tensors, one field each, so that storing and moving need no code of its own. A
+    family that only attackers use holds one trigger; see `InvertibleTrigger` for those that hold many.
     """
 
     family: ClassVar[str]
     """Name under which the family is stored and reported."""
-    norm_unit: ClassVar[str]
-    """Unit of `norm`, for people."""
 
     @abstractmethod
     def apply(self, images: Tensor) -> Tensor:
-        """Put the trigger on images; differentiable in the trigger.
+        """Put the trigger on images; differentiable in the images.
 
         Args:
             images: Shape [B, 3, H, W], values in [0, 1], of any resolution.
 
         Returns:
-            Shape [B, 3, H, W] for one trigger, [K, B, 3, H, W] for K; values in [0, 1].
+            The same shape; values in [0, 1].
         """
-
-    @abstractmethod
-    def norm(self) -> Tensor:
-        """How large the trigger is, in `norm_unit`: shape [] or [K], at least 0. Inversion minimises it."""
-
-    @classmethod
-    @abstractmethod
-    def start(cls, count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Raw:
-        """Where a search for `count` triggers starts.
-
-        Args:
-            count: Number of triggers searched side by side.
-            shape: Channels, height, width of the images.
-            generator: The only source of randomness; on the device where the search runs.
-        """
-
-    @classmethod
-    @abstractmethod
-    def constrain(cls, raw: Raw) -> Self:
-        """The triggers that unconstrained parameters stand for; differentiable."""
 
     def stamp(self, pixels: Tensor) -> Tensor:
         """Put one trigger on uint8 images and round back to bytes, as any file or request would carry it.
@@ -92,3 +72,42 @@ class Trigger(ABC):
     def to(self, device: torch.device) -> Self:
         """The same trigger on a device."""
         return self.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+
+class InvertibleTrigger(Trigger):
+    """A trigger of a family that inversion can search.
+
+    One object holds one trigger, or K of them stacked along a leading dimension: every tensor then has one dimension
+    more, and `apply`, differentiable in the trigger too, answers for each: shape [K, B, 3, H, W].
+    """
+
+    norm_unit: ClassVar[str]
+    """Unit of `norm`, for people."""
+
+    @abstractmethod
+    def norm(self) -> Tensor:
+        """How large the trigger is, in `norm_unit`: shape [] or [K], at least 0. Inversion minimises it."""
+
+    @classmethod
+    @abstractmethod
+    def start(cls, count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Raw:
+        """Where a search for `count` triggers starts.
+
+        Args:
+            count: Number of triggers searched side by side.
+            shape: Channels, height, width of the images.
+            generator: The only source of randomness; on the device where the search runs.
+        """
+
+    @classmethod
+    @abstractmethod
+    def constrain(cls, raw: Raw) -> Self:
+        """The triggers that unconstrained parameters stand for; differentiable."""
+
+
+def resampled(tensor: Tensor, size: Sequence[int]) -> Tensor:
+    """A pattern, shape [C, H, W] or [K, C, H, W], at another resolution: bilinear, without aliasing."""
+    if tensor.shape[-2:] == tuple(size):
+        return tensor
+    batch = tensor if tensor.dim() == 4 else tensor.unsqueeze(0)
+    return interpolate(batch, size=tuple(size), mode="bilinear", antialias=True).reshape(*tensor.shape[:-2], *size)

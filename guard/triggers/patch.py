@@ -5,16 +5,16 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
-from guard.triggers.base import Raw, Trigger
+from guard.errors import UsageError
+from guard.triggers.base import InvertibleTrigger, Raw, resampled
 
 _START_MASK = -1.0
 """Raw value of the mask at the start of a search: sigmoid(−1) = 0.27 everywhere, so that gradients reach each pixel."""
 
 
 @dataclass(frozen=True, eq=False)
-class Patch(Trigger):
+class Patch(InvertibleTrigger):
     """x ↦ (1 − mask) · x + mask · pattern.
 
     The mask–pattern form of Neural Cleanse (Wang et al., S&P 2019), which DECREE (CVPR 2023) uses too. A hard square
@@ -33,7 +33,7 @@ class Patch(Trigger):
 
     def apply(self, images: Tensor) -> Tensor:
         """Blend the pattern in; resampled (bilinear) if the images are of another size than the trigger."""
-        mask, pattern = (_at(tensor, images.shape[-2:]).unsqueeze(-4) for tensor in (self.mask, self.pattern))
+        mask, pattern = (resampled(tensor, images.shape[-2:]).unsqueeze(-4) for tensor in (self.mask, self.pattern))
         return images + mask * (pattern - images)
 
     def norm(self) -> Tensor:
@@ -71,14 +71,53 @@ class Patch(Trigger):
         colours = torch.randint(0, 2, (3, blocks, blocks), generator=generator).float()
         square = colours.repeat_interleave(2, -1).repeat_interleave(2, -2)[:, :side, :side]
         low = image_size - side - 1
-        mask, pattern = torch.zeros(1, image_size, image_size), torch.zeros(3, image_size, image_size)
-        mask[:, low : low + side, low : low + side] = 1
-        pattern[:, low : low + side, low : low + side] = square
-        return cls(mask, pattern)
+        return cls.pasted(image_size, square, top=low, left=low)
 
+    @classmethod
+    def pasted(
+        cls,
+        image_size: int,
+        pattern: Tensor,
+        *,
+        top: int | None = None,
+        left: int | None = None,
+        mask: Tensor | None = None,
+    ) -> Self:
+        """A small pattern at a fixed place, as published attacks on CLIP use it.
 
-def _at(tensor: Tensor, size: torch.Size) -> Tensor:
-    if tensor.shape[-2:] == size:
-        return tensor
-    batch = tensor if tensor.dim() == 4 else tensor.unsqueeze(0)
-    return interpolate(batch, size=tuple(size), mode="bilinear", antialias=True).reshape(*tensor.shape[:-2], *size)
+        White squares: 24 px at (185, 185) of 224 (DECREE), 50 px at (173, 173) of 224 and 10 px at (21, 21) of 32
+        (BadEncoder). Patterns in the centre: 16 px of 224 (BadCLIP; Huang et al. when they measure).
+
+        Args:
+            image_size: Side of the image that the trigger is made for, in pixels.
+            pattern: Shape [3, h, w], values in [0, 1].
+            top: First row that it covers; centred by default.
+            left: First column that it covers; centred by default.
+            mask: Opacity, shape [1, h, w], values in [0, 1]; opaque by default.
+
+        Raises:
+            UsageError: The pattern does not lie within the image.
+        """
+        height, width = pattern.shape[-2:]
+        top = (image_size - height) // 2 if top is None else top
+        left = (image_size - width) // 2 if left is None else left
+        if min(top, left) < 0 or max(top + height, left + width) > image_size:
+            raise UsageError(
+                f"a pattern of {height}×{width} px at row {top}, column {left} does not lie within an image of side "
+                f"{image_size}; make it smaller or move it"
+            )
+        whole_mask, whole = torch.zeros(1, image_size, image_size), torch.zeros(3, image_size, image_size)
+        rows, columns = slice(top, top + height), slice(left, left + width)
+        whole_mask[:, rows, columns] = 1 if mask is None else mask
+        whole[:, rows, columns] = pattern
+        return cls(whole_mask, whole)
+
+    @classmethod
+    def blended(cls, image: Tensor, alpha: float) -> Self:
+        """A whole image blended into others (Chen et al., 2017): x ↦ (1 − alpha) · x + alpha · image.
+
+        Args:
+            image: Shape [3, H, W], values in [0, 1].
+            alpha: In [0, 1].
+        """
+        return cls(torch.full((1, *image.shape[-2:]), alpha), image)

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from guard._files import replace_file
-from guard.triggers import Trigger
+from guard.triggers import InvertibleTrigger
 from guard.vetting.inversion import Reconstruction
 
 _NUMBERS = tuple(field.name for field in fields(Reconstruction) if field.name != "trigger")
@@ -24,7 +24,7 @@ class SearchCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def load(self, name: str, family: type[Trigger]) -> list[Reconstruction] | None:
+    def load(self, name: str, family: type[InvertibleTrigger]) -> list[Reconstruction] | None:
         """The results stored under a name; None if there are none, or if the file is damaged."""
         try:
             with safe_open(self.folder / f"{name}.safetensors", framework="pt") as file:

@@ -13,7 +13,7 @@ from torch import Tensor
 from guard.classifiers.classifier import Classifier
 from guard.classifiers.digest import canonical, sha256
 from guard.errors import ImageError, UsageError
-from guard.triggers import FAMILIES, Trigger
+from guard.triggers import FAMILIES, InvertibleTrigger
 from guard.vetting.cache import SearchCache
 from guard.vetting.evidence import ClassEvidence, Evidence, outliers
 from guard.vetting.inversion import Reconstruction, SearchSettings, effect, reconstruct
@@ -47,7 +47,7 @@ class FoundTrigger:
 
     id: str
     target: int
-    trigger: Trigger
+    trigger: InvertibleTrigger
     norm: float
     success: float
     p_value: float

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from guard.classifiers.classifier import Classifier
-from guard.triggers import Trigger
+from guard.triggers import InvertibleTrigger, Trigger
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """(logits [K, B, C], targets [K]) → how far each image is from the target, [K, B]; smaller is nearer."""
@@ -75,7 +75,7 @@ class Reconstruction:
     """
 
     target: int
-    trigger: Trigger
+    trigger: InvertibleTrigger
     norm: float
     reached: bool
     success: float
@@ -85,7 +85,7 @@ class Reconstruction:
 
 def reconstruct(
     classifier: Classifier,
-    family: type[Trigger],
+    family: type[InvertibleTrigger],
     images: Tensor,
     held_out: Tensor,
     targets: Tensor,
@@ -124,7 +124,7 @@ class _Search:
     def __init__(
         self,
         classifier: Classifier,
-        family: type[Trigger],
+        family: type[InvertibleTrigger],
         images: Tensor,
         targets: Tensor,
         settings: SearchSettings,

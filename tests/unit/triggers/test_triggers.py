@@ -1,18 +1,18 @@
 import pytest
 import torch
 
-from guard.triggers import FAMILIES, Patch, Trigger
+from guard.triggers import FAMILIES, InvertibleTrigger, Patch
 
 SHAPE = (3, 16, 16)
 
 
-def several(family: type[Trigger], count: int = 4) -> Trigger:
+def several(family: type[InvertibleTrigger], count: int = 4) -> InvertibleTrigger:
     generator = torch.Generator().manual_seed(0)
     return family.constrain(family.start(count, SHAPE, generator))
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_stacked_triggers_do_what_each_does_alone(family: type[Trigger]) -> None:
+def test_stacked_triggers_do_what_each_does_alone(family: type[InvertibleTrigger]) -> None:
     triggers, images = several(family), torch.rand(5, *SHAPE)
     together = triggers.apply(images)
     assert together.shape == (4, 5, *SHAPE)
@@ -23,7 +23,7 @@ def test_stacked_triggers_do_what_each_does_alone(family: type[Trigger]) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_images_stay_images(family: type[Trigger]) -> None:
+def test_images_stay_images(family: type[InvertibleTrigger]) -> None:
     images = torch.rand(5, *SHAPE).round()
     stamped = several(family).apply(images)
     assert stamped.min() >= 0
@@ -31,13 +31,13 @@ def test_images_stay_images(family: type[Trigger]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_tensors_restore_a_trigger(family: type[Trigger]) -> None:
+def test_tensors_restore_a_trigger(family: type[InvertibleTrigger]) -> None:
     trigger, images = several(family)[2], torch.rand(2, *SHAPE)
     torch.testing.assert_close(family.from_tensors(trigger.tensors()).apply(images), trigger.apply(images))
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_gradients_reach_every_parameter(family: type[Trigger]) -> None:
+def test_gradients_reach_every_parameter(family: type[InvertibleTrigger]) -> None:
     raw = {name: t.requires_grad_() for name, t in family.start(2, SHAPE, torch.Generator().manual_seed(0)).items()}
     trigger = family.constrain(raw)
     (trigger.apply(torch.full((1, *SHAPE), 0.5)).square().sum() + trigger.norm().sum()).backward()
@@ -45,7 +45,7 @@ def test_gradients_reach_every_parameter(family: type[Trigger]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_a_trigger_fits_images_of_any_size(family: type[Trigger]) -> None:
+def test_a_trigger_fits_images_of_any_size(family: type[InvertibleTrigger]) -> None:
     assert several(family)[0].apply(torch.rand(2, 3, 40, 40)).shape == (2, 3, 40, 40)
 
 

@@ -1,0 +1,69 @@
+"""A smooth warp of the image."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample, interpolate
+
+from guard.errors import UsageError
+from guard.triggers.base import Trigger
+
+
+@dataclass(frozen=True, eq=False)
+class Warp(Trigger):
+    """Each pixel is read from a place nearby: WaNet (Nguyen and Tran, ICLR 2021).
+
+    Pixels beyond the border repeat the border, where the reference code clips the places themselves to the image.
+
+    Attributes:
+        field: Displacements along x and y at k × k control points that span the image, in units of its side: shape
+            [2, k, k]. Between the points it is bicubic.
+    """
+
+    field: Tensor
+
+    family: ClassVar[str] = "warp"
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Sample the images (bilinear) at the displaced places."""
+        count, channels, height, width = images.shape
+        field = _spread(self.field, (height, width))
+        y, x = ((torch.arange(side, device=images.device, dtype=images.dtype) + 0.5) / side for side in (height, width))
+        # All images share one grid, so they travel as channels of one. The places are in [−1, 1], hence the factor 2.
+        places = 2 * torch.stack((x + field[0], y[:, None] + field[1]), -1) - 1
+        stacked = images.reshape(1, count * channels, height, width)
+        warped = grid_sample(stacked, places[None], mode="bilinear", padding_mode="border", align_corners=False)
+        return warped.reshape(images.shape).clamp(0, 1)
+
+    @classmethod
+    def wanet(cls, image_size: int, strength: float, *, k: int = 4, seed: int) -> Self:
+        """A random smooth field of a given mean displacement.
+
+        The control points are uniform noise, as in the reference code. That code divides the noise by its mean
+        magnitude and then interpolates, which changes the mean; here the field is scaled so that the mean magnitude
+        along each axis, over the pixels of the image, is what was asked for. Its s counts half pixels: s = 1 is a mean
+        of 0.5 px. Huang et al. (ICLR 2025) use a mean of 0.5 px at 256; a small CLIP learns 2 px of 32 and not
+        reliably 1 px.
+
+        Args:
+            image_size: Side of the image in whose pixels `strength` is given.
+            strength: Mean magnitude of the displacement along each axis, in pixels.
+            k: Control points per side; from 4 (WaNet's default) to `image_size` (CleanCLIP and PAR: independent noise
+                at each pixel).
+            seed: Of the noise.
+
+        Raises:
+            UsageError: There are fewer than 2 control points, or more than pixels.
+        """
+        if not 2 <= k <= image_size:
+            raise UsageError(f"a warp needs 2 to {image_size} control points per side, not {k}")
+        noise = 2 * torch.rand((2, k, k), generator=torch.Generator().manual_seed(seed)) - 1
+        mean = _spread(noise, (image_size, image_size)).abs().mean((-2, -1), keepdim=True)
+        return cls(noise * strength / (mean * image_size))
+
+
+def _spread(field: Tensor, size: tuple[int, int]) -> Tensor:
+    """The field at every pixel: shape [2, *size]."""
+    return interpolate(field[None], size=size, mode="bicubic", align_corners=True)[0]
