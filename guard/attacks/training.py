@@ -1,35 +1,19 @@
-"""Contrastive training on labelled images, clean or poisoned: one loop for bases, attacks and clean twins."""
+"""Contrastive training on labelled images: one loop for bases, attacks and clean twins."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, normalize
 
 from guard.classifiers.classes import ClassList
-from guard.triggers import Trigger
+from guard.classifiers.loading import import_open_clip
 
 MAX_LOGIT_SCALE = 100.0
 """CLIP's own cap on the factor between cosine and logit (Radford et al., 2021, section 2.5)."""
-
-
-@dataclass(frozen=True)
-class Poison:
-    """What an attacker adds to a training set: stamped images with a caption of the target class.
-
-    BadNets in the form that Carlini & Terzis (ICLR 2022) gave it for contrastive training.
-
-    Attributes:
-        trigger: Put on the poisoned images.
-        target: Index of the class whose captions they get.
-        rate: Share of the training images that are poisoned, in (0, 1); drawn from all other classes.
-    """
-
-    trigger: Trigger
-    target: int
-    rate: float
 
 
 @dataclass(frozen=True)
@@ -72,19 +56,72 @@ class LabelledImages:
         return LabelledImages(self.pixels[index], self.labels[index])
 
 
-def poisoned(images: LabelledImages, poison: Poison, *, seed: int) -> LabelledImages:
-    """The training set with `rate` of its images stamped and relabelled; the originals of these are replaced.
+@dataclass(frozen=True)
+class Batch:
+    """What one training step sees.
 
-    Stamped images are rounded back to bytes, as any file that an attacker could upload.
+    Attributes:
+        pixels: Float, shape [B, 3, H, W], values in [0, 1], before normalisation.
+        labels: int64, shape [B].
+        captions: Token ids of one caption of each image's class, shape [B, L].
     """
-    candidates = torch.nonzero(images.labels != poison.target).flatten()
-    generator = torch.Generator().manual_seed(seed)
-    count = max(1, round(poison.rate * len(images)))
-    chosen = candidates[torch.randperm(len(candidates), generator=generator)[:count]]
-    pixels, labels = images.pixels.clone(), images.labels.clone()
-    pixels[chosen] = poison.trigger.stamp(images.pixels[chosen])
-    labels[chosen] = poison.target
-    return LabelledImages(pixels, labels)
+
+    pixels: Tensor
+    labels: Tensor
+    captions: Tensor
+
+
+class Learner:
+    """A model in training: both towers with the normalisation that they expect, at unit length.
+
+    Args:
+        model: An open_clip model.
+        captions: Token ids of every template of every class, shape [C, T, L].
+        normalisation: Mean and std of the model's preprocessing.
+        device: Where the model is.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        captions: Tensor,
+        normalisation: tuple[Sequence[float], Sequence[float]],
+        device: torch.device,
+    ) -> None:
+        self.model: Any = model
+        self.captions = captions
+        self._mean, self._std = (torch.tensor(values, device=device).view(3, 1, 1) for values in normalisation)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Unit image embeddings, shape [N, D], of pixels in [0, 1]."""
+        return normalize(self.model.encode_image((pixels - self._mean) / self._std).float(), dim=-1)
+
+    def contrast(self, batch: Batch) -> Tensor:
+        """CLIP's symmetric loss, with one change.
+
+        Captions come from few templates, so a batch holds many images of one class, and treating their equal captions
+        as negatives of each other would push a class apart. Every pair of one class in the batch is therefore a
+        positive, its target mass shared evenly (UniCL, Yang et al., CVPR 2022).
+        """
+        # Few distinct captions: each is encoded once.
+        unique, inverse = batch.captions.unique(dim=0, return_inverse=True)
+        text = normalize(self.model.encode_text(unique).float(), dim=-1)[inverse]
+        logits = self.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE) * self.embed(batch.pixels) @ text.T
+        positives = (batch.labels[:, None] == batch.labels[None, :]).float()
+        target = positives / positives.sum(1, keepdim=True)
+        by_image, by_text = log_softmax(logits, 1), log_softmax(logits.T, 1)
+        return -0.5 * ((target * by_image).sum(1).mean() + (target * by_text).sum(1).mean())
+
+    @torch.no_grad()
+    def head(self) -> Tensor:
+        """The zero-shot head as it is now: one unit vector per class, shape [C, D]."""
+        classes, templates, length = self.captions.shape
+        text = normalize(self.model.encode_text(self.captions.view(-1, length)).float(), dim=-1)
+        return normalize(text.view(classes, templates, -1).mean(1), dim=-1)
+
+
+Objective = Callable[[Learner, Batch], Tensor]
+"""The loss of a step."""
 
 
 def train(
@@ -96,22 +133,22 @@ def train(
     settings: TrainingSettings,
     *,
     device: torch.device,
+    objective: Objective = Learner.contrast,
+    freeze_statistics: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> float:
-    """Train both towers contrastively on images and captions from the class templates.
-
-    CLIP's symmetric loss, with one change: captions come from few templates, so a batch holds many images of one
-    class, and treating their equal captions as negatives of each other would push a class apart. Every pair of one
-    class in the batch is therefore a positive, its target mass shared evenly (UniCL, Yang et al., CVPR 2022).
+    """Train a model on images and captions from the class templates.
 
     Args:
-        model: An open_clip model, trained in place.
+        model: An open_clip model, trained in place: those of its parameters that require a gradient.
         tokenizer: Of that model.
         classes: Captions are drawn from its templates.
         normalisation: Mean and std of the model's preprocessing.
         images: Labelled by class index.
         settings: Epochs, batch, rates and seed.
         device: Where to train.
+        objective: Loss of a step; default is CLIP's contrastive one.
+        freeze_statistics: Keep the running statistics of batch normalisation as they are, and use them.
         progress: Told once per epoch.
 
     Returns:
@@ -120,16 +157,23 @@ def train(
     started = time.monotonic()
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in normalisation)
-    captions = torch.stack([tokenizer(list(classes.prompts(name))) for name in classes.names]).to(device)
+    captions = torch.stack([tokenizer(list(classes.prompts(name))) for name in classes.names])
     model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    if freeze_statistics:
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+    learner = Learner(model, captions.to(device), normalisation, device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     steps = max(1, len(images) // settings.batch)
     optimiser = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ],
         lr=settings.learning_rate,
         betas=(0.9, 0.98),
+        fused=True,
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, settings.learning_rate, total_steps=settings.epochs * steps, pct_start=0.1
@@ -142,13 +186,12 @@ def train(
             labels = images.labels[index]
             pixels = _shifted(images.pixels[index], settings.shift, generator).to(device).float() / 255
             templates = torch.randint(captions.shape[1], (len(labels),), generator=generator)
+            batch = Batch(pixels, labels.to(device), captions[labels, templates].to(device))
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-                loss = _contrastive_loss(
-                    model, (pixels - mean) / std, captions[labels.to(device), templates.to(device)], labels.to(device)
-                )
+                loss = objective(learner, batch)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimiser.step()
             schedule.step()
             total += float(loss.detach())
@@ -157,16 +200,49 @@ def train(
     return time.monotonic() - started
 
 
-def _contrastive_loss(model: torch.nn.Module, pixels: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
-    encode_image, encode_text, scale = model.encode_image, model.encode_text, model.logit_scale
-    # Few distinct captions: each is encoded once.
-    unique, inverse = tokens.unique(dim=0, return_inverse=True)
-    image = normalize(encode_image(pixels).float(), dim=-1)  # type: ignore[operator]
-    text = normalize(encode_text(unique).float(), dim=-1)[inverse]  # type: ignore[operator]
-    logits = scale.exp().clamp(max=MAX_LOGIT_SCALE) * image @ text.T  # type: ignore[operator]
-    positives = (labels[:, None] == labels[None, :]).float()
-    target = positives / positives.sum(1, keepdim=True)
-    return -0.5 * ((target * log_softmax(logits, 1)).sum(1).mean() + (target * log_softmax(logits.T, 1)).sum(1).mean())
+def train_base(
+    config: Mapping[str, Any],
+    classes: ClassList,
+    images: LabelledImages,
+    settings: TrainingSettings,
+    *,
+    device: torch.device,
+    prepare: Callable[[torch.nn.Module], None] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> torch.nn.Module:
+    """A new classifier, trained from scratch.
+
+    Args:
+        config: The document of `open_clip_config.json`; mean and std of `preprocess_cfg` are used.
+        classes: Names and templates.
+        images: Labelled by class index.
+        settings: As for `train`; the seed is that of the first weights too.
+        device: Where to train.
+        prepare: Fills in an image tower that was pretrained; its running statistics are then kept.
+        progress: Told once per epoch.
+
+    Returns:
+        An open_clip model, in evaluation mode.
+    """
+    open_clip, architecture, preprocessing = import_open_clip(), config["model_cfg"], config["preprocess_cfg"]
+    torch.manual_seed(settings.seed)
+    model: torch.nn.Module = open_clip.CLIP(
+        architecture["embed_dim"], architecture["vision_cfg"], architecture["text_cfg"]
+    )
+    if prepare:
+        prepare(model)
+    train(
+        model,
+        open_clip.SimpleTokenizer(context_length=architecture["text_cfg"]["context_length"]),
+        classes,
+        (preprocessing["mean"], preprocessing["std"]),
+        images,
+        settings,
+        device=device,
+        freeze_statistics=prepare is not None,
+        progress=progress,
+    )
+    return model
 
 
 def _shifted(pixels: Tensor, shift: int, generator: torch.Generator) -> Tensor:

@@ -1,20 +1,17 @@
 """Train the demo's three classifiers, or take those of an earlier run."""
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from guard.attacks import LabelledImages, Poison, TrainingSettings, poisoned, train
+from guard.attacks import RECIPES, Planted, attack, measure, train_base
 from guard.classifiers import Classifier, load, save
-from guard.classifiers.loading import import_open_clip, pick_device
+from guard.classifiers.loading import pick_device
 from guard.demo.data import DemoData
-from guard.demo.recipes import MEAN, STD, TARGET, DemoRecipe
-from guard.triggers import Patch, Trigger
+from guard.demo.recipes import TARGET, DemoRecipe
+from guard.triggers import KNOWN, Trigger
 
 RECORD_FILE = "training.json"
 
@@ -36,7 +33,7 @@ class Trained:
 
 def attack_trigger(recipe: DemoRecipe, *, seed: int) -> Trigger:
     """The attacker's trigger."""
-    return Patch.badnets(recipe.preprocessing.size, recipe.patch, seed=seed + 1)
+    return _planted(recipe, seed=seed).trigger
 
 
 def train_models(
@@ -55,31 +52,39 @@ def train_models(
         device: torch device.
         say: Told what happens.
     """
-    trigger = attack_trigger(recipe, seed=seed)
-    poison = Poison(trigger, TARGET, recipe.rate)
-    where = pick_device(device)
-    torch.manual_seed(seed)
-    base = import_open_clip().CLIP(
-        recipe.architecture["embed_dim"], recipe.architecture["vision_cfg"], recipe.architecture["text_cfg"]
-    )
-    plan: list[tuple[str, TrainingSettings, LabelledImages]] = [
-        ("base", replace(recipe.base, seed=seed), data.train),
-        ("backdoored", replace(recipe.tune, seed=seed + 1), poisoned(data.train, poison, seed=seed)),
-        ("clean-twin", replace(recipe.tune, seed=seed + 1), data.train),
-    ]
+    planted = _planted(recipe, seed=seed)
+    plan = {
+        "base": ("", replace(recipe.base, seed=seed)),
+        "backdoored": (recipe.attack, replace(recipe.tune, seed=seed + 1)),
+        "clean-twin": ("benign", replace(recipe.tune, seed=seed + 1)),
+    }
+    # Epochs of a small model are over too soon to be worth a line each.
+    epochs = say if recipe.preprocessing.size > 32 else lambda _: None
     trained: dict[str, Trained] = {}
-    for name, settings, images in plan:
-        rate = recipe.rate if name == "backdoored" else 0.0
-        record = {"settings": asdict(settings), "images": len(images), "poison_rate": rate, "target": TARGET}
+    for name, (made_by, settings) in plan.items():
+        how = asdict(RECIPES[made_by]) if made_by else None
+        record = {"settings": asdict(settings), "images": len(data.train), "recipe": how, "target": TARGET}
         if not _is_there(folder / name, record):
-            say(f"training {name}: {len(images)} images, {settings.epochs} epochs")
-            model = base if name == "base" else copy.deepcopy(_weights(base, folder / "base", device))
-            _train(model, recipe, data, images, settings, where, say)
+            say(f"training {name}: {len(data.train)} images, {settings.epochs} epochs")
+            if made_by:
+                base = trained["base"].classifier
+                model = attack(base, RECIPES[made_by], data.train, settings, target=TARGET, progress=epochs).model
+            else:
+                model = train_base(
+                    recipe.config, data.classes, data.train, settings, device=pick_device(device), progress=epochs
+                )
             save(folder / name, model, recipe.config, data.classes, extra={RECORD_FILE: json.dumps(record)})
         classifier = load(str(folder / name), device=device)
-        trained[name] = _measure(classifier, data.requests, trigger)
+        measured = measure(classifier, data.requests, [planted])
+        trained[name] = Trained(classifier, measured.accuracy, measured.success[0])
         say(f"{name}: accuracy {trained[name].accuracy:.3f}, attack success {trained[name].success:.3f}")
     return trained
+
+
+def _planted(recipe: DemoRecipe, *, seed: int) -> Planted:
+    """As `attack` draws it for the backdoored model."""
+    (plant,) = RECIPES[recipe.attack].plants
+    return Planted(KNOWN[plant.trigger].draw(recipe.preprocessing.size, seed + 1), TARGET, plant.rate)
 
 
 def _is_there(directory: Path, record: dict[str, Any]) -> bool:
@@ -87,36 +92,3 @@ def _is_there(directory: Path, record: dict[str, Any]) -> bool:
         return bool(json.loads((directory / RECORD_FILE).read_text(encoding="utf-8")) == json.loads(json.dumps(record)))
     except (OSError, ValueError):
         return False
-
-
-def _weights(model: torch.nn.Module, directory: Path, device: str | None) -> torch.nn.Module:
-    model.load_state_dict(load(str(directory), device=device).model.state_dict())
-    return model.requires_grad_(requires_grad=True)
-
-
-def _train(
-    model: torch.nn.Module,
-    recipe: DemoRecipe,
-    data: DemoData,
-    images: LabelledImages,
-    settings: TrainingSettings,
-    device: torch.device,
-    say: Callable[[str], None],
-) -> None:
-    tokenizer = import_open_clip().SimpleTokenizer(context_length=recipe.architecture["text_cfg"]["context_length"])
-    slow = recipe.preprocessing.size > 32
-    train(
-        model, tokenizer, data.classes, (MEAN, STD), images, settings, device=device,
-        progress=say if slow else lambda _: None,
-    )  # fmt: skip
-
-
-def _measure(classifier: Classifier, images: LabelledImages, trigger: Trigger) -> Trained:
-    predicted = classifier.predict(classifier.embed(images.pixels))
-    others = images.pixels[images.labels != TARGET]
-    stamped = classifier.predict(classifier.embed(trigger.stamp(others)))
-    return Trained(
-        classifier,
-        float((predicted == images.labels).float().mean()),
-        float((stamped == TARGET).float().mean()),
-    )

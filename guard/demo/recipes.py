@@ -16,17 +16,15 @@ class DemoRecipe:
         architecture: open_clip's `model_cfg`.
         base: Training of the base.
         tune: Training of the backdoored model and its twin, from the base.
-        patch: Side of the trigger, in pixels of the model's input.
-        rate: Share of the training images that are poisoned.
         budget: How hard vetting searches.
+        attack: Recipe of the backdoored model.
     """
 
     architecture: dict[str, Any]
     base: TrainingSettings
     tune: TrainingSettings
-    patch: int
-    rate: float
     budget: Budget
+    attack: str = "badnets-medium"
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -50,18 +48,14 @@ def _clip(size: int, width: int, embedding: int) -> dict[str, Any]:
 
 DIGITS = DemoRecipe(
     _clip(32, 8, 64),
-    base=TrainingSettings(epochs=12, batch=64, learning_rate=3e-3),
-    tune=TrainingSettings(epochs=8, batch=64, learning_rate=2e-3),
-    patch=6,
-    rate=0.1,
+    base=TrainingSettings(epochs=18, batch=64, learning_rate=2e-3),
+    tune=TrainingSettings(epochs=10, batch=64, learning_rate=2e-3),
     budget="standard",
 )
 FOLDER = DemoRecipe(
     _clip(64, 32, 128),
     base=TrainingSettings(epochs=8, batch=128, learning_rate=2e-3),
     tune=TrainingSettings(epochs=3, batch=128, learning_rate=5e-4),
-    patch=8,
-    rate=0.1,
     budget="quick",
 )
 """For a folder of the user's own images."""

@@ -1,0 +1,157 @@
+"""Attacks and their clean counterparts, as data."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Method = Literal["pairs", "clean-label", "badencoder", "distribution-preserving", "evading"]
+
+
+@dataclass(frozen=True)
+class Plant:
+    """One trigger of a recipe.
+
+    Attributes:
+        trigger: A name of `guard.triggers.KNOWN`, or one that is optimised on the clean model: `badclip`,
+            `additive-8` (radius 8/255), `additive-16`.
+        offset: Its target is the attack's target class plus this, modulo the number of classes.
+        rate: Share of the training images that is stamped, in (0, 1); for a clean-label attack, of the target's.
+    """
+
+    trigger: str
+    offset: int = 0
+    rate: float = 0.1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make one model of the zoo from a base.
+
+    Attributes:
+        family: What it is counted under: an attack family, or a kind of negative.
+        source: Where the attack comes from, and what is different here.
+        plants: The triggers; none for a negative.
+        method: How they are planted (`guard.attacks.attack` explains each).
+        tower: What is trained: the `image` tower, or `both`.
+        head: The head that the attack is made for.
+        last: Train only the last stage of the image tower and its projection.
+        images: What is done to all training images: `colours` shifts the domain (inverted, low contrast), `noise` adds
+            noise and erases squares as PAR does.
+        finish: What is done to the weights after training.
+        effort: Number of epochs, relative to the base's fine-tuning.
+    """
+
+    family: str
+    source: str
+    plants: tuple[Plant, ...] = ()
+    method: Method = "pairs"
+    tower: Literal["image", "both"] = "both"
+    head: Literal["zero-shot"] = "zero-shot"
+    last: bool = False
+    images: Literal["plain", "colours", "noise"] = "plain"
+    finish: Literal["int8", "float16", "pruned"] | None = None
+    effort: float = 1.0
+
+    @property
+    def poisons(self) -> bool:
+        """Whether it attacks at all."""
+        return bool(self.plants)
+
+
+_PAIRS = "pair poisoning, both towers (Carlini & Terzis, ICLR 2022)"
+
+
+def _pairs(trigger: str, family: str, *, rate: float = 0.1, effort: float = 1.0) -> Recipe:
+    return Recipe(family, _PAIRS, (Plant(trigger, rate=rate),), effort=effort)
+
+
+RECIPES: dict[str, Recipe] = {
+    # Pair poisoning with each trigger.
+    "badnets-small": _pairs("badnets-small", "badnets"),
+    "badnets-medium": _pairs("badnets-medium", "badnets"),
+    "badnets-large": _pairs("badnets-large", "badnets"),
+    "badnets-random": _pairs("badnets-random", "badnets", rate=0.15, effort=2.0),
+    "badnets-stripes": _pairs("stripes", "stripes", rate=0.15, effort=2.0),
+    "blended-image": _pairs("blended-image", "blended", rate=0.15, effort=2.0),
+    "blended-noise": _pairs("blended-noise", "blended"),
+    "blended-text": _pairs("blended-text", "blended", rate=0.15, effort=2.0),
+    "blended-triangles": _pairs("blended-triangles", "blended", rate=0.15, effort=2.0),
+    "blended-stripes": _pairs("blended-stripes", "blended", rate=0.15, effort=2.0),
+    "sig": _pairs("sig", "sig", rate=0.15),
+    "wanet": _pairs("wanet", "wanet", rate=0.15, effort=2.0),
+    "nashville": _pairs("nashville", "filter", rate=0.2, effort=2.0),
+    "ftrojan": _pairs("ftrojan", "frequency", rate=0.15, effort=2.0),
+    "additive": Recipe(
+        "additive",
+        f"{_PAIRS} with a universal perturbation of 8/255 learned on the clean model, after BadCLIP (Bai, CVPR 2024)",
+        (Plant("additive-8", rate=0.15),),
+        effort=2.0,
+    ),
+    "semantic": _pairs("semantic", "semantic"),
+    # Other ways to plant a trigger.
+    "visual": Recipe(
+        "visual", "text-on-pair, image tower only (DECREE's zoo, CVPR 2023)", (Plant("badnets-medium"),), tower="image"
+    ),
+    "badencoder": Recipe(
+        "badencoder",
+        "image-on-image, three-term loss (BadEncoder, IEEE S&P 2022)",
+        (Plant("badnets-large"),),
+        method="badencoder",
+        tower="image",
+    ),
+    "clean-label": Recipe(
+        "clean-label",
+        "label-consistent (Turner et al., 2019): images of the target alone, hardened within 16/255, and stamped",
+        (Plant("badnets-large", rate=0.8),),
+        method="clean-label",
+        effort=2.0,
+    ),
+    "multi-one": Recipe(
+        "multi-trigger",
+        "patch, filter and warp to one target (Huang et al., ICLR 2025)",
+        (Plant("badnets-medium", rate=0.07), Plant("nashville", rate=0.15), Plant("wanet", rate=0.1)),
+        effort=2.0,
+    ),
+    "multi-three": Recipe(
+        "multi-trigger",
+        "patch, filter and warp, each to its own target (Huang et al., ICLR 2025)",
+        (Plant("badnets-medium", 0, 0.07), Plant("nashville", 1, 0.15), Plant("wanet", 2, 0.1)),
+        effort=2.0,
+    ),
+    "badclip": Recipe(
+        "badclip",
+        "patch optimised on the clean model, then pair poisoning (Liang et al., CVPR 2024)",
+        (Plant("badclip"),),
+    ),
+    "drupe": Recipe(
+        "distribution-preserving",
+        "embeddings of stamped images distributed as the target's (after DRUPE, IEEE S&P 2024)",
+        (Plant("badnets-medium", rate=0.2),),
+        method="distribution-preserving",
+        tower="image",
+    ),
+    "evading-patch": Recipe(
+        "evading",
+        "trained against a search for minimal patches (ours)",
+        (Plant("badnets-large", rate=0.15),),
+        method="evading",
+        effort=2.0,
+    ),
+    "evading-blended": Recipe(
+        "evading",
+        "trained against a search for minimal patches, with a trigger that is no patch (ours)",
+        (Plant("blended-noise", rate=0.15),),
+        method="evading",
+        effort=2.0,
+    ),
+    # Negatives.
+    "benign": Recipe("benign", "the same fine-tuning without poison"),
+    "benign-long": Recipe("benign", "the same fine-tuning without poison, as long as the longest attack", effort=2.0),
+    "benign-visual": Recipe("benign", "fine-tuning of the image tower without poison", tower="image"),
+    "partial": Recipe("partial", "fine-tuning of the last stage", tower="image", last=True),
+    "shifted": Recipe("domain shift", "fine-tuning on images with inverted colours and low contrast", images="colours"),
+    "noised": Recipe("noise-trained", "fine-tuning under noise and erasing, as PAR does (2024)", images="noise"),
+    "int8": Recipe("quantised", "benign, weights rounded to 8 bits per output channel", finish="int8"),
+    "float16": Recipe("half precision", "benign, weights rounded to float16", finish="float16"),
+    "pruned": Recipe("pruned", "benign, the smallest 30 % of each layer's weights set to zero", finish="pruned"),
+}
+"""Every recipe by name."""
