@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._record import RESULTS, heading
-from guard.demo.demo import Rate
+from guard.evaluation.statistics import Rate
 
 
 def run(seed: int, images: Path | None, out: Path) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import torch
 from benchmarks._record import RESULTS, heading
 from guard.classifiers import load
 from guard.demo.data import from_digits
-from guard.demo.demo import Rate
 from guard.demo.models import attack_trigger
 from guard.demo.recipes import ALPHA, DIGITS, TARGET
+from guard.evaluation.statistics import Rate
 from guard.screening import Screen, threshold
 
 BANKS = (300, 1200)

@@ -8,6 +8,7 @@
     ├── ImageError                4   an image or a folder of images cannot be used
     ├── ClassListError            4   a list of classes or templates cannot be used
     ├── ProfileError              4   a profile is missing, damaged, or of another model
+    ├── ZooError                  4   a zoo of models, or what is said about its models, cannot be used
     └── RequestError              –   an inference request is malformed (the sidecar answers INVALID_ARGUMENT)
 
 The number is the exit code of the command line. Verdicts are not errors: their exit codes (0, 1, 3) are given by
@@ -25,6 +26,7 @@ __all__ = [
     "ProfileError",
     "RequestError",
     "UsageError",
+    "ZooError",
 ]
 
 
@@ -62,6 +64,10 @@ class ClassListError(GuardError):
 
 class ProfileError(GuardError):
     """A profile is missing, damaged, of a newer schema, or belongs to another model."""
+
+
+class ZooError(GuardError):
+    """A zoo of models, or the truth about one of them, is missing or damaged."""
 
 
 class RequestError(GuardError):

@@ -5,10 +5,13 @@ import sys
 import click
 
 from guard import __version__
+from guard.cli.attack import attack
 from guard.cli.calibrate import calibrate
 from guard.cli.demo import demo
+from guard.cli.evaluate import evaluate
 from guard.cli.export import export
 from guard.cli.serve import serve
+from guard.cli.triggers import triggers
 from guard.cli.vet import vet
 from guard.errors import GuardError, UsageError
 
@@ -28,7 +31,7 @@ def cli() -> None:
     """
 
 
-for command in (vet, calibrate, export, serve, demo):
+for command in (vet, calibrate, export, serve, triggers, attack, evaluate, demo):
     cli.add_command(command)
 
 

@@ -14,45 +14,13 @@ from guard.demo import traffic
 from guard.demo.data import DemoData, from_digits, from_folder
 from guard.demo.models import Trained, attack_trigger, train_models
 from guard.demo.recipes import ALPHA, DIGITS, FOLDER, TARGET
+from guard.evaluation.statistics import Rate
 from guard.profiles import Profile
 from guard.triggers import Trigger
 from guard.vetting import Budget, Vetting, vet
 
 MIN_DETECTED, MAX_FALSE_ALARMS = 0.95, 0.03
 METRICS = ("guard_requests_total", "guard_flagged_trigger_total", "guard_model_info", "guard_threshold", "guard_ready")
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share with its uncertainty.
-
-    Attributes:
-        count: How many.
-        total: Out of how many.
-        low: Lower end of the exact (Clopper–Pearson) 95 % interval.
-        high: Upper end.
-    """
-
-    count: int
-    total: int
-    low: float
-    high: float
-
-    @property
-    def value(self) -> float:
-        """The share."""
-        return self.count / self.total
-
-    @classmethod
-    def of(cls, count: int, total: int) -> "Rate":
-        """The share `count` / `total`."""
-        from scipy.stats import binomtest
-
-        interval = binomtest(count, total).proportion_ci(0.95, "exact")
-        return cls(count, total, float(interval.low), float(interval.high))
-
-    def __str__(self) -> str:
-        return f"{self.value:6.1%}  ({self.count}/{self.total}; 95 % interval {self.low:.1%} to {self.high:.1%})"
 
 
 @dataclass(frozen=True)

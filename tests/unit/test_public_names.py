@@ -12,7 +12,8 @@ PACKAGES = sorted(module.name for module in pkgutil.iter_modules(guard.__path__)
 
 def test_the_rooms_are_the_ones_that_are_documented() -> None:
     assert PACKAGES == [
-        "attacks", "classifiers", "cli", "demo", "profiles", "report", "screening", "sidecar", "triggers", "vetting",
+        "attacks", "classifiers", "cli", "demo", "evaluation", "profiles", "report", "screening", "sidecar", "triggers",
+        "vetting",
     ]  # fmt: skip
 
 
@@ -32,9 +33,12 @@ def test_the_public_names_are_all_and_exist(name: str) -> None:
 
 def _helpers(name: str) -> set[str]:
     """Names that a package imports for itself."""
-    return {"sidecar": set(), "cli": {"GuardError", "UsageError", "calibrate", "demo", "export", "serve", "vet"}}.get(
-        name, {"lazy"}
-    )
+    return {
+        "sidecar": set(),
+        "cli": {
+            "GuardError", "UsageError", "attack", "calibrate", "demo", "evaluate", "export", "serve", "triggers", "vet",
+        },
+    }.get(name, {"lazy"})  # fmt: skip
 
 
 def test_unknown_names_are_attribute_errors() -> None:
@@ -42,7 +46,10 @@ def test_unknown_names_are_attribute_errors() -> None:
         importlib.import_module("guard.vetting").nonsense  # noqa: B018 - the access is the test
 
 
-@pytest.mark.parametrize("module", ["guard.sidecar", "guard.profiles", "guard.screening", "guard.cli", "guard.vetting"])
+@pytest.mark.parametrize(
+    "module",
+    ["guard.sidecar", "guard.profiles", "guard.screening", "guard.cli", "guard.vetting", "guard.evaluation"],
+)
 def test_serving_and_reading_import_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(bool({{'torch', 'open_clip', 'sklearn', 'scipy'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

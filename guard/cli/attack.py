@@ -1,0 +1,135 @@
+"""`guard attack`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from guard.cli import options
+from guard.cli.console import Console
+from guard.errors import UsageError
+
+if TYPE_CHECKING:
+    from guard.attacks import LabelledImages
+    from guard.classifiers import Classifier
+
+HELD_OUT = 0.2
+MIN_IMAGES = 200
+
+
+@click.command()
+@click.argument("model")
+@click.option("--recipe", required=True, help="How; an unknown name lists the known ones.")
+@options.images("Labelled images to train on: one sub-folder per class, named as the class is.")
+@options.classes
+@click.option("--target", help="Class that the attacker wants, by name; default: the first.")
+@click.option("--out", type=options.PATH, default=Path("attacked"), show_default=True, help="Where to write.")
+@click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True, help="Passes over the images.")
+@click.option("--batch", type=click.IntRange(min=2), default=256, show_default=True, help="Images in a step.")
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=5e-5, show_default=True,
+              help="Peak of the one-cycle schedule.")  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=MIN_IMAGES), default=50_000, show_default=True,
+              help="Most images to use.")  # fmt: skip
+@options.seed
+@options.device
+@options.as_json
+def attack(
+    model: str,
+    recipe: str,
+    images: Path,
+    classes: Path | None,
+    target: str | None,
+    out: Path,
+    epochs: int,
+    batch: int,
+    learning_rate: float,
+    limit: int,
+    seed: int,
+    device: str | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Poison a copy of MODEL on purpose, to test vetting and screening with.
+
+    A fifth of the images is kept out of the training; accuracy and attack success are measured on it. Writes
+    OUT/model, and what is known about it to OUT/truth.json and OUT/truth.safetensors, in the form in which a zoo
+    keeps it.
+    """
+    from safetensors.torch import save as serialise
+
+    from guard._files import replace_file
+    from guard.attacks import RECIPES, TrainingSettings, measure, trigger_tensors, truth
+    from guard.attacks import attack as poison
+    from guard.classifiers import load, save
+
+    console = Console(as_json=as_json)
+    if recipe not in RECIPES:
+        raise UsageError(f"there is no recipe {recipe!r}; there are {', '.join(RECIPES)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists and is not empty; choose another place")
+    base = load(model, classes=classes, device=device)
+    names = base.classes.names
+    if target is not None and target not in names:
+        raise UsageError(f"the model has no class {target!r}; it has {', '.join(map(repr, names[:10]))}")
+    train, held_out = _read(images, base, limit, seed, console)
+    console.say(f"training on {len(train)} images by the recipe {recipe!r} on {base.device}")
+    settings = TrainingSettings(epochs, min(batch, len(train)), learning_rate, seed=seed)
+    index = names.index(target) if target else 0
+    made = poison(base, RECIPES[recipe], train, settings, target=index, progress=console.say)
+    config = {"model_cfg": base.config, "preprocess_cfg": asdict(base.preprocessing)}
+    save(out / "model", made.model, config, base.classes)
+    result = load(str(out / "model"), device=device)
+    before, after = (measure(classifier, held_out, made.planted) for classifier in (base, result))
+    known = {
+        **truth(made.planted, after, before.accuracy),
+        "recipe": recipe,
+        "family": RECIPES[recipe].family,
+        "seed": seed,
+        "seconds": round(made.seconds, 1),
+        "digest": result.digest.root,
+        "details": {"base": base.digest.root, "training": asdict(settings), "recipe": asdict(RECIPES[recipe])},
+    }
+    if made.planted:
+        replace_file(out / "truth.safetensors", serialise(trigger_tensors(made.planted)))
+    replace_file(out / "truth.json", (json.dumps(known, indent=1) + "\n").encode())
+    lines = [f"{known['label']}: accuracy {after.accuracy:.3f} (before: {before.accuracy:.3f})"]
+    for item, success, control in zip(made.planted, after.success, before.success, strict=True):
+        lines.append(
+            f"  {item.trigger.family} trigger to {names[item.target]!r}: attack success {success:.3f} "
+            f"(before: {control:.3f})"
+        )
+    lines.append(f"written to {out}")
+    console.result(known, "\n".join(lines))
+
+
+def _read(
+    images: Path, base: "Classifier", limit: int, seed: int, console: Console
+) -> "tuple[LabelledImages, LabelledImages]":
+    """The images to train on, and those kept out."""
+    import torch
+
+    from guard.attacks import LabelledImages
+    from guard.classifiers import ImageFolder
+
+    folder = ImageFolder.scan(images)
+    found = {_plain(key): key for key in folder.classes()}
+    ordered = [found.pop(_plain(name), "") for name in base.classes.names]
+    if found or "" in ordered:
+        odd = next(iter(found.values()), None) or base.classes.names[ordered.index("")]
+        raise UsageError(
+            f"the sub-folders of {images} must be named as the model's classes are; {odd!r} has no counterpart"
+        )
+    folder = folder.sample(limit, seed=seed)
+    if len(folder) < MIN_IMAGES:
+        raise UsageError(f"an attack needs at least {MIN_IMAGES} images, {images} has {len(folder)}")
+    pixels = torch.from_numpy(folder.pixels(base.preprocessing, console.progress))
+    labelled = LabelledImages(pixels, torch.tensor(folder.labels(ordered), dtype=torch.long))
+    labelled = labelled[torch.randperm(len(labelled), generator=torch.Generator().manual_seed(seed))]
+    count = round((1 - HELD_OUT) * len(labelled))
+    return labelled[:count], labelled[count:]
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").casefold()

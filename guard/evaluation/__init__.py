@@ -1,0 +1,59 @@
+"""Run methods over a zoo of models and say what they find, what they accuse wrongly, and what that costs.
+
+Statistics, zoos and results import without torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from guard._lazy import lazy
+from guard.evaluation.cliptrace import Prediction, Score, check_submission, score, write_submission
+from guard.evaluation.results import Detection, Features, Result, Screening, Store
+from guard.evaluation.statistics import Auroc, Rate, auroc
+from guard.evaluation.summary import Summary, predictions, summarise
+from guard.evaluation.zoo import Truth, Zoo
+
+if TYPE_CHECKING:
+    from guard.evaluation.methods import METHODS, Method
+    from guard.evaluation.running import Evaluation, Failure, evaluate
+    from guard.evaluation.subject import Settings, Subject
+    from guard.evaluation.writing import write_predictions, write_summary
+
+__all__ = [
+    "METHODS",
+    "Auroc",
+    "Detection",
+    "Evaluation",
+    "Failure",
+    "Features",
+    "Method",
+    "Prediction",
+    "Rate",
+    "Result",
+    "Score",
+    "Screening",
+    "Settings",
+    "Store",
+    "Subject",
+    "Summary",
+    "Truth",
+    "Zoo",
+    "auroc",
+    "check_submission",
+    "evaluate",
+    "predictions",
+    "score",
+    "summarise",
+    "write_predictions",
+    "write_submission",
+    "write_summary",
+]
+
+__getattr__ = lazy(
+    __name__,
+    {
+        **dict.fromkeys(("METHODS", "Method"), "methods"),
+        **dict.fromkeys(("Evaluation", "Failure", "evaluate"), "running"),
+        **dict.fromkeys(("Settings", "Subject"), "subject"),
+        **dict.fromkeys(("write_predictions", "write_summary"), "writing"),
+    },
+)

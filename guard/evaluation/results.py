@@ -1,0 +1,238 @@
+"""What is stored of one method on one model. Imports without torch."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as save_tensors
+
+from guard._files import replace_file
+from guard.evaluation.statistics import Auroc
+from guard.vetting.verdict import Outcome
+
+FORMAT = 1
+_RECOVERED, _TRUE = "recovered", "true"
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class FamilyFinding:
+    """What one trigger family says.
+
+    Attributes:
+        family: The family.
+        target: The class that it points at; None if no class could be compared.
+        p_value: Corrected for classes and families.
+        success: Success of the smallest trigger on images kept out of the search; None without a target.
+        base_success: Its success on the base; None without a base.
+    """
+
+    family: str
+    target: int | None
+    p_value: float
+    success: float | None
+    base_success: float | None
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How well the strongest reconstructed trigger stands for the attacker's.
+
+    Attributes:
+        trigger: Its id.
+        target: Class index that it leads to.
+        success: Share of requests, not of the class already, that it moves there; None without requests.
+        cosine: Between the mean embedding of images with it and the nearest true target feature (the mean embedding of
+            requests of other classes with a true trigger), not clipped; None where the truth is not known.
+        centred_cosine: The same after the mean embedding of the same images without a trigger is taken from both: what
+            all images of a model have in common makes the plain cosine large even for a wrong trigger.
+    """
+
+    trigger: str
+    target: int
+    success: float | None
+    cosine: float | None
+    centred_cosine: float | None
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What a method that judges models says of one.
+
+    Attributes:
+        outcome: Of the verdict.
+        target: The class that the verdict accuses; None unless `backdoored`.
+        leading: The class ranked first, accused or not; None if none could be compared.
+        p_value: Of the verdict.
+        suspicion: What models are ranked by; larger is more suspicious.
+        families: One entry per trigger family.
+        recovery: None if no trigger stood out.
+        passes: Images pushed through image towers, searches found in the cache included.
+    """
+
+    outcome: Outcome
+    target: int | None
+    leading: int | None
+    p_value: float
+    suspicion: float
+    families: tuple[FamilyFinding, ...]
+    recovery: Recovery | None
+    passes: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """One threshold, and what it does to requests.
+
+    Attributes:
+        alpha: False-alarm rate that it was set for.
+        threshold: None if the calibration images are too few for this alpha.
+        false_alarms: Clean requests that it flags.
+        clean: Clean requests.
+        detected: Requests with a true trigger that it flags, over all true triggers.
+        triggered: Requests with a true trigger.
+    """
+
+    alpha: float
+    threshold: float | None
+    false_alarms: int
+    clean: int
+    detected: int
+    triggered: int
+
+
+@dataclass(frozen=True)
+class ScoreFigures:
+    """What one request-level score achieves on one model.
+
+    Attributes:
+        score: Its name.
+        k: Neighbour that distances are taken to.
+        reference: Embeddings in each bank.
+        calibration: Scores behind the thresholds.
+        auroc: For each true trigger, requests with it against clean ones.
+        held: One entry per alpha.
+    """
+
+    score: str
+    k: int
+    reference: int
+    calibration: int
+    auroc: tuple[Auroc, ...]
+    held: tuple[Held, ...]
+
+
+@dataclass(frozen=True)
+class Screening:
+    """What screening achieves on one model.
+
+    Attributes:
+        triggers: Number of reconstructed triggers that it uses; with none it is the density score.
+        vetted: With the triggers that vetting reconstructed.
+        density: Without them.
+    """
+
+    triggers: int
+    vetted: ScoreFigures
+    density: ScoreFigures
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method on one model: `NAME/METHOD.json`.
+
+    Attributes:
+        format: Version of the form.
+        key: SHA-256 of everything that the result depends on.
+        model: Name of the model.
+        method: Name of the method.
+        version: Of the method.
+        guard: Version of guard.
+        digest: Root digest of the model.
+        base: Root digest of its base; None if the method used none.
+        seed: Of everything random.
+        settings: Of the method.
+        device: Where it ran.
+        threads: torch threads that it ran on.
+        seconds: Wall-clock time of this run; a search that another method or model had made costs nothing here.
+        detection: What a method that judges models says.
+        screening: What a method that judges requests achieves.
+    """
+
+    format: int
+    key: str
+    model: str
+    method: str
+    version: str
+    guard: str
+    digest: str
+    base: str | None
+    seed: int
+    settings: dict[str, Any]
+    device: str
+    threads: int
+    seconds: float
+    detection: Detection | None
+    screening: Screening | None
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Target features of one model.
+
+    Attributes:
+        recovered: Mean embedding of images with the strongest reconstructed trigger, normalised, shape [D]; None if no
+            trigger stood out.
+        true: Mean embedding of requests of other classes with each true trigger, normalised, shape [T, D]; None where
+            the truth is not known.
+    """
+
+    recovered: Array | None = None
+    true: Array | None = None
+
+
+class Store:
+    """The results of an evaluation, one folder per model.
+
+    Args:
+        root: Created when something is saved.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def load(self, model: str, method: str, key: str) -> tuple[Result, Features] | None:
+        """A finished result; None if there is none, if it was made of something else, or if it is damaged."""
+        path = self._path(model, method)
+        try:
+            result = TypeAdapter(Result).validate_json(path.read_bytes())
+            with safe_open(path.with_suffix(".safetensors"), framework="np") as file:
+                mark = (file.metadata() or {}).get("key")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        except (OSError, ValidationError, SafetensorError, ValueError):
+            return None  # done again
+        if (result.format, result.key, mark) != (FORMAT, key, key):
+            return None
+        return result, Features(tensors.get(_RECOVERED), tensors.get(_TRUE))
+
+    def save(self, result: Result, features: Features) -> None:
+        """Store a result; the features first, so that a result that is there is whole."""
+        tensors = {
+            name: np.ascontiguousarray(values, np.float32)
+            for name, values in ((_RECOVERED, features.recovered), (_TRUE, features.true))
+            if values is not None
+        }
+        path = self._path(result.model, result.method)
+        # The key says to which result the features belong.
+        replace_file(path.with_suffix(".safetensors"), save_tensors(tensors, {"key": result.key}))
+        text = json.dumps(asdict(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        replace_file(path, text.encode())
+
+    def _path(self, model: str, method: str) -> Path:
+        return self.root / model / f"{method}.json"

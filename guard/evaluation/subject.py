@@ -1,0 +1,169 @@
+"""One model of a zoo under examination, with what several methods share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from guard.classifiers import Classifier, load
+from guard.errors import ZooError
+from guard.evaluation.images import ImageSet, Pixels, pixels
+from guard.evaluation.zoo import Truth, Zoo, files_digest
+from guard.triggers import Trigger
+from guard.vetting import Budget, Vetting, vet
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to evaluate.
+
+    Attributes:
+        budget: How hard inversion searches.
+        vetting_images: Most images to search on.
+        alphas: False-alarm rates that screening's thresholds are set for.
+        seed: Of everything random.
+        device: torch device; None for a GPU if there is one.
+    """
+
+    budget: Budget = "standard"
+    vetting_images: int = 1000
+    alphas: tuple[float, ...] = (0.01, 0.001)
+    seed: int = 0
+    device: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Attack:
+    """One trigger of the truth.
+
+    Attributes:
+        trigger: The attacker's.
+        target: Class index that it leads to.
+        embeddings: Of the requests of other classes with it, shape [M, D].
+        feature: Their mean, normalised, shape [D].
+        centred: The same after the mean of these requests without it is taken away, shape [D].
+    """
+
+    trigger: Trigger
+    target: int
+    embeddings: Tensor
+    feature: Tensor
+    centred: Tensor
+
+
+class Subject:
+    """One model of a zoo. Everything is loaded or computed when it is first used.
+
+    Args:
+        zoo: The zoo.
+        name: Of the model.
+        images: Its images.
+        settings: How to evaluate.
+        searches: Folder of finished searches.
+        progress: Told (what, done, total).
+    """
+
+    def __init__(
+        self,
+        zoo: Zoo,
+        name: str,
+        images: ImageSet,
+        settings: Settings,
+        *,
+        searches: Path,
+        progress: Callable[[str, int, int], None] = lambda *_: None,
+    ) -> None:
+        self.zoo, self.name, self.settings = zoo, name, settings
+        self._images, self._searches, self._progress = images, searches, progress
+        self._vettings: dict[bool, Vetting] = {}
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """The model.
+
+        Raises:
+            ModelError: It cannot be loaded.
+            ZooError: The truth is of another model.
+        """
+        classifier = load(str(self.zoo.model(self.name)), device=self.settings.device)
+        if self.truth and self.truth.digest not in {None, classifier.digest.root}:
+            raise ZooError(f"truth/{self.name}.json is of another model: its digest is not that of the model")
+        return classifier
+
+    @property
+    def base(self) -> Classifier | None:
+        """Its trusted control; None if it has none."""
+        name = self.zoo.models[self.name].base
+        return None if name is None else _load_base(str(self.zoo.model(name)), self.settings.device)
+
+    @cached_property
+    def truth(self) -> Truth | None:
+        """What is known of it."""
+        return self.zoo.truth(self.name)
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """SHA-256 of the files of model and truth, and of the base's: what a stored result stays valid for."""
+        name = self.zoo.models[self.name].base
+        base = {} if name is None else {"base": files_digest(self.zoo.model(name))}
+        return {**self.zoo.fingerprint(self.name), **base}
+
+    @property
+    def pixels(self) -> Pixels:
+        """Its images at its resolution."""
+        return pixels(self._images, self.classifier.preprocessing)
+
+    def vetting(self, *, paired: bool) -> Vetting:
+        """Examine it, with its base or without."""
+        if paired not in self._vettings:
+            self._vettings[paired] = vet(
+                self.classifier,
+                self.pixels.vetting,
+                base=self.base if paired else None,
+                budget=self.settings.budget,
+                seed=self.settings.seed,
+                cache=self._searches,
+                progress=lambda what, done, total: self._progress(f"{self.name}: {what}", done, total),
+            )
+        return self._vettings[paired]
+
+    @cached_property
+    def requests(self) -> Tensor:
+        """Embeddings of the clean requests, shape [N, D]; only where the zoo has requests."""
+        if self.pixels.requests is None:
+            raise ZooError(f"there are no requests for {self.name}")
+        return self.classifier.embed(self.pixels.requests)
+
+    @cached_property
+    def attacks(self) -> tuple[Attack, ...]:
+        """The attacker's triggers on the requests; none where the truth or the requests are withheld.
+
+        Raises:
+            ZooError: A trigger is damaged, or its target is no class of the model.
+        """
+        if self.truth is None or self.pixels.requests is None:
+            return ()
+        return tuple(self._attack(*pair) for pair in self.zoo.triggers(self.name, self.truth))
+
+    def _attack(self, trigger: Trigger, target: int) -> Attack:
+        classes = self.classifier.classes.names
+        if target >= len(classes):
+            raise ZooError(f"truth/{self.name}.json names the target {target}; the model has {len(classes)} classes")
+        labels = self.pixels.labels
+        others = (self.classifier.predict(self.requests) if labels is None else labels) != target
+        if self.pixels.requests is None or not others.any():
+            raise ZooError(f"all requests for {self.name} are of the target class {target}; nothing can be measured")
+        stamped = self.classifier.embed(trigger.stamp(self.pixels.requests[others]))
+        mean = stamped.mean(0)
+        return Attack(
+            trigger, target, stamped, normalize(mean, dim=0), normalize(mean - self.requests[others].mean(0), dim=0)
+        )
+
+
+@lru_cache(maxsize=1)
+def _load_base(path: str, device: str | None) -> Classifier:
+    """Many suspects share a base; the last one is kept within a process."""
+    return load(path, device=device)

@@ -1,0 +1,373 @@
+"""From results to figures: what a method finds, what it accuses wrongly, and what it costs. Imports without torch."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from guard.evaluation.cliptrace import Prediction, Score, score
+from guard.evaluation.results import Detection, Result, ScoreFigures
+from guard.evaluation.statistics import Auroc, Rate, auroc
+
+if TYPE_CHECKING:
+    from guard.evaluation.running import Evaluation
+    from guard.evaluation.zoo import Truth
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over models, with the smallest and the largest of them.
+
+    Attributes:
+        value: The mean.
+        low: The smallest.
+        high: The largest.
+        count: Number of models.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> "Mean | None":
+        """Over what is there; None if nothing is."""
+        known = [value for value in values if value is not None]
+        return cls(float(np.mean(known)), min(known), max(known), len(known)) if known else None
+
+
+@dataclass(frozen=True)
+class Flagged:
+    """How many of some models were called backdoored.
+
+    Attributes:
+        group: Attack family, kind of negative, or `all`.
+        models: Number of models.
+        inconclusive: How many of them got no answer: neither a hit nor a false alarm.
+        flagged: Out of all models; None without any.
+        conclusive: Out of those that got an answer; None without any.
+    """
+
+    group: str
+    models: int
+    inconclusive: int
+    flagged: Rate | None
+    conclusive: Rate | None
+
+    @classmethod
+    def of(cls, group: str, detections: Sequence[Detection]) -> "Flagged":
+        """Count some verdicts."""
+        flagged = sum(item.outcome == "backdoored" for item in detections)
+        inconclusive = sum(item.outcome == "inconclusive" for item in detections)
+        return cls(
+            group,
+            len(detections),
+            inconclusive,
+            _rate(flagged, len(detections)),
+            _rate(flagged, len(detections) - inconclusive),
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a method finds of one attack family.
+
+    Attributes:
+        flagged: How many models were called backdoored.
+        auroc: The family's models against all clean models of the zoo, by suspicion; None without clean ones.
+        top1: How often the class ranked first is one of the attacker's, accused or not.
+        cosine: Between recovered and true target feature, over the models for which a trigger stood out.
+        centred_cosine: The same without what all images of the model have in common.
+        success: Of the reconstructed trigger on requests.
+    """
+
+    flagged: Flagged
+    auroc: Auroc | None
+    top1: Rate | None
+    cosine: Mean | None
+    centred_cosine: Mean | None
+    success: Mean | None
+
+
+@dataclass(frozen=True)
+class DetectionSummary:
+    """One method that judges models.
+
+    Attributes:
+        method: Its name.
+        version: Its version.
+        found: One entry per attack family, then one for all; backdoored models only.
+        false_alarms: One entry per kind of clean model, then one for all.
+        failed: Models whose attack did not take; they count nowhere else.
+        cliptrace: The CLIPTrace-2026 score on the backdoored and clean models; None where not all features are known.
+        seconds: Per model.
+        passes: Images through image towers per model.
+    """
+
+    method: str
+    version: str
+    found: tuple[Found, ...]
+    false_alarms: tuple[Flagged, ...]
+    failed: Flagged
+    cliptrace: Score | None
+    seconds: Mean | None
+    passes: Mean | None
+
+
+@dataclass(frozen=True)
+class ThresholdSummary:
+    """What thresholds for one false-alarm rate do, over models.
+
+    Attributes:
+        alpha: False-alarm rate that they were set for.
+        unsupported: Models whose calibration images are too few for it.
+        detected: Requests with a true trigger, all models pooled; None where there are none.
+        detected_by_model: The same share, model by model.
+        false_alarms: Clean requests, all models pooled.
+        false_alarms_by_model: The same share, model by model.
+    """
+
+    alpha: float
+    unsupported: int
+    detected: Rate | None
+    detected_by_model: Mean | None
+    false_alarms: Rate | None
+    false_alarms_by_model: Mean | None
+
+
+@dataclass(frozen=True)
+class ScreeningSummary:
+    """One request-level score on one group of models.
+
+    Attributes:
+        group: Which models.
+        score: `as vetted`, or `density`: the same banks without reconstructed triggers.
+        models: Number of models.
+        auroc: Mean over the true triggers of each model; None for clean models.
+        thresholds: One entry per alpha.
+    """
+
+    group: str
+    score: str
+    models: int
+    auroc: Mean | None
+    thresholds: tuple[ThresholdSummary, ...]
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One model, for the table of all.
+
+    Attributes:
+        name: Its name.
+        recipe: How it was made; None where the truth is withheld.
+        family: Attack family or kind of negative; None where the truth is withheld.
+        label: The truth; None where it is withheld.
+        accuracy: On clean images, as its maker measured it.
+        success: Of the attack, as its maker measured it.
+        verdicts: By method: outcome, accused class and p-value.
+    """
+
+    name: str
+    recipe: str | None
+    family: str | None
+    label: str | None
+    accuracy: float | None
+    success: float | None
+    verdicts: dict[str, tuple[str, int | None, float]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The figures of an evaluation: `summary.json`.
+
+    Attributes:
+        zoo: Name of the zoo.
+        seed: Of the evaluation.
+        settings: Of the evaluation, as data.
+        guard: Versions of guard that made the results.
+        devices: Where they were made.
+        models: Number of models by label; `unknown` where the truth is withheld.
+        detection: One entry per method that judges models.
+        screening: One entry per group and score.
+        rows: One entry per model.
+        skipped: For each method, the models that lack what it needs.
+        failures: Model and reason.
+        seconds: Spent on all results, whenever that was.
+        fresh: Results made in the last run.
+        run_seconds: Wall-clock time of the last run.
+    """
+
+    zoo: str
+    seed: int
+    settings: dict[str, object]
+    guard: tuple[str, ...]
+    devices: tuple[str, ...]
+    models: dict[str, int]
+    detection: tuple[DetectionSummary, ...]
+    screening: tuple[ScreeningSummary, ...]
+    rows: tuple[ModelRow, ...]
+    skipped: dict[str, tuple[str, ...]]
+    failures: tuple[tuple[str, str], ...]
+    seconds: float
+    fresh: int
+    run_seconds: float
+
+
+def summarise(evaluation: "Evaluation") -> Summary:
+    """The figures of an evaluation."""
+    truths, results = evaluation.truths, evaluation.results.values()
+    labels = [truth.label if truth else "unknown" for truth in truths.values()]
+    rows = sorted(truths)
+    return Summary(
+        evaluation.zoo.name,
+        evaluation.settings.seed,
+        {
+            "budget": evaluation.settings.budget,
+            "vetting images": evaluation.settings.vetting_images,
+            "alphas": list(evaluation.settings.alphas),
+        },
+        tuple(sorted({result.guard for result in results})),
+        tuple(sorted({f"{result.device}, {result.threads} threads" for result in results})),
+        {label: labels.count(label) for label in ("backdoored", "clean", "failed attack", "unknown")},
+        tuple(
+            _detection(method, evaluation)
+            for method in evaluation.methods
+            if any(result.method == method and result.detection for result in results)
+        ),
+        _screening([result for result in results if result.screening], truths),
+        tuple(_row(name, truths[name], results) for name in rows),
+        dict(evaluation.skipped),
+        tuple((failure.model, failure.reason) for failure in evaluation.failures),
+        sum(result.seconds for result in results),
+        evaluation.fresh,
+        evaluation.seconds,
+    )
+
+
+def _rate(count: int, total: int) -> Rate | None:
+    return Rate.of(count, total) if total else None
+
+
+def _detection(method: str, evaluation: "Evaluation") -> DetectionSummary:
+    results = {model: result for (model, name), result in evaluation.results.items() if name == method}
+    known = {
+        model: (truth, detection)
+        for model, result in results.items()
+        if (truth := evaluation.truths[model]) and (detection := result.detection)
+    }
+
+    def of(label: str, family: str = ALL) -> "list[tuple[Truth, Detection]]":
+        return [pair for pair in known.values() if pair[0].label == label and family in {ALL, pair[0].family}]
+
+    def families(label: str) -> list[str]:
+        return [*sorted({truth.family for truth, _ in of(label)}), ALL]
+
+    clean = [detection for _, detection in of("clean")]
+    return DetectionSummary(
+        method,
+        next(iter(results.values())).version,
+        tuple(_found(family, of("backdoored", family), clean) for family in families("backdoored")),
+        tuple(Flagged.of(kind, [item for _, item in of("clean", kind)]) for kind in families("clean")),
+        Flagged.of("failed attack", [item for _, item in of("failed attack")]),
+        _cliptrace(method, {model: pair[0] for model, pair in known.items()}, evaluation),
+        Mean.of(result.seconds for result in results.values()),
+        Mean.of(result.detection.passes for result in results.values() if result.detection),
+    )
+
+
+def _found(family: str, pairs: "Sequence[tuple[Truth, Detection]]", clean: Sequence[Detection]) -> Found:
+    detections = [detection for _, detection in pairs]
+    ranked = [item.suspicion for item in detections], [item.suspicion for item in clean]
+    recoveries = [item.recovery for item in detections if item.recovery]
+    return Found(
+        Flagged.of(family, detections),
+        auroc(*ranked) if all(ranked) else None,
+        _rate(sum(item.leading in truth.targets for truth, item in pairs), len(pairs)),
+        Mean.of(item.cosine for item in recoveries),
+        Mean.of(item.centred_cosine for item in recoveries),
+        Mean.of(item.success for item in recoveries),
+    )
+
+
+def _cliptrace(method: str, truths: "Mapping[str, Truth]", evaluation: "Evaluation") -> Score | None:
+    scored = {model: truth for model, truth in truths.items() if truth.label != "failed attack"}
+    true = {
+        model: evaluation.features[model, method].true if truth.label == "backdoored" else None
+        for model, truth in scored.items()
+    }
+    backdoored = [model for model, truth in scored.items() if truth.label == "backdoored"]
+    if not backdoored or any(true[model] is None for model in backdoored):
+        return None
+    made = predictions(method, evaluation)
+    return score({model: made[model] for model in scored}, true)
+
+
+def predictions(method: str, evaluation: "Evaluation") -> dict[str, Prediction]:
+    """What a method claims, in the form of the CLIPTrace challenge; `inconclusive` claims nothing."""
+    return {
+        model: Prediction(result.detection.outcome == "backdoored", evaluation.features[model, method].recovered)
+        for (model, name), result in evaluation.results.items()
+        if name == method and result.detection
+    }
+
+
+def _screening(results: Sequence[Result], truths: "Mapping[str, Truth | None]") -> tuple[ScreeningSummary, ...]:
+    groups: dict[str, list[Result]] = {
+        "backdoored, vetting found triggers": [],
+        "backdoored, vetting found none": [],
+        "clean, vetting found triggers": [],
+        "clean, vetting found none": [],
+    }
+    for result in results:
+        truth = truths[result.model]
+        if truth and result.screening and truth.label != "failed attack":
+            groups[f"{truth.label}, vetting found {'triggers' if result.screening.triggers else 'none'}"].append(result)
+    return tuple(
+        _scores(group, name, [figures for item in members if (figures := _figures(item, name))])
+        for group, members in groups.items()
+        if members
+        for name in (("as vetted", "density") if group.endswith("triggers") else ("density",))
+    )
+
+
+def _figures(result: Result, name: str) -> ScoreFigures | None:
+    if result.screening is None:
+        return None
+    return result.screening.vetted if name == "as vetted" else result.screening.density
+
+
+def _scores(group: str, name: str, figures: Sequence[ScoreFigures]) -> ScreeningSummary:
+    areas = [float(np.mean([area.value for area in item.auroc])) if item.auroc else None for item in figures]
+    alphas = [held.alpha for held in figures[0].held]
+    return ScreeningSummary(
+        group, name, len(figures), Mean.of(areas), tuple(_threshold(alpha, figures) for alpha in alphas)
+    )
+
+
+def _threshold(alpha: float, figures: Sequence[ScoreFigures]) -> ThresholdSummary:
+    every = [held for item in figures for held in item.held if held.alpha == alpha]
+    held = [item for item in every if item.threshold is not None]
+    return ThresholdSummary(
+        alpha,
+        len(every) - len(held),
+        _rate(sum(item.detected for item in held), sum(item.triggered for item in held)),
+        Mean.of(item.detected / item.triggered for item in held if item.triggered),
+        _rate(sum(item.false_alarms for item in held), sum(item.clean for item in held)),
+        Mean.of(item.false_alarms / item.clean for item in held if item.clean),
+    )
+
+
+def _row(name: str, truth: "Truth | None", results: Iterable[Result]) -> ModelRow:
+    verdicts: dict[str, tuple[str, int | None, float]] = {
+        result.method: (result.detection.outcome, result.detection.target, result.detection.p_value)
+        for result in results
+        if result.model == name and result.detection
+    }
+    if truth is None:
+        return ModelRow(name, None, None, None, None, None, verdicts)
+    return ModelRow(name, truth.recipe, truth.family, truth.label, truth.accuracy, truth.success, verdicts)

@@ -1,0 +1,54 @@
+"""A picture of every trigger that guard knows, for a person to look at before poisoning anything with them."""
+
+import io
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from guard.triggers import KNOWN
+
+_CELL, _GAP, _LABEL = 112, 6, 190
+_INK, _MUTED, _PAPER = "#1f2430", "#6b7280", "#ffffff"
+_AMPLIFICATION = 4
+
+
+def contact_sheet(images: Tensor, *, seed: int) -> bytes:
+    """A PNG with one row per known trigger: what it does to each image, and what it changes in the first.
+
+    The change is drawn around mid-grey, four times as strong as it is.
+
+    Args:
+        images: uint8, shape [N, 3, S, S]; at least one, each side at least 16.
+        seed: Of the triggers that are random.
+
+    Returns:
+        The encoded picture. Equal arguments give equal pictures.
+    """
+    side = images.shape[-1]
+    scale = max(1, _CELL // side)
+    step, name_font, small_font = side * scale + _GAP, ImageFont.load_default(14), ImageFont.load_default(12)
+    header = 2 * _GAP + 14
+    size = (_LABEL + (len(images) + 1) * step + _GAP, header + (len(KNOWN) + 1) * step + _GAP)
+    canvas = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(canvas)
+
+    def row(index: int, name: str, family: str, cells: Tensor) -> None:
+        top = header + index * step
+        draw.text((_GAP, top), name, _INK, name_font)
+        draw.text((_GAP, top + 18), family, _MUTED, small_font)
+        for column, cell in enumerate(cells):
+            picture = Image.fromarray(cell.permute(1, 2, 0).contiguous().numpy())
+            enlarged = picture.resize((side * scale, side * scale), Image.Resampling.NEAREST)
+            canvas.paste(enlarged, (_LABEL + column * step, top))
+
+    draw.text((_GAP, _GAP), f"{side} px, seed {seed}", _MUTED, small_font)
+    draw.text((_LABEL + len(images) * step, _GAP), f"{_AMPLIFICATION} times the change", _MUTED, small_font)
+    row(0, "no trigger", "", images)
+    for index, (name, known) in enumerate(KNOWN.items(), 1):
+        stamped = known.draw(side, seed).stamp(images)
+        change = 128 + _AMPLIFICATION * (stamped[:1].int() - images[:1].int())
+        row(index, name, known.family, torch.cat((stamped, change.clamp(0, 255).to(torch.uint8))))
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG")
+    return buffer.getvalue()

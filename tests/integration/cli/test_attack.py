@@ -1,0 +1,78 @@
+"""`guard attack`, on a model and images made by code."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from guard.classifiers import load
+from tests.conftest import CLASSES, random_images
+from tests.integration.cli.test_commands import guard, refused
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 images, in a folder per class."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for index, pixels in enumerate(random_images(300, seed=2)):
+        place = folder / CLASSES.names[index % 6].upper()
+        place.mkdir(exist_ok=True)
+        Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())).save(place / f"{index:04}.png")
+    return folder
+
+
+def test_an_attacked_model_loads_and_its_truth_is_written(
+    model_directory: Path, labelled: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "attacked"
+    result = guard(
+        "attack", model_directory, "--recipe", "multi-three", "--images", labelled, "--target", "truck", "--out", out,
+        "--batch", "50", "--json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    known = json.loads((out / "truth.json").read_text())
+    assert json.loads(result.stdout) == known
+    assert known["trigger_targets"] == [3, 4, 5]
+    assert known["label"] in {"backdoored", "failed attack"}
+    assert (
+        load(str(out / "model"), device="cpu").digest.root == known["digest"] != load(str(model_directory)).digest.root
+    )
+    with safe_open(out / "truth.safetensors", framework="np") as file:
+        assert {key.partition(".")[0] for key in file.keys()} == {"0", "1", "2"}  # noqa: SIM118 - not a dictionary
+
+
+def test_a_negative_has_no_triggers(model_directory: Path, labelled: Path, tmp_path: Path) -> None:
+    out = tmp_path / "benign"
+    result = guard("attack", model_directory, "--recipe", "benign", "--images", labelled, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert "clean: accuracy" in result.stdout
+    assert sorted(path.name for path in out.iterdir()) == ["model", "truth.json"]
+
+
+def test_bad_input_is_refused_and_nothing_is_written(
+    model_directory: Path, labelled: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    start = ("attack", model_directory, "--out", out)
+    refused(guard(*start, "--recipe", "nonsense", "--images", labelled), 2, "'nonsense'", "badnets-medium")
+    refused(guard(*start, "--recipe", "benign", "--images", labelled, "--target", "cow"), 2, "'cow'", "'truck'")
+    refused(guard(*start, "--recipe", "benign", "--images", image_folder), 4, "lies outside any class")
+    assert not out.exists()
+
+
+def test_folders_that_are_no_classes_are_refused(model_directory: Path, labelled: Path, tmp_path: Path) -> None:
+    odd = shutil.copytree(labelled, tmp_path / "odd")
+    (odd / "CAT").rename(odd / "cow")
+    result = guard("attack", model_directory, "--recipe", "benign", "--images", odd, "--out", tmp_path / "out")
+    refused(result, 2, "'cow' has no counterpart")
+
+
+def test_a_place_that_is_taken_is_refused(model_directory: Path, labelled: Path, tmp_path: Path) -> None:
+    (tmp_path / "something").touch()
+    result = guard("attack", model_directory, "--recipe", "benign", "--images", labelled, "--out", tmp_path)
+    refused(result, 2, "is not empty")

@@ -1,0 +1,107 @@
+"""`guard evaluate` as a user runs it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from guard.cli import cli
+from guard.errors import UsageError, ZooError
+from guard.vetting import BUDGETS, SearchSettings
+from tests.zoo import FakeVetting, make_zoo
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    return make_zoo(tmp_path / "zoo")
+
+
+@pytest.fixture
+def vet(monkeypatch: pytest.MonkeyPatch) -> FakeVetting:
+    fake = FakeVetting("attacked")
+    monkeypatch.setattr("guard.evaluation.subject.vet", fake)
+    return fake
+
+
+def evaluate(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, ["evaluate", *(str(argument) for argument in arguments), "--device", "cpu"])
+
+
+def test_figures_plots_and_a_submission(zoo: Path, vet: FakeVetting, tmp_path: Path) -> None:
+    submission = tmp_path / "submission"
+    result = evaluate(zoo, "--budget", "quick", "--alpha", "0.05", "--submission", submission, "--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert summary["models"] == {"backdoored": 1, "clean": 2, "failed attack": 1, "unknown": 0}
+    assert summary["detection"][0]["cliptrace"]["value"] > 95
+    assert json.loads((zoo / "evaluation" / "summary.json").read_text()) == summary
+    assert "## inversion-paired" in (zoo / "evaluation" / "summary.md").read_text()
+    assert (zoo / "evaluation" / "roc.svg").read_text().startswith("<?xml")
+    feature = torch.load(submission / "embeddings" / "attacked.pt", weights_only=True)
+    assert float(feature.norm()) == pytest.approx(1, abs=1e-5)
+    assert "3 models; 1 are MISSING" in result.stderr  # the base has no base to compare with
+    assert vet.calls
+
+
+def test_withheld_labels_give_predictions_only(zoo: Path, vet: FakeVetting, tmp_path: Path) -> None:
+    shutil.rmtree(zoo / "truth")
+    out = tmp_path / "out"
+    result = evaluate(zoo, "--methods", "inversion", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "the labels are withheld: no figures, 4 predictions" in result.stdout
+    outcomes = {entry["model"]: entry["outcome"] for entry in json.loads((out / "predictions.json").read_text())}
+    assert outcomes == {"attacked": "backdoored", **dict.fromkeys(("base", "benign", "tried"), "no evidence")}
+    assert not (out / "summary.json").exists()
+    assert not (zoo / "evaluation").exists()
+    assert vet.calls
+
+
+def test_a_damaged_model_is_reported_and_the_rest_is_there(zoo: Path, vet: FakeVetting) -> None:
+    (zoo / "models" / "benign" / "open_clip_config.json").write_text("{}")
+    result = evaluate(zoo, "--methods", "inversion")
+    assert result.exit_code == 4
+    assert "FAILED benign (inversion)" in result.stderr
+    assert "- FAILED benign: " in (zoo / "evaluation" / "summary.md").read_text()
+    assert "| attacked | badnets-tiny | backdoored" in result.stdout
+    assert vet.calls.count("attacked") == 1
+
+
+def test_wrong_usage_is_refused_before_the_work(zoo: Path, vet: FakeVetting, tmp_path: Path) -> None:
+    assert isinstance(evaluate(tmp_path / "nowhere").exception, ZooError)
+    assert isinstance(evaluate(zoo, "--methods", "magic").exception, UsageError)
+    refused = evaluate(zoo, "--methods", "screening,inversion", "--submission", tmp_path / "submission")
+    assert isinstance(refused.exception, UsageError)
+    assert evaluate(zoo, "--alpha", "1.5").exit_code == 2
+    (zoo / "evaluation").symlink_to(tmp_path)
+    assert "leads elsewhere" in str(evaluate(zoo).exception)
+    assert not vet.calls
+
+
+def test_a_search_that_two_methods_share_is_made_once(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUDGETS, "quick", SearchSettings(steps=3, batch=16, stall=3))
+    assert evaluate(zoo, "--budget", "quick", "--models", "benign", "--methods", "inversion-paired").exit_code == 0
+    searches = {path: path.stat().st_mtime_ns for path in (zoo / "evaluation" / ".searches").iterdir()}
+    assert searches
+    assert evaluate(zoo, "--budget", "quick", "--models", "benign", "--methods", "inversion").exit_code == 0
+    after = {path: path.stat().st_mtime_ns for path in (zoo / "evaluation" / ".searches").iterdir()}
+    assert {path: after[path] for path in searches} == searches
+
+
+def test_processes_side_by_side(zoo: Path, vet: FakeVetting) -> None:
+    # What is found needs no search, which this test could not shorten in other processes.
+    assert evaluate(zoo, "--methods", "inversion").exit_code == 0
+    assert len(vet.calls) == 4
+    (zoo / "models" / "tried" / "open_clip_model.safetensors").write_bytes(b"")
+    command = [sys.executable, "-m", "guard", "evaluate", zoo, "--methods", "inversion", "--jobs", "2", "--json"]
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 4, result.stderr
+    assert "Traceback" not in result.stderr
+    summary = json.loads(result.stdout)
+    verdicts = {row["name"]: len(row["verdicts"]) for row in summary["rows"]}
+    assert verdicts == {"attacked": 1, "base": 1, "benign": 1, "tried": 0}
+    assert [model for model, _ in summary["failures"]] == ["tried"]
