@@ -1,0 +1,1 @@
+"""Builds zoos: attacked classifiers beside clean ones, for `guard evaluate`."""

@@ -1,0 +1,80 @@
+"""`python -m benchmarks.zoo`: build a zoo for `guard evaluate`."""
+
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks._record import RESULTS, heading
+from benchmarks.zoo.building import Place, build
+from benchmarks.zoo.specs import SPECS
+from guard._files import replace_file
+from guard.cli.options import PATH
+from guard.errors import GuardError
+
+
+@click.group()
+def zoo() -> None:
+    """Build a zoo: classifiers attacked in many ways, beside clean ones."""
+
+
+@zoo.command(name="build")
+@click.option("--spec", type=click.Choice(sorted(SPECS)), required=True, help="Which zoo.")
+@click.option("--out", type=PATH, required=True, help="Where it is, or will be; a zoo that was begun is finished.")
+@click.option("--data", type=PATH, help="Folder that holds cifar10/ and tiny-imagenet/; the digits need none.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=os.cpu_count() or 1,
+    show_default=True,
+    help="Models trained side by side; the weights do not depend on it.",
+)
+@click.option("--device", help="torch device; default: a GPU if there is one.")
+@click.option("--record", help="Also write the table of models to benchmarks/results/NAME.md.")
+def build_command(spec: str, out: Path, data: Path | None, jobs: int, device: str | None, record: str | None) -> None:
+    """Train the models that are missing."""
+    started = time.monotonic()
+    truths = build(SPECS[spec](), Place(out, data, device), jobs, lambda text: click.echo(text, err=True))
+    text = table(truths)
+    minutes = (time.monotonic() - started) / 60
+    click.echo(text)
+    click.echo(f"{minutes:.1f} min in this run; {sum(t['seconds'] for t in truths.values()) / 60:.1f} min of training")
+    if record:
+        body = heading(f"The zoo `{spec}`", f"python -m benchmarks.zoo build --spec {spec}") + text
+        replace_file(RESULTS / f"{record}.md", body.encode())
+
+
+def table(truths: dict[str, dict[str, Any]]) -> str:
+    """Every model, and what became of it."""
+    labels = Counter(truth["label"] for truth in truths.values())
+    lines = [
+        f"{len(truths)} models: " + ", ".join(f"{count} {label}" for label, count in sorted(labels.items())) + ".",
+        "",
+        "| model | family | label | accuracy | twin's | attack success | target | s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, truth in truths.items():
+        twin = "" if truth["twin_accuracy"] is None else f"{truth['twin_accuracy']:.3f}"
+        success = ", ".join(f"{value:.3f}" for value in truth["successes"])
+        targets = ", ".join(map(str, truth["trigger_targets"]))
+        lines.append(
+            f"| {name} | {truth['family']} | {truth['label']} | {truth['accuracy']:.3f} | {twin} | {success} "
+            f"| {targets} | {truth['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    try:
+        zoo(standalone_mode=False)
+    except GuardError as error:
+        sys.exit(f"zoo: {error}")
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit("zoo: interrupted; the same command goes on where it stopped")
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)

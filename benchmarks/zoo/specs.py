@@ -1,0 +1,252 @@
+"""What the zoos hold, as data: bases, and the models made from them."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from guard.attacks import RECIPES, TrainingSettings
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A clean classifier that is trained from scratch, or around a pretrained image tower.
+
+    Attributes:
+        data: Name of its images (`benchmarks.zoo.data`).
+        architecture: open_clip's `model_cfg`.
+        training: How the base is trained.
+        tuning: How models made from it are fine-tuned.
+        images: Most training images used.
+        pretrained: Whether the image tower starts from the published weights of EfficientNet-Lite0.
+    """
+
+    data: str
+    architecture: dict[str, Any]
+    training: TrainingSettings
+    tuning: TrainingSettings
+    images: int = 45_000
+    pretrained: bool = False
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The document of `open_clip_config.json`."""
+        mean, std = ((127 / 255,) * 3, (128 / 255,) * 3) if self.pretrained else (MEAN, STD)
+        return {"model_cfg": self.architecture, "preprocess_cfg": {"mean": list(mean), "std": list(std)}}
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of a zoo.
+
+    Attributes:
+        base: Name of the base model in the zoo; None if this is a base.
+        kind: Key of `BASES`: which base this is, or is made from.
+        recipe: Key of `guard.attacks.RECIPES`; `base` for a base.
+        seed: Of everything random in it.
+        target: The attacker's class, before it is taken modulo the number of classes.
+        twin: Name of the clean model that its accuracy is compared with; None for a base.
+    """
+
+    base: str | None
+    kind: str
+    recipe: str
+    seed: int
+    target: int = 0
+    twin: str | None = None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A zoo.
+
+    Attributes:
+        name: Of the zoo.
+        models: By name; each base and twin before the models that need it.
+    """
+
+    name: str
+    models: dict[str, Model]
+
+
+def _text(width: int = 64, layers: int = 2) -> dict[str, Any]:
+    return {"context_length": 24, "vocab_size": 49408, "width": width, "heads": width // 32, "layers": layers}
+
+
+def _resnet(size: int, width: int, embedding: int, layers: tuple[int, int, int, int] = (1, 1, 1, 1)) -> dict[str, Any]:
+    vision = {"image_size": size, "layers": list(layers), "width": width, "patch_size": None}
+    return {"embed_dim": embedding, "vision_cfg": vision, "text_cfg": _text()}
+
+
+def _vit(size: int, patch: int, width: int, layers: int, embedding: int) -> dict[str, Any]:
+    vision = {
+        "image_size": size, "patch_size": patch, "width": width, "layers": layers, "head_width": 32, "mlp_ratio": 2.0
+    }  # fmt: skip
+    return {"embed_dim": embedding, "vision_cfg": vision, "text_cfg": _text()}
+
+
+BASES: dict[str, Base] = {
+    "digits": Base(
+        "digits",
+        _resnet(32, 8, 64),
+        TrainingSettings(epochs=18, batch=64, learning_rate=2e-3),
+        TrainingSettings(epochs=10, batch=64, learning_rate=2e-3),
+    ),
+    "cifar10-resnet": Base(
+        "cifar10",
+        _resnet(32, 24, 128),
+        TrainingSettings(epochs=12, learning_rate=2e-3),
+        TrainingSettings(epochs=3, learning_rate=5e-4),
+        images=15_000,
+    ),
+    "cifar10-vit": Base(
+        "cifar10",
+        _vit(32, 8, 128, 4, 128),
+        TrainingSettings(epochs=12, learning_rate=1e-3),
+        TrainingSettings(epochs=3, learning_rate=5e-4),
+        images=15_000,
+    ),
+    # For a GPU.
+    "cifar10-resnet-64": Base(
+        "cifar10",
+        _resnet(64, 32, 128),
+        TrainingSettings(epochs=15, learning_rate=2e-3),
+        TrainingSettings(epochs=3, learning_rate=5e-4),
+        images=40_000,
+    ),
+    "tiny-imagenet-vit": Base(
+        "tiny-imagenet",
+        _vit(64, 8, 384, 8, 256),
+        TrainingSettings(epochs=40, batch=512, learning_rate=1e-3, shift=6),
+        TrainingSettings(epochs=4, batch=256, learning_rate=1e-4, shift=6),
+    ),
+    "tiny-imagenet-resnet": Base(
+        "tiny-imagenet",
+        _resnet(64, 64, 256, (2, 2, 2, 2)),
+        TrainingSettings(epochs=30, batch=256, learning_rate=1e-3, shift=6),
+        TrainingSettings(epochs=4, batch=256, learning_rate=2e-4, shift=6),
+    ),
+    "efficientnet-lite0": Base(
+        "tiny-imagenet",
+        {
+            "embed_dim": 256,
+            "vision_cfg": {
+                "image_size": 128, "timm_model_name": "tf_efficientnet_lite0", "timm_model_pretrained": False,
+                "timm_pool": "avg", "timm_proj": "linear",
+            },
+            "text_cfg": _text(128, 3),
+        },
+        TrainingSettings(epochs=10, batch=256, learning_rate=5e-4, shift=8),
+        TrainingSettings(epochs=2, batch=256, learning_rate=1e-4, shift=8),
+        pretrained=True,
+    ),
+}  # fmt: skip
+"""Every base by name."""
+
+_ATTACKS = tuple(name for name, recipe in RECIPES.items() if recipe.poisons)
+
+
+class _Zoo:
+    """Collects models; a twin is added when the first model needs it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.models: dict[str, Model] = {}
+
+    def base(self, kind: str, seed: int) -> str:
+        name = f"{kind}-{seed}"
+        self.models.setdefault(name, Model(None, kind, "base", seed))
+        return name
+
+    def add(self, base: str, recipe: str, seed: int = 0, target: int = 0) -> str:
+        name = f"{base}-{recipe}-{seed}"
+        twin = None
+        if RECIPES[recipe].poisons:
+            twin = self.add(base, _twin(recipe))
+        self.models.setdefault(name, Model(base, self.models[base].kind, recipe, seed, target, twin))
+        return name
+
+    def attacks(self, base: str, recipes: tuple[str, ...], seed: int = 0) -> None:
+        """Targets go round the classes, so that no class is the target more often than others."""
+        for recipe in recipes:
+            count = sum(model.twin is not None for model in self.models.values())
+            self.add(base, recipe, seed, target=3 * count)
+
+    def spec(self) -> Spec:
+        return Spec(self._name, self.models)
+
+
+def _twin(recipe: str) -> str:
+    """The same fine-tuning without poison: same tower, and at least as long."""
+    spec = RECIPES[recipe]
+    if spec.tower == "image":
+        return "benign-visual"
+    return "benign-long" if spec.effort > 1 else "benign"
+
+
+def _smoke() -> Spec:
+    zoo = _Zoo("smoke")
+    zoo.attacks(zoo.base("digits", 0), ("badnets-medium",))
+    return zoo.spec()
+
+
+def _every_recipe(zoo: _Zoo, kind: str) -> list[str]:
+    """Each attack once and each negative at least once, over three bases of a kind."""
+    bases = [zoo.base(kind, seed) for seed in range(3)]
+    for k, base in enumerate(bases):
+        zoo.attacks(base, _ATTACKS[k::3])
+    for base in bases:
+        for seed in range(3):
+            zoo.add(base, "benign", seed)
+        for recipe in ("benign-long", "benign-visual", "partial", "shifted", "noised"):
+            zoo.add(base, recipe)
+    for base, recipe in zip(bases, ("int8", "float16", "pruned"), strict=True):
+        zoo.add(base, recipe)
+    return bases
+
+
+def _small() -> Spec:
+    zoo = _Zoo("small")
+    bases = _every_recipe(zoo, "digits")
+    # The common families once more, elsewhere.
+    again = ("badnets-medium", "badnets-large", "blended-noise", "blended-image", "sig", "wanet", "ftrojan", "badclip",
+             "visual", "multi-three")  # fmt: skip
+    for k, recipe in enumerate(again):
+        zoo.attacks(bases[(_ATTACKS.index(recipe) + 1 + k % 2) % 3], (recipe,), seed=1)
+    return zoo.spec()
+
+
+_MEDIUM = (
+    ("badnets-medium", "blended-image", "wanet", "visual"),
+    ("badnets-large", "blended-noise", "sig", "badclip"),
+    ("badnets-small", "semantic"),
+)
+
+
+def _medium() -> Spec:
+    zoo = _Zoo("medium")
+    for kind, others in (("cifar10-resnet", ("noised", "shifted")), ("cifar10-vit", ("noised", "pruned"))):
+        bases = [zoo.base(kind, seed) for seed in range(3)]
+        for base, recipes in zip(bases, _MEDIUM, strict=True):
+            zoo.attacks(base, recipes)
+            zoo.add(base, "benign")
+        for base, recipe in zip(bases, others, strict=False):
+            zoo.add(base, recipe)
+    return zoo.spec()
+
+
+def _full() -> Spec:
+    zoo = _Zoo("full")
+    for kind in BASES:
+        _every_recipe(zoo, kind)
+    return zoo.spec()
+
+
+SPECS = {"smoke": _smoke, "small": _small, "medium": _medium, "full": _full}
+"""Makers of the zoos, by name."""
+
+
+def training(model: Model) -> TrainingSettings:
+    """How a model is trained."""
+    base = BASES[model.kind]
+    return replace(base.training if model.base is None else base.tuning, seed=model.seed)
