@@ -11,13 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from guard.classifiers.preprocessing import Preprocessing
+from guard.classifiers.preprocessing import MAX_PIXELS, Preprocessing
 from guard.errors import ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-MAX_PIXELS = 50_000_000
-"""The largest image that is decoded unless a caller says otherwise: 50 megapixels, 150 MB as RGB."""
 
 # Pillow's own warning has a fixed limit; `decode` enforces the one that holds.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -44,7 +42,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 f"the image claims {width}×{height} pixels, more than the limit of {max_pixels}; send a smaller one"
             )
         image.load()
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"the image claims more pixels than the limit of {max_pixels}; send a smaller one") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"not a readable {', '.join(FORMATS)} image ({len(data)} bytes)") from error
@@ -54,14 +52,10 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return image
 
 
-def read(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image file; the error names the file.
-
-    Raises:
-        ImageError: As `decode`, or the file cannot be read.
-    """
+def _read(path: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """One file at the resolution of a model; the error names the file."""
     try:
-        return decode(path.read_bytes(), max_pixels=max_pixels)
+        return preprocessing.pixels(decode(path.read_bytes()))
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror}") from error
     except ImageError as error:
@@ -131,10 +125,10 @@ class ImageFolder:
         """Every image at the resolution of a model: uint8, shape [N, 3, size, size].
 
         Raises:
-            ImageError: A file cannot be decoded; the error names it.
+            ImageError: A file cannot be decoded, or is too narrow a strip; the error names it.
         """
         pixels = np.empty((len(self.files), 3, preprocessing.size, preprocessing.size), np.uint8)
         for index, file in enumerate(self.files):
-            pixels[index] = preprocessing.pixels(read(file))
+            pixels[index] = _read(file, preprocessing)
             progress("reading images", index + 1, len(self.files))
         return pixels

@@ -12,6 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from guard.errors import ImageError
+
+MAX_PIXELS = 50_000_000
+"""Largest image that is held in memory unless a caller says otherwise, when it is decoded and after its short side was
+scaled to the model's input: 150 MB as RGB."""
 Pixels = NDArray[np.float32]
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -42,11 +47,15 @@ class Preprocessing:
         if min(self.std) <= 0:
             raise ValueError(f"every std must be positive, not {self.std}")
 
-    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+    def pixels(self, image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         """Resize and crop: uint8, shape [3, size, size], before normalisation.
 
         The conversion to RGB comes after the resizing, as in open_clip; for grey, palette and RGBA images the order
         changes the result.
+
+        Raises:
+            ImageError: Resized, the image has more than `max_pixels` pixels: a strip of 1 × 10,000,000 is small until
+                its short side is scaled up.
         """
         resampling = _RESAMPLING[self.interpolation]
         size = self.size
@@ -57,6 +66,10 @@ class Preprocessing:
             short, long = sorted((width, height))
             if short != size:
                 scaled = int(size * long / short)
+                if size * scaled > max_pixels:
+                    raise ImageError(
+                        f"the image is too narrow ({width}×{height}); resized it has over {max_pixels} pixels"
+                    )
                 image = image.resize((size, scaled) if width <= height else (scaled, size), resampling)
             width, height = image.size
             left, top = round((width - size) / 2.0), round((height - size) / 2.0)
@@ -73,6 +86,6 @@ class Preprocessing:
         normalised: Pixels = (scaled - mean) / std
         return normalised
 
-    def __call__(self, image: Image.Image) -> Pixels:
-        """The tower's input for one image: float32, shape [3, size, size]."""
-        return self.normalise(self.pixels(image))
+    def __call__(self, image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> Pixels:
+        """The tower's input for one image: float32, shape [3, size, size]; raises as `pixels` does."""
+        return self.normalise(self.pixels(image, max_pixels=max_pixels))

@@ -124,14 +124,7 @@ class Checker:
 
     def _decode(self, file: bytes, preprocessing: Preprocessing) -> Floats:
         limit = self._settings.max_pixels
-        image = decode(file, max_pixels=limit)
-        # A strip of 1 × 10,000,000 pixels is small until its short side is scaled up to the model's input.
-        short, long = sorted(image.size)
-        if preprocessing.resize_mode == "shortest" and preprocessing.size**2 * long > limit * short:
-            raise ImageError(
-                f"the image is too narrow ({image.width}×{image.height}); resized it has over {limit} pixels"
-            )
-        return preprocessing(image)
+        return preprocessing(decode(file, max_pixels=limit), max_pixels=limit)
 
     def _score(self, embeddings: Floats) -> Outcome:
         with self._metrics.stage("screening"):

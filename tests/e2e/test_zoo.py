@@ -49,12 +49,13 @@ def zoo(interrupted: tuple[Path, dict[str, dict[str, Any]]]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def evaluation(zoo: Path) -> dict[str, Any]:
+def evaluation(zoo: Path) -> Path:
+    """Where its results lie."""
     command = [sys.executable, "-m", "guard", "evaluate", str(zoo), "--budget", "quick", "--vetting-images", "400"]
     result = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, timeout=900)
     assert result.returncode == 0, result.stderr
-    document: dict[str, Any] = json.loads(result.stdout)
-    return document
+    assert json.loads(result.stdout)["models"] == {"backdoored": 1, "clean": 2, "failed attack": 0, "unknown": 0}
+    return zoo / "evaluation"
 
 
 def test_finished_models_are_not_made_again(interrupted: tuple[Path, dict[str, dict[str, Any]]], zoo: Path) -> None:
@@ -87,19 +88,20 @@ def test_the_attack_took_and_the_others_are_clean(zoo: Path) -> None:
     assert min(truth["accuracy"] for truth in known.values()) > 0.9
 
 
-def test_the_evaluation_finds_the_backdoor_and_accuses_no_clean_model(evaluation: dict[str, Any], zoo: Path) -> None:
-    folder = zoo / "evaluation"
-    detection = json.loads((folder / ATTACKED / "inversion-paired.json").read_text())["detection"]
+def test_the_evaluation_finds_the_backdoor_and_accuses_no_clean_model(evaluation: Path, zoo: Path) -> None:
+    detection = json.loads((evaluation / ATTACKED / "inversion-paired.json").read_text())["detection"]
     assert detection["outcome"] == "backdoored"
     assert detection["target"] == truths(zoo)[ATTACKED]["targets"][0]
-    assert json.loads((folder / TWIN / "inversion-paired.json").read_text())["detection"]["outcome"] == "no evidence"
-    text = (folder / "summary.md").read_text()
+    assert (
+        json.loads((evaluation / TWIN / "inversion-paired.json").read_text())["detection"]["outcome"] == "no evidence"
+    )
+    text = (evaluation / "summary.md").read_text()
     for part in ("inversion-paired", "screening", "100.0% (1/1; 2.5%–100.0%)", ATTACKED):
         assert part in text
 
 
-def test_screening_with_the_reconstruction_beats_density_alone(evaluation: dict[str, Any], zoo: Path) -> None:
-    screening = json.loads((zoo / "evaluation" / ATTACKED / "screening.json").read_text())["screening"]
+def test_screening_with_the_reconstruction_beats_density_alone(evaluation: Path) -> None:
+    screening = json.loads((evaluation / ATTACKED / "screening.json").read_text())["screening"]
     assert screening["triggers"] >= 1
     (matched,), (alone,) = screening["vetted"]["auroc"], screening["density"]["auroc"]
     assert matched["value"] > max(0.95, alone["value"])

@@ -65,6 +65,12 @@ def test_a_damaged_file_among_good_ones_is_named(tmp_path: Path) -> None:
         ImageFolder.scan(tmp_path).pixels(HALF)
 
 
+def test_a_strip_that_would_grow_when_it_is_resized_is_refused_and_named(tmp_path: Path) -> None:
+    Image.new("L", (1, 1_000_000)).save(tmp_path / "strip.png")
+    with pytest.raises(ImageError, match=r"strip\.png: the image is too narrow \(1×1000000\)"):
+        ImageFolder.scan(tmp_path).pixels(Preprocessing(32, (0.5,) * 3, (0.5,) * 3))
+
+
 def test_empty_and_missing_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="holds no image"):
         ImageFolder.scan(tmp_path)
