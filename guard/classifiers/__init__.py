@@ -17,6 +17,7 @@ from guard.classifiers.preprocessing import Preprocessing
 if TYPE_CHECKING:
     from guard.classifiers.classifier import Classifier
     from guard.classifiers.exporting import ExportParity, export
+    from guard.classifiers.hugging_face import save_hugging_face
 
 __all__ = [
     "ClassList",
@@ -30,6 +31,15 @@ __all__ = [
     "export",
     "load",
     "save",
+    "save_hugging_face",
 ]
 
-__getattr__ = lazy(__name__, {"Classifier": "classifier", "ExportParity": "exporting", "export": "exporting"})
+__getattr__ = lazy(
+    __name__,
+    {
+        "Classifier": "classifier",
+        "ExportParity": "exporting",
+        "export": "exporting",
+        "save_hugging_face": "hugging_face",
+    },
+)

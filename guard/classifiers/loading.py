@@ -23,6 +23,11 @@ CLASSES_FILE = "classes.json"
 HUB_PREFIX = "hf-hub:"
 MAX_LAYERS, MAX_SIZE = 256, 2**20
 """Largest number of layers, and largest of any other number, in the configuration of a tower."""
+_OPEN_CLIP_FILES = [CONFIG_FILE, WEIGHTS_FILE, CLASSES_FILE, "tokenizer*.json", "special_tokens_map.json"]
+_HUGGING_FACE_FILES = [
+    "config.json", "model*.safetensors", "model.safetensors.index.json", "*processor_config.json", CLASSES_FILE,
+    "tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json",
+]  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_CONFIG_BYTES = 1_000_000
 
@@ -58,9 +63,10 @@ def load(model: str, *, classes: Path | ClassList | None = None, device: str | N
     """Load a classifier.
 
     Args:
-        model: An open_clip directory (`open_clip_config.json` and `open_clip_model.safetensors`), `ARCH::FILE` for a
-            safetensors file of an architecture that open_clip knows by name, or a hub tag `hf-hub:OWNER/NAME`,
-            optionally with `@REVISION`.
+        model: An open_clip directory (`open_clip_config.json` and `open_clip_model.safetensors`), a Hugging Face
+            `CLIPModel` directory (`config.json`, `preprocessor_config.json` and `model.safetensors`, whole or in
+            shards), `ARCH::FILE` for a safetensors file of an architecture that open_clip knows by name, or a hub tag
+            `hf-hub:OWNER/NAME`, optionally with `@REVISION`, of either kind of directory.
         classes: Class list, or a file of one (`ClassList.read`); default is the `classes.json` beside the weights.
         device: torch device; default is a GPU if there is one.
 
@@ -84,8 +90,12 @@ def load(model: str, *, classes: Path | ClassList | None = None, device: str | N
     raise ModelError(f"there is no model {model}: not a directory, not ARCH::FILE, not {HUB_PREFIX}OWNER/NAME")
 
 
-def check_weights_file(path: Path) -> None:
+def check_weights_file(path: Path, *, wanted: str = WEIGHTS_FILE) -> None:
     """Refuse anything that is not a whole safetensors file, judged by its bytes and not by its name.
+
+    Args:
+        path: The file.
+        wanted: The name that a converted pickle should get.
 
     Raises:
         ModelError: The file is missing, a pickle, truncated, or not safetensors.
@@ -98,7 +108,7 @@ def check_weights_file(path: Path) -> None:
                 raise ModelError(
                     f"{path} is a pickle, which can run code when it is loaded; convert it on a machine that you can "
                     "throw away: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
-                    f"'{WEIGHTS_FILE}')"
+                    f"'{wanted}')"
                 )
             header_size = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
             if not 0 < header_size <= min(_MAX_HEADER_BYTES, size - 8):
@@ -123,25 +133,28 @@ def _download(tag: str) -> Path:
 
     repository, _, revision = tag.partition("@")
     try:
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision or None,
-                allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CLASSES_FILE, "tokenizer*.json", "special_tokens_map.json"],
-            )
-        )
+        # Many repositories hold both forms; the second is fetched only where the first is not there.
+        for patterns in (_OPEN_CLIP_FILES, _HUGGING_FACE_FILES):
+            directory = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+            if (directory / CONFIG_FILE).is_file():
+                break
     except Exception as error:  # the hub client raises dozens of types, all of which mean this
         raise ModelError(f"cannot fetch {HUB_PREFIX}{tag}: {error}") from error
+    return directory
 
 
 def _load_directory(directory: Path, source: str, classes: Path | ClassList | None, device: str | None) -> "Classifier":
     if not (directory / CONFIG_FILE).is_file():
-        raise ModelError(f"{directory} is no open_clip directory: it has no {CONFIG_FILE}")
+        if (directory / "config.json").is_file():
+            import_open_clip()
+            from guard.classifiers.hugging_face import load_hugging_face
+
+            return load_hugging_face(directory, source, classes, device)
+        raise ModelError(
+            f"{directory} is no model: it has neither the {CONFIG_FILE} of open_clip nor the config.json of a CLIPModel"
+        )
     if not (directory / WEIGHTS_FILE).is_file():
-        pickles = sorted(path.name for path in directory.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-        if pickles:
-            check_weights_file(directory / pickles[0])
-        raise ModelError(f"{directory} has no {WEIGHTS_FILE}")
+        raise missing_weights(directory, WEIGHTS_FILE)
     config = _read_config(directory / CONFIG_FILE)
     return _build(
         f"local-dir:{directory}",
@@ -152,6 +165,18 @@ def _load_directory(directory: Path, source: str, classes: Path | ClassList | No
         source=source,
         device=device,
     )
+
+
+def missing_weights(directory: Path, name: str) -> ModelError:
+    """The error for a directory without its weights.
+
+    Raises:
+        ModelError: It has them as a pickle.
+    """
+    pickles = sorted(path for path in directory.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    if pickles:
+        check_weights_file(pickles[0], wanted=name)
+    return ModelError(f"{directory} has no {name}")
 
 
 def _load_file(
@@ -165,21 +190,50 @@ def _load_file(
     return _build(architecture, config, {}, weights, classes, source=source, device=device)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_text(path: Path, limit: int = _MAX_CONFIG_BYTES) -> str:
+    """An untrusted text file of at most `limit` bytes.
+
+    Raises:
+        ModelError: It cannot be read, is larger, or is no UTF-8.
+    """
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ModelError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes")
-        config = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise ModelError(f"{path} is larger than {limit} bytes")
+        return data.decode()
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path} is damaged: it is no UTF-8") from error
+
+
+def read_json(path: Path, limit: int = _MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """An untrusted file that holds one JSON object.
+
+    Raises:
+        ModelError: As for `read_text`, or it holds something else.
+    """
+    try:
+        document = json.loads(read_text(path, limit))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is damaged: it is no JSON") from error
+    if not isinstance(document, dict):
+        raise ModelError(f"{path} is damaged: it holds no JSON object")
+    return document
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    try:
         model_config = config["model_cfg"]
         towers = dict(model_config["vision_cfg"]), dict(model_config["text_cfg"])
         dict(config.get("preprocess_cfg", {}))
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} is no open_clip configuration (model_cfg with vision_cfg and text_cfg)") from error
     _refuse_foreign_code(path, towers)
     _refuse_absurd_sizes(path, towers)
-    return dict(config)
+    return config
 
 
 def _refuse_foreign_code(path: Path, towers: tuple[Mapping[str, Any], ...]) -> None:
@@ -240,7 +294,7 @@ def _build(
     class_list = classes if isinstance(classes, ClassList) else ClassList.read(classes)
     target = pick_device(device)
     try:
-        with _quiet():
+        with quiet():
             model = open_clip.create_model(
                 name, load_weights=False, pretrained_text=False, force_preprocess_cfg=dict(preprocess_config)
             )
@@ -250,12 +304,12 @@ def _build(
     except ModelError:
         raise
     except Exception as error:  # whatever a hostile configuration makes open_clip raise
-        raise ModelError(f"{source} cannot be loaded by open_clip: {_first_line(error)}") from error
+        raise ModelError(f"{source} cannot be loaded by open_clip: {first_line(error)}") from error
     return Classifier(model, model_config, tokenizer, preprocessing, class_list, source=source, device=target)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """open_clip warns on the root logger that no weights were loaded, which is what guard asks of it."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -265,7 +319,8 @@ def _quiet() -> Iterator[None]:
         logging.disable(previous)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a foreign error says, short enough for one line."""
     lines = str(error).strip().splitlines()
     return " ".join(line.strip() for line in lines[:2])[:300] if lines else type(error).__name__
 

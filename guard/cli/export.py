@@ -6,12 +6,21 @@ import click
 
 from guard.cli import options
 from guard.cli.console import Console
+from guard.errors import UsageError
 
 
 @click.command()
 @click.argument("model")
-@click.option("--out", type=options.PATH, required=True, help="Where to write model.onnx and classifier.json.")
-@options.images("At least 256 images, on which the exported model must compute the same.")
+@click.option("--out", type=options.PATH, required=True, help="Directory to write.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["onnx", "hugging-face"]),
+    default="onnx",
+    show_default=True,
+    help="For guard serve, or for transformers.",
+)
+@click.option("--images", type=options.PATH, help="At least 256 images, on which the ONNX model must compute the same.")
 @options.classes
 @click.option("--limit", type=click.IntRange(min=256), default=1000, show_default=True, help="Most images to use.")
 @options.seed
@@ -20,7 +29,8 @@ from guard.cli.console import Console
 def export(
     model: str,
     out: Path,
-    images: Path,
+    form: str,
+    images: Path | None,
     classes: Path | None,
     limit: int,
     seed: int,
@@ -28,10 +38,24 @@ def export(
     *,
     as_json: bool,
 ) -> None:
-    """Write MODEL as ONNX for serving, image tower and head, after a parity check on real images."""
+    """Write MODEL in another form.
+
+    onnx is for serving: image tower and head, after a parity check on real images.
+
+    hugging-face is a CLIPModel directory for transformers: the same weights under other names.
+    """
     from guard.classifiers import ImageFolder, load
 
     console = Console(as_json=as_json)
+    if form == "hugging-face":
+        classifier = load(model, classes=classes, device=device)
+        from guard.classifiers import save_hugging_face
+
+        save_hugging_face(out, classifier)
+        console.result({"classifier": classifier.digest.root}, f"exported: {out}")
+        return
+    if images is None:
+        raise UsageError("--format onnx needs --images for its parity check")
     folder = ImageFolder.scan(images).sample(limit, seed=seed)
     classifier = load(model, classes=classes, device=device)
     import torch

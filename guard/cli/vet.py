@@ -58,7 +58,8 @@ def vet(
 ) -> None:
     """Examine MODEL for backdoors and write its profile.
 
-    MODEL is an open_clip directory, ARCH::weights.safetensors, or hf-hub:OWNER/NAME[@REVISION].
+    MODEL is hf-hub:OWNER/NAME[@REVISION], ARCH::weights.safetensors, or a directory: open_clip's, or a CLIPModel of
+    Hugging Face.
 
     Exits with 0 for no evidence (of the attack families tested), 1 for backdoored, 3 for inconclusive.
     """

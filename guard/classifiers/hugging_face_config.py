@@ -1,0 +1,310 @@
+"""`config.json` and `preprocessor_config.json` of a Hugging Face `CLIPModel`, from and to open_clip's terms."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from guard.classifiers.loading import MAX_LAYERS, MAX_SIZE, import_open_clip, read_json
+from guard.classifiers.preprocessing import Preprocessing
+from guard.errors import ModelError
+
+HF_CONFIG_FILE = "config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"
+_END_OF_TEXT: Literal[49407] = 49407
+_EPSILON = 1e-5
+_RESAMPLING: dict[Literal["bicubic", "bilinear"], int] = {"bicubic": 3, "bilinear": 2}
+"""Pillow's numbers, which is what the file holds."""
+
+_Size = Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE)]
+_Layers = Annotated[int, Field(strict=True, ge=1, le=MAX_LAYERS)]
+_Epsilon = Annotated[float, Field(gt=0, lt=1)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Channels = tuple[_Finite, _Finite, _Finite]
+_Activation = Literal["quick_gelu", "gelu"]
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """`text_config`, as far as it changes what is computed; defaults are those of transformers."""
+
+    hidden_size: _Size = 512
+    intermediate_size: _Size = 2048
+    num_hidden_layers: _Layers = 12
+    num_attention_heads: _Size = 8
+    max_position_embeddings: _Size = 77
+    # open_clip's tokenizer, which guard uses, has no other vocabulary.
+    vocab_size: Literal[49408] = 49408
+    hidden_act: _Activation = "quick_gelu"
+    layer_norm_eps: _Epsilon = _EPSILON
+    # Where the text is read off: 2 is the old form, the position of the largest id; the other is the first end of text.
+    # With this tokenizer, both are the same position, and the one that open_clip takes.
+    eos_token_id: Literal[2, 49407] = _END_OF_TEXT
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """`vision_config`, likewise."""
+
+    hidden_size: _Size = 768
+    intermediate_size: _Size = 3072
+    num_hidden_layers: _Layers = 12
+    num_attention_heads: _Size = 12
+    num_channels: Literal[3] = 3
+    image_size: _Size = 224
+    patch_size: _Size = 32
+    hidden_act: _Activation = "quick_gelu"
+    layer_norm_eps: _Epsilon = _EPSILON
+
+
+@dataclass(frozen=True)
+class HuggingFaceConfig:
+    """`config.json`, as far as it changes what is computed.
+
+    Raises:
+        ValueError: The parts do not fit each other.
+    """
+
+    projection_dim: _Size = 512
+    text_config: TextConfig = field(default_factory=TextConfig)
+    vision_config: VisionConfig = field(default_factory=VisionConfig)
+    model_type: Literal["clip"] = "clip"
+
+    def __post_init__(self) -> None:
+        for tower in (self.text_config, self.vision_config):
+            if tower.hidden_size % tower.num_attention_heads:
+                raise ValueError(f"{tower.hidden_size} wide with {tower.num_attention_heads} heads does not divide")
+        if self.vision_config.patch_size > self.vision_config.image_size:
+            raise ValueError("patches are larger than the image")
+        if self.text_config.hidden_act != self.vision_config.hidden_act:
+            raise ValueError("the towers differ in hidden_act, which open_clip cannot express")
+
+    @classmethod
+    def read(cls, path: Path) -> "HuggingFaceConfig":
+        """Read `config.json`.
+
+        Raises:
+            ModelError: It is damaged, or describes what open_clip does not compute.
+        """
+        document = read_json(path)
+        model_type, architectures = document.get("model_type"), document.get("architectures")
+        if model_type != "clip" or architectures not in (None, ["CLIPModel"]):
+            raise ModelError(
+                f"{path} describes a model of type {str(model_type)[:40]!r}, architectures {str(architectures)[:80]}; "
+                "of Hugging Face's models, guard loads CLIPModel, type 'clip'"
+            )
+        if document.get("auto_map"):
+            raise ModelError(f"{path} names code of its own (auto_map); refused")
+        for name in ("text_config", "vision_config"):
+            # The form of the first releases: where it stands, transformers lets it and its defaults win.
+            older = document.get(f"{name}_dict")
+            document[name] = (document.get(name) or {}) if older is None else older
+        try:
+            return TypeAdapter(cls).validate_python(document)
+        except (ValidationError, RecursionError) as error:
+            raise ModelError(f"{path} cannot be used: {_summary(error)}") from error
+
+    def to_document(self) -> dict[str, Any]:
+        """What `config.json` holds, as transformers reads it."""
+        document = asdict(self) | {"architectures": ["CLIPModel"]}
+        for name in ("text_config", "vision_config"):
+            document[name] |= {"model_type": f"clip_{name.removesuffix('_config')}_model"}
+            document[name] |= {"projection_dim": self.projection_dim}
+        document["text_config"] |= {"bos_token_id": _END_OF_TEXT - 1, "pad_token_id": _END_OF_TEXT}
+        return document
+
+    def to_open_clip(self) -> dict[str, Any]:
+        """open_clip's `model_cfg`; what is open_clip's default is left out, as in its own configurations."""
+        text, vision = self.text_config, self.vision_config
+        head_width = vision.hidden_size // vision.num_attention_heads
+        return {
+            "embed_dim": self.projection_dim,
+            "vision_cfg": {
+                "image_size": vision.image_size,
+                "layers": vision.num_hidden_layers,
+                "width": vision.hidden_size,
+                **({"head_width": head_width} if head_width != 64 else {}),
+                "patch_size": vision.patch_size,
+                **_optional(vision),
+            },
+            "text_cfg": {
+                "context_length": text.max_position_embeddings,
+                "vocab_size": text.vocab_size,
+                "width": text.hidden_size,
+                "heads": text.num_attention_heads,
+                "layers": text.num_hidden_layers,
+                **_optional(text),
+            },
+            **({"quick_gelu": True} if text.hidden_act == "quick_gelu" else {}),
+        }
+
+    @classmethod
+    def from_open_clip(cls, config: Mapping[str, Any]) -> "HuggingFaceConfig":
+        """The same model in Hugging Face's terms.
+
+        Args:
+            config: The `model_cfg` of a model that was built.
+
+        Raises:
+            ModelError: `CLIPModel` cannot express it, because it is no pair of plain transformers.
+        """
+        open_clip = import_open_clip()
+        vision, text = open_clip.CLIPVisionCfg(**config["vision_cfg"]), open_clip.CLIPTextCfg(**config["text_cfg"])
+        known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale"}
+        foreign = [name for name, value in config.items() if name not in known and value]
+        foreign += _foreign(vision, {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"})
+        foreign += _foreign(text, {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"})
+        if not isinstance(vision.layers, int):
+            foreign.append("layers of a ResNet")
+        if foreign:
+            raise ModelError(f"CLIPModel has plain transformers only, and cannot express this model: {foreign[0]}")
+        act: _Activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
+        try:
+            return TypeAdapter(cls).validate_python(
+                {
+                    "projection_dim": config["embed_dim"],
+                    "text_config": {
+                        "hidden_size": text.width,
+                        "intermediate_size": int(text.width * text.mlp_ratio),
+                        "num_hidden_layers": text.layers,
+                        "num_attention_heads": text.heads,
+                        "max_position_embeddings": text.context_length,
+                        "vocab_size": text.vocab_size,
+                        "hidden_act": act,
+                        "layer_norm_eps": (text.norm_kwargs or {}).get("eps", _EPSILON),
+                    },
+                    "vision_config": {
+                        "hidden_size": vision.width,
+                        "intermediate_size": int(vision.width * vision.mlp_ratio),
+                        "num_hidden_layers": vision.layers,
+                        "num_attention_heads": vision.width // vision.head_width,
+                        "image_size": _side(vision.image_size),
+                        "patch_size": _side(vision.patch_size),
+                        "hidden_act": act,
+                        "layer_norm_eps": (vision.norm_kwargs or {}).get("eps", _EPSILON),
+                    },
+                    "model_type": "clip",
+                }
+            )
+        except ValidationError as error:
+            raise ModelError(f"CLIPModel cannot express this model: {_summary(error)}") from error
+
+
+def _optional(tower: TextConfig | VisionConfig) -> dict[str, Any]:
+    """The settings that both towers have, unless they are open_clip's defaults."""
+    ratio = tower.intermediate_size / tower.hidden_size
+    if int(tower.hidden_size * ratio) < tower.intermediate_size:  # open_clip multiplies and rounds down
+        ratio = math.nextafter(ratio, math.inf)
+    settings: dict[str, Any] = {}
+    if ratio != 4:
+        settings["mlp_ratio"] = ratio
+    if tower.layer_norm_eps != _EPSILON:
+        settings["norm_kwargs"] = {"eps": tower.layer_norm_eps}
+    return settings
+
+
+def _foreign(tower: Any, expressed: set[str]) -> list[str]:  # noqa: ANN401 - a dataclass of open_clip's
+    """Settings that `CLIPModel` has no word for and that are not open_clip's defaults."""
+    # Used in training, or with settings that are refused here themselves.
+    unused = {"patch_dropout", "pad_id", "eos_id"}
+    foreign = []
+    for setting in fields(tower):
+        value = getattr(tower, setting.name)
+        plain = setting.name in expressed | unused or (value or None) == (setting.default or None)
+        if setting.name == "norm_kwargs":
+            plain = not set(value or {}) - {"eps"}
+        if not plain:
+            foreign.append(f"{setting.name} {str(value)[:80]!r}")
+    return foreign
+
+
+def _side(size: object) -> object:
+    """The side of a square that may be given as two numbers; anything else is left to the validation."""
+    return size[0] if isinstance(size, list | tuple) and len(set(size)) == 1 else size
+
+
+def read_preprocessing(directory: Path, size: int) -> Preprocessing:
+    """The preprocessing of a `CLIPModel` directory.
+
+    It is computed as open_clip does it (`Preprocessing`). transformers' own processor rounds the corner of the centre
+    crop down where open_clip rounds it to even, converts to RGB before it resizes, and in its newest form resizes with
+    torch instead of Pillow; on the same photograph, pixels can therefore differ slightly.
+
+    Args:
+        directory: Has `preprocessor_config.json`, or `processor_config.json` with an `image_processor` in it.
+        size: Side of the image tower's input.
+
+    Raises:
+        ModelError: Neither file is there, or it asks for what guard does not reproduce.
+    """
+    path = directory / PREPROCESSOR_FILE
+    if not path.is_file() and (directory / PROCESSOR_FILE).is_file():
+        path = directory / PROCESSOR_FILE
+    if not path.is_file():
+        raise ModelError(
+            f"{directory} has no {PREPROCESSOR_FILE}, which says how images are scaled and normalised; copy the one of "
+            "the model that this was tuned from"
+        )
+    document: object = read_json(path)
+    if path.name == PROCESSOR_FILE and isinstance(document, dict):
+        document = document.get("image_processor")
+    if not isinstance(document, dict):
+        raise ModelError(f"{path} describes no image processor")
+    square, default = {"height": size, "width": size}, {"height": 224, "width": 224}
+    crops = document.get("do_center_crop", True)
+    cropped = crops and document.get("crop_size", default) in (size, square)
+    scaled = document.get("size", {"shortest_edge": 224})
+    mode: Literal["shortest", "squash"] | None = None
+    if cropped and scaled in (size, {"shortest_edge": size}):
+        mode = "shortest"
+    elif scaled == square and (cropped or not crops):
+        mode = "squash"
+    filters = [name for name, number in _RESAMPLING.items() if number == document.get("resample", 3)]
+    whole = all(document.get(step, True) for step in ("do_resize", "do_rescale", "do_normalize"))
+    if mode is None or not filters or not whole or not _is_byte(document.get("rescale_factor", 1 / 255)):
+        raise ModelError(
+            f"{path} asks for preprocessing that is not supported; a resize (bicubic or bilinear) to the tower's "
+            f"{size} pixels, a crop to the same, a division by 255 and a normalisation are"
+        )
+    try:
+        mean, std = (TypeAdapter(_Channels).validate_python(document.get(name)) for name in ("image_mean", "image_std"))
+        return Preprocessing(size, mean, std, filters[0], mode)
+    except ValueError as error:
+        raise ModelError(f"{path} gives no usable image_mean and image_std, three finite numbers each") from error
+
+
+def _is_byte(factor: object) -> bool:
+    return isinstance(factor, int | float) and math.isclose(factor, 1 / 255)
+
+
+def preprocessor_document(preprocessing: Preprocessing) -> dict[str, Any]:
+    """What `preprocessor_config.json` holds."""
+    square = {"height": preprocessing.size, "width": preprocessing.size}
+    squash = preprocessing.resize_mode == "squash"
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": square if squash else {"shortest_edge": preprocessing.size},
+        "resample": _RESAMPLING[preprocessing.interpolation],
+        "do_center_crop": not squash,
+        "crop_size": square,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": preprocessing.mean,
+        "image_std": preprocessing.std,
+    }
+
+
+def _summary(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        given = f", not {str(first['input'])[:40]!r}" if place else ""
+        return f"{place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}{given}"
+    return "it is nested too deeply"
