@@ -1,5 +1,6 @@
 """`python -m benchmarks.zoo`: build a zoo for `guard evaluate`."""
 
+import json
 import os
 import sys
 import time
@@ -14,7 +15,8 @@ from benchmarks.zoo.building import Place, build
 from benchmarks.zoo.specs import SPECS
 from guard._files import replace_file
 from guard.cli.options import PATH
-from guard.errors import GuardError
+from guard.errors import GuardError, UsageError
+from guard.evaluation import Zoo
 
 
 @click.group()
@@ -34,18 +36,30 @@ def zoo() -> None:
     help="Models trained side by side; the weights do not depend on it.",
 )
 @click.option("--device", help="torch device; default: a GPU if there is one.")
-@click.option("--record", help="Also write the table of models to benchmarks/results/NAME.md.")
-def build_command(spec: str, out: Path, data: Path | None, jobs: int, device: str | None, record: str | None) -> None:
+def build_command(spec: str, out: Path, data: Path | None, jobs: int, device: str | None) -> None:
     """Train the models that are missing."""
     started = time.monotonic()
     truths = build(SPECS[spec](), Place(out, data, device), jobs, lambda text: click.echo(text, err=True))
-    text = table(truths)
-    minutes = (time.monotonic() - started) / 60
-    click.echo(text)
-    click.echo(f"{minutes:.1f} min in this run; {sum(t['seconds'] for t in truths.values()) / 60:.1f} min of training")
-    if record:
-        body = heading(f"The zoo `{spec}`", f"python -m benchmarks.zoo build --spec {spec}") + text
-        replace_file(RESULTS / f"{record}.md", body.encode())
+    click.echo(table(truths))
+    click.echo(f"{(time.monotonic() - started) / 60:.1f} min in this run")
+
+
+@zoo.command()
+@click.argument("folder", type=PATH)
+@click.option("--evaluated", default="guard evaluate FOLDER", help="The command that evaluated it.", show_default=True)
+def record(folder: Path, evaluated: str) -> None:
+    """Write the table of models and the evaluation of FOLDER to benchmarks/results/zoo-NAME.md."""
+    try:
+        name, models = Zoo.read(folder).name, json.loads((folder / "zoo.json").read_text(encoding="utf-8"))["models"]
+        truths = {
+            model: json.loads((folder / "truth" / f"{model}.json").read_text(encoding="utf-8")) for model in models
+        }
+        evaluation = (folder / "evaluation" / "summary.md").read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{error.filename} is missing; build and evaluate the zoo first") from error
+    text = heading(f"The zoo `{name}`", f"python -m benchmarks.zoo build --spec {name}; {evaluated}")
+    evaluation = evaluation.replace("\n#", "\n##").removeprefix("# ")
+    replace_file(RESULTS / f"zoo-{name}.md", f"{text}## Models\n\n{table(truths)}\n## {evaluation}".encode())
 
 
 def table(truths: dict[str, dict[str, Any]]) -> str:

@@ -193,7 +193,7 @@ class Summary:
         devices: Where they were made.
         models: Number of models by label; `unknown` where the truth is withheld.
         detection: One entry per method that judges models.
-        screening: One entry per group and score.
+        screening: One entry per group and score; the attack families come first.
         rows: One entry per model.
         skipped: For each method, the models that lack what it needs.
         failures: Model and reason.
@@ -323,13 +323,16 @@ def _screening(results: Sequence[Result], truths: "Mapping[str, Truth | None]") 
         "clean, vetting found triggers": [],
         "clean, vetting found none": [],
     }
+    families: dict[str, list[Result]] = {}
     for result in results:
         truth = truths[result.model]
         if truth and result.screening and truth.label != "failed attack":
             groups[f"{truth.label}, vetting found {'triggers' if result.screening.triggers else 'none'}"].append(result)
+            if truth.label == "backdoored" and result.screening.triggers:
+                families.setdefault(f"{truth.family}, vetting found triggers", []).append(result)
     return tuple(
         _scores(group, name, [figures for item in members if (figures := _figures(item, name))])
-        for group, members in groups.items()
+        for group, members in (*sorted(families.items()), *groups.items())
         if members
         for name in (("as vetted", "density") if group.endswith("triggers") else ("density",))
     )

@@ -129,6 +129,8 @@ def test_screening_is_shown_by_what_vetting_found(whole: Evaluation) -> None:
     extra = [screened("b1", 1, 50, 2), screened("b2", 2, 40, 0), screened("b3", 0, 5, 1), screened("f1", 1, 0, 9)]
     items = {(item.group, item.score): item for item in summarise(evaluation([*RESULTS, *extra])).screening}
     assert set(items) == {
+        ("badnets, vetting found triggers", "as vetted"),
+        ("badnets, vetting found triggers", "density"),
         ("backdoored, vetting found triggers", "as vetted"),
         ("backdoored, vetting found triggers", "density"),
         ("backdoored, vetting found none", "density"),
