@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from guard.classifiers import load, save_hugging_face
 from guard.cli import cli
 from guard.errors import UsageError, ZooError
 from guard.vetting import BUDGETS, SearchSettings
@@ -58,6 +59,22 @@ def test_withheld_labels_give_predictions_only(zoo: Path, vet: FakeVetting, tmp_
     assert outcomes == {"attacked": "backdoored", **dict.fromkeys(("base", "benign", "tried"), "no evidence")}
     assert not (out / "summary.json").exists()
     assert not (zoo / "evaluation").exists()
+    assert vet.calls
+
+
+def test_hugging_face_models_are_evaluated_and_submitted(zoo: Path, vet: FakeVetting, tmp_path: Path) -> None:
+    shutil.rmtree(zoo / "truth")
+    for directory in list((zoo / "models").iterdir()):
+        classifier = load(str(directory), device="cpu")
+        shutil.rmtree(directory)
+        save_hugging_face(directory, classifier)
+    submission = tmp_path / "submission"
+    result = evaluate(zoo, "--methods", "inversion", "--submission", submission)
+    assert result.exit_code == 0, result.output
+    predictions = json.loads((submission / "predictions.json").read_text())
+    assert "attacked" in str(predictions)
+    feature = torch.load(submission / "embeddings" / "attacked.pt", weights_only=True)
+    assert (feature.shape, feature.dtype) == ((16,), torch.float32)
     assert vet.calls
 
 
