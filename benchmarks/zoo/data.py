@@ -25,6 +25,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class _Split:
+    classes: tuple[str, ...]
     train: ImageFolder
     vetting: ImageFolder
     test: ImageFolder
@@ -50,7 +51,7 @@ def images(name: str, size: int, root: Path | None, limit: int) -> DemoData:
     preprocessing = Preprocessing(size, (0.5,) * 3, (0.25,) * 3)
     folder = root / name
     split = _split(folder, "test" if name == "cifar10" else "val", limit)
-    keys = split.train.classes()
+    keys = split.classes
     titles = json.loads((folder / "classes.json").read_text(encoding="utf-8")) if name == "tiny-imagenet" else {}
     classes = ClassList(tuple(str(titles.get(key, key)).split(",")[0] for key in keys), FOLDER_TEMPLATES)
     train, vetting, test = (_read(part, keys, preprocessing) for part in (split.train, split.vetting, split.test))
@@ -62,7 +63,7 @@ def _split(folder: Path, test: str, limit: int) -> _Split:
     vetting = everything.sample(_VETTING, seed=_SEED)
     chosen = set(vetting.files)
     train = ImageFolder(everything.root, tuple(file for file in everything.files if file not in chosen))
-    return _Split(train.sample(limit, seed=_SEED), vetting, ImageFolder.scan(folder / test))
+    return _Split(everything.classes(), train.sample(limit, seed=_SEED), vetting, ImageFolder.scan(folder / test))
 
 
 def _read(folder: ImageFolder, keys: tuple[str, ...], preprocessing: Preprocessing) -> LabelledImages:
