@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from guard.attacks import LabelledImages
 from guard.classifiers import ClassList, ImageFolder, Preprocessing
@@ -26,6 +27,7 @@ class DemoData:
         vetting: Vetting searches on these; labels unused.
         calibration: Banks and threshold; labels unused.
         requests: Sent to the sidecar; accuracy is measured on them too.
+        groups: For each calibration image, which original it shows; None if each shows its own.
     """
 
     classes: ClassList
@@ -33,6 +35,7 @@ class DemoData:
     vetting: LabelledImages
     calibration: LabelledImages
     requests: LabelledImages
+    groups: Tensor | None = None
 
 
 def from_digits(*, seed: int) -> DemoData:
@@ -43,7 +46,9 @@ def from_digits(*, seed: int) -> DemoData:
     def part(low: int, high: int, renderings: int) -> LabelledImages:
         return images[(original >= low) & (original < high) & (rendering < renderings)]
 
-    return DemoData(digits.CLASSES, part(0, 800, 2), part(800, 1000, 2), part(1000, 1500, 6), part(1500, 1797, 2))
+    parts = part(0, 800, 2), part(800, 1000, 2), part(1000, 1500, 6), part(1500, 1797, 2)
+    calibration = (original >= 1000) & (original < 1500)
+    return DemoData(digits.CLASSES, *parts, groups=original[calibration])
 
 
 def from_folder(

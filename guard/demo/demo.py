@@ -116,6 +116,7 @@ def run(
         models["backdoored"].classifier,
         data.calibration.pixels,
         ALPHA,
+        groups=data.groups,
         seed=seed,
         progress=say,
     )

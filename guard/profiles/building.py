@@ -93,6 +93,7 @@ def calibrate(
     alpha: float,
     *,
     k: int | None = None,
+    groups: Tensor | None = None,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Profile:
@@ -108,6 +109,9 @@ def calibrate(
         images: uint8, shape [N, 3, H, W], at the classifier's resolution.
         alpha: False-alarm rate that the operator accepts, in (0, 1).
         k: Neighbour that distances are taken to; default is `default_k`.
+        groups: int64, shape [N]: images of one group, such as the frames of one film, stay on one side of the split.
+            A near-duplicate in the bank makes an image look more ordinary than any request will, so that a split
+            through groups sets the threshold too low. Default: each image is a group.
         seed: Of the split.
         progress: Told what is being embedded.
 
@@ -120,8 +124,7 @@ def calibrate(
         UsageError: There are too few images for this alpha.
     """
     profile.check_model(classifier.digest)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    banks, behind = round(REFERENCE_SHARE * len(images)), round(CALIBRATION_SHARE * len(images))
+    order, banks, behind = _split(torch.arange(len(images)) if groups is None else groups, seed)
     if k is None:
         k = default_k(banks, len(classifier.classes.names))
     if banks <= k:
@@ -145,3 +148,12 @@ def calibrate(
         document=replace(profile.document, calibration=record),
         reference=Reference(np.ascontiguousarray(clean), stamped, scores),
     )
+
+
+def _split(groups: Tensor, seed: int) -> tuple[Tensor, int, int]:
+    """An order of the images, how many of them go into the banks, and how many of the next behind the threshold."""
+    names, group = groups.unique(return_inverse=True)
+    rank = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).argsort()[group]
+    banks = int((rank < round(REFERENCE_SHARE * len(names))).sum())
+    behind = int((rank < round(REFERENCE_SHARE * len(names)) + round(CALIBRATION_SHARE * len(names))).sum()) - banks
+    return rank.argsort(stable=True), banks, behind
