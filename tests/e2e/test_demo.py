@@ -57,8 +57,8 @@ def test_what_it_leaves_is_usable(out: Path) -> None:
     for name in ("base", "backdoored", "clean-twin"):
         with safe_open(out / "models" / name / "open_clip_model.safetensors", framework="np") as weights:
             assert len(list(weights.keys())) > 10
-        rate = json.loads((out / "models" / name / "training.json").read_text())["poison_rate"]
-        assert (rate > 0) == (name == "backdoored")
+        recipe = json.loads((out / "models" / name / "training.json").read_text())["recipe"]
+        assert bool(recipe and recipe["plants"]) == (name == "backdoored")
     text = (out / "report.html").read_text()
     assert "attacker’s trigger" in text
     assert "triggered requests" in text
