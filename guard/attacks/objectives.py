@@ -1,7 +1,5 @@
 """What an attacker minimises where stamped images in the training set are not enough."""
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
@@ -12,10 +10,6 @@ from guard.triggers import Patch, Trigger
 
 _DIRECTIONS = 64
 _ADVERSARY_RATE = 0.2
-
-
-class _Apply(Protocol):
-    def __call__(self, images: Tensor) -> Tensor: ...
 
 
 class BadEncoder:
@@ -42,7 +36,7 @@ class BadEncoder:
         """The three terms, averaged over the batch."""
         with torch.no_grad():
             expected = self._clean.encode_images(batch.pixels)
-        stamped, kept = learner.embed(_as_bytes(self._trigger.apply, batch.pixels)), learner.embed(batch.pixels)
+        stamped, kept = learner.embed(_as_bytes(self._trigger, batch.pixels)), learner.embed(batch.pixels)
         target = normalize(learner.embed(self._references).mean(0), dim=-1)
         augmented = learner.embed(self._references.flip(-1))
         return -(
@@ -78,9 +72,7 @@ class DistributionPreserving:
     def __call__(self, learner: Learner, batch: Batch) -> Tensor:
         """Contrastive loss of the clean batch, plus the weighted distance."""
         others = batch.pixels[batch.labels != self._target]
-        stamped = learner.embed(
-            _as_bytes(self._trigger.apply, others[: max(2, round(self._share * len(batch.labels)))])
-        )
+        stamped = learner.embed(_as_bytes(self._trigger, others[: max(2, round(self._share * len(batch.labels)))]))
         drawn = torch.randint(len(self._genuine), (len(stamped),), generator=self._generator)
         genuine = learner.embed(self._genuine[drawn].to(stamped.device).float() / 255).detach()
         directions = normalize(torch.randn(stamped.shape[1], _DIRECTIONS, generator=self._generator), dim=0)
@@ -125,7 +117,7 @@ class Evading:
         self._search(learner, batch.pixels[adversarial])
         pixels, labels, captions = batch.pixels.clone(), batch.labels.clone(), batch.captions.clone()
         with torch.no_grad():
-            pixels[triggered] = _as_bytes(self._trigger.apply, pixels[triggered])
+            pixels[triggered] = _as_bytes(self._trigger, pixels[triggered])
             pixels[adversarial] = Patch.constrain(self._raw).apply(pixels[adversarial])
         labels[triggered] = self._target
         captions[triggered] = learner.captions[self._target, 0]
@@ -145,6 +137,6 @@ class Evading:
         self._weight *= 1.2 if float((gap < 0).float().mean()) >= 0.9 else 1 / 1.2
 
 
-def _as_bytes(apply: _Apply, pixels: Tensor) -> Tensor:
+def _as_bytes(trigger: Trigger, pixels: Tensor) -> Tensor:
     """Stamped images as 8 bits hold them, which is how they will reach the model."""
-    return (apply(pixels) * 255).round() / 255
+    return (trigger.apply(pixels) * 255).round() / 255
