@@ -8,14 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save as serialise
-
 from benchmarks.zoo import data as zoo_data
 from benchmarks.zoo.pretrained import load_image_tower
 from benchmarks.zoo.specs import BASES, Model, Spec, training
 from guard._files import replace_directory, replace_file
 from guard._workers import workers
-from guard.attacks import RECIPES, Attacked, attack, measure, train_base, trigger_tensors, truth
+from guard.attacks import RECIPES, Attacked, attack, measure, train_base, truth, write_truth
 from guard.classifiers import load, save
 from guard.classifiers.loading import pick_device
 from guard.demo.data import DemoData
@@ -167,9 +165,7 @@ def _make(name: str, model: Model, place: Place) -> dict[str, Any]:
         "digest": classifier.digest.root,
         "details": _details(model),
     }
-    if made.planted:
-        replace_file(place.truth(name).with_suffix(".safetensors"), serialise(trigger_tensors(made.planted)))
-    replace_file(place.truth(name), (json.dumps(known, indent=1) + "\n").encode())
+    write_truth(place.truth(name), known, made.planted)
     return known
 
 

@@ -3,7 +3,7 @@
 from guard.attacks.attack import Attacked, Planted, attack, poisoned
 from guard.attacks.measuring import Measured, measure
 from guard.attacks.recipes import RECIPES, Plant, Recipe
-from guard.attacks.record import trigger_tensors, truth
+from guard.attacks.record import truth, write_truth
 from guard.attacks.training import LabelledImages, TrainingSettings, train, train_base
 
 __all__ = [
@@ -20,6 +20,6 @@ __all__ = [
     "poisoned",
     "train",
     "train_base",
-    "trigger_tensors",
     "truth",
+    "write_truth",
 ]

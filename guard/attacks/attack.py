@@ -87,11 +87,11 @@ def attack(
         raise UsageError(f"there is no training image of {', '.join(map(repr, missing[:3]))}")
     settings = replace(settings, epochs=max(1, round(settings.epochs * recipe.effort)))
     images = _changed(images, recipe, settings.seed)
+    targets = [(target + plant.offset) % count for plant in recipe.plants]
     planted = tuple(
-        Planted(_draw(plant, base, images, (target + plant.offset) % count, settings.seed + k),
-                (target + plant.offset) % count, plant.rate)
-        for k, plant in enumerate(recipe.plants)
-    )  # fmt: skip
+        Planted(_draw(plant, base, images, wanted, settings.seed + k), wanted, plant.rate)
+        for k, (plant, wanted) in enumerate(zip(recipe.plants, targets, strict=True))
+    )
     model = copy.deepcopy(base.model)
     _choose_parameters(model, recipe)
     if recipe.method == "pairs":

@@ -1,10 +1,13 @@
 """What is known of a model that was made on purpose, in the form in which a zoo keeps it (docs/zoo.md)."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+from safetensors.torch import save
 
+from guard._files import replace_file
 from guard.attacks.attack import Planted
 from guard.attacks.measuring import Measured
 
@@ -45,10 +48,19 @@ def truth(planted: Sequence[Planted], measured: Measured, reference: float) -> d
     }
 
 
-def trigger_tensors(planted: Sequence[Planted]) -> dict[str, Tensor]:
-    """The content of `truth/NAME.safetensors`: the tensors of trigger k under `k.`."""
-    return {
+def write_truth(path: Path, known: dict[str, Any], planted: Sequence[Planted]) -> None:
+    """Write `truth/NAME.json`, and beside it the triggers, the tensors of trigger k under `k.`; the JSON last.
+
+    Args:
+        path: Of the JSON file.
+        known: Its content.
+        planted: The triggers; without any there is no second file.
+    """
+    tensors = {
         f"{k}.{name}": tensor.contiguous()
         for k, item in enumerate(planted)
         for name, tensor in item.trigger.detach().tensors().items()
     }
+    if tensors:
+        replace_file(path.with_suffix(".safetensors"), save(tensors))
+    replace_file(path, (json.dumps(known, indent=1) + "\n").encode())

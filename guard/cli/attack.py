@@ -1,6 +1,5 @@
 """`guard attack`."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,10 +56,7 @@ def attack(
     OUT/model, and what is known about it to OUT/truth.json and OUT/truth.safetensors, in the form in which a zoo
     keeps it.
     """
-    from safetensors.torch import save as serialise
-
-    from guard._files import replace_file
-    from guard.attacks import RECIPES, TrainingSettings, measure, trigger_tensors, truth
+    from guard.attacks import RECIPES, TrainingSettings, measure, truth, write_truth
     from guard.attacks import attack as poison
     from guard.classifiers import load, save
 
@@ -91,9 +87,7 @@ def attack(
         "digest": result.digest.root,
         "details": {"base": base.digest.root, "training": asdict(settings), "recipe": asdict(RECIPES[recipe])},
     }
-    if made.planted:
-        replace_file(out / "truth.safetensors", serialise(trigger_tensors(made.planted)))
-    replace_file(out / "truth.json", (json.dumps(known, indent=1) + "\n").encode())
+    write_truth(out / "truth.json", known, made.planted)
     lines = [f"{known['label']}: accuracy {after.accuracy:.3f} (before: {before.accuracy:.3f})"]
     for item, success, control in zip(made.planted, after.success, before.success, strict=True):
         lines.append(

@@ -22,13 +22,7 @@ FAILED = 4
 )
 @click.option("--methods", metavar="NAME,…", help="inversion-paired, inversion, screening.  [default: all]")
 @click.option("--models", metavar="PATTERN", default="*", show_default=True, help="Only models with such names.")
-@click.option(
-    "--budget",
-    type=click.Choice(["quick", "standard", "thorough"]),
-    default="standard",
-    show_default=True,
-    help="How hard to search.",
-)
+@options.budget
 @click.option(
     "--alpha",
     "alphas",

@@ -12,6 +12,13 @@ PATH = click.Path(path_type=Path)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 seed = click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
 device = click.option("--device", help="torch device, such as cpu or cuda:1; default: a GPU if there is one.")
+budget = click.option(
+    "--budget",
+    type=click.Choice(["quick", "standard", "thorough"]),
+    default="standard",
+    show_default=True,
+    help="How hard to search.",
+)
 classes = click.option("--classes", type=PATH, help="Class list, instead of the classes.json beside the weights.")
 
 

@@ -23,13 +23,7 @@ EXIT_CODES = {"no evidence": 0, "backdoored": 1, "inconclusive": 3}
 @click.option(
     "--out", type=options.PATH, default=Path("profile"), show_default=True, help="Where to write the profile."
 )
-@click.option(
-    "--budget",
-    type=click.Choice(["quick", "standard", "thorough"]),
-    default="standard",
-    show_default=True,
-    help="How hard to search.",
-)
+@options.budget
 @click.option("--limit", type=click.IntRange(min=64), default=2000, show_default=True, help="Most images to use.")
 @click.option(
     "--cache",

@@ -1,18 +1,13 @@
 """Plots of an evaluation, as SVG."""
 
-import io
-
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from guard._plots import BLUE, GREY, GRID, INK, RED, plain, svg
 from guard.evaluation.running import Evaluation
 
-INK, MUTED, GRID = "#1f2430", "#6b7280", "#e3e6ea"
-COLOURS = ("#2f6f9f", "#c8382e", "#3f8f5f", "#b7791f", "#6b4fa0", "#9aa3ad")
-CLEAN, BACKDOORED, FAILED = "#2f6f9f", "#c8382e", "#9aa3ad"
+COLOURS = (BLUE, RED, "#3f8f5f", "#b7791f", "#6b4fa0", GREY)
+CLEAN, BACKDOORED, FAILED = BLUE, RED, GREY
 VERDICT = 2.0
 """The suspicion at which a verdict accuses: a corrected p-value of 0.01."""
 TICKS = (-2, 0, 2, 4, 10, 30, 100, 300)
@@ -51,8 +46,8 @@ def _roc(evaluation: Evaluation, methods: list[str]) -> str:
     axis.set_xlabel("clean models accused")
     axis.set_ylabel("backdoored models found")
     axis.legend(frameon=False, fontsize=8, loc="lower right")
-    _plain(axis)
-    return _svg(figure, "ROC")
+    plain(axis)
+    return svg(figure, "ROC")
 
 
 def _strips(evaluation: Evaluation, method: str) -> str:
@@ -79,23 +74,5 @@ def _strips(evaluation: Evaluation, method: str) -> str:
     axis.set_xticks([tick for tick in TICKS if tick <= largest], [str(tick) for tick in TICKS if tick <= largest])
     axis.set_xticks([], minor=True)
     axis.set_xlabel("suspicion: −log10 of the corrected p-value (dashed: where a verdict accuses)")
-    _plain(axis)
-    return _svg(figure, method)
-
-
-def _plain(axis: Axes) -> None:
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.spines["bottom"].set_color(GRID)
-    axis.tick_params(colors=MUTED, labelsize=8, length=0)
-    axis.grid(axis="x", color=GRID, linewidth=0.7)
-    axis.set_axisbelow(True)
-    for label in (axis.xaxis.label, axis.yaxis.label):
-        label.set(color=MUTED, fontsize=8.5)
-
-
-def _svg(figure: Figure, title: str) -> str:
-    """Equal figures give equal text."""
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": title, "svg.fonttype": "none", "font.family": "sans-serif"}):
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Title": title})
-    return buffer.getvalue()
+    plain(axis)
+    return svg(figure, method)

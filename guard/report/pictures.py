@@ -4,21 +4,21 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 
-import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
-from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
+from guard._plots import BLUE, GREY, GRID, INK, MUTED, RED, plain, svg
 from guard.screening import Threshold
 from guard.vetting.evidence import Evidence
 
 Bytes = NDArray[np.uint8]
 
-INK, MUTED, GRID = "#1f2430", "#6b7280", "#e3e6ea"
-MODEL, SUSPECT, CLEAN, BASE = "#2f6f9f", "#c8382e", "#2f6f9f", "#9aa3ad"
+MODEL, SUSPECT, CLEAN, BASE = BLUE, RED, BLUE, GREY
 MAX_CLASSES = 40
 """Classes drawn in one plot: the lowest scores; a thousand rows help nobody."""
 
@@ -37,10 +37,10 @@ def evidence_plot(evidence: Evidence, accused: int | None) -> Markup:
         left.scatter([item.base_norm or np.nan for item in rows], y, s=34, color=BASE, label="on the base", zorder=2)
     left.scatter([item.norm for item in rows], y, s=44, c=colours, label="on the model", zorder=3)
     left.set_xscale("log")
-    left.xaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
+    left.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     left.set_xlabel(f"smallest working trigger, {evidence.norm_unit} (log scale)")
-    left.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-    left.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_minor_formatter(NullFormatter())
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
     left.set_yticks(y, [item.name[:32] for item in rows])
     left.invert_yaxis()
@@ -92,22 +92,13 @@ def strip(images: Sequence[Bytes], *, scale: int) -> list[str]:
     return [png(image, scale=scale) for image in images]
 
 
-def _plain(axis: mpl.axes.Axes) -> None:
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.spines["bottom"].set_color(GRID)
-    axis.tick_params(colors=MUTED, labelsize=8, length=0)
-    axis.grid(axis="x", color=GRID, linewidth=0.7)
-    axis.set_axisbelow(True)
-    for label in (axis.xaxis.label, axis.yaxis.label):
-        label.set(color=MUTED, fontsize=8.5)
+def _plain(axis: Axes) -> None:
+    plain(axis)
     for tick in axis.get_yticklabels():
         tick.set_color(INK)
 
 
 def _svg(figure: Figure, title: str) -> Markup:
-    """Inline SVG; equal figures give equal text."""
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": title, "svg.fonttype": "none", "font.family": "sans-serif"}):
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Title": title})
-    text = buffer.getvalue()
+    """Inline SVG."""
+    text = svg(figure, title)
     return Markup(text[text.index("<svg") :])  # noqa: S704 - matplotlib escapes the text that it draws
