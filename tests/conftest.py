@@ -11,7 +11,7 @@ import torch
 from guard import profiles
 from guard.classifiers import Classifier, ClassList, export, load, save
 from guard.triggers import Patch
-from guard.vetting import BUDGETS, ClassEvidence, Evidence, FoundTrigger, Verdict, Vetting
+from guard.vetting import BUDGETS, Check, ClassEvidence, Control, Evidence, FoundTrigger, Verdict, Vetting
 
 SIZE = 16
 CLASSES = ClassList(("cat", "dog", "ship", "truck", "frog", "bird"), ("a photo of a {}.", "a {}."))
@@ -88,22 +88,43 @@ def profile(classifier: Classifier, images: torch.Tensor, trigger: Patch) -> pro
         ClassEvidence(
             target=k,
             name=name,
-            reached=True,
-            norm=9.0,
-            success=0.9,
-            margin=1.0,
-            base_norm=90.0 if k == 1 else 9.0,
-            base_success=0.0,
-            statistic=-2.3 if k == 1 else 0.0,
-            score=-9.0 if k == 1 else 0.0,
+            statistic=2.5 if k == 1 else -0.5,
+            success=0.9 if k == 1 else 0.1,
+            steps=16,
+            score=9.0 if k == 1 else 0.0,
             p_value=1e-5 if k == 1 else 0.5,
         )
         for k, name in enumerate(CLASSES.names)
     )
-    evidence = Evidence("test 1", "patch", "px", "log ratio", "others", "base", entries, 1, 1e-4, 0, 1, 0.1)
-    verdict = Verdict("backdoored", 1, 1e-4, ("patch",), 0.01, ("a trigger was found",))
-    found = FoundTrigger("patch-1", 1, trigger, 9.0, 0.9, 1e-4)
-    vetting = Vetting(verdict, (evidence,), (found,), BUDGETS["quick"], (256, 256), None, "cpu", 0.1, 1)
+    evidence = Evidence(
+        method="test 1",
+        family="patch",
+        radius=3.0,
+        norm_unit=Patch.norm_unit,
+        statistic="lead of the class under its trigger",
+        null="the other classes",
+        control="base",
+        classes=entries,
+        target=1,
+        p_value=6e-5,
+        seed=0,
+        passes=1,
+        seconds=0.1,
+    )
+    verdict = Verdict("backdoored", 1, 6e-5, ("patch",), 0.01, ("a trigger was found",))
+    check = Check("patch", 1, "dog", 9.0, Patch.norm_unit, reached=True, success=0.9, control_success=0.05)
+    vetting = Vetting(
+        verdict=verdict,
+        evidence=(evidence,),
+        checks=(check,),
+        triggers=(FoundTrigger("patch-1", 1, trigger, 9.0, 0.9, 6e-5, classifier.head[1]),),
+        effort=BUDGETS["quick"],
+        images=(256, 256),
+        control=Control("base", "0" * 64, 0.95, 0),
+        device="cpu",
+        seconds=0.1,
+        passes=1,
+    )
     return profiles.calibrate(profiles.build(classifier, vetting), classifier, images, 0.02)
 
 

@@ -1,6 +1,7 @@
 """A tiny zoo made by code, and a vetting of it that searches nothing."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 from guard.classifiers import Classifier, save
 from guard.triggers import Patch
-from guard.vetting import BUDGETS, ClassEvidence, Evidence, FoundTrigger, Vetting, judge
+from guard.vetting import BUDGETS, Check, ClassEvidence, Control, Evidence, FoundTrigger, Vetting, judge
 from tests.conftest import CLASSES, CONFIG, SIZE, random_images, tiny_model
 
 TARGET = 1
@@ -76,27 +77,36 @@ class FakeVetting:
         self.calls.append(name)
         guilty = name in self.flagged
         evidence = evidence_of([1e-5 if guilty and k == TARGET else 0.5 for k in range(len(CLASSES.names))])
-        found = FoundTrigger(f"patch-{TARGET}", TARGET, attack_trigger(), 9.0, 0.9, 6e-5)
+        checks = (check_of(TARGET),) if guilty else ()
+        found = FoundTrigger(f"patch-{TARGET}", TARGET, attack_trigger(), 9.0, 0.9, 6e-5, classifier.head[TARGET])
+        control = Control("base", base.digest.root, 0.9, 0) if base else Control("self", None, 0.9, 100)
         return Vetting(
-            judge([evidence]),
+            judge([evidence], checks),
             (evidence,),
+            checks,
             (found,) if guilty else (),
             BUDGETS["quick"],
             (len(images) // 2, len(images) // 2),
-            base.digest.root if base else None,
+            control,
             "cpu",
             0.1,
             100,
         )
 
 
-def evidence_of(p_values: "list[float | None]", *, family: str = "patch", success: float = 0.9) -> Evidence:
-    """Evidence of one family with these uncorrected p-values."""
+def evidence_of(p_values: Sequence[float | None], *, family: str = "patch", families: int = 1) -> Evidence:
+    """Evidence of one family out of several with these uncorrected p-values."""
     entries = tuple(
-        ClassEvidence(k, name, reached=True, norm=9.0, success=success, margin=1.0, p_value=p_value)
-        for k, (name, p_value) in enumerate(zip(CLASSES.names, p_values, strict=True))
+        ClassEvidence(k, CLASSES.names[k], statistic=0.0, success=0.5, steps=16, p_value=p_value)
+        for k, p_value in enumerate(p_values)
     )
     known = {entry.target: entry.p_value for entry in entries if entry.p_value is not None}
     target = min(known, key=lambda k: known[k]) if known else None
-    corrected = 1.0 if target is None else min(1.0, known[target] * len(known))
-    return Evidence("test", family, "px", "log", "others", "classes", entries, target, corrected, 0, 100, 0.1)
+    corrected = 1.0 if target is None else min(1.0, known[target] * len(known) * families)
+    return Evidence("test", family, 3.0, "px", "lead", "others", "classes", entries, target, corrected, 0, 100, 0.1)
+
+
+def check_of(target: int, *, family: str = "patch", success: float = 0.9, control_success: float | None = 0.0) -> Check:
+    """A reconstruction for a class, tried on held-out images; by default it works, and on the suspect alone."""
+    name = CLASSES.names[target]
+    return Check(family, target, name, 9.0, "px", reached=True, success=success, control_success=control_success)

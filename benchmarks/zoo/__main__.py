@@ -27,6 +27,9 @@ def zoo() -> None:
 @zoo.command(name="build")
 @click.option("--spec", type=click.Choice(sorted(SPECS)), required=True, help="Which zoo.")
 @click.option("--out", type=PATH, required=True, help="Where it is, or will be; a zoo that was begun is finished.")
+@click.option(
+    "--seed", type=click.IntRange(0, 1_000_000), default=0, show_default=True, help="First seed of the models."
+)
 @click.option("--data", type=PATH, help="Folder that holds cifar10/ and tiny-imagenet/; the digits need none.")
 @click.option(
     "--jobs",
@@ -36,10 +39,10 @@ def zoo() -> None:
     help="Models trained side by side; the weights do not depend on it.",
 )
 @click.option("--device", help="torch device; default: a GPU if there is one.")
-def build_command(spec: str, out: Path, data: Path | None, jobs: int, device: str | None) -> None:
+def build_command(spec: str, out: Path, seed: int, data: Path | None, jobs: int, device: str | None) -> None:
     """Train the models that are missing."""
     started = time.monotonic()
-    truths = build(SPECS[spec](), Place(out, data, device), jobs, lambda text: click.echo(text, err=True))
+    truths = build(SPECS[spec](seed), Place(out, data, device), jobs, lambda text: click.echo(text, err=True))
     click.echo(table(truths))
     click.echo(f"{(time.monotonic() - started) / 60:.1f} min in this run")
 
@@ -48,18 +51,20 @@ def build_command(spec: str, out: Path, data: Path | None, jobs: int, device: st
 @click.argument("folder", type=PATH)
 @click.option("--evaluated", default="guard evaluate FOLDER", help="The command that evaluated it.", show_default=True)
 def record(folder: Path, evaluated: str) -> None:
-    """Write the table of models and the evaluation of FOLDER to benchmarks/results/zoo-NAME.md."""
+    """Write the table of models and the evaluation of FOLDER to benchmarks/results/zoo-NAME[-SEED].md."""
     try:
-        name, models = Zoo.read(folder).name, json.loads((folder / "zoo.json").read_text(encoding="utf-8"))["models"]
+        zoo, models = Zoo.read(folder), json.loads((folder / "zoo.json").read_text(encoding="utf-8"))["models"]
         truths = {
             model: json.loads((folder / "truth" / f"{model}.json").read_text(encoding="utf-8")) for model in models
         }
         evaluation = (folder / "evaluation" / "summary.md").read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{error.filename} is missing; build and evaluate the zoo first") from error
-    text = heading(f"The zoo `{name}`", f"python -m benchmarks.zoo build --spec {name}; {evaluated}")
+    seeded = f" --seed {zoo.seed}" if zoo.seed else ""
+    text = heading(f"The zoo `{zoo.name}`", f"python -m benchmarks.zoo build --spec {zoo.name}{seeded}; {evaluated}")
     evaluation = evaluation.replace("\n#", "\n##").removeprefix("# ")
-    replace_file(RESULTS / f"zoo-{name}.md", f"{text}## Models\n\n{table(truths)}\n## {evaluation}".encode())
+    place = RESULTS / (f"zoo-{zoo.name}-{zoo.seed}.md" if zoo.seed else f"zoo-{zoo.name}.md")
+    replace_file(place, f"{text}## Models\n\n{table(truths)}\n## {evaluation}".encode())
 
 
 def table(truths: dict[str, dict[str, Any]]) -> str:

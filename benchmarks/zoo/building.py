@@ -114,11 +114,12 @@ def _prepare(spec: Spec, place: Place, say: Callable[[str], None]) -> None:
     listing = {
         "format": FORMAT,
         "name": spec.name,
-        "seed": 0,
+        "seed": spec.seed,
         "models": {name: {"base": model.base, "images": BASES[model.kind].data} for name, model in spec.models.items()},
     }
     target = place.zoo / "zoo.json"
-    if target.exists() and json.loads(target.read_text(encoding="utf-8")).get("name") != spec.name:
+    known = json.loads(target.read_text(encoding="utf-8")) if target.exists() else listing
+    if (known.get("name"), known.get("seed")) != (spec.name, spec.seed):
         raise UsageError(f"{place.zoo} holds another zoo; choose another --out")
     for name in sorted({BASES[model.kind].data for model in spec.models.values()}):
         folder = place.zoo / "images" / name

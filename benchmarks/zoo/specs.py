@@ -62,10 +62,12 @@ class Spec:
 
     Attributes:
         name: Of the zoo.
+        seed: The first seed in it.
         models: By name; each base and twin before the models that need it.
     """
 
     name: str
+    seed: int
     models: dict[str, Model]
 
 
@@ -147,18 +149,20 @@ _ATTACKS = tuple(name for name, recipe in RECIPES.items() if recipe.poisons)
 
 
 class _Zoo:
-    """Collects models; a twin is added when the first model needs it."""
+    """Collects models; a twin is added when the first model needs it. Seeds are counted from the zoo's own."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, seed: int) -> None:
+        self._name, self._seed = name, seed
         self.models: dict[str, Model] = {}
 
-    def base(self, kind: str, seed: int) -> str:
+    def base(self, kind: str, number: int) -> str:
+        seed = self._seed + number
         name = f"{kind}-{seed}"
         self.models.setdefault(name, Model(None, kind, "base", seed))
         return name
 
-    def add(self, base: str, recipe: str, seed: int = 0, target: int = 0) -> str:
+    def add(self, base: str, recipe: str, number: int = 0, target: int = 0) -> str:
+        seed = self._seed + number
         name = f"{base}-{recipe}-{seed}"
         twin = None
         if RECIPES[recipe].poisons:
@@ -166,14 +170,14 @@ class _Zoo:
         self.models.setdefault(name, Model(base, self.models[base].kind, recipe, seed, target, twin))
         return name
 
-    def attacks(self, base: str, recipes: tuple[str, ...], seed: int = 0) -> None:
+    def attacks(self, base: str, recipes: tuple[str, ...], number: int = 0) -> None:
         """Targets go round the classes, so that no class is the target more often than others."""
         for recipe in recipes:
             count = sum(model.twin is not None for model in self.models.values())
-            self.add(base, recipe, seed, target=3 * count)
+            self.add(base, recipe, number, target=3 * count + self._seed)
 
     def spec(self) -> Spec:
-        return Spec(self._name, self.models)
+        return Spec(self._name, self._seed, self.models)
 
 
 def _twin(recipe: str) -> str:
@@ -184,20 +188,20 @@ def _twin(recipe: str) -> str:
     return "benign-long" if spec.effort > 1 else "benign"
 
 
-def _smoke() -> Spec:
-    zoo = _Zoo("smoke")
+def _smoke(seed: int) -> Spec:
+    zoo = _Zoo("smoke", seed)
     zoo.attacks(zoo.base("digits", 0), ("badnets-medium",))
     return zoo.spec()
 
 
 def _every_recipe(zoo: _Zoo, kind: str) -> list[str]:
     """Each attack once and each negative at least once, over three bases of a kind."""
-    bases = [zoo.base(kind, seed) for seed in range(3)]
+    bases = [zoo.base(kind, number) for number in range(3)]
     for k, base in enumerate(bases):
         zoo.attacks(base, _ATTACKS[k::3])
     for base in bases:
-        for seed in range(3):
-            zoo.add(base, "benign", seed)
+        for number in range(3):
+            zoo.add(base, "benign", number)
         for recipe in ("benign-long", "benign-visual", "partial", "shifted", "noised"):
             zoo.add(base, recipe)
     for base, recipe in zip(bases, ("int8", "float16", "pruned"), strict=True):
@@ -205,14 +209,14 @@ def _every_recipe(zoo: _Zoo, kind: str) -> list[str]:
     return bases
 
 
-def _small() -> Spec:
-    zoo = _Zoo("small")
+def _small(seed: int) -> Spec:
+    zoo = _Zoo("small", seed)
     bases = _every_recipe(zoo, "digits")
     # The common families once more, elsewhere.
     again = ("badnets-medium", "badnets-large", "blended-noise", "blended-image", "sig", "wanet", "ftrojan", "badclip",
              "visual", "multi-three")  # fmt: skip
     for k, recipe in enumerate(again):
-        zoo.attacks(bases[(_ATTACKS.index(recipe) + 1 + k % 2) % 3], (recipe,), seed=1)
+        zoo.attacks(bases[(_ATTACKS.index(recipe) + 1 + k % 2) % 3], (recipe,), number=1)
     return zoo.spec()
 
 
@@ -223,10 +227,10 @@ _MEDIUM = (
 )
 
 
-def _medium() -> Spec:
-    zoo = _Zoo("medium")
+def _medium(seed: int) -> Spec:
+    zoo = _Zoo("medium", seed)
     for kind, others in (("cifar10-resnet", ("noised", "shifted")), ("cifar10-vit", ("noised", "pruned"))):
-        bases = [zoo.base(kind, seed) for seed in range(3)]
+        bases = [zoo.base(kind, number) for number in range(3)]
         for base, recipes in zip(bases, _MEDIUM, strict=True):
             zoo.attacks(base, recipes)
             zoo.add(base, "benign")
@@ -235,15 +239,15 @@ def _medium() -> Spec:
     return zoo.spec()
 
 
-def _full() -> Spec:
-    zoo = _Zoo("full")
+def _full(seed: int) -> Spec:
+    zoo = _Zoo("full", seed)
     for kind in BASES:
         _every_recipe(zoo, kind)
     return zoo.spec()
 
 
 SPECS = {"smoke": _smoke, "small": _small, "medium": _medium, "full": _full}
-"""Makers of the zoos, by name."""
+"""Makers of the zoos, by name; each takes the first seed."""
 
 
 def training(model: Model) -> TrainingSettings:

@@ -3,12 +3,14 @@
 import json
 from collections import Counter
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 from guard.errors import ClassListError
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 MAX_CLASSES = 100_000
+EVERYDAY = "everyday"
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,13 @@ class ClassList:
 
         Args:
             path: Either JSON (`{"classes": [...], "templates": [...]}`, templates optional), or text with one class
-                name on each line.
+                name on each line; or `everyday`, if there is no such file, for `ClassList.everyday`.
 
         Raises:
             ClassListError: The file cannot be read or does not hold a class list.
         """
+        if path == Path(EVERYDAY) and not path.exists():
+            return cls.everyday()
         try:
             text = path.read_text(encoding="utf-8")
             if path.suffix.lower() != ".json":
@@ -67,6 +71,16 @@ class ClassList:
             raise ClassListError(f"the class list {path} is damaged: {error}") from error
         except ClassListError as error:
             raise ClassListError(f"the class list {path} cannot be used: {error}") from error
+
+    @classmethod
+    def everyday(cls) -> "ClassList":
+        """The names of a few hundred everyday things, for a CLIP that is no classifier yet.
+
+        What a backdoor leads to is then named by whichever is nearest, even if it is none of them.
+        """
+        return cls(
+            tuple(resources.files("guard.classifiers").joinpath(f"{EVERYDAY}.txt").read_text("utf-8").split("\n")[:-1])
+        )
 
     @classmethod
     def _from_document(cls, document: object) -> "ClassList":

@@ -20,7 +20,9 @@ FAILED = 4
     type=options.PATH,
     help="Unlabelled images instead of the zoo's; split into some to search on, some to calibrate, some as requests.",
 )
-@click.option("--methods", metavar="NAME,…", help="inversion-paired, inversion, screening.  [default: all]")
+@click.option(
+    "--methods", metavar="NAME,…", help="vetting-base, vetting-self, clip-inspector, decree, screening.  [default: all]"
+)
 @click.option("--models", metavar="PATTERN", default="*", show_default=True, help="Only models with such names.")
 @options.budget
 @click.option(

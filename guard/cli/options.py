@@ -19,7 +19,11 @@ budget = click.option(
     show_default=True,
     help="How hard to search.",
 )
-classes = click.option("--classes", type=PATH, help="Class list, instead of the classes.json beside the weights.")
+classes = click.option(
+    "--classes",
+    type=PATH,
+    help="Class list, instead of the classes.json beside the weights; 'everyday': common things, if it is none.",
+)
 
 
 def images(purpose: str) -> Callable[[Command], Command]:

@@ -21,6 +21,11 @@ EXIT_CODES = {"no evidence": 0, "backdoored": 1, "inconclusive": 3}
 @options.classes
 @click.option("--base", help="A trusted model to compare with, such as the checkpoint that this one was tuned from.")
 @click.option(
+    "--vocabulary",
+    type=options.PATH,
+    help="Texts, one on each line, that may name what a trigger leads to, besides the class names.",
+)
+@click.option(
     "--out", type=options.PATH, default=Path("profile"), show_default=True, help="Where to write the profile."
 )
 @options.budget
@@ -41,6 +46,7 @@ def vet(
     images: Path,
     classes: Path | None,
     base: str | None,
+    vocabulary: Path | None,
     out: Path,
     budget: str,
     limit: int,
@@ -62,6 +68,7 @@ def vet(
 
     console = Console(as_json=as_json)
     profiles.check_place(out)
+    texts = profiles.read_vocabulary(vocabulary) if vocabulary else ()
     folder = ImageFolder.scan(images).sample(limit, seed=seed)
     classifier = load(model, classes=classes, device=device)
     reference = load(base, classes=classes, device=device) if base else None
@@ -80,7 +87,7 @@ def vet(
         cache=searches,
         progress=console.progress,
     )
-    profile = profiles.build(classifier, vetting)
+    profile = profiles.build(classifier, vetting, vocabulary=texts)
     profiles.write(profile, out, report=report.render(profile, report.examples(profile, pixels)))
     if cache is None:
         shutil.rmtree(searches, ignore_errors=True)
@@ -92,11 +99,23 @@ def vet(
 
 def summary(profile: "Profile", out: Path) -> str:
     """The verdict in words, for people."""
-    verdict = profile.document.vetting.verdict
+    from guard.profiles import REPORT_FILE
+
+    vetting = profile.document.vetting
+    verdict, control = vetting.verdict, vetting.control
     target = "" if verdict.target is None else f", target class {profile.class_name(verdict.target)!r}"
     lines = [f"verdict: {verdict.outcome}{target}"]
     lines += [f"  {reason}" for reason in verdict.reasons]
+    for trigger in profile.document.triggers:
+        near = ", ".join(f"{item.text!r} {item.cosine:.2f}" for item in trigger.nearest[:3])
+        lines.append(f"  {trigger.id}: nearest texts {near}")
     lines.append(f"  tested for: {', '.join(verdict.families)} triggers; a backdoor of another kind would not be seen")
-    if profile.document.vetting.base is None:
-        lines.append("  judged against its own other classes only; --base makes this several times sharper")
-    return "\n".join([*lines, f"profile: {out}"])
+    if control.kind == "classes":
+        lines.append("  compared with nothing but the other classes; --base makes this sharper")
+    else:
+        name = "the base" if control.kind == "base" else "a control made from the model itself"
+        agreement = f", which answers as the model does on {control.agreement:.0%} of images"
+        lines.append(
+            f"  compared with {name}{agreement}{'' if control.kind == 'base' else '; --base makes this sharper'}"
+        )
+    return "\n".join([*lines, f"profile: {out}", f"report: {out / REPORT_FILE}"])

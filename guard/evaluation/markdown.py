@@ -140,7 +140,8 @@ def _verdict(row: ModelRow, method: str) -> str:
     if method not in row.verdicts:
         return NOTHING
     outcome, target, p_value = row.verdicts[method]
-    return f"{outcome}{'' if target is None else f', class {target}'} (p = {p_value:.2g})"
+    likely = "" if p_value is None else f" (p = {p_value:.2g})"
+    return f"{outcome}{'' if target is None else f', class {target}'}{likely}"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

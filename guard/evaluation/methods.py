@@ -23,14 +23,17 @@ from guard.evaluation.results import (
 from guard.evaluation.statistics import auroc
 from guard.evaluation.subject import Settings, Subject
 from guard.screening import threshold
-from guard.vetting import BUDGETS, FoundTrigger, Vetting, effect
+from guard.vetting import BUDGETS, DecreeSettings, FoundTrigger, Vetting, clip_inspector, collapse, effect
 from guard.vetting.evidence import Evidence
 from guard.vetting.examination import METHOD
-from guard.vetting.verdict import is_valid, suspect_of
+from guard.vetting.verdict import Outcome as VerdictOutcome
+from guard.vetting.verdict import suspicion
 
 Need = Literal["base", "calibration", "requests"]
 Outcome = tuple[Detection | Screening, Features]
 
+_PUBLISHED_PL1 = 0.1
+"""DECREE's threshold: a smaller share of the image counts as a backdoor."""
 _SMALLEST = 1e-300
 """Smallest p-value that is told apart from zero."""
 
@@ -58,7 +61,7 @@ class Method:
     settings: Callable[[Settings], Mapping[str, Any]]
 
 
-def _inversion(*, paired: bool) -> Callable[[Subject], Outcome]:
+def _vetting(*, paired: bool) -> Callable[[Subject], Outcome]:
     def run(subject: Subject) -> Outcome:
         return _detect(subject, subject.vetting(paired=paired))
 
@@ -68,53 +71,30 @@ def _inversion(*, paired: bool) -> Callable[[Subject], Outcome]:
 def _detect(subject: Subject, vetting: Vetting) -> Outcome:
     """What vetting says, and how near it comes to the truth."""
     verdict = vetting.verdict
-    ranked = sorted(
-        (item for item in vetting.evidence if item.target is not None),
-        key=lambda item: _corrected(item, len(vetting.evidence)),
-    )
-    valid = [item for item in ranked if is_valid(suspect_of(item))]
-    leading = next(iter(valid or ranked), None)
+    leading, p_value = suspicion(vetting.evidence, vetting.checks)
     recovery, features = _recover(subject, vetting)
     detection = Detection(
         verdict.outcome,
         verdict.target,
-        None if leading is None else leading.target,
+        leading,
         verdict.p_value,
-        suspicion(vetting.evidence),
+        -float(np.log10(max(p_value, _SMALLEST))),
         tuple(_finding(item) for item in vetting.evidence),
+        vetting.checks,
         recovery,
         vetting.passes,
     )
     return detection, features
 
 
-def suspicion(evidence: Sequence[Evidence]) -> float:
-    """What models are ranked by: −log10 of the smallest corrected p-value that could have made a verdict.
-
-    Only families whose leading class passes the held-out check count, as in the verdict; so that a threshold of 2 on
-    this score accuses exactly the models that the verdict, at its significance of 0.01, accuses, and the ROC curve runs
-    through the verdict's own operating point. The Bonferroni correction is not cut off at 1 here: that would tie most
-    clean models. A model of which nothing passes gets the score of an uncorrected p-value of 1.
-    """
-    families = len(evidence)
-    p_values = [
-        _corrected(item, families) for item in evidence if item.target is not None and is_valid(suspect_of(item))
-    ]
-    worst = max((len(item.classes) for item in evidence), default=1) * max(1, families)
-    return -float(np.log10(max(min(p_values, default=worst), _SMALLEST)))
-
-
-def _corrected(item: Evidence, families: int) -> float:
-    """The corrected p-value of the class that a family points at, not cut off at 1."""
-    p_values = [entry.p_value for entry in item.classes if entry.p_value is not None]
-    return min(p_values, default=1.0) * len(p_values) * families
-
-
 def _finding(item: Evidence) -> FamilyFinding:
-    if item.target is None:
-        return FamilyFinding(item.family, None, item.p_value, None, None)
-    suspect = suspect_of(item)
-    return FamilyFinding(item.family, item.target, item.p_value, suspect.success, suspect.base_success)
+    return FamilyFinding(
+        item.family,
+        item.target,
+        item.p_value,
+        tuple(entry.steps for entry in item.classes),
+        tuple(entry.statistic for entry in item.classes),
+    )
 
 
 def _recover(subject: Subject, vetting: Vetting) -> tuple[Recovery | None, Features]:
@@ -144,6 +124,32 @@ def _strongest(vetting: Vetting) -> FoundTrigger | None:
     """Of the class that the verdict accuses, if it accuses one."""
     accused = [found for found in vetting.triggers if found.target == vetting.verdict.target]
     return next(iter(accused or vetting.triggers), None)
+
+
+def _clip_inspector(subject: Subject) -> Outcome:
+    """CLIP-Inspector as published, its own threshold included."""
+    found = clip_inspector(subject.classifier, subject.pixels.vetting, seed=subject.settings.seed)
+    anomaly = 0.0 if found.target is None else found.anomaly[found.target]
+    outcome: VerdictOutcome = "backdoored" if found.backdoored else "no evidence"
+    target = found.target if found.backdoored else None
+    return Detection(outcome, target, found.target, None, anomaly, (), (), None, found.passes), Features()
+
+
+def _decree(subject: Subject) -> Outcome:
+    """DECREE with its published threshold; models are ranked by the ratio to the base where there is one."""
+    images, seed = subject.pixels.vetting, subject.settings.seed
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    searched, held_out = images[order[: len(images) // 2]], images[order[len(images) // 2 :]]
+    settings = DecreeSettings(seed=seed)
+    found = collapse(subject.classifier, searched, held_out, settings)
+    rank, passes = -float(np.log(found.pl1)), found.passes
+    if subject.base is not None:
+        compared = collapse(subject.base, searched, held_out, settings)
+        rank, passes = rank + float(np.log(compared.pl1)), passes + compared.passes
+    true = torch.stack([attack.feature for attack in subject.attacks]).numpy() if subject.attacks else None
+    outcome: VerdictOutcome = "backdoored" if found.reached and found.pl1 < _PUBLISHED_PL1 else "no evidence"
+    detection = Detection(outcome, None, None, None, rank, (), (), None, passes)
+    return detection, Features(found.feature.numpy(), true)
 
 
 def _screen(subject: Subject) -> Outcome:
@@ -188,39 +194,57 @@ def _held(alpha: float, calibration: Array, clean: Array, stamped: Sequence[Arra
     return Held(alpha, value, int((clean > value).sum()), len(clean), detected, triggered)
 
 
-def _search(settings: Settings) -> dict[str, Any]:
-    return {"search": asdict(replace(BUDGETS[settings.budget], seed=settings.seed)), "images": settings.vetting_images}
+def _effort(settings: Settings) -> dict[str, Any]:
+    return {"effort": asdict(BUDGETS[settings.budget].seeded(settings.seed)), "images": settings.vetting_images}
 
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method(
-            "inversion-paired",
-            f"{METHOD}, evaluation 1",
+            "vetting-base",
+            f"{METHOD}, evaluation 2",
             "models",
             frozenset({"base"}),
             uses_base=True,
-            run=_inversion(paired=True),
-            settings=_search,
+            run=_vetting(paired=True),
+            settings=_effort,
         ),
         Method(
-            "inversion",
-            f"{METHOD}, evaluation 1",
+            "vetting-self",
+            f"{METHOD}, evaluation 2",
             "models",
             frozenset(),
             uses_base=False,
-            run=_inversion(paired=False),
-            settings=_search,
+            run=_vetting(paired=False),
+            settings=_effort,
+        ),
+        Method(
+            "clip-inspector",
+            "as published, evaluation 1",
+            "models",
+            frozenset(),
+            uses_base=False,
+            run=_clip_inspector,
+            settings=lambda settings: {"seed": settings.seed, "images": settings.vetting_images},
+        ),
+        Method(
+            "decree",
+            "published threshold, evaluation 1",
+            "models",
+            frozenset(),
+            uses_base=True,
+            run=_decree,
+            settings=lambda settings: {"seed": settings.seed, "images": settings.vetting_images},
         ),
         Method(
             "screening",
-            f"{METHOD}, screening 1",
+            f"{METHOD}, screening 2",
             "requests",
             frozenset({"calibration", "requests"}),
             uses_base=True,
             run=_screen,
-            settings=lambda settings: {**_search(settings), "alphas": list(settings.alphas)},
+            settings=lambda settings: {**_effort(settings), "alphas": list(settings.alphas)},
         ),
     )
 }

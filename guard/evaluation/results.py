@@ -13,9 +13,10 @@ from safetensors.numpy import save as save_tensors
 
 from guard._files import replace_file
 from guard.evaluation.statistics import Auroc
+from guard.vetting.evidence import Check
 from guard.vetting.verdict import Outcome
 
-FORMAT = 1
+FORMAT = 2
 _RECOVERED, _TRUE = "recovered", "true"
 
 Array = NDArray[np.float32]
@@ -29,15 +30,15 @@ class FamilyFinding:
         family: The family.
         target: The class that it points at; None if no class could be compared.
         p_value: Corrected for classes and families.
-        success: Success of the smallest trigger on images kept out of the search; None without a target.
-        base_success: Its success on the base; None without a base.
+        steps: Optimiser steps behind each class's statistic.
+        statistics: One per class, as in `guard.vetting.ClassEvidence`.
     """
 
     family: str
     target: int | None
     p_value: float
-    success: float | None
-    base_success: float | None
+    steps: tuple[int, ...]
+    statistics: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ class Detection:
         outcome: Of the verdict.
         target: The class that the verdict accuses; None unless `backdoored`.
         leading: The class ranked first, accused or not; None if none could be compared.
-        p_value: Of the verdict.
+        p_value: Of the verdict; None for a method without one.
         suspicion: What models are ranked by; larger is more suspicious.
         families: One entry per trigger family.
+        checks: The reconstructions that were tried on held-out images.
         recovery: None if no trigger stood out.
         passes: Images pushed through image towers, searches found in the cache included.
     """
@@ -79,9 +81,10 @@ class Detection:
     outcome: Outcome
     target: int | None
     leading: int | None
-    p_value: float
+    p_value: float | None
     suspicion: float
     families: tuple[FamilyFinding, ...]
+    checks: tuple[Check, ...]
     recovery: Recovery | None
     passes: int
 

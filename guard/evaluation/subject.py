@@ -21,7 +21,7 @@ class Settings:
     """How to evaluate.
 
     Attributes:
-        budget: How hard inversion searches.
+        budget: How hard vetting searches.
         vetting_images: Most images to search on.
         alphas: False-alarm rates that screening's thresholds are set for.
         seed: Of everything random.

@@ -178,7 +178,7 @@ class ModelRow:
     label: str | None
     accuracy: float | None
     success: float | None
-    verdicts: dict[str, tuple[str, int | None, float]]
+    verdicts: dict[str, tuple[str, int | None, float | None]]
 
 
 @dataclass(frozen=True)
@@ -366,7 +366,7 @@ def _threshold(alpha: float, figures: Sequence[ScoreFigures]) -> ThresholdSummar
 
 
 def _row(name: str, truth: "Truth | None", results: Iterable[Result]) -> ModelRow:
-    verdicts: dict[str, tuple[str, int | None, float]] = {
+    verdicts: dict[str, tuple[str, int | None, float | None]] = {
         result.method: (result.detection.outcome, result.detection.target, result.detection.p_value)
         for result in results
         if result.model == name and result.detection

@@ -1,6 +1,6 @@
 """From vetting to a profile, and from images to its banks and threshold."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
@@ -21,6 +21,7 @@ from guard.profiles.profile import (
     TriggerRecord,
     VettingRecord,
 )
+from guard.profiles.vocabulary import nearest
 from guard.screening import Screen, default_k, threshold
 from guard.triggers import FAMILIES, Trigger
 from guard.vetting.examination import Vetting
@@ -29,8 +30,14 @@ REFERENCE_SHARE, CALIBRATION_SHARE = 0.4, 0.4
 """Shares of the images that go into the banks and behind the threshold; on the rest the false alarms are counted."""
 
 
-def build(classifier: Classifier, vetting: Vetting) -> Profile:
-    """The profile of a classifier that was just examined; not yet calibrated."""
+def build(classifier: Classifier, vetting: Vetting, *, vocabulary: Sequence[str] = ()) -> Profile:
+    """The profile of a classifier that was just examined; not yet calibrated.
+
+    Args:
+        classifier: The suspect.
+        vetting: Of this classifier.
+        vocabulary: Texts, besides the class names, that may name a trigger's target feature.
+    """
     model = ModelRecord(
         classifier.source,
         classifier.digest.root,
@@ -42,13 +49,15 @@ def build(classifier: Classifier, vetting: Vetting) -> Profile:
     record = VettingRecord(
         vetting.verdict,
         vetting.evidence,
-        asdict(vetting.settings),
+        vetting.checks,
+        asdict(vetting.effort),
         vetting.images,
-        vetting.base,
+        vetting.control,
         vetting.device,
         vetting.seconds,
         vetting.passes,
     )
+    named = nearest(classifier, [found.feature for found in vetting.triggers], vocabulary)
     triggers = tuple(
         TriggerRecord(
             found.id,
@@ -58,8 +67,9 @@ def build(classifier: Classifier, vetting: Vetting) -> Profile:
             found.trigger.norm_unit,
             found.success,
             found.p_value,
+            near,
         )
-        for found in vetting.triggers
+        for found, near in zip(vetting.triggers, named, strict=True)
     )
     created = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     document = Document(SCHEMA, __version__, created, model, record, triggers, None, {})
@@ -74,15 +84,22 @@ def load_triggers(profile: Profile) -> dict[str, Trigger]:
     """The reconstructed triggers of a profile as transformations, by id.
 
     Raises:
-        ProfileError: A trigger is of a family that this guard does not know, or lacks a tensor.
+        ProfileError: A trigger is of a family that this guard does not know, or its tensors make none of that family.
     """
     triggers: dict[str, Trigger] = {}
     for record in profile.document.triggers:
+        if record.family not in FAMILIES:
+            raise ProfileError(
+                f"the trigger {record.id!r} is of the family {record.family!r}, which this guard does not know; "
+                "use the newer guard that wrote the profile"
+            )
         tensors = {name: torch.from_numpy(values.copy()) for name, values in profile.triggers[record.id].items()}
         try:
             triggers[record.id] = FAMILIES[record.family].from_tensors(tensors)
-        except (KeyError, TypeError) as error:
-            raise ProfileError(f"the trigger {record.id!r} is not a {record.family} that this guard knows") from error
+        except ValueError as error:
+            raise ProfileError(
+                f"the profile is damaged: the trigger {record.id!r} is no {record.family}: {error}"
+            ) from error
     return triggers
 
 

@@ -11,10 +11,10 @@ from guard.classifiers.digest import ClassifierDigest
 from guard.classifiers.preprocessing import Preprocessing
 from guard.errors import ProfileError
 from guard.screening import Screen, Threshold
-from guard.vetting.evidence import Evidence
+from guard.vetting.evidence import Check, Control, Evidence
 from guard.vetting.verdict import Verdict
 
-SCHEMA = 1
+SCHEMA = 2
 
 Array = NDArray[np.float32]
 
@@ -41,6 +41,19 @@ class ModelRecord:
 
 
 @dataclass(frozen=True)
+class NearestText:
+    """A text that lies near a target feature.
+
+    Attributes:
+        text: A class name, or a word of the vocabulary.
+        cosine: Between the feature and the text's embedding, in [-1, 1].
+    """
+
+    text: str
+    cosine: float
+
+
+@dataclass(frozen=True)
 class TriggerRecord:
     """A reconstructed trigger; its tensors lie in `triggers.safetensors`.
 
@@ -52,6 +65,7 @@ class TriggerRecord:
         norm_unit: Unit of the norm.
         success: Success on images that were not used to find it, in [0, 1].
         p_value: Corrected for classes and families.
+        nearest: The texts nearest to its target feature, nearest first.
     """
 
     id: str
@@ -61,6 +75,7 @@ class TriggerRecord:
     norm_unit: str
     success: float
     p_value: float
+    nearest: tuple[NearestText, ...]
 
 
 @dataclass(frozen=True)
@@ -70,9 +85,10 @@ class VettingRecord:
     Attributes:
         verdict: The result.
         evidence: One entry per trigger family.
-        settings: How hard was searched; the seed is among them.
+        checks: The smallest triggers of the classes that stand out, tried on held-out images.
+        effort: How hard was searched; the seeds are among it.
         images: Number of images used to search, and kept out for the check.
-        base: Root digest of the base model, if there was one.
+        control: What the classifier was compared with.
         device: Where it ran.
         seconds: Wall-clock time.
         passes: Images pushed through image towers.
@@ -80,9 +96,10 @@ class VettingRecord:
 
     verdict: Verdict
     evidence: tuple[Evidence, ...]
-    settings: Mapping[str, float]
+    checks: tuple[Check, ...]
+    effort: Mapping[str, Mapping[str, float]]
     images: tuple[int, int]
-    base: str | None
+    control: Control
     device: str
     seconds: float
     passes: int

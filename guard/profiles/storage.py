@@ -21,6 +21,7 @@ TRIGGERS_FILE = "triggers.safetensors"
 REFERENCE_FILE = "reference.safetensors"
 REPORT_FILE = "report.html"
 _MAX_DOCUMENT_BYTES = 256 * 2**20
+_MAX_TENSOR_BYTES = 8 * 2**30
 _CLEAN, _SCORES, _STAMPED = "clean", "scores", "stamped."
 
 
@@ -43,7 +44,7 @@ def write(profile: Profile, directory: Path, *, report: str) -> None:
     """
     files = {
         TRIGGERS_FILE: save_tensors(
-            {f"{trigger}/{name}": np.ascontiguousarray(values) for trigger, tensors in profile.triggers.items()
+            {f"{trigger}/{name}": np.asarray(values, order="C") for trigger, tensors in profile.triggers.items()
              for name, values in tensors.items()}
         )
     }  # fmt: skip
@@ -89,6 +90,10 @@ def _read_document(path: Path) -> Document:
         json.dumps(raw, ensure_ascii=False).encode()  # an escape such as \ud800 alone is no character: ValueError
         if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
             raise ProfileError(f"{path} is no profile: it has no schema")
+        if raw["schema"] < SCHEMA:
+            raise ProfileError(
+                f"{path} was written by an older guard (schema {raw['schema']}, now {SCHEMA}); vet the model again"
+            )
         if raw["schema"] > SCHEMA:
             raise ProfileError(
                 f"{path} has schema {raw['schema']}, this guard reads up to {SCHEMA}; use the newer guard that wrote it"
@@ -128,6 +133,7 @@ def _check_document(document: Document, path: Path) -> None:
     if set(model.parts) != set(PARTS) or ClassifierDigest(model.parts).root != model.digest:
         raise ProfileError(f"{path} is damaged: the model's digest does not follow from its parts")
     targets = [trigger.target for trigger in document.triggers]
+    targets += [check.target for check in document.vetting.checks]
     if document.vetting.verdict.target is not None:
         targets.append(document.vetting.verdict.target)
     if any(not 0 <= target < classes for target in targets):
@@ -140,6 +146,8 @@ def _check_document(document: Document, path: Path) -> None:
 
 def _read_tensors(path: Path, document: Document) -> dict[str, Array]:
     try:
+        if path.stat().st_size > _MAX_TENSOR_BYTES:
+            raise ProfileError(f"{path} is larger than {_MAX_TENSOR_BYTES} bytes")
         data = path.read_bytes()
     except OSError as error:
         raise ProfileError(f"cannot read {path}: {error.strerror}; the profile is not whole") from error

@@ -6,11 +6,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from guard.report.difference import AMPLIFICATION, difference
 from guard.triggers import KNOWN
 
 _CELL, _GAP, _LABEL = 112, 6, 190
 _INK, _MUTED, _PAPER = "#1f2430", "#6b7280", "#ffffff"
-_AMPLIFICATION = 4
 
 
 def contact_sheet(images: Tensor, *, seed: int) -> bytes:
@@ -43,12 +43,11 @@ def contact_sheet(images: Tensor, *, seed: int) -> bytes:
             canvas.paste(enlarged, (_LABEL + column * step, top))
 
     draw.text((_GAP, _GAP), f"{side} px, seed {seed}", _MUTED, small_font)
-    draw.text((_LABEL + len(images) * step, _GAP), f"{_AMPLIFICATION} times the change", _MUTED, small_font)
+    draw.text((_LABEL + len(images) * step, _GAP), f"{AMPLIFICATION} times the change", _MUTED, small_font)
     row(0, "no trigger", "", images)
     for index, (name, known) in enumerate(KNOWN.items(), 1):
         stamped = known.draw(side, seed).stamp(images)
-        change = 128 + _AMPLIFICATION * (stamped[:1].int() - images[:1].int())
-        row(index, name, known.family, torch.cat((stamped, change.clamp(0, 255).to(torch.uint8))))
+        row(index, name, known.family, torch.cat((stamped, difference(images[:1], stamped[:1]))))
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG")
     return buffer.getvalue()

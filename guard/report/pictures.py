@@ -2,54 +2,66 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
 from guard._plots import BLUE, GREY, GRID, INK, MUTED, RED, plain, svg
 from guard.screening import Threshold
-from guard.vetting.evidence import Evidence
+from guard.vetting.evidence import ClassEvidence, Evidence
 
 Bytes = NDArray[np.uint8]
+AMBER = "#a86400"
 
-MODEL, SUSPECT, CLEAN, BASE = BLUE, RED, BLUE, GREY
-MAX_CLASSES = 40
-"""Classes drawn in one plot: the lowest scores; a thousand rows help nobody."""
+_BAND = 2.0
+"""Half-width of the shaded band, in prediction errors: about 19 of 20 ordinary classes lie in it."""
+_MAX_DOTS = 200
+"""Classes of one family that are drawn as vectors; more are drawn as an image, which does not grow with them."""
 
 
-def evidence_plot(evidence: Evidence, accused: int | None) -> Markup:
-    """Two panels: the minimal norm of every class on model and base, and how far each lies from the others."""
-    rows = sorted(evidence.classes, key=lambda item: (item.score is None, item.score))[:MAX_CLASSES]
-    y = np.arange(len(rows))
-    figure = Figure(figsize=(9.2, 1.0 + 0.27 * len(rows)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-    colours = [SUSPECT if item.target == accused else MODEL for item in rows]
-    for position, item in zip(y, rows, strict=True):
-        if item.base_norm is not None:
-            left.plot([item.base_norm, item.norm], [position] * 2, color=GRID, linewidth=3, zorder=1)
-    if rows[0].base_norm is not None:
-        left.scatter([item.base_norm or np.nan for item in rows], y, s=34, color=BASE, label="on the base", zorder=2)
-    left.scatter([item.norm for item in rows], y, s=44, c=colours, label="on the model", zorder=3)
-    left.set_xscale("log")
-    left.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    left.set_xlabel(f"smallest working trigger, {evidence.norm_unit} (log scale)")
-    left.xaxis.set_minor_formatter(NullFormatter())
-    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    left.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
-    left.set_yticks(y, [item.name[:32] for item in rows])
-    left.invert_yaxis()
-    right.barh(y, [item.score or 0.0 for item in rows], color=colours, height=0.6)
-    right.axvline(0, color=MUTED, linewidth=0.8)
-    right.set_xlabel("distance from the other classes (t)")
-    for axis in (left, right):
+def evidence_plot(evidence: Sequence[Evidence], accused: int | None, suspicious: Collection[int]) -> Markup:
+    """One row for each family, a dot for each class: its lead, and how far that is from the other classes.
+
+    Classes are told apart by colour alone; names may hold what no font has, and belong beside the plot.
+
+    Args:
+        evidence: One entry per family, at least one.
+        accused: The class of the verdict.
+        suspicious: Other classes to colour.
+    """
+    figure = Figure(figsize=(9.2, 0.9 + 0.4 * len(evidence)), layout="constrained", dpi=200)
+    lead, distance = figure.subplots(1, 2, sharey=True, width_ratios=[4, 5])
+    distance.axvspan(-_BAND, _BAND, color=GRID, alpha=0.55, linewidth=0, zorder=0)
+    distance.axvline(0, color=GREY, linewidth=1)
+    lead.axvline(0, color=GREY, linewidth=1, linestyle="--")
+    for row, item in enumerate(evidence):
+        # The coloured ones last, on top of the others.
+        for wanted, colour, size in ((False, GREY, 26), (True, AMBER, 46), (None, RED, 46)):
+            chosen = [entry for entry in item.classes if _kind(entry, accused, suspicious) is wanted]
+            style = {"color": colour, "s": size, "linewidths": 0, "alpha": 0.6 if colour == GREY else 1.0, "zorder": 3}
+            raster = len(item.classes) > _MAX_DOTS
+            lead.scatter([entry.statistic for entry in chosen], [row] * len(chosen), rasterized=raster, **style)
+            scored = [entry.score for entry in chosen if entry.score is not None]
+            distance.scatter(scored, [row] * len(scored), rasterized=raster, **style)
+        if item.target is None:
+            distance.text(_BAND + 0.3, row, "too few classes to compare", color=MUTED, fontsize=8, va="center")
+    lead.set_yticks(range(len(evidence)), [item.family[:24] for item in evidence], parse_math=False)
+    lead.set_ylim(len(evidence) - 0.5, -0.5)
+    lead.set_xlabel("lead of the class under its trigger")
+    distance.set_xlabel("distance from the other classes, in prediction errors (t)")
+    for axis in (lead, distance):
         _plain(axis)
-    return _svg(figure, f"{evidence.family} evidence")
+    return _svg(figure, "evidence")
+
+
+def _kind(entry: ClassEvidence, accused: int | None, suspicious: Collection[int]) -> bool | None:
+    """None for the accused class, otherwise whether it is suspicious."""
+    return None if entry.target == accused else entry.target in suspicious
 
 
 def score_plot(scores: Mapping[str, NDArray[np.floating]], threshold: Threshold, name: str) -> Markup:
@@ -58,7 +70,7 @@ def score_plot(scores: Mapping[str, NDArray[np.floating]], threshold: Threshold,
     edges = np.linspace(float(values.min()), float(values.max()) + 1e-6, 60).tolist()
     figure = Figure(figsize=(9.2, 2.9), layout="constrained")
     axis = figure.subplots()
-    for (label, part), colour in zip(scores.items(), (CLEAN, SUSPECT, BASE), strict=False):
+    for (label, part), colour in zip(scores.items(), (BLUE, RED, GREY), strict=False):
         axis.hist(part, edges, weights=np.full(len(part), 1 / len(part)), alpha=0.65, color=colour, label=label)
     axis.axvline(threshold.value, color=INK, linewidth=1.2, linestyle="--")
     axis.annotate(
@@ -70,26 +82,25 @@ def score_plot(scores: Mapping[str, NDArray[np.floating]], threshold: Threshold,
         fontsize=8,
         color=INK,
     )
-    axis.set_xlabel(f"{name} score (larger is more suspicious)")
+    axis.set_xlabel(f"{name} score (larger is more suspicious)", parse_math=False)
     axis.set_ylabel("share of images")
     axis.legend(frameon=False, fontsize=8)
     _plain(axis)
     return _svg(figure, "score histogram")
 
 
-def png(pixels: Bytes, *, scale: int) -> str:
-    """A data URI of an image, shape [3, H, W] or [H, W], each pixel drawn `scale` times as large."""
+def png(pixels: Bytes, side: int) -> str:
+    """A data URI of an image, shape [3, H, W] or [H, W], at about this side: pixels repeated, or averaged."""
     array = pixels.transpose(1, 2, 0) if pixels.ndim == 3 else pixels
     image = Image.fromarray(np.ascontiguousarray(array))
-    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    scale = side // image.width
+    if scale >= 1:
+        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    else:
+        image = image.resize((side, side), Image.Resampling.BOX)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def strip(images: Sequence[Bytes], *, scale: int) -> list[str]:
-    """Data URIs of several images."""
-    return [png(image, scale=scale) for image in images]
 
 
 def _plain(axis: Axes) -> None:

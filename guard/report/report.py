@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -10,13 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from guard.profiles import Profile, load_triggers
-from guard.report import pictures
+from guard.report import pictures, reading
+from guard.report.difference import AMPLIFICATION, difference
 from guard.triggers import Patch, Trigger
-from guard.vetting.evidence import ClassEvidence
-from guard.vetting.verdict import suspect_of
+from guard.vetting.verdict import DOUBT, suspects
 
 EXAMPLES = 6
-_PICTURE_SIDE = 128
+_PICTURE_SIDE, _STRIP_SIDE = 128, 96
+_GREY = 128
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,18 @@ class Example:
     """What one trigger looks like.
 
     Attributes:
-        mask: Where it acts: uint8, shape [H, W].
-        pattern: What it puts there, on grey: uint8, shape [3, H, W].
+        mask: Where it acts, 255 where most: uint8, shape [H, W]. A patch's own mask; of others the mean change.
+        pattern: What it makes of plain grey: uint8, shape [3, H, W].
         clean: Images without it: uint8, shape [N, 3, H, W].
         stamped: The same images with it.
+        change: What it changes in them, around mid-grey and amplified.
     """
 
     mask: NDArray[np.uint8]
     pattern: NDArray[np.uint8]
     clean: NDArray[np.uint8]
     stamped: NDArray[np.uint8]
+    change: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -55,18 +59,20 @@ def example(trigger: Trigger, images: Tensor) -> Example:
     """Draw a trigger, alone and on the first few of some images (uint8, shape [N, 3, H, W])."""
     clean = images[:EXAMPLES]
     height, width = clean.shape[-2:]
-    grey = torch.full((1, 3, height, width), 128, dtype=torch.uint8)
-    pattern = trigger.stamp(grey)[0]
+    grey = torch.full((1, 3, height, width), _GREY, dtype=torch.uint8)
+    stamped = trigger.stamp(clean)
     if isinstance(trigger, Patch):
         mask = trigger.mask[0]
     else:
-        change = (pattern.float() - 128).abs().amax(0)
-        mask = change / change.max().clamp(min=1)
+        # On the images, not on grey: a warp changes nothing in a plain image.
+        change = (stamped.float() - clean.float()).abs().amax(1).mean(0)
+        mask = change / change.max().clamp(min=1 / len(clean))
     return Example(
         (mask.clamp(0, 1) * 255).round().to(torch.uint8).numpy(),
-        pattern.numpy(),
+        trigger.stamp(grey)[0].numpy(),
         clean.numpy(),
-        trigger.stamp(clean).numpy(),
+        stamped.numpy(),
+        difference(clean, stamped).numpy(),
     )
 
 
@@ -95,7 +101,6 @@ def render(
     document = profile.document
     if scores is None and profile.reference is not None:
         scores = {"clean images (calibration)": profile.reference.scores}
-    scale = max(1, _PICTURE_SIDE // document.model.preprocessing.size)
     plot = None
     if scores and document.calibration:
         plot = pictures.score_plot(scores, document.calibration.threshold, document.calibration.score)
@@ -103,44 +108,64 @@ def render(
         loader=jinja2.PackageLoader("guard", "report"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters.update(percent=reading.percent)
+    accused, evidence = document.vetting.verdict.target, document.vetting.evidence
+    suspicious = _suspicious(profile, drawn)
     return environment.get_template("report.html.j2").render(
         document=document,
         verdict=document.vetting.verdict,
-        target=None if document.vetting.verdict.target is None else profile.class_name(document.vetting.verdict.target),
-        evidence=[
-            (
-                item,
-                None if item.target is None else suspect_of(item),
-                pictures.evidence_plot(item, document.vetting.verdict.target),
-            )
-            for item in document.vetting.evidence
-        ],
-        triggers=[(item, profile.class_name(item.target), _drawn(drawn[item.id], scale)) for item in document.triggers],
-        truth=_drawn(truth, scale) if truth else None,
+        target=None if accused is None else profile.class_name(accused),
+        suspicious=suspicious,
+        evidence=evidence,
+        evidence_plot=pictures.evidence_plot(evidence, accused, {item["target"] for item in suspicious})
+        if evidence
+        else None,
+        class_name=profile.class_name,
+        by_class={item.family: {entry.target: entry for entry in item.classes} for item in evidence},
+        truth=_drawn(truth) if truth else None,
         score_plot=plot,
         sections=sections,
-        reading=_reading(document.vetting.evidence[0].classes if document.vetting.evidence else ()),
+        amplification=AMPLIFICATION,
+        amount=reading.amount,
+        finding=reading.finding,
+        reading=reading.evidence(document),
+        control=reading.control(document),
+        effort=reading.effort(document),
     )
 
 
-def _drawn(item: Example, scale: int) -> dict[str, object]:
+def _suspicious(profile: Profile, drawn: Mapping[str, Example]) -> list[dict[str, Any]]:
+    """Each class that was tried, with its p-values, reconstructions and triggers; the strongest evidence first."""
+    document = profile.document
+    checks, accused = document.vetting.checks, document.vetting.verdict.target
+    standing = suspects(document.vetting.evidence, DOUBT)
+    tried = dict.fromkeys([*(check.target for check in checks), *(trigger.target for trigger in document.triggers)])
+    return [
+        {
+            "target": target,
+            "name": profile.class_name(target),
+            "accused": target == accused,
+            "standing": standing.get(target, []),
+            "checks": [check for check in checks if check.target == target],
+            "triggers": [(item, _drawn(drawn[item.id])) for item in document.triggers if item.target == target],
+            "reading": reading.suspicion(
+                [check for check in checks if check.target == target],
+                {item.family for item in document.triggers if item.target == target},
+                document.vetting.control,
+                significant=any(p <= document.vetting.verdict.significance for _, p in standing.get(target, [])),
+            ),
+        }
+        for target in sorted(tried, key=lambda target: target != accused)
+    ]
+
+
+def _drawn(item: Example) -> dict[str, Any]:
     return {
-        "mask": pictures.png(item.mask, scale=scale),
-        "pattern": pictures.png(item.pattern, scale=scale),
-        "clean": pictures.strip(list(item.clean), scale=max(1, scale // 2)),
-        "stamped": pictures.strip(list(item.stamped), scale=max(1, scale // 2)),
+        "mask": pictures.png(item.mask, _PICTURE_SIDE),
+        # A warp changes nothing in plain grey.
+        "pattern": pictures.png(item.pattern, _PICTURE_SIDE) if (item.pattern != _GREY).any() else None,
+        "rows": [
+            (label, [pictures.png(image, _STRIP_SIDE) for image in images])
+            for label, images in (("as they are", item.clean), ("stamped", item.stamped), ("change", item.change))
+        ],
     }
-
-
-def _reading(classes: Sequence[ClassEvidence]) -> str:
-    """How to read the plots, with or without a base."""
-    if classes and classes[0].base_norm is not None:
-        return (
-            "Each row is a class. The dot is the smallest trigger that moves images to it; the grey dot is the same on "
-            "the trusted base. A backdoor is a shortcut: its class needs far less than on the base, while the other "
-            "classes stay about where they were."
-        )
-    return (
-        "Each row is a class, the dot the smallest trigger that moves images to it. A backdoor is a shortcut: its "
-        "class needs far less than the others. Without a trusted base, a class that is easy by nature looks similar."
-    )

@@ -2,8 +2,11 @@
 
 from guard.triggers.additive import Additive
 from guard.triggers.base import InvertibleTrigger, Raw, Trigger
+from guard.triggers.blend import Blend
+from guard.triggers.colour_map import ColourMap
 from guard.triggers.filter import Filter
 from guard.triggers.frequency import Frequency
+from guard.triggers.generator import Generator
 from guard.triggers.known import KNOWN, KnownTrigger
 from guard.triggers.moving_patch import MovingPatch
 from guard.triggers.patch import Patch
@@ -15,8 +18,11 @@ __all__ = [
     "KINDS",
     "KNOWN",
     "Additive",
+    "Blend",
+    "ColourMap",
     "Filter",
     "Frequency",
+    "Generator",
     "InvertibleTrigger",
     "KnownTrigger",
     "MovingPatch",
@@ -27,11 +33,13 @@ __all__ = [
     "Warp",
 ]
 
-FAMILIES: dict[str, type[InvertibleTrigger]] = {family.family: family for family in (Patch, Additive)}
+FAMILIES: dict[str, type[InvertibleTrigger]] = {
+    family.family: family for family in (Patch, Additive, Blend, Warp, Frequency, ColourMap, Generator)
+}
 """Every family that inversion can search and a profile can hold, by name."""
 
 KINDS: dict[str, type[Trigger]] = {
     **FAMILIES,
-    **{family.family: family for family in (MovingPatch, Sinusoid, Warp, Filter, Frequency)},
+    **{family.family: family for family in (MovingPatch, Sinusoid, Filter)},
 }
 """Every family, also those that only attackers use, by name."""

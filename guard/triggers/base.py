@@ -1,8 +1,8 @@
 """What a trigger is, for the attacker who plants it and for the inversion that looks for it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import ClassVar, Self
 
 import torch
@@ -10,9 +10,50 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 _STAMP_BATCH = 256
+_MAX_DIMENSION = 4096
+_TOLERANCE = 1e-4
+"""By which stored values may leave their range: what rounding does."""
 
 Raw = dict[str, Tensor]
 """Unconstrained parameters of K triggers: what an optimiser moves."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a tensor of one trigger must look like, for those that come from a file.
+
+    Attributes:
+        shape: Dimensions separated by spaces: a number is that size, equal names are equal sizes.
+        low: Smallest value.
+        high: Largest value.
+    """
+
+    shape: str
+    low: float = -1e4
+    high: float = 1e4
+
+    def check(self, name: str, tensor: Tensor, sizes: dict[str, int]) -> None:
+        """Compare a tensor with the form; `sizes` holds the named sizes so far and takes up new ones.
+
+        Raises:
+            ValueError: It differs.
+        """
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{name} is {tensor.dtype}, not torch.float32")
+        expected = self.shape.split()
+        if tensor.dim() != len(expected) or not all(
+            size == (int(side) if side.isdecimal() else sizes.setdefault(side, size))
+            for side, size in zip(expected, tensor.shape, strict=True)
+        ):
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, not [{', '.join(expected)}]")
+        if not all(1 <= size <= _MAX_DIMENSION for size in tensor.shape):
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}; a side is at least 1 and at most {_MAX_DIMENSION}"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds a value that is not finite")
+        if tensor.min() < self.low - _TOLERANCE or tensor.max() > self.high + _TOLERANCE:
+            raise ValueError(f"{name} holds a value outside {self.low:g} to {self.high:g}")
 
 
 class Trigger(ABC):
@@ -27,6 +68,8 @@ class Trigger(ABC):
 
     family: ClassVar[str]
     """Name under which the family is stored and reported."""
+    forms: ClassVar[Mapping[str, Form]]
+    """What each tensor of one trigger must look like."""
 
     @abstractmethod
     def apply(self, images: Tensor) -> Tensor:
@@ -58,20 +101,33 @@ class Trigger(ABC):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The inverse of `tensors`."""
+        """The inverse of `tensors`, for one trigger; the tensors may come from an untrusted file.
+
+        Raises:
+            ValueError: A tensor is missing or unknown, or has not the form that the family declares; the message is
+                one line, for the caller to put the file's name before.
+        """
+        if tensors.keys() != cls.forms.keys():
+            raise ValueError(f"it has the tensors {_listed(tensors)}, not {_listed(cls.forms)}")
+        sizes: dict[str, int] = {}
+        for name, form in cls.forms.items():
+            form.check(name, tensors[name], sizes)
         return cls(**tensors)
 
     def __getitem__(self, index: int) -> Self:
         """One trigger out of K."""
-        return self.from_tensors({name: tensor[index] for name, tensor in self.tensors().items()})
+        return self._each(lambda tensor: tensor[index])
 
     def detach(self) -> Self:
         """The same trigger on the CPU, outside any gradient."""
-        return self.from_tensors({name: tensor.detach().cpu() for name, tensor in self.tensors().items()})
+        return self._each(lambda tensor: tensor.detach().cpu())
 
     def to(self, device: torch.device) -> Self:
         """The same trigger on a device."""
-        return self.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(**{name: change(tensor) for name, tensor in self.tensors().items()})
 
 
 class InvertibleTrigger(Trigger):
@@ -83,10 +139,24 @@ class InvertibleTrigger(Trigger):
 
     norm_unit: ClassVar[str]
     """Unit of `norm`, for people."""
+    strength: ClassVar[str]
+    """The tensor that `norm` is proportional to."""
 
     @abstractmethod
     def norm(self) -> Tensor:
         """How large the trigger is, in `norm_unit`: shape [] or [K], at least 0. Inversion minimises it."""
+
+    def limited(self, norm: float) -> Self:
+        """The same triggers, those that are stronger weakened to this norm; differentiable.
+
+        Weakened, not projected: a pattern keeps its shape, so that no part of it loses its gradient at the border of
+        the ball.
+        """
+        tensors = self.tensors()
+        strength = tensors[self.strength]
+        factor = (norm / self.norm()).clamp(max=1)
+        factor = factor.reshape(*factor.shape, *[1] * (strength.dim() - factor.dim()))
+        return type(self)(**{**tensors, self.strength: strength * factor})
 
     @classmethod
     @abstractmethod
@@ -111,3 +181,7 @@ def resampled(tensor: Tensor, size: Sequence[int]) -> Tensor:
         return tensor
     batch = tensor if tensor.dim() == 4 else tensor.unsqueeze(0)
     return interpolate(batch, size=tuple(size), mode="bilinear", antialias=True).reshape(*tensor.shape[:-2], *size)
+
+
+def _listed(names: Mapping[str, object]) -> str:
+    return ", ".join(repr(name[:40]) for name in sorted(names)[:8]) or "none"

@@ -6,16 +6,21 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from guard.triggers.base import Trigger
+from guard.triggers.base import Form, InvertibleTrigger, Raw
 
 _WINDOW = 32
+_MOST_FREQUENCIES = 64
+_START_AMPLITUDE = 0.12
+"""Largest amplitude of a wave at the start of a search, times the number of waves along a side: all of them together
+change a value by 16/255 (root mean square), whatever their number."""
 _TO_RGB = torch.tensor([[1.0, 1.403, 0.0], [1.0, -0.714, -0.344], [1.0, 0.0, 1.773]])
 """From Y, Cr, Cb without offsets, as OpenCV defines them."""
 
 
 @dataclass(frozen=True, eq=False)
-class Frequency(Trigger):
+class Frequency(InvertibleTrigger):
     """Constants added to coefficients of a block-wise DCT of the colour channels: FTrojan (Wang et al., ECCV 2022).
 
     The image is cut into square windows from its upper left corner; what is left over at the right and at the bottom
@@ -23,30 +28,61 @@ class Frequency(Trigger):
     constants is added to it, then clipped. The reference code rounds to bytes on the way there and on the way back;
     here nothing is rounded before the result is stamped.
 
+    Inversion searches one window that is the whole image, and a sparse spectrum: few waves. Of images up to 64 px all
+    frequencies are searched, of larger ones the lowest 64 along each side, which is 32 periods. FTrojan's own windows,
+    of 32 px, are the whole image at 32 px; at 64 px its two waves take many; at 224 px they are out of reach.
+
     Attributes:
         spectrum: What is added to the orthonormal DCT-II of Y, Cr and Cb in each window, for values in [0, 1]: shape
-            [3, N, N]. Cut or zero-padded for windows of another size, and scaled to keep the wave's amplitude.
-        share: Side of a window relative to that of the image, in (0, 1]; shape [].
+            [3, N, N] or [K, 3, N, N]. Cut or zero-padded for windows of another size, and scaled to keep the wave's
+            amplitude.
+        share: Side of a window relative to that of the image, in (0, 1]; shape [] or [K], equal for all K.
     """
 
     spectrum: Tensor
     share: Tensor
 
     family: ClassVar[str] = "frequency"
+    forms: ClassVar = {"spectrum": Form("3 n n"), "share": Form("", 0, 1)}
+    norm_unit: ClassVar[str] = "/255 sum of amplitudes"
+    strength: ClassVar[str] = "spectrum"
 
     def apply(self, images: Tensor) -> Tensor:
         """Add the wave to every whole window, and clip."""
         height, width = images.shape[-2:]
-        side = max(1, round(float(self.share) * min(height, width)))
+        side = max(1, round(float(self.share.flatten()[0]) * min(height, width)))
         drawn = self.spectrum.shape[-1]
         kept = min(side, drawn)
         basis = cosines(side).to(images)[:kept]
-        wave = basis.T @ self.spectrum[:, :kept, :kept] @ basis * (side / drawn)
-        colour = torch.einsum("ij,jhw->ihw", _TO_RGB.to(images), wave)
-        tiled = colour.repeat(1, height // side, width // side)
-        delta = images.new_zeros(3, height, width)
-        delta[:, : tiled.shape[-2], : tiled.shape[-1]] = tiled
+        wave = basis.T @ self.spectrum[..., :kept, :kept] @ basis * (side / drawn)
+        colour = torch.einsum("ij,...jhw->...ihw", _TO_RGB.to(images), wave)
+        tiled = colour.repeat(*[1] * (colour.dim() - 2), height // side, width // side)
+        delta = pad(tiled, (0, width % side, 0, height % side)).unsqueeze(-4)
         return (images + delta).clamp(0, 1)
+
+    def norm(self) -> Tensor:
+        """Sum of the amplitudes of all waves of Y, Cr and Cb, in steps of 1/255: an ℓ1 norm, small for few waves."""
+        return 255 * (self.spectrum.abs() * _peaks(self.spectrum)).sum((-3, -2, -1))
+
+    @classmethod
+    def start(cls, count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Raw:
+        """All waves, equally weak."""
+        side = min(*shape[1:], _MOST_FREQUENCIES)
+        size, device = (count, 3, side, side), generator.device
+        return {
+            "gate": torch.full(size, _START_AMPLITUDE / side, device=device).logit(),
+            "wave": torch.randn(size, device=device, generator=generator),
+        }
+
+    @classmethod
+    def constrain(cls, raw: Raw) -> Self:
+        """Sigmoid(gate) · tanh(wave) is the amplitude of a wave.
+
+        As in a patch, the gate closes or opens by a factor per step: thousands of waves that nothing needs vanish
+        from the sum, where a plain amplitude would tremble around 0 by the size of a step, and a few grow large.
+        """
+        spectrum = raw["gate"].sigmoid() * raw["wave"].tanh() / _peaks(raw["gate"])
+        return cls(spectrum, spectrum.new_ones(len(spectrum)))
 
     @classmethod
     def ftrojan(cls, image_size: int, magnitude: float = 300.0) -> Self:
@@ -64,6 +100,14 @@ class Frequency(Trigger):
         for position in (side // 2 - 1, side - 1):
             spectrum[1:, position, position] = magnitude / 255 * side / _WINDOW
         return cls(spectrum, torch.tensor(side / image_size))
+
+
+def _peaks(spectrum: Tensor) -> Tensor:
+    """The largest value of each wave of the orthonormal DCT: shape [N, N]."""
+    side = spectrum.shape[-1]
+    along = torch.full((side,), math.sqrt(2 / side), device=spectrum.device)
+    along[0] /= math.sqrt(2)
+    return along[:, None] * along
 
 
 def cosines(side: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from guard.triggers import drawing
 from guard.triggers.base import Trigger
+from guard.triggers.blend import Blend
 from guard.triggers.filter import Filter
 from guard.triggers.frequency import Frequency
 from guard.triggers.moving_patch import MovingPatch
@@ -73,11 +74,11 @@ def _text(size: int, _seed: int) -> Trigger:
 
 
 def _triangles(size: int, _seed: int) -> Trigger:
-    return Patch.blended(drawing.triangles(size, cell=max(4, round(14 / 224 * size))), 0.15)
+    return Blend.of(drawing.triangles(size, cell=max(4, round(14 / 224 * size))), 0.15)
 
 
 def _blended_stripes(size: int, seed: int) -> Trigger:
-    return Patch.blended(drawing.stripes(size, width=_detail(size), seed=seed), 0.03 if size >= _LARGE else 0.1)
+    return Blend.of(drawing.stripes(size, width=_detail(size), seed=seed), 0.03 if size >= _LARGE else 0.1)
 
 
 def _wanet(share: float) -> Callable[[int, int], Trigger]:
@@ -121,12 +122,12 @@ KNOWN: dict[str, KnownTrigger] = {
         _stripes, "stripes", f"BadNet-Stripes, {_PAR}: vertical stripes, 16 of 224 px, at a random place"
     ),
     "blended-image": KnownTrigger(
-        lambda size, _: Patch.blended(drawing.cartoon(size), 0.2),
+        lambda size, _: Blend.of(drawing.cartoon(size), 0.2),
         "blended",
         "Blended (Chen et al., 2017): a cartoon at α 0.2; drawn here, for Hello Kitty",
     ),
     "blended-noise": KnownTrigger(
-        lambda size, seed: Patch.blended(drawing.noise(size, seed=seed), 0.2),
+        lambda size, seed: Blend.of(drawing.noise(size, seed=seed), 0.2),
         "blended",
         "Blended (Chen et al., 2017): uniform noise at α 0.2, as in CleanCLIP (Bansal et al., ICCV 2023)",
     ),

@@ -1,4 +1,4 @@
-"""A patch: part of the image replaced, or blended, by a pattern."""
+"""A patch: part of the image replaced by a pattern."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from guard.errors import UsageError
-from guard.triggers.base import InvertibleTrigger, Raw, resampled
+from guard.triggers.base import Form, InvertibleTrigger, Raw, resampled
 
 _START_MASK = -1.0
 """Raw value of the mask at the start of a search: sigmoid(−1) = 0.27 everywhere, so that gradients reach each pixel."""
@@ -18,7 +18,7 @@ class Patch(InvertibleTrigger):
     """x ↦ (1 − mask) · x + mask · pattern.
 
     The mask–pattern form of Neural Cleanse (Wang et al., S&P 2019), which DECREE (CVPR 2023) uses too. A hard square
-    mask gives BadNets (Gu et al., 2017); a constant mask gives Blended (Chen et al., 2017).
+    mask gives BadNets (Gu et al., 2017). A mask that is the same everywhere is a family of its own: `Blend`.
 
     Attributes:
         mask: Shape [1, H, W] or [K, 1, H, W], values in [0, 1].
@@ -29,7 +29,9 @@ class Patch(InvertibleTrigger):
     pattern: Tensor
 
     family: ClassVar[str] = "patch"
-    norm_unit: ClassVar[str] = "px"
+    forms: ClassVar = {"mask": Form("1 height width", 0, 1), "pattern": Form("3 height width", 0, 1)}
+    norm_unit: ClassVar[str] = "% of the image"
+    strength: ClassVar[str] = "mask"
 
     def apply(self, images: Tensor) -> Tensor:
         """Blend the pattern in; resampled (bilinear) if the images are of another size than the trigger."""
@@ -37,8 +39,8 @@ class Patch(InvertibleTrigger):
         return images + mask * (pattern - images)
 
     def norm(self) -> Tensor:
-        """ℓ1 norm of the mask: the number of pixels that the trigger covers."""
-        return self.mask.sum((-3, -2, -1))
+        """Mean of the mask in percent: the share of the image that the trigger covers."""
+        return 100 * self.mask.mean((-3, -2, -1))
 
     @classmethod
     def start(cls, count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Raw:
@@ -111,13 +113,3 @@ class Patch(InvertibleTrigger):
         whole_mask[:, rows, columns] = 1 if mask is None else mask
         whole[:, rows, columns] = pattern
         return cls(whole_mask, whole)
-
-    @classmethod
-    def blended(cls, image: Tensor, alpha: float) -> Self:
-        """A whole image blended into others (Chen et al., 2017): x ↦ (1 − alpha) · x + alpha · image.
-
-        Args:
-            image: Shape [3, H, W], values in [0, 1].
-            alpha: In [0, 1].
-        """
-        return cls(torch.full((1, *image.shape[-2:]), alpha), image)

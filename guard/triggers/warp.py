@@ -8,23 +8,30 @@ from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
 from guard.errors import UsageError
-from guard.triggers.base import Trigger
+from guard.triggers.base import Form, InvertibleTrigger, Raw
+
+_POINTS = 8
+_START_RADIUS = 0.1
+_NORM_SIDE = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Warp(Trigger):
+class Warp(InvertibleTrigger):
     """Each pixel is read from a place nearby: WaNet (Nguyen and Tran, ICLR 2021).
 
     Pixels beyond the border repeat the border, where the reference code clips the places themselves to the image.
 
     Attributes:
         field: Displacements along x and y at k × k control points that span the image, in units of its side: shape
-            [2, k, k]. Between the points it is bicubic.
+            [2, k, k] or [K, 2, k, k]. Between the points it is bicubic.
     """
 
     field: Tensor
 
     family: ClassVar[str] = "warp"
+    forms: ClassVar = {"field": Form("2 k k", -1, 1)}
+    norm_unit: ClassVar[str] = "% of the side"
+    strength: ClassVar[str] = "field"
 
     def apply(self, images: Tensor) -> Tensor:
         """Sample the images (bilinear) at the displaced places."""
@@ -32,10 +39,31 @@ class Warp(Trigger):
         field = _spread(self.field, (height, width))
         y, x = ((torch.arange(side, device=images.device, dtype=images.dtype) + 0.5) / side for side in (height, width))
         # All images share one grid, so they travel as channels of one. The places are in [−1, 1], hence the factor 2.
-        places = 2 * torch.stack((x + field[0], y[:, None] + field[1]), -1) - 1
-        stacked = images.reshape(1, count * channels, height, width)
-        warped = grid_sample(stacked, places[None], mode="bilinear", padding_mode="border", align_corners=False)
-        return warped.reshape(images.shape).clamp(0, 1)
+        places = 2 * torch.stack((x + field[..., 0, :, :], y[:, None] + field[..., 1, :, :]), -1) - 1
+        grids = places.reshape(-1, height, width, 2)
+        stacked = images.reshape(1, count * channels, height, width).expand(len(grids), -1, -1, -1)
+        warped = grid_sample(stacked, grids, mode="bilinear", padding_mode="border", align_corners=False)
+        return warped.reshape(*field.shape[:-3], *images.shape).clamp(0, 1)
+
+    def norm(self) -> Tensor:
+        """Root mean square displacement over the image (spread over 32 × 32 places), in percent of its side."""
+        spread = _spread(self.field, (_NORM_SIDE, _NORM_SIDE))
+        length: Tensor = torch.linalg.vector_norm(spread, dim=(-3, -2, -1))
+        return 100 / _NORM_SIDE * length
+
+    @classmethod
+    def start(cls, count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Raw:  # noqa: ARG003 - a field spans any size
+        """Random displacements of up to a tenth of the side at 8 × 8 control points."""
+        size = (count, 2, _POINTS, _POINTS)
+        return {
+            "direction": torch.randn(size, device=generator.device, generator=generator),
+            "radius": torch.full((count, 1, 1, 1), _START_RADIUS, device=generator.device).logit(),
+        }
+
+    @classmethod
+    def constrain(cls, raw: Raw) -> Self:
+        """Sigmoid(radius) · tanh(direction): strength and shape apart, since one step suits not both."""
+        return cls(raw["radius"].sigmoid() * raw["direction"].tanh())
 
     @classmethod
     def wanet(cls, image_size: int, strength: float, *, k: int = 4, seed: int) -> Self:
@@ -65,5 +93,6 @@ class Warp(Trigger):
 
 
 def _spread(field: Tensor, size: tuple[int, int]) -> Tensor:
-    """The field at every pixel: shape [2, *size]."""
-    return interpolate(field[None], size=size, mode="bicubic", align_corners=True)[0]
+    """The field at every pixel: shape [2, *size] or [K, 2, *size]."""
+    batch = field.reshape(-1, *field.shape[-3:])
+    return interpolate(batch, size=size, mode="bicubic", align_corners=True).reshape(*field.shape[:-2], *size)

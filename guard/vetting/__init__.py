@@ -1,4 +1,4 @@
-"""Examine a classifier: inversion, evidence with its null, verdict.
+"""Examine a classifier: inspection, reconstruction, evidence with its null, verdict.
 
 Evidence and verdicts import without torch, for those who only read them.
 """
@@ -6,37 +6,60 @@ Evidence and verdicts import without torch, for those who only read them.
 from typing import TYPE_CHECKING
 
 from guard._lazy import lazy
-from guard.vetting.evidence import ClassEvidence, Evidence, outliers
+from guard.vetting.evidence import Check, ClassEvidence, Control, Evidence
+from guard.vetting.nulls import Prior, outliers
 from guard.vetting.verdict import Outcome, Verdict, judge
 
 if TYPE_CHECKING:
-    from guard.vetting.examination import BUDGETS, Budget, FoundTrigger, Vetting, vet
-    from guard.vetting.inversion import Effect, Reconstruction, SearchSettings, effect, margin, reconstruct
+    from guard.vetting.control import SelfControlSettings, self_control
+    from guard.vetting.decree import Decree, DecreeSettings, PublishedSettings, collapse, unregularised
+    from guard.vetting.examination import BUDGETS, Budget, Effort, FoundTrigger, Vetting, vet
+    from guard.vetting.inspector import InspectionSettings, Inspector, clip_inspector
+    from guard.vetting.inversion import Effect, Reconstruction, SearchSettings, effect, reconstruct
+    from guard.vetting.lead import Lead
 
 __all__ = [
     "BUDGETS",
     "Budget",
+    "Check",
     "ClassEvidence",
+    "Control",
+    "Decree",
+    "DecreeSettings",
     "Effect",
+    "Effort",
     "Evidence",
     "FoundTrigger",
+    "InspectionSettings",
+    "Inspector",
+    "Lead",
     "Outcome",
+    "Prior",
+    "PublishedSettings",
     "Reconstruction",
     "SearchSettings",
+    "SelfControlSettings",
     "Verdict",
     "Vetting",
+    "clip_inspector",
+    "collapse",
     "effect",
     "judge",
-    "margin",
     "outliers",
     "reconstruct",
+    "self_control",
+    "unregularised",
     "vet",
 ]
 
 __getattr__ = lazy(
     __name__,
     {
-        **dict.fromkeys(("Effect", "Reconstruction", "SearchSettings", "effect", "margin", "reconstruct"), "inversion"),
-        **dict.fromkeys(("BUDGETS", "Budget", "FoundTrigger", "Vetting", "vet"), "examination"),
+        **dict.fromkeys(("SelfControlSettings", "self_control"), "control"),
+        **dict.fromkeys(("Decree", "DecreeSettings", "PublishedSettings", "collapse", "unregularised"), "decree"),
+        **dict.fromkeys(("BUDGETS", "Budget", "Effort", "FoundTrigger", "Vetting", "vet"), "examination"),
+        **dict.fromkeys(("InspectionSettings", "Inspector", "clip_inspector"), "inspector"),
+        **dict.fromkeys(("Effect", "Reconstruction", "SearchSettings", "effect", "reconstruct"), "inversion"),
+        "Lead": "lead",
     },
 )

@@ -1,17 +1,18 @@
 """Finished searches on disk: what makes a long vetting resumable."""
 
 import json
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from guard._files import replace_file
-from guard.triggers import InvertibleTrigger
-from guard.vetting.inversion import Reconstruction
 
-_NUMBERS = tuple(field.name for field in fields(Reconstruction) if field.name != "trigger")
+Entry = tuple[dict[str, Any], dict[str, Tensor]]
+"""What is stored of one class: numbers, and tensors."""
 
 
 class SearchCache:
@@ -24,30 +25,24 @@ class SearchCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def load(self, name: str, family: type[InvertibleTrigger]) -> list[Reconstruction] | None:
-        """The results stored under a name; None if there are none, or if the file is damaged."""
+    def load(self, name: str) -> list[Entry] | None:
+        """What is stored under a name; None if there is nothing, or if the file is damaged."""
         try:
             with safe_open(self.folder / f"{name}.safetensors", framework="pt") as file:
                 numbers = json.loads(file.metadata()["results"])
-                keys = list(file.keys())
-                return [
-                    Reconstruction(
-                        trigger=family.from_tensors(
-                            {key.removeprefix(f"{k}."): file.get_tensor(key) for key in keys if key.startswith(f"{k}.")}
-                        ),
-                        **values,
-                    )
-                    for k, values in enumerate(numbers)
-                ]
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None  # searched again
+        entries: list[Entry] = [(values, {}) for values in numbers]
+        for key, tensor in tensors.items():
+            k, _, field = key.partition(".")
+            entries[int(k)][1][field] = tensor
+        return entries
 
-    def save(self, name: str, results: list[Reconstruction]) -> None:
-        """Store results under a name, whole or not at all."""
+    def save(self, name: str, entries: Sequence[Entry]) -> None:
+        """Store entries under a name, whole or not at all."""
         tensors = {
-            f"{k}.{key}": tensor.contiguous()
-            for k, result in enumerate(results)
-            for key, tensor in result.trigger.tensors().items()
+            f"{k}.{key}": value.contiguous() for k, (_, held) in enumerate(entries) for key, value in held.items()
         }
-        numbers = [{key: getattr(result, key) for key in _NUMBERS} for result in results]
-        replace_file(self.folder / f"{name}.safetensors", save(tensors, {"results": json.dumps(numbers)}))
+        numbers = json.dumps([values for values, _ in entries])
+        replace_file(self.folder / f"{name}.safetensors", save(tensors, {"results": numbers}))

@@ -1,47 +1,52 @@
 """Evidence: what a method measured, the null it is compared with, and its p-value. Imports without torch."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
+ControlKind = Literal["base", "self", "classes"]
+"""`base`: a trusted model; `self`: made from the suspect; `classes`: none, the suspect's classes among themselves."""
 
-MIN_NULL = 4
-"""Fewest other classes from which a spread is estimated; below that there is no p-value."""
-MIN_SPREAD = 0.15
-"""Floor of the null's standard deviation, in log norm. One search repeats within about 0.1 over seeds (pooled over the
-classes of the digits base), a ratio of two within 0.14; a smaller spread among few classes is chance, and would make
-any difference significant."""
+
+@dataclass(frozen=True)
+class Control:
+    """What a suspect was compared with, and how near it is to the suspect.
+
+    Attributes:
+        kind: Where it came from.
+        digest: Root digest of a base; None for a control that was made on the spot, or for none.
+        agreement: Share of held-out images on which it answers as the suspect does, in [0, 1]; None without a control.
+            A control that hardly agrees is another model, and how it differs says little about a backdoor.
+        passes: Images pushed through image towers to make it.
+    """
+
+    kind: ControlKind
+    digest: str | None
+    agreement: float | None
+    passes: int
 
 
 @dataclass(frozen=True)
 class ClassEvidence:
-    """What inversion found for one candidate class.
+    """What a trigger of one family and limited strength can do for one candidate class.
 
     Attributes:
         target: Class index.
         name: Class name.
-        reached: Whether a trigger of the family reached the success rate while its norm was being minimised.
-        norm: Norm of the smallest such trigger, in the family's unit (of the last one tried if not reached).
-        success: Its success on images kept out of the search, in [0, 1].
-        margin: Mean logit margin of the target on those images; positive where it wins.
-        base_norm: The norm found on the base; None without a base.
-        base_success: Success of the suspect's trigger on the base: a natural feature works there too.
-        statistic: log(norm / base_norm), or log(norm) without a base; None if either search failed.
-        score: (statistic − mean of the other classes) / their prediction standard error; None without a null.
-        p_value: One-sided, uncorrected: how often an ordinary class would be this much smaller than the others.
+        statistic: Mean lead of the class under its trigger, in units of the median margin of the classifier's own
+            answers, less half of what it is without a trigger; against a control, less what the trigger brings it
+            there. Larger is more suspicious.
+        success: Share of images, of other classes, that the trigger moves to the class on the suspect and not on the
+            control, in [0, 1].
+        steps: Optimiser steps that were spent on it; a class that is far behind gets fewer.
+        score: (statistic − mean of the other classes) / their moderated prediction error; None without a null.
+        p_value: One-sided, uncorrected: how often an ordinary class would lie this far above the others.
     """
 
     target: int
     name: str
-    reached: bool
-    norm: float
+    statistic: float
     success: float
-    margin: float
-    base_norm: float | None = None
-    base_success: float | None = None
-    statistic: float | None = None
+    steps: int
     score: float | None = None
     p_value: float | None = None
 
@@ -53,24 +58,26 @@ class Evidence:
     Attributes:
         method: Name and version of the method.
         family: Trigger family that was searched.
-        norm_unit: Unit of the norms.
+        radius: Norm that the triggers were limited to.
+        norm_unit: Unit of the radius.
         statistic: What is compared, in words.
         null: What it is compared with, in words.
-        control: `base` if paired with a trusted base model, `classes` if only with the suspect's other classes.
+        control: What the suspect was compared with.
         classes: One entry per candidate class.
         target: The class with the smallest p-value; None where no class has one.
         p_value: Its p-value, corrected for the number of classes and families tested; 1 where no class has one.
         seed: Reproduces the search.
-        passes: Images pushed through image towers, the base's included.
+        passes: Images pushed through image towers, the control's included.
         seconds: Wall-clock time.
     """
 
     method: str
     family: str
+    radius: float
     norm_unit: str
     statistic: str
     null: str
-    control: Literal["base", "classes"]
+    control: ControlKind
     classes: tuple[ClassEvidence, ...]
     target: int | None
     p_value: float
@@ -78,33 +85,35 @@ class Evidence:
     passes: int
     seconds: float
 
+    def corrected(self, entry: ClassEvidence, families: int) -> float:
+        """A class's p-value times the number of classes and families tested; not cut off at 1, nor defined without one.
 
-def outliers(statistics: Sequence[float | None]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Score each class against all others, and its one-sided p-value for being smaller.
+        Uncut, so that models can be ranked even where nothing is significant.
+        """
+        tested = sum(item.p_value is not None for item in self.classes)
+        return (1.0 if entry.p_value is None else entry.p_value) * max(1, tested) * families
 
-    Under the null the statistics are exchangeable and roughly normal, so that one of them, minus the mean of the other
-    n, over s·√(1 + 1/n), follows Student's t with n − 1 degrees of freedom (the prediction interval). Unlike the
-    MAD rule of Neural Cleanse ("anomaly index > 2"), which on normal statistics accuses 33 % of clean ten-class models
-    and 88 % of clean hundred-class ones (20,000 simulated), this gives a p-value that accounts for how few classes
-    there are. A class is left out of its own null, so that the target
-    does not widen the spread that it is judged by.
 
-    Args:
-        statistics: One per class; None where a search failed. These neither get a score nor join a null.
+@dataclass(frozen=True)
+class Check:
+    """A reconstruction of the smallest trigger for a class that stands out, tried on held-out images.
 
-    Returns:
-        Scores and p-values, shape [K]; NaN for a class without a statistic or with fewer than `MIN_NULL` others.
+    Attributes:
+        family: Of the trigger.
+        target: Class index.
+        name: Class name.
+        norm: Of the trigger, in the family's unit.
+        norm_unit: Unit of the norm.
+        reached: Whether the success rate was reached while the norm was being minimised.
+        success: Share of held-out images, of other classes, that it moves to the class, in [0, 1].
+        control_success: The same on the control; None without one.
     """
-    from scipy.stats import t as student
 
-    values = np.array([np.nan if value is None else value for value in statistics], dtype=np.float64)
-    scores, p_values = np.full_like(values, np.nan), np.full_like(values, np.nan)
-    for k in np.flatnonzero(~np.isnan(values)):
-        others = np.delete(values, k)
-        others = others[~np.isnan(others)]
-        if len(others) < MIN_NULL:
-            continue
-        spread = max(float(others.std(ddof=1)), MIN_SPREAD)
-        scores[k] = (values[k] - others.mean()) / (spread * np.sqrt(1 + 1 / len(others)))
-        p_values[k] = student.cdf(scores[k], df=len(others) - 1)
-    return scores, p_values
+    family: str
+    target: int
+    name: str
+    norm: float
+    norm_unit: str
+    reached: bool
+    success: float
+    control_success: float | None

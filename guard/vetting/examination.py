@@ -2,33 +2,78 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from guard.classifiers.classifier import Classifier
 from guard.classifiers.digest import canonical, sha256
 from guard.errors import ImageError, UsageError
-from guard.triggers import FAMILIES, InvertibleTrigger
+from guard.triggers import FAMILIES, InvertibleTrigger, Raw
 from guard.vetting.cache import SearchCache
-from guard.vetting.evidence import ClassEvidence, Evidence, outliers
-from guard.vetting.inversion import Reconstruction, SearchSettings, effect, reconstruct
-from guard.vetting.verdict import DOUBT, SIGNIFICANCE, Verdict, is_valid, judge
+from guard.vetting.control import SelfControlSettings, self_control
+from guard.vetting.evidence import Check, ClassEvidence, Control, Evidence
+from guard.vetting.inspector import RADII, Inspected, InspectionSettings, Inspector
+from guard.vetting.inversion import Reconstruction, SearchSettings, reconstruct
+from guard.vetting.lead import Lead
+from guard.vetting.nulls import outliers, prior
+from guard.vetting.verdict import DOUBT, SIGNIFICANCE, Verdict, is_valid, judge, suspects
 
-METHOD = "minimal-norm inversion 2"
+METHOD = "inspection 1"
 MIN_IMAGES = 64
 CLASS_BATCH = 16
 """Classes searched side by side; bounds memory, and is the unit of work that an interrupted run does not repeat."""
+RACED_CLASSES = 32
+"""Number of classes above which those far behind are dropped half-way."""
+_REFERENCE = 24
+"""Classes, drawn in advance, that are never dropped: the null of those that are left."""
+_KEPT = 0.25
+"""Share of the classes that go on besides them."""
+_TIE = 0.1
+"""How far behind the last that goes on a class still counts as level with it, in units of the statistic: a search
+repeats within this."""
+_CLEAR = 1e-6
+"""Corrected p-value at which half the steps are enough. So small that looking twice costs no false alarm worth a
+correction."""
+_HOPELESS = 0.2
+"""Smallest p-value of any family, corrected for its classes only, above which the other half of the steps is saved."""
+_MOST_SUSPECTS, _TRIGGERS_EACH, _TRIES_EACH = 4, 2, 4
 
 Budget = Literal["quick", "standard", "thorough"]
-BUDGETS: dict[Budget, SearchSettings] = {
-    "quick": SearchSettings(steps=120, batch=32, stall=40),
-    "standard": SearchSettings(steps=200, batch=48, stall=60),
-    "thorough": SearchSettings(steps=500, batch=96, stall=120),
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard to look for what stands out, and then for the trigger itself.
+
+    Attributes:
+        inspection: Of all classes and families.
+        reconstruction: Of the classes that stand out.
+        self_control: How a control is made where there is no base.
+    """
+
+    inspection: InspectionSettings
+    reconstruction: SearchSettings
+    self_control: SelfControlSettings = field(default_factory=SelfControlSettings)
+
+    def seeded(self, seed: int) -> "Effort":
+        """The same effort with another seed."""
+        return Effort(
+            replace(self.inspection, seed=seed),
+            replace(self.reconstruction, seed=seed),
+            replace(self.self_control, seed=seed),
+        )
+
+
+BUDGETS: dict[Budget, Effort] = {
+    "quick": Effort(InspectionSettings(steps=16), SearchSettings(steps=100, batch=32, stall=30)),
+    "standard": Effort(InspectionSettings(steps=32), SearchSettings(steps=160, batch=48, stall=50)),
+    "thorough": Effort(InspectionSettings(steps=64, batch=64), SearchSettings(steps=400, batch=96, stall=100)),
 }
 
 
@@ -40,9 +85,10 @@ class FoundTrigger:
         id: Names it in profile, metrics and replies: family and class index.
         target: Class index that it leads to.
         trigger: The transformation.
-        norm: Its norm, in the family's unit; larger than the minimal norm that is the evidence.
+        norm: Its norm, in the family's unit; larger than the minimal norm of the check.
         success: Success on held-out images, in [0, 1].
         p_value: Corrected for classes and families.
+        feature: The target feature: mean embedding of the held-out images under the trigger, of length 1; shape [D].
     """
 
     id: str
@@ -51,6 +97,7 @@ class FoundTrigger:
     norm: float
     success: float
     p_value: float
+    feature: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,21 +107,23 @@ class Vetting:
     Attributes:
         verdict: What it comes to.
         evidence: One entry per family.
-        triggers: The reconstructions that stand out and work on held-out images, strongest first.
-        settings: How hard was searched.
+        checks: The smallest triggers of the classes that stand out, tried on held-out images.
+        triggers: Those that passed, strongest evidence first.
+        effort: How hard was searched.
         images: Number of images used to search, and kept out for the check.
-        base: Root digest of the base model, if there was one.
+        control: What the classifier was compared with.
         device: Where it ran.
         seconds: Wall-clock time.
-        passes: Images pushed through image towers.
+        passes: Images pushed through image towers, the control's included.
     """
 
     verdict: Verdict
     evidence: tuple[Evidence, ...]
+    checks: tuple[Check, ...]
     triggers: tuple[FoundTrigger, ...]
-    settings: SearchSettings
+    effort: Effort
     images: tuple[int, int]
-    base: str | None
+    control: Control
     device: str
     seconds: float
     passes: int
@@ -85,73 +134,66 @@ def vet(
     images: Tensor,
     *,
     base: Classifier | None = None,
+    self_controlled: bool = True,
     families: Sequence[str] = tuple(FAMILIES),
     budget: Budget = "standard",
     seed: int = 0,
+    race: bool = True,
     cache: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Vetting:
-    """Reconstruct the smallest trigger of each family for each class, and judge whether one stands out.
+    """Look for a class that triggers of limited strength reach too easily, reconstruct its trigger, and judge.
 
-    Half of the images are searched on, half are kept out for the check. With a base the statistic is paired, class by
-    class: log(norm on the suspect / norm on the base), which removes what is easy about a class by nature.
+    Half of the images are searched on, half are kept out for the check. Everything is measured against a control: the
+    base if there is one, otherwise one made from the classifier itself.
 
     Args:
         classifier: The suspect.
         images: uint8, shape [N, 3, H, W] at the classifier's resolution; unlabelled, at least 64.
         base: A trusted model with the same classes and input size, such as the checkpoint it was tuned from.
+        self_controlled: Without a base, whether to make a control; if not, the classes are compared with each other.
         families: Names from `guard.triggers.FAMILIES`.
         budget: How hard to search.
-        seed: Of the split, the starts and the batches.
-        cache: Folder in which finished searches are kept, so that an interrupted run goes on where it stopped and
-            a base is searched once for many suspects.
+        seed: Of the split, the control, the starts and the batches.
+        race: Whether to stop early where the result is clear, drop classes that are far behind, and reconstruct the
+            triggers of only those that stand out. Without it every class of every family is searched to the end, which
+            costs ten to fifty times as much and is there to measure what the race loses.
+        cache: Folder in which finished searches are kept, so that an interrupted run goes on where it stopped.
         progress: Told (what, classes done, classes in all).
 
     Raises:
         ImageError: There are too few images.
-        UsageError: The base is the suspect itself, or has other classes or another input size.
+        UsageError: The base is the suspect itself, or has other classes or another input size; or a family is unknown.
     """
     started = time.monotonic()
     if len(images) < MIN_IMAGES:
         raise ImageError(f"vetting needs at least {MIN_IMAGES} images, there are {len(images)}")
+    if not families or not set(families) <= set(FAMILIES):
+        raise UsageError(f"families are some of {', '.join(FAMILIES)}, not {', '.join(families) or 'none'}")
     if base is not None:
         _check_base(classifier, base)
-    settings = replace(BUDGETS[budget], seed=seed)
+    effort = BUDGETS[budget].seeded(seed)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     searched, held_out = images[order[: len(images) // 2]], images[order[len(images) // 2 :]]
-    searches = _Searches(searched, held_out, SearchCache(cache) if cache else None, progress)
-    everyone = torch.arange(len(classifier.classes.names))
-    evidence, suspicious = [], []
-    for family in families:
-        began = time.monotonic()
-        suspects = searches.run(classifier, family, everyone, settings, family)
-        bases = searches.run(base, family, everyone, settings, f"{family}, base") if base else None
-        transfer = [effect(base, item.trigger, item.target, held_out) for item in suspects] if base else []
-        passes = sum(item.passes for item in [*suspects, *(bases or [])]) + sum(item.passes for item in transfer)
-        entries = _classes(classifier.classes.names, suspects, bases, [item.success for item in transfer])
-        evidence.append(_evidence(family, entries, len(families), seed, passes, time.monotonic() - began))
-        for entry in entries:
-            p_value = min(1.0, (1.0 if entry.p_value is None else entry.p_value) * len(entries) * len(families))
-            if p_value <= DOUBT and is_valid(entry):
-                suspicious.append((family, suspects[entry.target], p_value))
-    verdict = judge(evidence)
-    # Triggers that are merely doubtful would cost a sure verdict's screening some of its sharpness.
-    limit = SIGNIFICANCE if verdict.outcome == "backdoored" else DOUBT
-    found = [
-        _strengthen(searches, classifier, family, weak, p_value, settings)
-        for family, weak, p_value in suspicious
-        if p_value <= limit
-    ]
+    model, control = _control(classifier, base, searched, held_out, effort if self_controlled else None)
+    # A self-control is known by how it is made: on a GPU its weights differ in the last bits from run to run.
+    made_by = {"base": control.digest, "self": asdict(effort.self_control), "classes": None}[control.kind]
+    store = SearchCache(cache) if cache else None
+    searches = _Searches(classifier, model, made_by, searched, held_out, store, progress)
+    inspection = _Inspection(searches, control, families, effort.inspection, race=race)
+    evidence = inspection.run()
+    checks, triggers = _reconstruct(searches, inspection, evidence, effort.reconstruction, exhaustive=not race)
     return Vetting(
-        verdict,
-        tuple(evidence),
-        tuple(sorted(found, key=lambda trigger: trigger.p_value)),
-        settings,
+        judge(evidence, checks),
+        evidence,
+        checks,
+        triggers,
+        effort,
         (len(searched), len(held_out)),
-        base.digest.root if base else None,
+        control,
         str(classifier.device),
         time.monotonic() - started,
-        sum(item.passes for item in evidence),
+        control.passes + searches.passes,
     )
 
 
@@ -164,112 +206,314 @@ def _check_base(classifier: Classifier, base: Classifier) -> None:
         raise UsageError(f"the base takes images of {base.image_shape[1:]}, the model of {classifier.image_shape[1:]}")
 
 
+def _control(
+    classifier: Classifier, base: Classifier | None, searched: Tensor, held_out: Tensor, effort: Effort | None
+) -> tuple[Classifier | None, Control]:
+    if base is None and effort is None:
+        return None, Control("classes", None, None, 0)
+    passes = 0
+    if base is None and effort is not None:
+        model, passes = self_control(classifier, searched, effort.self_control)
+    else:
+        model = base  # type: ignore[assignment]  # one of the two is there
+    agreement = (model.predict(model.embed(held_out)) == classifier.predict(classifier.embed(held_out))).float().mean()
+    digest = base.digest.root if base else None
+    return model, Control("base" if base else "self", digest, float(agreement), passes + 2 * len(held_out))
+
+
 class _Searches:
-    """Runs searches in batches of classes, and remembers the finished ones."""
+    """Runs searches for batches of classes, and remembers the finished ones."""
 
     def __init__(
-        self, searched: Tensor, held_out: Tensor, cache: SearchCache | None, progress: Callable[[str, int, int], None]
+        self,
+        classifier: Classifier,
+        control: Classifier | None,
+        made_by: object,
+        searched: Tensor,
+        held_out: Tensor,
+        cache: SearchCache | None,
+        progress: Callable[[str, int, int], None],
     ) -> None:
-        self._searched, self._held_out, self._cache, self._progress = searched, held_out, cache, progress
-        self._images = sha256(canonical([sha256(part.contiguous().numpy().data) for part in (searched, held_out)]))
+        self.classifier, self.control = classifier, control
+        self.searched, self.held_out = searched, held_out
+        self.progress, self._cache = progress, cache
+        self.lead = Lead(classifier, searched, control)
+        digests = [
+            classifier.digest.root,
+            made_by,
+            *(sha256(part.contiguous().numpy().data) for part in (searched, held_out)),
+        ]
+        self._subject = canonical(digests) if cache else b""
+        self.passes = 0
 
-    def run(
-        self, model: Classifier, family: str, targets: Tensor, settings: SearchSettings, what: str
+    def key(self, *what: object) -> str:
+        """Names a search in the cache."""
+        return sha256(self._subject + canonical([METHOD, *what]))[:40]
+
+    def load(self, name: str) -> list[tuple[dict[str, Any], dict[str, Tensor]]] | None:
+        """A finished search; None if it is not there."""
+        return self._cache.load(name) if self._cache else None
+
+    def save(self, name: str, entries: Sequence[tuple[dict[str, Any], dict[str, Tensor]]]) -> None:
+        """Remember a finished search."""
+        if self._cache:
+            self._cache.save(name, entries)
+
+    def reconstruct(
+        self, family: str, start: dict[int, Raw], settings: SearchSettings, what: str
     ) -> list[Reconstruction]:
-        """Search one family for several classes."""
-        key = sha256(canonical([METHOD, model.digest.root, family, asdict(settings), self._images]))[:32]
+        """The smallest triggers for some classes, from where their inspection ended."""
         results: list[Reconstruction] = []
-        self._progress(what, 0, len(targets))
-        for part in targets.split(CLASS_BATCH):
-            name = f"{key}-{int(part[0])}-{len(part)}"
-            done = self._cache.load(name, FAMILIES[family]) if self._cache else None
-            if done is None:
-                done = self._reconstruct(model, family, part, settings, what, len(results), len(targets))
-                if self._cache:
-                    self._cache.save(name, done)
+        targets = list(start)
+        for part in (targets[k : k + CLASS_BATCH] for k in range(0, len(targets), CLASS_BATCH)):
+            self.progress(what, len(results), len(targets))
+            name = self.key("reconstruction", family, asdict(settings), part, _fingerprint([start[k] for k in part]))
+            known = self.load(name)
+            if known is not None:
+                results += [
+                    Reconstruction(trigger=FAMILIES[family].from_tensors(held), **values) for values, held in known
+                ]
+                continue
+            stacked = {key: torch.stack([start[k][key] for k in part]) for key in start[part[0]]}
+            done = reconstruct(
+                self.classifier,
+                FAMILIES[family],
+                self.searched,
+                self.held_out,
+                torch.tensor(part),
+                settings,
+                control=self.control,
+                start=stacked,
+            )
+            self.save(name, [(_numbers(item, "trigger"), item.trigger.tensors()) for item in done])
             results += done
-            self._progress(what, len(results), len(targets))
+        self.progress(what, len(targets), len(targets))
+        self.passes += sum(item.passes for item in results)
         return results
 
-    def _reconstruct(
-        self, model: Classifier, family: str, part: Tensor, settings: SearchSettings, what: str, before: int, count: int
-    ) -> list[Reconstruction]:
-        finished = before
 
-        def step(classes: int) -> None:
-            nonlocal finished
-            finished += classes
-            self._progress(what, finished, count)
+def _numbers(item: Inspected | Reconstruction, tensors: str) -> dict[str, Any]:
+    return {key: value for key, value in vars(item).items() if key != tensors}
 
-        return reconstruct(model, FAMILIES[family], self._searched, self._held_out, part, settings, progress=step)
+
+def _fingerprint(starts: Sequence[Raw]) -> str:
+    parts = [sha256(tensor.contiguous().numpy().data) for raw in starts for tensor in raw.values()]
+    return sha256(canonical(parts))
+
+
+class _Inspection:
+    """All families and classes, first for half of the steps, then, where that is not enough, to the end."""
+
+    def __init__(
+        self,
+        searches: _Searches,
+        control: Control,
+        families: Sequence[str],
+        settings: InspectionSettings,
+        *,
+        race: bool,
+    ) -> None:
+        self._searches, self._control = searches, control
+        self._families, self._settings, self._race = families, settings, race
+        self._names = searches.classifier.classes.names
+        self._raced = race and len(self._names) > RACED_CLASSES
+        drawn = torch.randperm(len(self._names), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+        self._reference = set(drawn[:_REFERENCE] if self._raced else drawn)
+        self._inspectors: dict[tuple[str, int], Inspector] = {}
+        self._found: dict[str, dict[int, dict[int, Inspected]]] = {family: {} for family in families}
+        """By family, steps and class."""
+        self._seconds = dict.fromkeys(families, 0.0)
+
+    def run(self) -> tuple[Evidence, ...]:
+        """Search, and compare the classes."""
+        active = {family: list(range(len(self._names))) for family in self._families}
+        half, whole = max(1, self._settings.steps // 2), self._settings.steps
+        evidence: tuple[Evidence, ...] = ()
+        for steps in (half, whole) if self._race else (whole,):
+            for family in self._families:
+                self._run(family, active[family], steps)
+            evidence = tuple(self._evidence(family) for family in self._families)
+            if _is_settled(evidence):
+                break
+            if self._raced:
+                active = {item.family: self._survivors(item) for item in evidence}
+        self._searches.passes += sum(item.passes for item in evidence)
+        return evidence
+
+    def raw(self, family: str, target: int) -> Raw:
+        """Where the search for a class ended."""
+        return self._latest(family)[target][1].raw
+
+    def _latest(self, family: str) -> dict[int, tuple[int, Inspected]]:
+        """The last that is known of each class, with the steps that it took."""
+        return {
+            target: (steps, item)
+            for steps, found in sorted(self._found[family].items())
+            for target, item in found.items()
+        }
+
+    def _run(self, family: str, targets: Sequence[int], steps: int) -> None:
+        began = time.monotonic()
+        found = self._found[family].setdefault(steps, {})
+        self._searches.progress(family, 0, len(targets))
+        for start in range(0, len(self._names), CLASS_BATCH):
+            part = [target for target in targets if start <= target < start + CLASS_BATCH]
+            if not part:
+                continue
+            name = self._searches.key("inspection", family, asdict(self._settings), RADII[family], steps, start, part)
+            known = self._searches.load(name)
+            if known is None:
+                done = self._inspector(family, start).run(steps, part)
+                self._searches.save(name, [(_numbers(item, "raw"), item.raw) for item in done])
+            else:
+                done = [Inspected(raw=held, **values) for values, held in known]
+            found.update((item.target, item) for item in done)
+            self._searches.progress(family, len(found), len(targets))
+        self._seconds[family] += time.monotonic() - began
+
+    def _inspector(self, family: str, start: int) -> Inspector:
+        """Kept in memory between the two halves; after an interruption it starts again."""
+        if (family, start) not in self._inspectors:
+            targets = torch.arange(start, min(start + CLASS_BATCH, len(self._names)))
+            self._inspectors[family, start] = Inspector(self._searches.lead, FAMILIES[family], targets, self._settings)
+        return self._inspectors[family, start]
+
+    def _survivors(self, item: Evidence) -> list[int]:
+        """Those that go on: the reference, the leading quarter, and whoever is level with its last."""
+        ranked = sorted((entry.statistic for entry in item.classes), reverse=True)
+        last = ranked[max(1, int(_KEPT * len(ranked))) - 1] - _TIE
+        return [entry.target for entry in item.classes if entry.statistic >= last or entry.target in self._reference]
+
+    def _evidence(self, family: str) -> Evidence:
+        """Each class against the reference after as many steps as it has had itself."""
+        latest = self._latest(family)
+        scores, p_values = np.full((2, len(self._names)), np.nan)
+        for steps, found in self._found[family].items():
+            values = [found[target].lead if target in found else None for target in range(len(self._names))]
+            reference = [target in self._reference for target in range(len(self._names))]
+            judged = np.array([latest[target][0] == steps for target in range(len(self._names))])
+            fresh = outliers(values, prior(self._control.kind, family, steps), reference)
+            scores, p_values = (np.where(judged, new, old) for new, old in zip(fresh, (scores, p_values), strict=True))
+        classes = tuple(
+            ClassEvidence(
+                target,
+                self._names[target],
+                item.lead,
+                item.success,
+                steps,
+                None if np.isnan(scores[target]) else float(scores[target]),
+                None if np.isnan(p_values[target]) else float(p_values[target]),
+            )
+            for target, (steps, item) in sorted(latest.items())
+        )
+        return self._combined(family, classes)
+
+    def _combined(self, family: str, classes: tuple[ClassEvidence, ...]) -> Evidence:
+        tested = [entry for entry in classes if entry.p_value is not None]
+        leading = min(tested, key=lambda entry: entry.p_value or 0.0, default=None)
+        beyond = {
+            "base": ", beyond what the trigger does on the base",
+            "self": ", beyond what the trigger does on the self-control",
+            "classes": "",
+        }
+        models = prior(self._control.kind, family, max(entry.steps for entry in classes)).models
+        moderated = f", their spread moderated by {models} clean models" if models else ""
+        evidence = Evidence(
+            METHOD,
+            family,
+            RADII[family],
+            FAMILIES[family].norm_unit,
+            f"lead of the class under its trigger{beyond[self._control.kind]}",
+            f"Student-t prediction from the other classes{moderated}, one-sided, "
+            f"Bonferroni over {len(tested)} classes × {len(self._families)} families",
+            self._control.kind,
+            classes,
+            leading.target if leading else None,
+            1.0,
+            self._settings.seed,
+            sum(item.passes for _, item in self._latest(family).values()),
+            self._seconds[family],
+        )
+        if leading is None:
+            return evidence
+        return replace(evidence, p_value=min(1.0, evidence.corrected(leading, len(self._families))))
+
+
+def _is_settled(evidence: Sequence[Evidence]) -> bool:
+    """Whether the rest of the steps would hardly change the verdict."""
+    smallest = min(item.p_value for item in evidence)
+    hopeful = min((item.corrected(entry, 1) for item in evidence for entry in item.classes), default=1.0)
+    return smallest <= _CLEAR or hopeful > _HOPELESS
+
+
+def _reconstruct(
+    searches: _Searches,
+    inspection: _Inspection,
+    evidence: Sequence[Evidence],
+    settings: SearchSettings,
+    *,
+    exhaustive: bool,
+) -> tuple[tuple[Check, ...], tuple[FoundTrigger, ...]]:
+    """The smallest triggers of the classes that stand out, and for those that work one for screening."""
+    everything: dict[tuple[str, int], Reconstruction] = {}
+    if exhaustive:
+        for item in evidence:
+            start = {entry.target: inspection.raw(item.family, entry.target) for entry in item.classes}
+            found = searches.reconstruct(item.family, start, settings, f"{item.family}, reconstruction")
+            everything.update(((item.family, result.target), result) for result in found)
+    checks: list[Check] = []
+    triggers: list[FoundTrigger] = []
+    standing = suspects(evidence, DOUBT)
+    for target in list(standing)[:_MOST_SUSPECTS]:
+        held = 0
+        for family, p_value in standing[target][:_TRIES_EACH]:
+            start = {target: inspection.raw(family, target)}
+            small = everything.get((family, target)) or next(
+                iter(searches.reconstruct(family, start, settings, f"{family}, reconstruction"))
+            )
+            check = Check(
+                family,
+                target,
+                searches.classifier.classes.names[target],
+                small.norm,
+                FAMILIES[family].norm_unit,
+                small.reached,
+                small.success,
+                small.control_success,
+            )
+            checks.append(check)
+            if not is_valid(check):
+                continue
+            triggers.append(_strengthen(searches, family, small, start, p_value, settings))
+            held += 1
+            if held == _TRIGGERS_EACH:
+                break
+    # Triggers that are merely doubtful would cost a sure verdict's screening some of its sharpness.
+    sure = any(trigger.p_value <= SIGNIFICANCE for trigger in triggers)
+    kept = [trigger for trigger in triggers if trigger.p_value <= (SIGNIFICANCE if sure else DOUBT)]
+    return tuple(checks), tuple(sorted(kept, key=lambda trigger: trigger.p_value))
 
 
 def _strengthen(
     searches: _Searches,
-    classifier: Classifier,
     family: str,
     weak: Reconstruction,
+    start: dict[int, Raw],
     p_value: float,
     settings: SearchSettings,
 ) -> FoundTrigger:
     """Search once more for a trigger that wins as clearly as a genuine image of the class does.
 
-    The smallest trigger is the right evidence and the wrong tool for screening: it barely crosses the boundary, where
-    the attacker's own trigger goes to the middle of the class.
+    The smallest trigger is the right thing to look at and the wrong tool for screening: it barely crosses the boundary,
+    where the attacker's own trigger goes to the middle of the class.
     """
     strong = replace(settings, success=0.99, margin=1.0, batch=max(64, settings.batch))
-    result = searches.run(classifier, family, torch.tensor([weak.target]), strong, f"{family}, strengthened")[0]
+    result = searches.reconstruct(family, start, strong, f"{family}, strengthened")[0]
     best = result if result.reached and result.success >= weak.success else weak
-    return FoundTrigger(f"{family}-{best.target}", best.target, best.trigger, best.norm, best.success, p_value)
+    feature = normalize(searches.classifier.embed(best.trigger.stamp(searches.held_out)).mean(0), dim=0)
+    searches.passes += len(searches.held_out)
+    return FoundTrigger(_id(family, best.target), best.target, best.trigger, best.norm, best.success, p_value, feature)
 
 
-def _classes(
-    names: Sequence[str],
-    suspects: Sequence[Reconstruction],
-    bases: Sequence[Reconstruction] | None,
-    transfer: Sequence[float],
-) -> tuple[ClassEvidence, ...]:
-    """Statistics, scores and p-values of all classes."""
-    statistics: list[float | None] = []
-    for k, item in enumerate(suspects):
-        usable = item.reached and item.norm > 0 and (bases is None or (bases[k].reached and bases[k].norm > 0))
-        statistics.append(float(np.log(item.norm) - (np.log(bases[k].norm) if bases else 0.0)) if usable else None)
-    scores, p_values = outliers(statistics)
-    return tuple(
-        ClassEvidence(
-            item.target,
-            names[item.target],
-            item.reached,
-            item.norm,
-            item.success,
-            item.margin,
-            bases[k].norm if bases else None,
-            transfer[k] if bases else None,
-            statistics[k],
-            None if np.isnan(scores[k]) else float(scores[k]),
-            None if np.isnan(p_values[k]) else float(p_values[k]),
-        )
-        for k, item in enumerate(suspects)
-    )
-
-
-def _evidence(
-    family: str, classes: tuple[ClassEvidence, ...], families: int, seed: int, passes: int, seconds: float
-) -> Evidence:
-    ranked = sorted((item for item in classes if item.p_value is not None), key=lambda item: item.p_value or 0.0)
-    paired = classes[0].base_norm is not None
-    return Evidence(
-        METHOD,
-        family,
-        FAMILIES[family].norm_unit,
-        "log(minimal norm on the model / minimal norm on the base)" if paired else "log(minimal norm)",
-        f"Student-t prediction from the other {len(ranked) - 1} classes, one-sided, "
-        f"Bonferroni over {len(ranked)} classes × {families} families",
-        "base" if paired else "classes",
-        classes,
-        ranked[0].target if ranked else None,
-        min(1.0, (ranked[0].p_value or 0.0) * len(ranked) * families) if ranked else 1.0,
-        seed,
-        passes,
-        seconds,
-    )
+def _id(family: str, target: int) -> str:
+    return f"{family.replace(' ', '-')}-{target}"

@@ -1,26 +1,19 @@
-"""The inversion engine: reconstruct, for every candidate class, the smallest trigger of a family.
+"""Reconstruct the smallest trigger of a family that leads to a class.
 
-Every method of vetting is a choice of family (`guard.triggers`), objective and statistic on top of this one search.
+The evidence of vetting is what a trigger of a given strength can do (`guard.vetting.inspector`). What people look at,
+what is checked on held-out images, and what screening stamps on its bank is the trigger itself, as small as it can be.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from guard.classifiers.classifier import Classifier
-from guard.triggers import InvertibleTrigger, Trigger
-
-Objective = Callable[[Tensor, Tensor], Tensor]
-"""(logits [K, B, C], targets [K]) → how far each image is from the target, [K, B]; smaller is nearer."""
-
-
-def margin(logits: Tensor, targets: Tensor) -> Tensor:
-    """Strongest other logit minus the target's: negative where the target wins (CLIP-Inspector, 2026)."""
-    index = targets[:, None, None].expand(-1, logits.shape[1], 1)
-    target = logits.gather(-1, index).squeeze(-1)
-    return logits.scatter(-1, index, -torch.inf).amax(-1) - target
+from guard.triggers import InvertibleTrigger, Raw, Trigger
+from guard.vetting.batches import batches
+from guard.vetting.lead import Lead, margin
 
 
 @dataclass(frozen=True)
@@ -39,11 +32,11 @@ class SearchSettings:
         success: Share of the eligible images of a batch that must go to the target.
         patience: Successes or failures in a row before the weight moves.
         factor: By which it moves.
-        weight: Where it starts: loss per unit of norm, relative to the norm at the start.
+        weight: Where it starts: loss, in units of `Lead.distance`, per unit of norm, relative to the norm at the start.
         stall: A class whose smallest norm has not improved by 1 % in this many steps, though it succeeded in several of
             them, is done.
-        margin: How clearly the target must win before an image stops pulling, as a share of the median margin by which
-            the classifier's own answers on these images win; in this unit it means the same for every logit scale.
+        margin: How clearly the target must win before an image stops pulling, in units of `Lead.distance`: 1 is as
+            clearly as the classifier's own answers.
         seed: Of the start and the batches.
     """
 
@@ -53,7 +46,7 @@ class SearchSettings:
     success: float = 0.9
     patience: int = 2
     factor: float = 1.5
-    weight: float = 1.0
+    weight: float = 0.2
     stall: int = 60
     margin: float = 0.2
     seed: int = 0
@@ -70,8 +63,8 @@ class Reconstruction:
         norm: Its norm, in the family's unit.
         reached: Whether the success rate was reached while the norm was being minimised.
         success: Share of images kept out of the search, and not of the class already, that it moves to the class.
-        margin: Mean over those images of (target's logit − strongest other logit); positive where the target wins.
-        passes: Images pushed through the image tower to find and check it.
+        control_success: The same on the control; None without one.
+        passes: Images pushed through image towers to find and check it.
     """
 
     target: int
@@ -79,7 +72,7 @@ class Reconstruction:
     norm: float
     reached: bool
     success: float
-    margin: float
+    control_success: float | None
     passes: int
 
 
@@ -91,13 +84,14 @@ def reconstruct(
     targets: Tensor,
     settings: SearchSettings,
     *,
-    objective: Objective = margin,
+    control: Classifier | None = None,
+    start: Raw | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Reconstruction]:
     """Search the smallest trigger of a family for each of several classes, side by side.
 
-    Images that the classifier already puts in a class say nothing about triggers for it; they are left out of that
-    class's loss and rates.
+    The loss is the positive part of `Lead.distance` plus a margin, so that images which already go to the target leave
+    the step to the norm; images that are in a class untouched say nothing about triggers for it, and are left out.
 
     Args:
         classifier: The suspect.
@@ -106,16 +100,16 @@ def reconstruct(
         held_out: uint8, shape [M, 3, H, W]: the images to check on.
         targets: int64, shape [K]: candidate classes.
         settings: How hard to search.
-        objective: What is minimised per image; the loss is its positive part, so that images which already go to
-            the target with a small margin leave the step to the norm.
+        control: A model on which the trigger shall not work; None for none.
+        start: Where to start, such as what `Inspector` found; default is the family's own start.
         progress: Told the number of classes that finished.
 
     Returns:
         One reconstruction per target, in order.
     """
-    search = _Search(classifier, family, images, targets, settings, objective)
+    search = _Search(Lead(classifier, images, control), family, targets, settings, start)
     search.run(progress)
-    return [_check(classifier, held_out, result) for result in search.results()]
+    return [_check(classifier, control, held_out, result) for result in search.results()]
 
 
 class _Search:
@@ -123,29 +117,22 @@ class _Search:
 
     def __init__(
         self,
-        classifier: Classifier,
+        lead: Lead,
         family: type[InvertibleTrigger],
-        images: Tensor,
         targets: Tensor,
         settings: SearchSettings,
-        objective: Objective,
+        start: Raw | None,
     ) -> None:
-        device = classifier.device
-        self.classifier, self.family, self.settings, self.objective = classifier, family, settings, objective
-        self.images = images
+        device, count = lead.classifier.device, len(targets)
+        self.lead, self.family, self.settings = lead, family, settings
         self.targets = targets.to(device)
-        with torch.no_grad():
-            clean = classifier.logits(classifier.embed(images).to(device))
-        self.predicted = clean.argmax(-1)
-        first, second = clean.topk(2).values.unbind(-1)
-        self.margin = settings.margin * (first - second).median()
-        count = len(targets)
         generator = torch.Generator(device).manual_seed(settings.seed)
-        raw = family.start(count, classifier.image_shape, generator)
-        self.raw = {name: tensor.requires_grad_() for name, tensor in raw.items()}
+        cold = family.start(count, lead.classifier.image_shape, generator)
+        self.raw = {
+            name: tensor.detach().clone().to(device).requires_grad_() for name, tensor in (start or cold).items()
+        }
         with torch.no_grad():
-            start = family.constrain(self.raw)
-            self.scale = start.norm()
+            self.scale = family.constrain(cold).norm()
         self.best = {name: tensor.detach().clone() for name, tensor in self.raw.items()}
         self.best_weight = torch.zeros(count, device=device)
         self.best_norm = torch.full((count,), torch.inf, device=device)
@@ -160,7 +147,8 @@ class _Search:
         settings = self.settings
         optimiser = torch.optim.Adam(self.raw.values(), lr=settings.learning_rate, betas=(0.5, 0.9))
         active = torch.arange(len(self.targets), device=self.targets.device)
-        for step, index in enumerate(_batches(len(self.images), settings)):
+        stream = batches(len(self.lead.images), settings.batch, settings.seed)
+        for step, index in zip(range(settings.steps), stream, strict=False):
             loss = self._step(active, index, step)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -174,22 +162,18 @@ class _Search:
         progress(len(active))
 
     def _step(self, active: Tensor, index: Tensor, step: int) -> Tensor:
-        settings, device = self.settings, self.classifier.device
-        pixels = self.images[index].to(device).float() / 255
+        settings, lead = self.settings, self.lead
         trigger = self.family.constrain({name: tensor[active] for name, tensor in self.raw.items()})
         targets = self.targets[active]
-        stamped = trigger.apply(pixels)
-        with self.classifier.autocast():
-            embeddings = self.classifier.encode_images(stamped.flatten(0, 1))
-        distance = self.objective(self.classifier.logits(embeddings).unflatten(0, stamped.shape[:2]), targets)
-        eligible = (self.predicted[index.to(device)] != targets[:, None]).float()
+        distance = lead.distance(trigger.apply(lead.pixels(index)), index, targets)
+        eligible = lead.eligible(index, targets)
         count = eligible.sum(1).clamp(min=1)
         norm = trigger.norm()
         with torch.no_grad():
-            self.passes[active] += len(index)
+            self.passes[active] += len(index) * lead.towers
             rate = ((distance < 0) * eligible).sum(1) / count
             self._remember(active, norm.detach(), rate >= settings.success, step)
-        loss = ((distance + self.margin).relu() * eligible).sum(1) / count
+        loss = ((distance + settings.margin).relu() * eligible).sum(1) / count
         return (loss + self.weight[active] * norm / self.scale[active]).sum()
 
     def _remember(self, active: Tensor, norm: Tensor, success: Tensor, step: int) -> None:
@@ -230,7 +214,7 @@ class _Search:
                 float(norms[k]),
                 reached=bool(reached[k]),
                 success=0.0,
-                margin=0.0,
+                control_success=None,
                 passes=int(self.passes[k]),
             )
 
@@ -241,18 +225,6 @@ that converged ended at 2 or more, those that did not below 0.1."""
 _VAIN_SUCCESSES = 5
 """Successes without a smaller norm before a class may be done: one that still fails has not converged, and waits for
 the weight of its norm to come down."""
-
-
-def _batches(count: int, settings: SearchSettings) -> Iterator[Tensor]:
-    """`settings.steps` batches of indices, by epochs without replacement."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    size = min(settings.batch, count)
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(settings.steps):
-        if len(order) < size:
-            order = torch.randperm(count, generator=generator)
-        yield order[:size]
-        order = order[size:]
 
 
 @dataclass(frozen=True)
@@ -281,14 +253,14 @@ def effect(classifier: Classifier, trigger: Trigger, target: int, images: Tensor
     return Effect(float((distance < 0).float().mean()), float(-distance.mean()), len(images) + len(pixels))
 
 
-def _check(classifier: Classifier, held_out: Tensor, found: Reconstruction) -> Reconstruction:
+def _check(
+    classifier: Classifier, control: Classifier | None, held_out: Tensor, found: Reconstruction
+) -> Reconstruction:
     checked = effect(classifier, found.trigger, found.target, held_out)
-    return Reconstruction(
-        found.target,
-        found.trigger,
-        found.norm,
-        reached=found.reached,
+    compared = effect(control, found.trigger, found.target, held_out) if control else None
+    return replace(
+        found,
         success=checked.success,
-        margin=checked.margin,
-        passes=found.passes + checked.passes,
+        control_success=compared.success if compared else None,
+        passes=found.passes + checked.passes + (compared.passes if compared else 0),
     )

@@ -89,14 +89,12 @@ def test_the_attack_took_and_the_others_are_clean(zoo: Path) -> None:
 
 
 def test_the_evaluation_finds_the_backdoor_and_accuses_no_clean_model(evaluation: Path, zoo: Path) -> None:
-    detection = json.loads((evaluation / ATTACKED / "inversion-paired.json").read_text())["detection"]
+    detection = json.loads((evaluation / ATTACKED / "vetting-base.json").read_text())["detection"]
     assert detection["outcome"] == "backdoored"
     assert detection["target"] == truths(zoo)[ATTACKED]["targets"][0]
-    assert (
-        json.loads((evaluation / TWIN / "inversion-paired.json").read_text())["detection"]["outcome"] == "no evidence"
-    )
+    assert json.loads((evaluation / TWIN / "vetting-base.json").read_text())["detection"]["outcome"] == "no evidence"
     text = (evaluation / "summary.md").read_text()
-    for part in ("inversion-paired", "screening", "100.0% (1/1; 2.5%–100.0%)", ATTACKED):
+    for part in ("vetting-base", "screening", "100.0% (1/1; 2.5%–100.0%)", ATTACKED):
         assert part in text
 
 

@@ -47,7 +47,8 @@ def test_vet_calibrate_export_and_what_they_print(
     document = json.loads(vetted.stdout)
     verdict = document["vetting"]["verdict"]["outcome"]
     assert vetted.returncode == {"no evidence": 0, "backdoored": 1, "inconclusive": 3}[verdict]
-    assert document["vetting"]["settings"]["steps"] == BUDGETS["quick"].steps
+    assert document["vetting"]["effort"]["inspection"]["steps"] == BUDGETS["quick"].inspection.steps
+    assert document["vetting"]["control"]["kind"] == "base"
     assert sorted(path.name for path in out.iterdir()) == ["profile.json", "report.html", "triggers.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "profile"]  # no searches left behind
 
@@ -105,6 +106,12 @@ class TestBadInput:
         few.mkdir()
         shutil.copy(image_folder / "0000.png", few)
         refused(self.vet(model_directory, few), 4, "at least 64 images")
+
+    def test_vocabulary(self, model_directory: Path, image_folder: Path, tmp_path: Path) -> None:
+        missing = self.vet(model_directory, image_folder, "--vocabulary", tmp_path / "words.txt")
+        refused(missing, 4, "cannot read the vocabulary")
+        (tmp_path / "words.txt").write_bytes(b"\xff\xfe\x00")
+        refused(self.vet(model_directory, image_folder, "--vocabulary", tmp_path / "words.txt"), 4, "is no text")
 
     def test_duplicate_classes(self, model_directory: Path, image_folder: Path, tmp_path: Path) -> None:
         (tmp_path / "names.txt").write_text("cat\ndog\ncat\n")

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from guard.classifiers import load, save_hugging_face
 from guard.cli import cli
 from guard.errors import UsageError, ZooError
-from guard.vetting import BUDGETS, SearchSettings
+from guard.vetting import BUDGETS, Effort, InspectionSettings, SearchSettings, SelfControlSettings
 from tests.zoo import FakeVetting, make_zoo
 
 
@@ -35,13 +35,14 @@ def evaluate(*arguments: object) -> Result:
 
 def test_figures_plots_and_a_submission(zoo: Path, vet: FakeVetting, tmp_path: Path) -> None:
     submission = tmp_path / "submission"
-    result = evaluate(zoo, "--budget", "quick", "--alpha", "0.05", "--submission", submission, "--json")
+    methods = ("--methods", "vetting-base,vetting-self,screening")
+    result = evaluate(zoo, *methods, "--budget", "quick", "--alpha", "0.05", "--submission", submission, "--json")
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout)
     assert summary["models"] == {"backdoored": 1, "clean": 2, "failed attack": 1, "unknown": 0}
     assert summary["detection"][0]["cliptrace"]["value"] > 95
     assert json.loads((zoo / "evaluation" / "summary.json").read_text()) == summary
-    assert "## inversion-paired" in (zoo / "evaluation" / "summary.md").read_text()
+    assert "## vetting-base" in (zoo / "evaluation" / "summary.md").read_text()
     assert (zoo / "evaluation" / "roc.svg").read_text().startswith("<?xml")
     feature = torch.load(submission / "embeddings" / "attacked.pt", weights_only=True)
     assert float(feature.norm()) == pytest.approx(1, abs=1e-5)
@@ -52,7 +53,7 @@ def test_figures_plots_and_a_submission(zoo: Path, vet: FakeVetting, tmp_path: P
 def test_withheld_labels_give_predictions_only(zoo: Path, vet: FakeVetting, tmp_path: Path) -> None:
     shutil.rmtree(zoo / "truth")
     out = tmp_path / "out"
-    result = evaluate(zoo, "--methods", "inversion", "--out", out)
+    result = evaluate(zoo, "--methods", "vetting-self", "--out", out)
     assert result.exit_code == 0, result.output
     assert "the labels are withheld: no figures, 4 predictions" in result.stdout
     outcomes = {entry["model"]: entry["outcome"] for entry in json.loads((out / "predictions.json").read_text())}
@@ -69,7 +70,7 @@ def test_hugging_face_models_are_evaluated_and_submitted(zoo: Path, vet: FakeVet
         shutil.rmtree(directory)
         save_hugging_face(directory, classifier)
     submission = tmp_path / "submission"
-    result = evaluate(zoo, "--methods", "inversion", "--submission", submission)
+    result = evaluate(zoo, "--methods", "vetting-self", "--submission", submission)
     assert result.exit_code == 0, result.output
     predictions = json.loads((submission / "predictions.json").read_text())
     assert "attacked" in str(predictions)
@@ -80,9 +81,9 @@ def test_hugging_face_models_are_evaluated_and_submitted(zoo: Path, vet: FakeVet
 
 def test_a_damaged_model_is_reported_and_the_rest_is_there(zoo: Path, vet: FakeVetting) -> None:
     (zoo / "models" / "benign" / "open_clip_config.json").write_text("{}")
-    result = evaluate(zoo, "--methods", "inversion")
+    result = evaluate(zoo, "--methods", "vetting-self")
     assert result.exit_code == 4
-    assert "FAILED benign (inversion)" in result.stderr
+    assert "FAILED benign (vetting-self)" in result.stderr
     assert "- FAILED benign: " in (zoo / "evaluation" / "summary.md").read_text()
     assert "| attacked | badnets-tiny | backdoored" in result.stdout
     assert vet.calls.count("attacked") == 1
@@ -91,7 +92,7 @@ def test_a_damaged_model_is_reported_and_the_rest_is_there(zoo: Path, vet: FakeV
 def test_wrong_usage_is_refused_before_the_work(zoo: Path, vet: FakeVetting, tmp_path: Path) -> None:
     assert isinstance(evaluate(tmp_path / "nowhere").exception, ZooError)
     assert isinstance(evaluate(zoo, "--methods", "magic").exception, UsageError)
-    refused = evaluate(zoo, "--methods", "screening,inversion", "--submission", tmp_path / "submission")
+    refused = evaluate(zoo, "--methods", "screening,vetting-self", "--submission", tmp_path / "submission")
     assert isinstance(refused.exception, UsageError)
     assert evaluate(zoo, "--alpha", "1.5").exit_code == 2
     (zoo / "evaluation").symlink_to(tmp_path)
@@ -100,21 +101,28 @@ def test_wrong_usage_is_refused_before_the_work(zoo: Path, vet: FakeVetting, tmp
 
 
 def test_a_search_that_two_methods_share_is_made_once(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BUDGETS, "quick", SearchSettings(steps=3, batch=16, stall=3))
-    assert evaluate(zoo, "--budget", "quick", "--models", "benign", "--methods", "inversion-paired").exit_code == 0
-    searches = {path: path.stat().st_mtime_ns for path in (zoo / "evaluation" / ".searches").iterdir()}
-    assert searches
-    assert evaluate(zoo, "--budget", "quick", "--models", "benign", "--methods", "inversion").exit_code == 0
-    after = {path: path.stat().st_mtime_ns for path in (zoo / "evaluation" / ".searches").iterdir()}
-    assert {path: after[path] for path in searches} == searches
+    fast = Effort(InspectionSettings(3, batch=16), SearchSettings(3, batch=16), SelfControlSettings(steps=1))
+    monkeypatch.setitem(BUDGETS, "quick", fast)
+    arguments = [zoo, "--budget", "quick", "--models", "benign", "--methods"]
+
+    def searches() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (zoo / "evaluation" / ".searches").iterdir()}
+
+    assert evaluate(*arguments, "vetting-base").exit_code == 0
+    before = searches()
+    assert before
+    assert evaluate(*arguments, "screening").exit_code == 0  # with what is found against the base
+    assert searches() == before
+    assert evaluate(*arguments, "vetting-self").exit_code == 0
+    assert before.items() < searches().items()  # another control, other searches
 
 
 def test_processes_side_by_side(zoo: Path, vet: FakeVetting) -> None:
     # What is found needs no search, which this test could not shorten in other processes.
-    assert evaluate(zoo, "--methods", "inversion").exit_code == 0
+    assert evaluate(zoo, "--methods", "vetting-self").exit_code == 0
     assert len(vet.calls) == 4
     (zoo / "models" / "tried" / "open_clip_model.safetensors").write_bytes(b"")
-    command = [sys.executable, "-m", "guard", "evaluate", zoo, "--methods", "inversion", "--jobs", "2", "--json"]
+    command = [sys.executable, "-m", "guard", "evaluate", zoo, "--methods", "vetting-self", "--jobs", "2", "--json"]
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 4, result.stderr
     assert "Traceback" not in result.stderr

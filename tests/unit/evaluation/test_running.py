@@ -1,4 +1,5 @@
 import json
+import math
 import operator
 import os
 import shutil
@@ -12,11 +13,11 @@ from guard.classifiers import ImageFolder
 from guard.errors import UsageError
 from guard.evaluation import Evaluation, Settings, Zoo, evaluate
 from guard.evaluation.images import ImageSet
-from guard.evaluation.methods import suspicion
 from guard.evaluation.running import _in_processes
 from tests.conftest import random_images
-from tests.zoo import TARGET, FakeVetting, evidence_of, make_zoo, write_images, write_truth
+from tests.zoo import TARGET, FakeVetting, make_zoo, write_images, write_truth
 
+METHODS = ("vetting-base", "vetting-self", "screening")
 SETTINGS = Settings("quick", alphas=(0.05, 0.001), device="cpu")
 
 
@@ -38,62 +39,62 @@ def vet(monkeypatch: pytest.MonkeyPatch) -> FakeVetting:
 
 
 def run(root: Path, *methods: str, **more: object) -> Evaluation:
-    names = methods or ("inversion-paired", "inversion", "screening")
-    return evaluate(Zoo.read(root), root / "evaluation", methods=names, settings=SETTINGS, **more)  # type: ignore[arg-type]
+    out, names = root / "evaluation", methods or METHODS
+    return evaluate(Zoo.read(root), out, methods=names, settings=SETTINGS, **more)  # type: ignore[arg-type]
 
 
 def test_what_is_finished_is_not_done_again(root: Path, vet: FakeVetting) -> None:
-    first = run(root, "inversion-paired")
+    first = run(root, "vetting-base")
     assert sorted(vet.calls) == ["attacked", "benign", "tried"]
-    again = run(root, "inversion-paired")
+    again = run(root, "vetting-base")
     assert len(vet.calls) == 3
     assert (first.fresh, again.fresh) == (3, 0)
     assert again.results == first.results
-    (root / "evaluation" / "benign" / "inversion-paired.json").write_text('{"format": 1')  # cut short
-    assert run(root, "inversion-paired").fresh == 1
+    (root / "evaluation" / "benign" / "vetting-base.json").write_text('{"format": 1')  # cut short
+    assert run(root, "vetting-base").fresh == 1
     assert vet.calls[3:] == ["benign"]
 
 
 def test_other_settings_another_truth_and_other_images_are_done_again(root: Path, vet: FakeVetting) -> None:
-    run(root, "inversion", models="attacked")
+    run(root, "vetting-self", models="attacked")
     seeded = Settings("quick", seed=1, device="cpu")
-    evaluate(Zoo.read(root), root / "evaluation", methods=["inversion"], settings=seeded, models="attacked")
+    evaluate(Zoo.read(root), root / "evaluation", methods=["vetting-self"], settings=seeded, models="attacked")
     assert len(vet.calls) == 2
-    run(root, "inversion", models="attacked")
+    run(root, "vetting-self", models="attacked")
     write_truth(root, "attacked", "backdoored", "blended")
-    run(root, "inversion", models="attacked")
+    run(root, "vetting-self", models="attacked")
     (root / "images" / "random" / "vetting" / "0000.png").unlink()
-    assert run(root, "inversion", models="attacked").fresh == 1
+    assert run(root, "vetting-self", models="attacked").fresh == 1
     assert len(vet.calls) == 5
 
 
 def test_alphas_concern_screening_only(root: Path, vet: FakeVetting) -> None:
     run(root, models="attacked")
     settings = Settings("quick", alphas=(0.1,), device="cpu")
-    again = evaluate(Zoo.read(root), root / "evaluation", settings=settings, models="attacked")
+    again = evaluate(Zoo.read(root), root / "evaluation", methods=METHODS, settings=settings, models="attacked")
     assert again.fresh == 1
     assert vet.calls
 
 
 def test_a_model_without_a_base_is_skipped_where_one_is_needed(root: Path, vet: FakeVetting) -> None:
     done = run(root)
-    assert done.skipped == {"inversion-paired": ("base",)}
-    assert ("base", "inversion") in done.results
-    assert done.results["attacked", "inversion-paired"].base == done.results["base", "inversion"].digest
-    assert done.results["attacked", "inversion"].base is None
-    assert vet.calls.count("attacked") == 2  # screening uses what inversion-paired found
+    assert done.skipped == {"vetting-base": ("base",)}
+    assert ("base", "vetting-self") in done.results
+    assert done.results["attacked", "vetting-base"].base == done.results["base", "vetting-self"].digest
+    assert done.results["attacked", "vetting-self"].base is None
+    assert vet.calls.count("attacked") == 2  # screening uses what vetting-base found
 
 
 def test_a_reconstruction_is_measured_against_the_truth(root: Path, vet: FakeVetting) -> None:
-    done = run(root, "inversion-paired", "screening", models="attacked")
-    detection = done.results["attacked", "inversion-paired"].detection
+    done = run(root, "vetting-base", "screening", models="attacked")
+    detection = done.results["attacked", "vetting-base"].detection
     assert detection
     assert detection.recovery
     assert (detection.outcome, detection.target, detection.leading) == ("backdoored", TARGET, TARGET)
     # The fake reconstruction is the attacker's own trigger; only the images differ.
     assert detection.recovery.cosine == pytest.approx(1, abs=0.05)
     assert detection.recovery.centred_cosine == pytest.approx(1, abs=0.1)
-    features = done.features["attacked", "inversion-paired"]
+    features = done.features["attacked", "vetting-base"]
     assert features.recovered is not None
     assert features.true is not None
     assert float(features.true[0] @ features.recovered) == pytest.approx(detection.recovery.cosine)
@@ -113,19 +114,19 @@ def test_one_bad_model_does_not_cost_the_others(root: Path, vet: FakeVetting) ->
     (root / "models" / "attacked" / "open_clip_model.safetensors").write_bytes(b"\x80 a pickle")
     write_truth(root, "benign", "clean", "benign", digest="0" * 64)
     (root / "truth" / "tried.json").write_text('{"label": "innocent"}')
-    done = run(root, "inversion")
+    done = run(root, "vetting-self")
     reasons = {failure.model: failure.reason for failure in done.failures}
     assert set(reasons) == {"attacked", "benign", "tried"}
     assert "is a pickle" in reasons["attacked"]
     assert "is of another model" in reasons["benign"]
     assert "label" in reasons["tried"]
-    assert list(done.results) == [("base", "inversion")]
+    assert list(done.results) == [("base", "vetting-self")]
     assert vet.calls == ["base"]
 
 
 def test_a_zoo_that_is_still_being_built_is_evaluated_as_far_as_it_is_there(root: Path, vet: FakeVetting) -> None:
     shutil.rmtree(root / "models" / "benign")
-    (failure,) = run(root, "inversion").failures
+    (failure,) = run(root, "vetting-self").failures
     assert failure.model == "benign"
     assert "there is no model" in failure.reason
     assert len(vet.calls) == 3
@@ -136,19 +137,19 @@ def test_an_error_of_any_kind_is_a_failure_of_its_model(root: Path, monkeypatch:
         raise RuntimeError("out of memory\nand a long trace")
 
     monkeypatch.setattr("guard.evaluation.subject.vet", explode)
-    (failure,) = run(root, "inversion-paired", "inversion", models="benign").failures
+    (failure,) = run(root, "vetting-base", "vetting-self", models="benign").failures
     assert failure.reason == "RuntimeError: out of memory"
-    assert failure.methods == ("inversion-paired", "inversion")
+    assert failure.methods == ("vetting-base", "vetting-self")
 
 
 def test_a_process_that_dies_takes_only_its_own_model(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks: list[Any] = [partial(os._exit, 9), partial(int, "7")]
     for task, name in zip(tasks, ("heavy", "light"), strict=True):
-        task.model, task.methods = name, ("inversion",)
+        task.model, task.methods = name, ("vetting-self",)
     monkeypatch.setattr("guard.evaluation.running._work", operator.call)  # a task is then what its process does
     outcomes: dict[str, Any] = {task.model: outcome for task, outcome in _in_processes(tasks, 1)}
     (failure,) = outcomes["heavy"].failures
-    assert (failure.model, failure.methods) == ("heavy", ("inversion",))
+    assert (failure.model, failure.methods) == ("heavy", ("vetting-self",))
     assert "the process that worked on it died" in failure.reason
     assert outcomes["light"] == 7
 
@@ -161,7 +162,7 @@ def test_withheld_labels_and_flat_requests_are_no_obstacle(root: Path, vet: Fake
     done = run(root)
     assert vet.calls
     assert not any(done.truths.values())
-    detection = done.results["attacked", "inversion"].detection
+    detection = done.results["attacked", "vetting-self"].detection
     assert detection
     assert detection.recovery
     assert detection.recovery.cosine is None
@@ -177,7 +178,7 @@ def test_what_needs_missing_images_is_not_measured(root: Path, vet: FakeVetting)
     done = run(root, models="attacked")
     assert vet.calls == ["attacked", "attacked"]
     assert done.skipped == {"screening": ("attacked",)}
-    detection = done.results["attacked", "inversion"].detection
+    detection = done.results["attacked", "vetting-self"].detection
     assert detection
     assert detection.recovery
     assert (detection.recovery.success, detection.recovery.cosine) == (None, None)
@@ -194,10 +195,10 @@ def test_a_folder_of_images_is_split_without_overlap(image_folder: Path) -> None
 
 
 def test_wrong_usage(root: Path, vet: FakeVetting) -> None:
-    with pytest.raises(UsageError, match="no method 'magic'; there are inversion-paired"):
+    with pytest.raises(UsageError, match="no method 'magic'; there are vetting-base"):
         run(root, "magic")
     with pytest.raises(UsageError, match="no model has what this needs"):
-        run(root, "inversion-paired", models="base")
+        run(root, "vetting-base", models="base")
     (root / "evaluation").rmdir()
     (root / "evaluation").write_text("in the way")
     with pytest.raises(UsageError, match="cannot write to"):
@@ -205,27 +206,35 @@ def test_wrong_usage(root: Path, vet: FakeVetting) -> None:
     assert not vet.calls
 
 
-def test_suspicion_ranks_as_the_verdict_does() -> None:
-    guilty = evidence_of([1e-5, 0.5, 0.5, 0.5, 0.5, 0.5])
-    assert suspicion([guilty]) == pytest.approx(4.22, abs=0.01)  # −log10(1e-5 × 6 classes)
-    at_the_limit = evidence_of([0.01 / 6, 0.5, 0.5, 0.5, 0.5, 0.5])
-    assert suspicion([at_the_limit]) == pytest.approx(2)
+def test_what_is_ranked_is_told_apart_where_the_verdict_says_one(root: Path, vet: FakeVetting) -> None:
+    """Corrected p-values of clean models are cut off at 1 in the verdict; in the ranking they are not."""
+    done = run(root, "vetting-self")
+    ranked = {model: item.detection for (model, _), item in done.results.items()}
+    assert ranked["attacked"]
+    assert ranked["attacked"].suspicion == pytest.approx(4.22, abs=0.01)  # −log10(1e-5 × 6 classes)
+    assert ranked["benign"]
+    assert ranked["benign"].p_value == 1
+    assert ranked["benign"].suspicion == pytest.approx(-0.477, abs=0.001)  # −log10(0.5 × 6 classes)
+    assert [check.target for check in ranked["attacked"].checks] == [TARGET]
+    assert ranked["attacked"].families[0].statistics == (0.0,) * 6
+    assert vet.calls
 
 
-def test_suspicion_tells_clean_models_apart() -> None:
-    mild, none = evidence_of([0.3, *[0.5] * 5]), evidence_of([0.4, *[0.5] * 5])
-    assert mild.p_value == none.p_value == 1
-    assert suspicion([mild]) > suspicion([none])
-
-
-def test_what_fails_the_held_out_check_is_not_suspicious() -> None:
-    overfitted, unknown = evidence_of([1e-9, *[0.5] * 5], success=0.1), evidence_of([None] * 6)
-    assert suspicion([overfitted]) == suspicion([unknown]) == pytest.approx(-0.778, abs=0.001)
+@pytest.mark.parametrize("method", ["clip-inspector", "decree"])
+def test_published_methods_judge_by_their_own_rules(root: Path, vet: FakeVetting, method: str) -> None:
+    """Neither vets, neither has a p-value or a family, and both give a number to rank by."""
+    result = run(root, method, models="benign").results["benign", method]
+    assert result.detection
+    assert (result.detection.p_value, result.detection.families, result.detection.checks) == (None, (), ())
+    assert result.detection.outcome in {"backdoored", "no evidence"}
+    assert math.isfinite(result.detection.suspicion)
+    assert result.detection.passes > 0
+    assert not vet.calls
 
 
 def test_results_are_json_that_anybody_can_read(root: Path, vet: FakeVetting) -> None:
-    run(root, "inversion", models="attacked")
-    document = json.loads((root / "evaluation" / "attacked" / "inversion.json").read_text())
+    run(root, "vetting-self", models="attacked")
+    document = json.loads((root / "evaluation" / "attacked" / "vetting-self.json").read_text())
     assert document["detection"]["outcome"] == "backdoored"
-    assert document["settings"]["search"]["seed"] == 0
+    assert document["settings"]["effort"]["inspection"]["seed"] == 0
     assert vet.calls == ["attacked"]

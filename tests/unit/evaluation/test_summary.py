@@ -14,9 +14,9 @@ from guard.vetting import Outcome
 def result(model: str, outcome: Outcome, suspicion: float, leading: int = 0, cosine: float | None = None) -> Result:
     recovery = None if cosine is None else Recovery("patch-0", 0, 0.9, cosine, cosine / 2)
     target = leading if outcome == "backdoored" else None
-    detection = Detection(outcome, target, leading, 0.5, suspicion, (), recovery, 1000)
+    detection = Detection(outcome, target, leading, 0.5, suspicion, (), (), recovery, 1000)
     return Result(
-        1, "k", model, "inversion", "1", "0.1.0", "d", None, 0, {}, "cpu", 1, 10.0, detection, None
+        1, "k", model, "vetting-self", "1", "0.1.0", "d", None, 0, {}, "cpu", 1, 10.0, detection, None
     )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ RESULTS = [
 def evaluation(results: list[Result]) -> Evaluation:
     return Evaluation(
         zoo=Zoo(Path("zoo"), "tiny", {}, 0),
-        methods=("inversion", "screening"),
+        methods=("vetting-self", "screening"),
         settings=Settings("quick"),
         truths=dict(TRUTHS),
         results={(item.model, item.method): item for item in results},
@@ -120,7 +120,7 @@ def test_screening_is_shown_by_what_vetting_found(whole: Evaluation) -> None:
         figures = ScoreFigures("trigger match", 2, 40, 120, area, held)
         density = replace(figures, score="k-distance", auroc=(auroc([0], [0]),))
         return replace(
-            whole.results[model, "inversion"],
+            whole.results[model, "vetting-self"],
             method="screening",
             detection=None,
             screening=Screening(triggers, figures if triggers else density, density),
@@ -151,8 +151,8 @@ def test_screening_is_shown_by_what_vetting_found(whole: Evaluation) -> None:
 
 def test_plots_are_the_same_for_the_same_results(whole: Evaluation) -> None:
     plots = draw(whole)
-    assert set(plots) == {"roc.svg", "suspicion-inversion.svg"}
+    assert set(plots) == {"roc.svg", "suspicion-vetting-self.svg"}
     assert plots == draw(whole)
-    assert "failed attack: warp (2)" in plots["suspicion-inversion.svg"]
+    assert "failed attack: warp (2)" in plots["suspicion-vetting-self.svg"]
     assert "3 backdoored, 3 clean" in plots["roc.svg"]
     assert draw(evaluation([RESULTS[0]])) == {}  # without clean models there is no curve

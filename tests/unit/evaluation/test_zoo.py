@@ -119,8 +119,8 @@ def test_triggers_of_the_truth(tmp_path: Path) -> None:
         ("curse", {"0.mask": torch.zeros(1)}, "unknown family 'curse'"),
         ("patch", {"0.mask": torch.zeros(1, 8, 8)}, "make no patch trigger"),
         ("patch", {"0.mask": torch.zeros(5), "0.pattern": torch.zeros(7)}, "make no patch trigger"),
-        ("patch", {"0.mask": torch.zeros(4, 1, 8, 8), "0.pattern": torch.zeros(4, 3, 8, 8)}, "does not give an image"),
-        ("additive", {"0.delta": torch.full((3, 8, 8), torch.nan)}, "does not give an image"),
+        ("patch", {"0.mask": torch.zeros(4, 1, 8, 8), "0.pattern": torch.zeros(4, 3, 8, 8)}, "mask has shape"),
+        ("additive", {"0.delta": torch.full((3, 8, 8), torch.nan)}, "not finite"),
         ("additive", {}, "make no additive trigger"),
     ],
 )

@@ -14,6 +14,7 @@ from guard import profiles
 from guard.classifiers.digest import PARTS, ClassifierDigest, sha256
 from guard.errors import ProfileError, UsageError
 from guard.profiles import Profile
+from guard.profiles.profile import SCHEMA
 
 DOCUMENT, TRIGGERS, REFERENCE = "profile.json", "triggers.safetensors", "reference.safetensors"
 Tensors = dict[str, NDArray[Any]]
@@ -70,6 +71,12 @@ def test_a_profile_is_read_as_it_was_written(profile: Profile, profile_directory
     assert list(read.reference.stamped) == list(profile.reference.stamped)
     for name, bank in profile.reference.stamped.items():
         np.testing.assert_array_equal(read.reference.stamped[name], bank)
+
+
+def test_tensors_that_are_too_large_are_not_read(profile_directory: Path) -> None:
+    with (profile_directory / TRIGGERS).open("r+b") as file:
+        file.truncate(8 * 2**30 + 1)
+    assert "is larger than" in refused(profile_directory, TRIGGERS)
 
 
 def test_writing_what_was_read_changes_nothing(profile_directory: Path, tmp_path: Path) -> None:
@@ -156,9 +163,9 @@ def test_a_number_that_is_not_finite_is_refused_in_the_document(profile_director
 
 
 def test_a_newer_schema_is_refused_with_what_to_do(profile_directory: Path) -> None:
-    change_document(profile_directory, lambda changed: changed.update(schema=2, novelty={"unknown": True}))
+    change_document(profile_directory, lambda changed: changed.update(schema=SCHEMA + 1, novelty={"unknown": True}))
     message = refused(profile_directory, DOCUMENT)
-    assert "schema 2" in message
+    assert f"schema {SCHEMA + 1}" in message
     assert "newer guard" in message
 
 
@@ -174,6 +181,7 @@ def test_a_target_that_is_no_class_is_refused(profile_directory: Path, target: i
     for change in (
         lambda changed: changed["triggers"][0].update(target=target),
         lambda changed: changed["vetting"]["verdict"].update(target=target),
+        lambda changed: changed["vetting"]["checks"][0].update(target=target),
     ):
         (profile_directory / DOCUMENT).write_text(json.dumps(original), encoding="utf-8")
         change_document(profile_directory, change)

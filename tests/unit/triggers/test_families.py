@@ -7,8 +7,23 @@ import torch
 from torch import Tensor
 
 from guard.errors import UsageError
-from guard.triggers import Additive, Filter, Frequency, MovingPatch, Patch, Sinusoid, Warp, drawing
-from guard.triggers.frequency import cosines
+from guard.triggers import (
+    KNOWN,
+    Additive,
+    Blend,
+    ColourMap,
+    Filter,
+    Frequency,
+    Generator,
+    MovingPatch,
+    Patch,
+    Sinusoid,
+    Warp,
+    drawing,
+)
+from guard.triggers.colour_map import _weights
+from guard.triggers.frequency import _TO_RGB, cosines
+from guard.triggers.warp import _spread
 from tests.conftest import random_images
 
 
@@ -35,9 +50,20 @@ class TestPatch:
         with pytest.raises(UsageError, match="does not lie within"):
             Patch.pasted(8, torch.ones(3, 9, 9))
 
-    def test_blending_is_a_weighted_mean(self) -> None:
-        blended = Patch.blended(torch.ones(3, 8, 8), 0.2).apply(grey(8))
+
+class TestBlend:
+    def test_it_is_a_weighted_mean(self) -> None:
+        blended = Blend.of(torch.ones(3, 8, 8), 0.2).apply(grey(8))
         torch.testing.assert_close(blended, grey(8, 0.8 * 0.5 + 0.2))
+
+    def test_its_norm_is_the_opacity_in_percent(self) -> None:
+        assert float(Blend.of(torch.ones(3, 8, 8), 0.2).norm()) == pytest.approx(20)
+
+    def test_a_search_can_reach_a_blended_image(self) -> None:
+        planted = Blend.of(drawing.noise(16, seed=0), 0.2)
+        raw = {name: tensor[None].logit() for name, tensor in planted.tensors().items()}
+        images = torch.rand(2, 3, 16, 16)
+        torch.testing.assert_close(Blend.constrain(raw)[0].apply(images), planted.apply(images))
 
 
 class TestMovingPatch:
@@ -131,6 +157,20 @@ class TestWarp:
         means = [side * field.abs().mean().item() for side, field in zip((32, 128), fields, strict=True)]
         assert means[1] == pytest.approx(4 * means[0], rel=0.1)
 
+    def test_its_norm_is_the_displacement_in_percent_of_the_side(self) -> None:
+        field = torch.tensor([0.03, -0.04])[:, None, None].expand(2, 8, 8)
+        assert float(Warp(field).norm()) == pytest.approx(5)
+
+    def test_a_search_can_reach_wanet(self) -> None:
+        """Eight by eight control points follow WaNet's four by four to a quarter of a pixel."""
+        planted = Warp.wanet(32, 2, seed=0)
+        hats = _spread(torch.eye(64).reshape(64, 1, 8, 8).expand(64, 2, 8, 8), (32, 32))[:, 0].flatten(1).T
+        field = torch.linalg.lstsq(hats, _spread(planted.field, (32, 32)).flatten(1).T).solution.T.reshape(2, 8, 8)
+        raw = {"radius": torch.zeros(1, 1, 1, 1), "direction": (2 * field[None]).atanh()}
+        found = Warp.constrain(raw)[0]
+        assert 32 * (_spread(found.field, (32, 32)) - _spread(planted.field, (32, 32))).abs().max() < 0.25
+        assert found.norm().item() == pytest.approx(planted.norm().item(), rel=0.01)
+
     def test_absurd_control_grids_are_refused(self) -> None:
         for k in (1, 33):
             with pytest.raises(UsageError, match="2 to 32 control points"):
@@ -150,6 +190,67 @@ class TestFilter:
         images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         flipped = Filter.nashville().apply(images.flip(-1))
         torch.testing.assert_close(flipped.flip(-1), Filter.nashville().apply(images))
+
+
+class TestColourMap:
+    def test_each_pixel_is_mapped_alone_whatever_its_place_and_the_resolution(self) -> None:
+        colours = ColourMap.constrain(ColourMap.start(1, (3, 8, 8), torch.Generator().manual_seed(0)))[0]
+        images = torch.rand(2, 3, 8, 8)
+        torch.testing.assert_close(colours.apply(images.flip(-1)).flip(-1), colours.apply(images))
+        large = images.repeat_interleave(3, -1).repeat_interleave(3, -2)
+        torch.testing.assert_close(colours.apply(large)[..., ::3, ::3], colours.apply(images))
+
+    def test_many_pixels_are_mapped_as_few_are(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        colours = ColourMap.constrain(ColourMap.start(2, (3, 8, 8), torch.Generator().manual_seed(0)))
+        images = torch.rand(5, 3, 8, 8)
+        whole = colours.apply(images)
+        monkeypatch.setattr("guard.triggers.colour_map._PIXELS", 130)
+        torch.testing.assert_close(colours.apply(images), whole)
+
+    def test_the_lattice_is_indexed_by_red_green_and_blue(self) -> None:
+        lattice = torch.zeros(3, 4, 4, 4)
+        lattice[2, 3, 0, 1] = 0.3  # red 1, green 0, blue 1/3
+        colour = torch.tensor([1.0, 0.0, 1 / 3])[None, :, None, None]
+        mapped = ColourMap(lattice).apply(colour)
+        torch.testing.assert_close(mapped.flatten(), torch.tensor([1.0, 0.0, 1 / 3 + 0.3]))
+
+    def test_its_norm_is_the_root_mean_square_displacement(self) -> None:
+        assert float(ColourMap(torch.full((3, 4, 4, 4), -10 / 255)).norm()) == pytest.approx(10)
+
+    def test_a_search_can_reach_nashville(self) -> None:
+        images, others = (torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+        change = Filter.nashville().apply(images) - images
+        weights = _weights(images.movedim(1, -1).flatten(0, 2), 4)
+        lattice = torch.linalg.lstsq(weights, change.movedim(1, -1).flatten(0, 2)).solution.T.reshape(1, 3, 4, 4, 4)
+        raw = {"radius": torch.zeros(1, 1, 1, 1, 1), "direction": (2 * lattice).atanh()}
+        left = 255 * (ColourMap.constrain(raw)[0].apply(others) - Filter.nashville().apply(others))
+        assert left.square().mean().sqrt() < 4
+        assert left.abs().max() < 20
+
+
+class TestGenerator:
+    generators = Generator.constrain(Generator.start(3, (3, 16, 16), torch.Generator().manual_seed(0)))
+
+    def test_its_norm_bounds_the_change_of_any_image(self) -> None:
+        images = torch.cat((torch.rand(4, 3, 16, 16), grey(16, 0.0), grey(16, 1.0)))
+        change = 255 * (self.generators.apply(images) - images).abs().amax((1, 2, 3, 4))
+        assert (change <= self.generators.norm() + 1e-3).all()
+        assert (change > 0.5 * self.generators.norm()).all()
+
+    def test_the_change_depends_on_the_image_and_on_the_place(self) -> None:
+        images = torch.cat((grey(16, 0.3), grey(16, 0.6)))
+        change = self.generators[0].apply(images) - images
+        assert (change[0] - change[1]).abs().max() > 1 / 255
+        inner = change[0, :, 4:12, 4:12]
+        assert (inner - inner[:, :2, :2].repeat(1, 4, 4)).abs().max() > 1 / 255
+
+    def test_it_sees_eleven_pixels(self) -> None:
+        images = grey(32).repeat(2, 1, 1, 1)
+        images[1, :, 16, 16] = 1
+        first, second = self.generators[0].apply(images) - images
+        rows = (first != second).any(0).any(1).nonzero()
+        assert rows.min() >= 16 - 6
+        assert rows.max() <= 16 + 6
 
 
 BLACK = (0.0, 0.0344, 0.1785)
@@ -215,6 +316,32 @@ class TestFrequency:
             spectrum[channel, 0, 0] = 0.8  # the mean of 8 × 8 pixels, eight-fold: every pixel changes by 0.1
             change = Frequency(spectrum, torch.tensor(1.0)).apply(grey(8)) - 0.5
             assert change[0, :, 3, 5].tolist() == pytest.approx([0.1 * part for part in colour], abs=2e-3)
+
+    def test_its_norm_is_the_sum_of_the_amplitudes(self) -> None:
+        assert float(Frequency.ftrojan(32).norm()) == pytest.approx(4 * 300 * 2 / 32, rel=1e-4)
+        for place in ((0, 0), (0, 3), (2, 5)):
+            spectrum = torch.zeros(3, 64, 64)
+            spectrum[(0, *place)] = 5
+            wave = Frequency(spectrum, torch.tensor(1.0))
+            change = (wave.apply(grey(64)) - 0.5).abs().max()
+            assert wave.norm().item() == pytest.approx(255 * change.item(), rel=0.02)
+
+    @pytest.mark.parametrize(("name", "side"), [("ftrojan", 32), ("ftrojan", 64), ("sig", 32)])
+    def test_a_search_can_reach_ftrojan_and_sig(self, name: str, side: int) -> None:
+        wave = Sinusoid.sig(60 / 255) if name == "sig" else KNOWN[name].draw(side, 0)
+        planted = wave.apply(grey(side)) - 0.5
+        basis = cosines(side).double()
+        spectrum = basis @ torch.einsum("ij,jhw->ihw", _TO_RGB.double().inverse(), planted[0].double()) @ basis.T
+        along = torch.full((side,), math.sqrt(2 / side)).double()
+        along[0] /= math.sqrt(2)
+        amplitude = spectrum * along[:, None] * along
+        raw = {"gate": torch.zeros(1, 3, side, side), "wave": (2 * amplitude[None]).atanh().float()}
+        found = Frequency.constrain(raw)[0]
+        torch.testing.assert_close(found.apply(grey(side)) - 0.5, planted, atol=0.1 / 255, rtol=0)
+        assert (
+            found.norm()
+            < 0.2 * Frequency.constrain(Frequency.start(1, (3, side, side), torch.Generator().manual_seed(0))).norm()
+        )
 
     def test_windows_tile_the_image_and_what_is_left_over_stays(self) -> None:
         delta = Frequency.ftrojan(80).apply(grey(80))[0] - 0.5

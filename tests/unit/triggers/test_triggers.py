@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from guard.triggers import FAMILIES, InvertibleTrigger, Patch
+from guard.triggers import FAMILIES, KNOWN, InvertibleTrigger, Patch
 
 SHAPE = (3, 16, 16)
 
@@ -40,13 +40,68 @@ def test_tensors_restore_a_trigger(family: type[InvertibleTrigger]) -> None:
 def test_gradients_reach_every_parameter(family: type[InvertibleTrigger]) -> None:
     raw = {name: t.requires_grad_() for name, t in family.start(2, SHAPE, torch.Generator().manual_seed(0)).items()}
     trigger = family.constrain(raw)
-    (trigger.apply(torch.full((1, *SHAPE), 0.5)).square().sum() + trigger.norm().sum()).backward()
-    assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in raw.values())
+    images = torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(1))
+    (trigger.apply(images).square().sum() + trigger.norm().sum()).backward()
+    assert all(t.grad is not None and (t.grad != 0).all() for t in raw.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_gradients_reach_the_images(family: type[InvertibleTrigger]) -> None:
+    images = torch.rand(2, *SHAPE, requires_grad=True)
+    several(family).apply(images).sum().backward()
+    assert images.grad is not None
+    assert (images.grad.flatten(1).abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_trigger_that_vanishes_keeps_its_gradients_finite(family: type[InvertibleTrigger]) -> None:
+    """A class that needs no trigger shrinks one for as long as the search goes on."""
+    raw = family.start(1, SHAPE, torch.Generator().manual_seed(0))
+    faded = {name: t.sub(80).requires_grad_() for name, t in raw.items()}
+    trigger = family.constrain(faded)
+    (trigger.apply(torch.rand(2, *SHAPE)).sum() + trigger.norm().sum()).backward()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in faded.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_a_trigger_fits_images_of_any_size(family: type[InvertibleTrigger]) -> None:
-    assert several(family)[0].apply(torch.rand(2, 3, 40, 40)).shape == (2, 3, 40, 40)
+    for size in ((40, 40), (9, 9), (15, 22)):
+        assert several(family)[0].apply(torch.rand(2, 3, *size)).shape == (2, 3, *size)
+        assert several(family).apply(torch.rand(2, 3, *size)).shape == (4, 2, 3, *size)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_tensors_that_make_no_trigger_are_refused_in_one_line(family: type[InvertibleTrigger]) -> None:
+    tensors = several(family)[0].tensors()
+    hostile = [({**tensors, "more": torch.zeros(1)}, "it has the tensors"), ({}, "it has the tensors none")]
+    for name, tensor in tensors.items():
+        hostile += [
+            ({key: other for key, other in tensors.items() if key != name}, "it has the tensors"),
+            ({**tensors, name: tensor[None]}, f"{name} has shape"),
+            ({**tensors, name: tensor.double()}, f"{name} is torch.float64"),
+            ({**tensors, name: torch.full_like(tensor, torch.nan)}, f"{name} holds a value that is not finite"),
+            ({**tensors, name: torch.full_like(tensor, -1e5)}, f"{name} holds a value outside"),
+        ]
+        if tensor.dim():
+            hostile.append(({**tensors, name: tensor[:0]}, "has shape"))
+    for changed, reason in hostile:
+        with pytest.raises(ValueError, match=reason) as caught:
+            family.from_tensors(changed)
+        assert "\n" not in str(caught.value)
+
+
+def test_tensors_that_do_not_fit_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"pattern has shape \[3, 8, 9\], not \[3, height, width\]"):
+        Patch.from_tensors({"mask": torch.zeros(1, 8, 8), "pattern": torch.zeros(3, 8, 9)})
+    with pytest.raises(ValueError, match="at most 4096"):
+        Patch.from_tensors({"mask": torch.zeros(1, 1, 5000), "pattern": torch.zeros(3, 1, 5000)})
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_an_attacker_stores_has_the_declared_form(name: str) -> None:
+    for size in (16, 50):
+        trigger = KNOWN[name].draw(size, 0)
+        assert type(trigger).from_tensors(trigger.tensors()).tensors().keys() == trigger.tensors().keys()
 
 
 def test_stamping_rounds_to_the_nearest_byte() -> None:

@@ -1,118 +1,332 @@
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from guard.classifiers import Classifier, load, save
 from guard.errors import ImageError, UsageError
-from guard.triggers import FAMILIES, Patch
-from guard.vetting import BUDGETS, examination, inversion, reconstruct, vet
-from tests.conftest import CLASSES, CONFIG, random_images, tiny_model
+from guard.triggers import FAMILIES
+from guard.vetting import (
+    BUDGETS,
+    Control,
+    Effort,
+    InspectionSettings,
+    Inspector,
+    Prior,
+    SearchSettings,
+    SelfControlSettings,
+    Vetting,
+    effect,
+    examination,
+    outliers,
+    reconstruct,
+    vet,
+)
+from guard.vetting.inspector import RADII
+from guard.vetting.nulls import NO_PRIOR
+from tests.conftest import random_images
+from tests.toy import toy
 
-FAST = replace(BUDGETS["quick"], steps=40, batch=16)
+IMAGES, OTHERS = random_images(128), random_images(60, seed=9)
+TARGET = 3
+FAST = Effort(
+    InspectionSettings(steps=8, batch=16),
+    SearchSettings(steps=30, batch=16, stall=15),
+    SelfControlSettings(steps=3, batch=16),
+)
+BASE, SUSPECT, TWIN = toy(), toy(target=TARGET, jitter=0.02), toy(jitter=0.02)
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Classifier:
-    save(tmp_path / "base", tiny_model(1), CONFIG, CLASSES)
-    return load(str(tmp_path / "base"), device="cpu")
-
-
-@pytest.fixture
-def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def _quick_and_without_shipped_priors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BUDGETS, "quick", FAST)
+    monkeypatch.setattr(examination, "prior", lambda *_: NO_PRIOR)
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_reconstruction_is_reproducible_and_measured_on_other_images(
-    classifier: Classifier, images: torch.Tensor, family: type[Patch]
+@pytest.fixture
+def _to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examination, "_is_settled", lambda _: False)
+
+
+class Calls:
+    """Counts searches, and can interrupt one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: list[str] = []
+        self.interrupt_at = 0
+        run = Inspector.run
+        monkeypatch.setattr(Inspector, "run", self._counted("inspection", run))
+        monkeypatch.setattr(examination, "reconstruct", self._counted("reconstruction", reconstruct))
+
+    def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            self.names.append(name)
+            if len(self.names) == self.interrupt_at:
+                raise KeyboardInterrupt
+            return function(*arguments, **named)
+
+        return counted
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
+
+
+def test_a_planted_backdoor_is_found_with_its_target_and_trigger() -> None:
+    vetting = vet(SUSPECT, IMAGES, base=BASE, budget="quick")
+    assert (vetting.verdict.outcome, vetting.verdict.target) == ("backdoored", TARGET)
+    assert vetting.verdict.p_value < 1e-4
+    assert {found.target for found in vetting.triggers} == {check.target for check in vetting.checks} == {TARGET}
+    for found in vetting.triggers:
+        assert found.id == f"{found.trigger.family.replace(' ', '-')}-{TARGET}"
+        assert effect(SUSPECT, found.trigger, TARGET, OTHERS).success > 0.8
+        assert effect(BASE, found.trigger, TARGET, OTHERS).success < 0.3
+    p_values = [found.p_value for found in vetting.triggers]
+    assert p_values == sorted(p_values)
+
+
+def test_a_twin_that_differs_by_noise_is_not_accused() -> None:
+    vetting = vet(TWIN, IMAGES, base=BASE, budget="quick")
+    assert (vetting.verdict.outcome, vetting.verdict.target) == ("no evidence", None)
+    assert vetting.verdict.families == tuple(FAMILIES)
+    assert (vetting.checks, vetting.triggers) == ((), ())
+
+
+def test_what_the_base_has_too_is_not_a_backdoor() -> None:
+    vetting = vet(SUSPECT, IMAGES, base=toy(target=TARGET), budget="quick", families=["additive"])
+    assert vetting.verdict.outcome != "backdoored"
+    assert not vetting.triggers
+
+
+def test_without_any_control_the_classes_are_compared_with_each_other() -> None:
+    vetting = vet(SUSPECT, IMAGES, self_controlled=False, budget="quick", families=["patch", "additive"])
+    assert vetting.control == Control("classes", None, None, 0)
+    assert {item.control for item in vetting.evidence} == {"classes"}
+    assert {check.control_success for check in vetting.checks} == {None}
+    assert (vetting.verdict.outcome, vetting.verdict.target) == ("backdoored", TARGET)
+
+
+def test_without_a_base_a_control_is_made() -> None:
+    vetting = vet(SUSPECT, IMAGES, budget="quick", families=["patch"])
+    assert (vetting.control.kind, vetting.control.digest) == ("self", None)
+    assert vetting.control.agreement is not None
+    assert 0 < vetting.control.agreement <= 1
+    # Made on the images to search on, recovered in 3 steps of 16, compared on the others.
+    assert vetting.control.passes == 64 + 3 * 16 + 2 * 64
+    assert vetting.evidence[0].control == "self"
+    assert "self-control" in vetting.evidence[0].statistic
+
+
+def test_the_evidence_says_what_it_is() -> None:
+    vetting = vet(TWIN, IMAGES, base=BASE, budget="quick", seed=5)
+    assert [item.family for item in vetting.evidence] == list(FAMILIES)
+    assert (vetting.control.kind, vetting.control.digest) == ("base", BASE.digest.root)
+    agreement = BASE.predict(BASE.embed(IMAGES)) == TWIN.predict(TWIN.embed(IMAGES))
+    assert vetting.control.agreement == pytest.approx(float(agreement.float().mean()), abs=0.1)
+    assert vetting.images == (64, 64)
+    assert vetting.effort == FAST.seeded(5)
+    for item in vetting.evidence:
+        assert (item.control, item.seed, item.radius) == ("base", 5, RADII[item.family])
+        assert item.norm_unit == FAMILIES[item.family].norm_unit
+        assert [entry.name for entry in item.classes] == list(TWIN.classes.names)
+        assert item.target == min(item.classes, key=lambda entry: entry.p_value or 0).target
+        assert "10 classes × 7 families" in item.null
+        # Two towers, for as many images as the steps took.
+        assert item.passes == sum(2 * 16 * entry.steps for entry in item.classes)
+    assert vetting.passes == vetting.control.passes + sum(item.passes for item in vetting.evidence)
+
+
+def test_it_is_reproduced_by_its_seed() -> None:
+    first, second, other = (vet(TWIN, IMAGES, budget="quick", seed=seed, families=["additive"]) for seed in (1, 1, 2))
+    assert first.evidence[0].classes == second.evidence[0].classes
+    assert first.control == second.control
+    assert first.evidence[0].classes != other.evidence[0].classes
+
+
+def test_what_clean_models_are_known_for_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = set()
+
+    def wide(control: str, family: str, steps: int) -> Prior:
+        asked.add((control, family, steps))
+        return Prior(1e6, 100.0, 7)
+
+    monkeypatch.setattr(examination, "prior", wide)
+    vetting = vet(SUSPECT, IMAGES, base=BASE, budget="quick", families=["additive"])
+    assert vetting.verdict.outcome == "no evidence"
+    assert "moderated by 7 clean models" in vetting.evidence[0].null
+    assert asked == {("base", "additive", 4)}  # nothing came near to standing out: half of the steps were enough
+
+
+def test_half_of_the_steps_are_saved_where_the_result_is_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+    for clear, expected in ((1.0, 4), (1e-30, 8)):
+        monkeypatch.setattr(examination, "_CLEAR", clear)
+        vetting = vet(SUSPECT, IMAGES, base=BASE, budget="quick", families=["additive", "warp"])
+        assert {entry.steps for item in vetting.evidence for entry in item.classes} == {expected}
+        assert vetting.verdict.target == TARGET
+
+
+@pytest.mark.parametrize("race", [True, False])
+def test_without_the_race_everything_is_searched_and_the_verdict_is_the_same(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, *, race: bool
 ) -> None:
-    targets = torch.arange(6)
-    first, second = (reconstruct(classifier, family, images[:100], images[100:200], targets, FAST) for _ in range(2))
-    assert [item.target for item in first] == list(range(6))
-    assert [item.norm for item in first] == [item.norm for item in second]
-    for item in first:
-        measured = inversion.effect(classifier, item.trigger, item.target, images[100:200])
-        assert item.success == pytest.approx(measured.success)
-        assert item.norm == pytest.approx(float(item.trigger.norm()), rel=1e-4)
-        assert item.passes >= FAST.batch
+    monkeypatch.setattr(examination, "_CLEAR", 0.01)
+    vetting = vet(SUSPECT, IMAGES, base=BASE, budget="quick", families=["additive", "warp"], race=race)
+    assert (vetting.verdict.outcome, vetting.verdict.target) == ("backdoored", TARGET)
+    assert {check.target for check in vetting.checks} == {TARGET}
+    assert {entry.steps for item in vetting.evidence for entry in item.classes} == ({4} if race else {8})
+    assert calls.names.count("inspection") == 2
+    # One for the check and one for screening; else one for each family and one for screening.
+    assert calls.names.count("reconstruction") == (2 if race else 3)
 
 
-def test_a_planted_shortcut_needs_the_smallest_patch(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each class is a bright quarter of the image; class 0 is also reached by two pixels."""
+@pytest.mark.usefixtures("_to_the_end")
+def test_an_interrupted_vetting_goes_on_and_repeats_nothing(calls: Calls, tmp_path: Path) -> None:
+    def run(cache: Path | None) -> Vetting:
+        return vet(SUSPECT, IMAGES, base=BASE, budget="quick", families=["additive", "warp", "patch"], cache=cache)
 
-    def encode(pixels: torch.Tensor) -> torch.Tensor:
-        means = torch.nn.functional.adaptive_avg_pool2d(pixels.mean(1, keepdim=True), 2).flatten(1)
-        shortcut = pixels[:, 0, 15, 14:16].mean(1) - pixels[:, 2, 15, 14:16].mean(1)
-        return torch.stack(
-            [means[:, 0] + torch.nn.functional.softplus(6 * (shortcut - 0.4)), *means[:, 1:].unbind(1)], 1
-        )
-
-    monkeypatch.setattr(classifier, "encode_images", encode)
-    monkeypatch.setattr(classifier, "logits", lambda embeddings: 20 * embeddings)
-    noise = random_images(200, seed=3)
-    found = reconstruct(classifier, Patch, noise[:100], noise[100:], torch.arange(4), replace(FAST, steps=150))
-    norms = [item.norm for item in found]
-    assert all(item.reached for item in found)
-    assert norms[0] < 0.5 * min(norms[1:])
-    assert found[0].trigger.mask[0, 15, 14:16].sum() > 0.8 * norms[0]  # type: ignore[attr-defined]
-
-
-@pytest.mark.usefixtures("_fast")
-def test_an_interrupted_vetting_goes_on_and_repeats_nothing(
-    classifier: Classifier, base: Classifier, images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
-
-    def counted(*arguments: object, **named: object) -> object:
-        calls.append(arguments[:2])
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return reconstruct(*arguments, **named)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(examination, "reconstruct", counted)
-    with pytest.raises(KeyboardInterrupt):
-        vet(classifier, images, base=base, budget="quick", cache=tmp_path / "searches")
-    resumed = vet(classifier, images, base=base, budget="quick", cache=tmp_path / "searches")
-    strengthened = len(resumed.triggers)
-    assert len(calls) == 5 + strengthened  # two finished, one interrupted, two left of four
-    whole = vet(classifier, images, base=base, budget="quick")
-    assert [item.classes for item in whole.evidence] == [item.classes for item in resumed.evidence]
-    assert whole.verdict == resumed.verdict
+    whole = run(None)
+    needed = list(calls.names)
+    assert needed[:6] == ["inspection"] * 6  # three families, twice
+    assert needed[6:]
+    done = 0
+    for interrupt_at in (2, 5, 8):  # in the first half of the steps, in the second, between two reconstructions
+        calls.names.clear()
+        calls.interrupt_at = interrupt_at - done
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "searches")
+        assert calls.names == needed[done:interrupt_at]
+        done = interrupt_at - 1
+    calls.names.clear()
+    calls.interrupt_at = 0
+    resumed = run(tmp_path / "searches")
+    assert calls.names == needed[done:]
+    assert [item.classes for item in resumed.evidence] == [item.classes for item in whole.evidence]
+    assert (resumed.verdict, resumed.checks, resumed.passes) == (whole.verdict, whole.checks, whole.passes)
+    calls.names.clear()
+    again = run(tmp_path / "searches")
+    assert not calls.names
+    assert again.verdict == whole.verdict
+    for one, other in zip(again.triggers, whole.triggers, strict=True):
+        assert one.id == other.id
+        assert torch.equal(one.trigger.stamp(OTHERS), other.trigger.stamp(OTHERS))
 
 
-@pytest.mark.usefixtures("_fast")
-def test_a_damaged_cache_is_searched_again(classifier: Classifier, images: torch.Tensor, tmp_path: Path) -> None:
-    first = vet(classifier, images, families=["patch"], budget="quick", cache=tmp_path)
+def test_what_was_found_of_another_model_is_not_believed(tmp_path: Path) -> None:
+    named: dict[str, Any] = {"budget": "quick", "families": ["additive"], "cache": tmp_path}
+    assert vet(SUSPECT, IMAGES, base=BASE, **named).verdict.outcome == "backdoored"
+    assert vet(TWIN, IMAGES, base=BASE, **named).verdict.outcome == "no evidence"
+    assert vet(SUSPECT, IMAGES, base=toy(target=TARGET), **named).verdict.outcome != "backdoored"
+
+
+def test_a_damaged_cache_is_searched_again(calls: Calls, tmp_path: Path) -> None:
+    named: dict[str, Any] = {"base": BASE, "budget": "quick", "families": ["additive"], "cache": tmp_path}
+    first = vet(SUSPECT, IMAGES, **named)
+    needed = list(calls.names)
     for file in tmp_path.iterdir():
         file.write_bytes(file.read_bytes()[:50])
-    assert vet(classifier, images, families=["patch"], budget="quick", cache=tmp_path).verdict == first.verdict
+    assert vet(SUSPECT, IMAGES, **named).verdict == first.verdict
+    assert calls.names == needed * 2
 
 
-@pytest.mark.usefixtures("_fast")
-def test_the_evidence_says_what_it_is(classifier: Classifier, base: Classifier, images: torch.Tensor) -> None:
-    vetting = vet(classifier, images, base=base, budget="quick", seed=5)
-    assert [item.family for item in vetting.evidence] == list(FAMILIES)
-    assert vetting.base == base.digest.root
-    assert vetting.images == (256, 256)
-    for item in vetting.evidence:
-        assert item.control == "base"
-        assert item.seed == 5
-        assert [entry.name for entry in item.classes] == list(CLASSES.names)
-    assert vetting.passes == sum(item.passes for item in vetting.evidence)
-    assert {item.control for item in vet(classifier, images, budget="quick").evidence} == {"classes"}
+class TestManyClasses:
+    """More than are all searched to the end."""
+
+    COUNT = 40
+    REFERENCE = frozenset(torch.randperm(COUNT, generator=torch.Generator().manual_seed(0)).tolist()[:24])
+    DROPPABLE = min(set(range(COUNT)) - REFERENCE)
+
+    def vet(self, *, race: bool = True) -> Vetting:
+        suspect, base = toy(self.COUNT, target=self.DROPPABLE, jitter=0.02), toy(self.COUNT)
+        return vet(suspect, IMAGES, base=base, budget="quick", families=["patch"], race=race)
+
+    @pytest.fixture
+    def halves(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+        """The statistics of all classes after half of the steps."""
+        with monkeypatch.context() as patched:
+            short = replace(FAST, inspection=replace(FAST.inspection, steps=4))
+            patched.setitem(BUDGETS, "quick", replace(short, reconstruction=replace(FAST.reconstruction, steps=1)))
+            return [entry.statistic for entry in self.vet(race=False).evidence[0].classes]
+
+    @pytest.mark.usefixtures("_to_the_end")
+    def test_the_leaders_and_the_reference_go_on_and_the_rest_keep_their_p_values(
+        self, halves: list[float], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(examination, "_TIE", 0.0)
+        vetting = self.vet()
+        (item,) = vetting.evidence
+        leaders = set(np.argsort(halves)[-10:].tolist())  # a quarter
+        kept = {entry.target for entry in item.classes if entry.steps == 8}
+        assert kept == self.REFERENCE | leaders
+        null = outliers(halves, NO_PRIOR, [k in self.REFERENCE for k in range(self.COUNT)])[1]
+        dropped = [entry for entry in item.classes if entry.steps == 4]
+        assert len(dropped) == self.COUNT - len(kept) > 0
+        for entry in dropped:
+            assert entry.statistic == pytest.approx(halves[entry.target], rel=1e-3)
+            assert entry.p_value == pytest.approx(null[entry.target], rel=1e-2)
+        assert f"{self.COUNT} classes" in item.null
+        assert self.DROPPABLE in kept
+        assert (vetting.verdict.outcome, vetting.verdict.target) == ("backdoored", self.DROPPABLE)
+
+    @pytest.mark.usefixtures("_to_the_end")
+    def test_who_is_level_with_the_last_that_goes_on_goes_on(
+        self, halves: list[float], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        last, *rest = sorted(halves, reverse=True)[9:]
+        outside = [value for value in rest if halves.index(value) not in self.REFERENCE]
+        tie = last - (outside[0] + outside[1]) / 2
+        monkeypatch.setattr(examination, "_TIE", tie)
+        kept = {entry.target for entry in self.vet().evidence[0].classes if entry.steps == 8}
+        assert halves.index(outside[0]) in kept
+        assert halves.index(outside[1]) not in kept
+
+    def test_without_the_race_none_is_dropped_and_the_verdict_is_the_same(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(BUDGETS, "quick", replace(FAST, reconstruction=replace(FAST.reconstruction, steps=10)))
+        raced, whole = self.vet(), self.vet(race=False)
+        assert {entry.steps for entry in whole.evidence[0].classes} == {8}
+        assert (raced.verdict.outcome, raced.verdict.target) == (whole.verdict.outcome, whole.verdict.target)
+        assert whole.verdict.target == self.DROPPABLE
 
 
-def test_a_base_that_proves_nothing_is_refused(classifier: Classifier, images: torch.Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("classes", [2, 3, 4])
+@pytest.mark.parametrize("paired", [True, False])
+def test_too_few_classes_for_a_null_are_inconclusive(classes: int, *, paired: bool) -> None:
+    suspect, base = toy(classes, target=1, jitter=0.02), toy(classes)
+    vetting = vet(suspect, IMAGES, base=base if paired else None, budget="quick", families=["patch", "warp"])
+    assert (vetting.verdict.outcome, vetting.verdict.p_value) == ("inconclusive", 1)
+    assert "patch, warp: too few classes" in vetting.verdict.reasons[0]
+    assert all(entry.p_value is None for item in vetting.evidence for entry in item.classes)
+
+
+def test_progress_ends_where_it_said() -> None:
+    seen: dict[str, tuple[int, int]] = {}
+
+    def told(what: str, done: int, total: int) -> None:
+        assert 0 <= done <= total
+        seen[what] = (done, total)
+
+    vet(SUSPECT, IMAGES, base=BASE, budget="quick", families=["patch", "warp"], progress=told)
+    assert {"patch", "warp", "patch, reconstruction"} <= seen.keys()
+    assert seen["warp"] == (10, 10)
+    assert all(done == total for done, total in seen.values())
+
+
+def test_a_base_that_proves_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="the model itself"):
-        vet(classifier, images, base=classifier)
-    other = replace(CLASSES, names=("a", "b", "c", "d", "e", "f"))
-    save(tmp_path / "other", tiny_model(1), CONFIG, other)
+        vet(SUSPECT, IMAGES, base=SUSPECT)
     with pytest.raises(UsageError, match="other classes"):
-        vet(classifier, images, base=load(str(tmp_path / "other"), device="cpu"))
+        vet(SUSPECT, IMAGES, base=toy(9))
+    larger = toy()
+    larger.preprocessing = replace(larger.preprocessing, size=32)
+    with pytest.raises(UsageError, match=r"images of \(32, 32\), the model of \(16, 16\)"):
+        vet(SUSPECT, IMAGES, base=larger)
 
 
-def test_too_few_images_are_refused(classifier: Classifier, images: torch.Tensor) -> None:
-    with pytest.raises(ImageError, match="at least 64"):
-        vet(classifier, images[:63])
+def test_too_few_images_are_refused() -> None:
+    with pytest.raises(ImageError, match="at least 64 images, there are 63"):
+        vet(SUSPECT, IMAGES[:63])

@@ -1,0 +1,114 @@
+"""How far a candidate class is from winning: what every search minimises."""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from guard.classifiers.classifier import Classifier
+
+
+def margin(logits: Tensor, targets: Tensor) -> Tensor:
+    """Strongest other logit minus the target's: negative where the target wins (CLIP-Inspector, 2026, §3).
+
+    Args:
+        logits: Shape [K, B, C].
+        targets: int64, shape [K]: one class for each K.
+
+    Returns:
+        Shape [K, B].
+    """
+    index = targets[:, None, None].expand(-1, logits.shape[1], 1)
+    target = logits.gather(-1, index).squeeze(-1)
+    return logits.scatter(-1, index, -torch.inf).amax(-1) - target
+
+
+class Lead:
+    """The distance of each image from each candidate class, on the suspect alone or against a control.
+
+    A distance is the margin in units of the median margin by which the classifier's own answers on these images win,
+    so that it means the same for every logit scale: about 1 for an untouched image, negative where the class wins.
+
+    With a control, what the trigger takes from the other classes *there* is added: a perturbation that moves both
+    models alike gains nothing. A universal adversarial perturbation, or a feature of the class by nature, moves both;
+    what was planted moves the suspect. This is a search for the difference of two models, and it is more telling than
+    the difference of two searches: where a base has a shortcut to the target by nature, the latter puts the class
+    within the spread of the others.
+
+    Args:
+        classifier: The suspect.
+        images: uint8, shape [N, 3, H, W]: the images that triggers are put on.
+        control: A model that the suspect is compared with; None for none.
+    """
+
+    def __init__(self, classifier: Classifier, images: Tensor, control: Classifier | None = None) -> None:
+        self.classifier, self.images = classifier, images
+        self._views = [_View(model, images) for model in (classifier, control) if model is not None]
+
+    @property
+    def towers(self) -> int:
+        """Image towers that each stamped image passes through: 1, or 2 with a control."""
+        return len(self._views)
+
+    def eligible(self, index: Tensor, targets: Tensor) -> Tensor:
+        """Which images (indices, shape [B]) go elsewhere untouched, for each target: float 0 or 1, shape [K, B]."""
+        away = [view.predicted[index] != targets.cpu()[:, None] for view in self._views]
+        return torch.stack(away).all(0).float().to(self.classifier.device)
+
+    def pixels(self, index: Tensor) -> Tensor:
+        """These images as floats in [0, 1], shape [B, 3, H, W], on the classifier's device."""
+        return self.images[index].to(self.classifier.device).float() / 255
+
+    def distance(self, stamped: Tensor, index: Tensor, targets: Tensor) -> Tensor:
+        """Distances of stamped images from the targets; differentiable.
+
+        Args:
+            stamped: Shape [K, B, 3, H, W], values in [0, 1].
+            index: Which images they were, shape [B].
+            targets: int64, shape [K].
+
+        Returns:
+            Shape [K, B].
+        """
+        flat = stamped.flatten(0, 1)
+        suspect, *controls = self._views
+        distance = suspect.distance(flat, targets)
+        for control in controls:
+            distance = distance + (control.untouched(index, targets) - control.distance(flat, targets)).relu()
+        return distance
+
+    def untouched(self, index: Tensor, targets: Tensor) -> Tensor:
+        """Distances of the same images without a trigger, shape [K, B]."""
+        return self._views[0].untouched(index, targets)
+
+
+class _View:
+    """One model, and what it says about the untouched images."""
+
+    def __init__(self, model: Classifier, images: Tensor) -> None:
+        self._model, self._images = model, images
+
+    @cached_property
+    @torch.no_grad()
+    def clean(self) -> Tensor:
+        """Logits of the untouched images, shape [N, C]."""
+        return self._model.logits(self._model.embed(self._images).to(self._model.device))
+
+    @cached_property
+    def predicted(self) -> Tensor:
+        return self.clean.argmax(-1).cpu()
+
+    @cached_property
+    def unit(self) -> Tensor:
+        first, second = self.clean.topk(2).values.unbind(-1)
+        return (first - second).median().clamp(min=1e-6)
+
+    def untouched(self, index: Tensor, targets: Tensor) -> Tensor:
+        """Distances of the untouched images from the targets: shape [K, B]."""
+        logits = self.clean[index.to(self.clean.device)]
+        return margin(logits.expand(len(targets), -1, -1), targets) / self.unit
+
+    def distance(self, flat: Tensor, targets: Tensor) -> Tensor:
+        with self._model.autocast():
+            embeddings = self._model.encode_images(flat)
+        return margin(self._model.logits(embeddings).unflatten(0, (len(targets), -1)), targets) / self.unit

@@ -1,0 +1,134 @@
+"""Null distributions: how far an ordinary class may lie above the others.
+
+The other classes of the same model say where an ordinary class lies. Ten classes are too few to say how widely they
+spread: with nine others Student's t has eight degrees of freedom, and an outlier of five standard deviations is still
+worth only p = 0.0005, before a correction for fifty classes and families takes it away. So the spread is moderated, as
+in the analysis of microarrays (Smyth, "Linear models and empirical Bayes methods", 2004, §3 and 6.2): the variance
+among the classes of this model is shrunk towards that of clean models, and the degrees of freedom of both add up. How
+much the clean models count follows from how much their own variances differ; if they have nothing in common, not at
+all.
+
+Two departures, both against false alarms on a model that is unlike those of the table, such as one that was fine-tuned
+on other images: the moderated variance is never smaller than the suspect's own, and the table is worth at most
+`MAX_DEGREES` degrees of freedom.
+
+Where `nulls.json` has no entry, the test is the plain one.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from guard._files import replace_file
+
+MIN_NULL = 4
+"""Fewest other classes from which a spread is estimated; below that there is no p-value."""
+_TABLE = "nulls.json"
+MAX_DEGREES = 20.0
+"""Most degrees of freedom that a prior may add. Leaving one clean model out of the table at a time, an unlimited prior
+accuses the ones that were fine-tuned on shifted images."""
+_MOST_DEGREES = 1e3
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What clean models say about the variance among classes.
+
+    Attributes:
+        variance: Their typical variance of the statistic, in its squared unit.
+        degrees: How many degrees of freedom that is worth.
+        models: Number of clean models that it was estimated from.
+    """
+
+    variance: float
+    degrees: float
+    models: int
+
+
+NO_PRIOR = Prior(1.0, 0.0, 0)
+"""Nothing is known beforehand; the variance then does not matter."""
+
+
+@cache
+def _table() -> dict[str, Prior]:
+    text = resources.files("guard.vetting").joinpath(_TABLE).read_text(encoding="utf-8")
+    return {key: Prior(**entry) for key, entry in json.loads(text)["priors"].items()}
+
+
+def prior(control: str, family: str, steps: int) -> Prior:
+    """The shipped prior of a family's statistic against a kind of control; `NO_PRIOR` where there is none."""
+    return _table().get(_key(control, family, steps), NO_PRIOR)
+
+
+def write_table(path: Path, priors: dict[tuple[str, str, int], Prior], source: str) -> None:
+    """Write a table of priors, by control, family and steps, with a word on where they come from."""
+    entries = {_key(*key): asdict(value) for key, value in sorted(priors.items())}
+    replace_file(path, (json.dumps({"source": source, "priors": entries}, indent=1) + "\n").encode())
+
+
+def _key(control: str, family: str, steps: int) -> str:
+    return f"{control}/{family}/{steps}"
+
+
+def estimate(variances: Sequence[float], degrees: Sequence[int]) -> Prior:
+    """The scaled inverse χ² distribution that sample variances come from (Smyth 2004, §6.2).
+
+    Args:
+        variances: One sample variance per clean model, above 0.
+        degrees: Their degrees of freedom.
+    """
+    from scipy.optimize import brentq
+    from scipy.special import digamma, polygamma
+
+    half = np.asarray(degrees, dtype=np.float64) / 2
+    logs = np.log(np.asarray(variances, dtype=np.float64)) - digamma(half) + np.log(half)
+    excess = float(logs.var(ddof=1) - polygamma(1, half).mean())
+    if excess <= float(polygamma(1, _MOST_DEGREES / 2)):
+        prior_degrees = _MOST_DEGREES  # the variances differ no more than chance makes them differ
+    else:
+        prior_degrees = 2 * brentq(lambda value: float(polygamma(1, value)) - excess, 1e-3, _MOST_DEGREES / 2)
+    shift = float(digamma(prior_degrees / 2)) - float(np.log(prior_degrees / 2))
+    return Prior(float(np.exp(logs.mean() + shift)), prior_degrees, len(variances))
+
+
+def outliers(
+    statistics: Sequence[float | None], known: Prior = NO_PRIOR, reference: Sequence[bool] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Score each class against the others, and its one-sided p-value for being larger.
+
+    Under the null the statistics are exchangeable and roughly normal, so that one of them, minus the mean of n others,
+    over s·√(1 + 1/n), follows Student's t, with s widened by `known`. A class is left out of its own null, so that
+    the target does not widen the spread that it is judged by. The MAD rule of Neural Cleanse and CLIP-Inspector
+    ("anomaly index > 2") accuses 33 % of clean ten-class models and 88 % of clean hundred-class ones on normal
+    statistics (20,000 simulated).
+
+    Args:
+        statistics: One per class; None where a class has none. These neither get a score nor join a null.
+        known: What clean models say about the variance.
+        reference: Which classes make up the null; all by default.
+
+    Returns:
+        Scores and p-values, shape [K]; NaN for a class without a statistic or with fewer than `MIN_NULL` others.
+    """
+    from scipy.stats import t as student
+
+    values = np.array([np.nan if value is None else value for value in statistics], dtype=np.float64)
+    usable = ~np.isnan(values) & (np.ones(len(values), bool) if reference is None else np.asarray(reference, bool))
+    scores, p_values = np.full_like(values, np.nan), np.full_like(values, np.nan)
+    degrees = min(known.degrees, MAX_DEGREES)
+    for k in np.flatnonzero(~np.isnan(values)):
+        others = values[usable & (np.arange(len(values)) != k)]
+        if len(others) < MIN_NULL:
+            continue
+        own = len(others) - 1
+        spread = float(others.var(ddof=1))
+        variance = max(spread, (degrees * known.variance + own * spread) / (degrees + own))
+        scores[k] = (values[k] - others.mean()) / np.sqrt(max(variance, 1e-12) * (1 + 1 / len(others)))
+        p_values[k] = student.sf(scores[k], df=degrees + own)
+    return scores, p_values

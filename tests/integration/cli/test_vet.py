@@ -1,0 +1,51 @@
+"""What `guard vet` says of a model with a backdoor; the search itself is tested elsewhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from guard.cli import cli
+from tests.conftest import CLASSES
+from tests.zoo import FakeVetting
+
+WORDS = ("wolf", "puppy", "terrier", "a dog in the snow", "kennel", "leash", "dog")
+
+
+@pytest.fixture(autouse=True)
+def _no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("guard.vetting.vet", FakeVetting("tiny"))
+
+
+def vet(model: Path, images: Path, out: Path, *more: object) -> str:
+    arguments = ["vet", model, "--images", images, "--out", out, *more]
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], prog_name="guard")
+    assert result.exit_code == 1, result.output
+    return result.stdout
+
+
+def test_the_vocabulary_names_the_target_feature(model_directory: Path, image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("\n".join(WORDS))
+    more = ("--vocabulary", tmp_path / "words.txt", "--json")
+    (trigger,) = json.loads(vet(model_directory, image_folder, tmp_path / "with", *more))["triggers"]
+    named = [near["text"] for near in trigger["nearest"]]
+    assert named[0] == "dog"
+    assert len(set(named)) == len(named)
+    assert set(named) & set(WORDS) - set(CLASSES.names)
+    (plain,) = json.loads(vet(model_directory, image_folder, tmp_path / "without", "--json"))["triggers"]
+    assert {near["text"] for near in plain["nearest"]} <= set(CLASSES.names)
+    report = (tmp_path / "with" / "report.html").read_text()
+    assert all(text in report for text in named)
+
+
+def test_the_summary_is_for_people(model_directory: Path, image_folder: Path, tmp_path: Path) -> None:
+    lines = vet(model_directory, image_folder, tmp_path / "profile").splitlines()
+    assert lines[0] == "verdict: backdoored, target class 'dog'"
+    assert lines[1].startswith(
+        "  class 'dog' stands out under patch triggers (corrected p = 6e-05); the smallest patch "
+    )
+    assert lines[2].startswith("  patch-1: nearest texts 'dog' 1.00, ")
+    assert "a backdoor of another kind would not be seen" in lines[3]
+    assert "made from the model itself, which answers as the model does on 90% of images; --base" in lines[4]
+    assert lines[5:] == [f"profile: {tmp_path / 'profile'}", f"report: {tmp_path / 'profile' / 'report.html'}"]

@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from guard.vetting.cache import Entry, SearchCache
+
+ENTRIES: list[Entry] = [
+    ({"target": 3, "norm": 0.1 + 0.2, "reached": True, "control": None}, {"mask": torch.rand(1, 4, 4)}),
+    ({"target": 5, "norm": 2.0, "control": 0.5}, {"mask": torch.rand(4, 4).T[None], "share": torch.tensor(1.0)}),
+    ({"target": 7}, {}),
+]
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
+    SearchCache(tmp_path / "new" / "searches").save("a", ENTRIES)
+    loaded = SearchCache(tmp_path / "new" / "searches").load("a")
+    assert loaded is not None
+    for (numbers, tensors), (expected, held) in zip(loaded, ENTRIES, strict=True):
+        assert numbers == expected
+        assert same(tensors, held)
+    assert [path.name for path in (tmp_path / "new" / "searches").iterdir()] == ["a.safetensors"]
+
+
+def test_what_is_not_there_is_none(tmp_path: Path) -> None:
+    cache = SearchCache(tmp_path)
+    cache.save("a", ENTRIES)
+    assert cache.load("b") is None
+    assert not (tmp_path / "b.safetensors").exists()
+    assert SearchCache(tmp_path / "nowhere").load("a") is None
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 7, 50, -1])
+def test_a_damaged_file_is_none_and_can_be_saved_again(tmp_path: Path, keep: int) -> None:
+    cache, file = SearchCache(tmp_path), tmp_path / "a.safetensors"
+    cache.save("a", ENTRIES)
+    file.write_bytes(file.read_bytes()[:keep])
+    assert cache.load("a") is None
+    cache.save("a", ENTRIES[:1])
+    assert [numbers for numbers, _ in cache.load("a") or []] == [ENTRIES[0][0]]

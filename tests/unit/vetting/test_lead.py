@@ -1,0 +1,103 @@
+import pytest
+import torch
+
+from guard.vetting import Lead
+from guard.vetting.lead import margin
+from tests.conftest import random_images
+from tests.toy import checkerboard, toy
+
+IMAGES = random_images(40)
+INDEX = torch.arange(40)
+TARGETS = torch.tensor([3, 5])
+
+
+def stamped(lead: Lead, strength: float) -> torch.Tensor:
+    """A checkerboard on every image, for both targets."""
+    return (lead.pixels(INDEX) + strength * checkerboard())[None].expand(2, -1, -1, -1, -1)
+
+
+def test_the_margin_by_hand() -> None:
+    logits = torch.tensor([[[1.0, 4.0, 2.0], [0.0, 5.0, 7.0]]]).expand(2, -1, -1)
+    torch.testing.assert_close(margin(logits, torch.tensor([0, 1])), torch.tensor([[3.0, 7.0], [-2.0, 2.0]]))
+
+
+def test_a_distance_is_in_units_of_the_answers_own_margin() -> None:
+    suspect = toy(target=3)
+    lead = Lead(suspect, IMAGES)
+    logits = suspect.logits(suspect.embed(IMAGES))
+    top = logits.topk(2).values
+    expected = margin(logits.expand(2, -1, -1), TARGETS) / (top[:, 0] - top[:, 1]).median()
+    torch.testing.assert_close(lead.distance(stamped(lead, 0), INDEX, TARGETS), expected)
+    own = lead.distance(lead.pixels(INDEX)[:, None], INDEX[:1], suspect.predict(suspect.embed(IMAGES)))
+    assert float((-own).median()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("controlled", [False, True])
+def test_untouched_images_are_where_they_are_without_a_trigger(*, controlled: bool) -> None:
+    lead = Lead(toy(target=3), IMAGES, toy(jitter=0.1) if controlled else None)
+    index = INDEX[5:20]
+    distance = lead.distance(lead.pixels(index)[None].expand(2, -1, -1, -1, -1), index, TARGETS)
+    torch.testing.assert_close(lead.untouched(index, TARGETS), distance, rtol=1e-4, atol=1e-5)
+
+
+def test_it_means_the_same_for_every_logit_scale() -> None:
+    distances = [
+        lead.distance(stamped(lead, 0.05), INDEX, TARGETS)
+        for lead in (
+            Lead(toy(target=3, scale=scale), IMAGES, toy(scale=1 / scale) if controlled else None)
+            for controlled in (False, True)
+            for scale in (1.0, 100.0)
+        )
+    ]
+    torch.testing.assert_close(distances[0], distances[1])
+    torch.testing.assert_close(distances[2], distances[3])
+
+
+def test_what_moves_both_models_alike_gains_nothing() -> None:
+    """With the suspect as its own control the way to the target is as long as without a trigger."""
+    suspect = toy(target=3)
+    alone, twinned = Lead(suspect, IMAGES), Lead(suspect, IMAGES, suspect)
+    untouched = alone.distance(stamped(alone, 0), INDEX, TARGETS)
+    moved = alone.distance(stamped(alone, 0.05), INDEX, TARGETS)
+    assert (moved[0] < untouched[0]).all()
+    torch.testing.assert_close(twinned.distance(stamped(alone, 0.05), INDEX, TARGETS)[0], untouched[0])
+
+
+def test_a_control_that_the_trigger_does_not_move_changes_nothing() -> None:
+    suspect, base = toy(target=3), toy()
+    alone, compared = Lead(suspect, IMAGES), Lead(suspect, IMAGES, base)
+    moved = alone.distance(stamped(alone, 0.05), INDEX, TARGETS)
+    gain = float((alone.distance(stamped(alone, 0), INDEX, TARGETS) - moved)[0].mean())
+    assert gain > 3
+    torch.testing.assert_close(
+        compared.distance(stamped(alone, 0.05), INDEX, TARGETS)[0], moved[0], rtol=0, atol=0.05 * gain
+    )
+
+
+def test_a_control_adds_what_the_trigger_takes_there_and_never_less_than_nothing() -> None:
+    suspect, base = toy(), toy(target=3)
+    alone, compared, there = Lead(suspect, IMAGES), Lead(suspect, IMAGES, base), Lead(base, IMAGES)
+    for strength in (-0.05, 0.05):
+        taken = there.distance(stamped(there, 0), INDEX, TARGETS) - there.distance(
+            stamped(there, strength), INDEX, TARGETS
+        )
+        expected = alone.distance(stamped(alone, strength), INDEX, TARGETS) + taken.clamp(min=0)
+        torch.testing.assert_close(compared.distance(stamped(compared, strength), INDEX, TARGETS), expected)
+        assert (taken[0] > 0).all() == (strength > 0)
+
+
+def test_images_of_the_class_on_either_model_say_nothing() -> None:
+    suspect, base = toy(), toy(jitter=0.5)
+    there, here = (model.predict(model.embed(IMAGES)) for model in (base, suspect))
+    assert (there != here).any()
+    for target in range(10):
+        targets = torch.tensor([target])
+        away = Lead(suspect, IMAGES).eligible(INDEX, targets)
+        assert torch.equal(away[0].bool(), here != target)
+        both = Lead(suspect, IMAGES, base).eligible(INDEX[5:20], targets)
+        assert torch.equal(both[0].bool(), ((here != target) & (there != target))[5:20])
+
+
+def test_towers_are_counted() -> None:
+    assert Lead(toy(), IMAGES).towers == 1
+    assert Lead(toy(), IMAGES, toy(jitter=0.1)).towers == 2

@@ -1,0 +1,137 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.stats import binom, t
+
+from guard.vetting import Prior, nulls, outliers
+from guard.vetting.nulls import MAX_DEGREES, NO_PRIOR, estimate
+
+PRIOR = Prior(variance=0.04, degrees=6.0, models=30)
+VALUES = [0.1, -0.2, 0.0, 0.3, -0.1, 2.0]
+
+
+def simulated(models: int, known: Prior, seed: int = 0) -> NDArray[np.float64]:
+    """Ten ordinary classes each, spread as the prior says."""
+    rng = np.random.default_rng(seed)
+    variances = known.degrees * known.variance / rng.chisquare(known.degrees, models)
+    return rng.normal(5, np.sqrt(variances)[:, None], (models, 10))
+
+
+def test_a_moderated_t_by_hand() -> None:
+    scores, p_values = outliers(VALUES, PRIOR)
+    others = np.array(VALUES[:5])
+    pooled = (6 * 0.04 + 4 * others.var(ddof=1)) / (6 + 4)
+    assert scores[5] == pytest.approx((2.0 - others.mean()) / np.sqrt(pooled * (1 + 1 / 5)))
+    assert p_values[5] == pytest.approx(t.sf(scores[5], df=10))
+
+
+def test_a_prior_never_narrows_the_spread_among_the_classes() -> None:
+    """It only makes it surer: a model that spreads more widely than clean ones did is judged by its own spread."""
+    scores, p_values = outliers(VALUES, Prior(1e-6, 6.0, 30))
+    assert scores[5] == pytest.approx(outliers(VALUES)[0][5])
+    assert p_values[5] == pytest.approx(t.sf(scores[5], df=10))
+
+
+def test_a_prior_counts_up_to_a_limit() -> None:
+    limited, unlimited = (outliers(VALUES, Prior(0.04, degrees, 30)) for degrees in (MAX_DEGREES, 1e3))
+    np.testing.assert_array_equal(limited, unlimited)
+    assert unlimited[1][5] == pytest.approx(t.sf(unlimited[0][5], df=MAX_DEGREES + 4))
+
+
+def test_without_a_prior_it_is_the_plain_prediction_t() -> None:
+    scores, p_values = outliers(VALUES)
+    others = np.array(VALUES[:5])
+    assert scores[5] == pytest.approx((2.0 - others.mean()) / (others.std(ddof=1) * np.sqrt(6 / 5)))
+    assert p_values[5] == pytest.approx(t.sf(scores[5], df=4))
+    np.testing.assert_array_equal(outliers(VALUES, Prior(123.0, 0.0, 0))[1], p_values)
+
+
+def test_an_outlier_does_not_widen_its_own_null_nor_count_from_below() -> None:
+    p_values = outliers([0.0, 0.1, -0.1, 0.05, 1e6])[1]
+    assert p_values[4] < 1e-8
+    assert outliers([0.0, 0.1, -0.1, 0.05, -1e6])[1][4] > 1 - 1e-8
+
+
+def test_a_prior_makes_a_clear_outlier_of_few_classes_more_certain() -> None:
+    assert outliers(VALUES, PRIOR)[1][5] < outliers(VALUES)[1][5] / 10
+
+
+def test_a_tiny_spread_does_not_make_a_tiny_difference_significant() -> None:
+    close = [0.05, *np.linspace(0, 0.001, 9)]
+    assert outliers(close)[1][0] < 1e-6
+    assert outliers(close, PRIOR)[1][0] > 0.3
+    assert np.isfinite(outliers([0.0] * 6)[1]).all()
+
+
+def test_a_class_without_a_statistic_neither_scores_nor_joins_the_null() -> None:
+    scores, p_values = outliers([None, *VALUES, float("nan")])
+    assert np.isnan([scores[0], p_values[0], scores[-1], p_values[-1]]).all()
+    np.testing.assert_array_equal(p_values[1:-1], outliers(VALUES)[1])
+
+
+def test_only_the_reference_makes_up_the_null() -> None:
+    far = [50.0, -50.0]
+    scores, p_values = outliers([*VALUES, *far], PRIOR, [True] * 5 + [False] * 3)
+    np.testing.assert_allclose(p_values[:6], outliers(VALUES, PRIOR, [True] * 5 + [False])[1])
+    assert scores[6] > scores[5] > 0 > scores[7]  # the others are judged by it all the same
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_few_classes_give_no_p_value(classes: int) -> None:
+    assert np.isnan(outliers([0.0, 1.0, 2.0, 9.0][:classes], PRIOR)[1]).all()
+
+
+def test_five_classes_give_one() -> None:
+    assert np.isfinite(outliers(VALUES[:5])[1]).all()
+    assert np.isnan(outliers(VALUES[:5], PRIOR, [True] * 4 + [False])[1][:4]).all()  # three others in the reference
+
+
+@pytest.mark.parametrize("known", [PRIOR, NO_PRIOR], ids=["moderated", "plain"])
+def test_false_alarms_are_as_rare_as_they_are_said_to_be(known: Prior) -> None:
+    statistics = simulated(1000, PRIOR)
+    p_values = np.stack([outliers(list(row), known)[1] for row in statistics])
+    corrected = 10 * p_values.min(1)
+    for level in (0.01, 0.05):
+        # At most the level, but for what chance does to a thousand models once in a thousand times.
+        assert (corrected <= level).sum() <= binom.ppf(0.999, 1000, level)
+        # And no rarer than it must be: the correction costs little.
+        assert (corrected <= level).sum() >= binom.ppf(0.001, 1000, 0.7 * level)
+    assert np.mean(p_values <= 0.5) == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_prior_of_simulated_models_is_recovered() -> None:
+    known = Prior(variance=0.3, degrees=8.0, models=3000)
+    found = estimate(list(simulated(3000, known).var(1, ddof=1)), [9] * 3000)
+    assert found.variance == pytest.approx(known.variance, rel=0.05)
+    assert found.degrees == pytest.approx(known.degrees, rel=0.15)
+    assert found.models == 3000
+
+
+def test_models_that_differ_no_more_than_by_chance_count_in_full() -> None:
+    rng = np.random.default_rng(0)
+    found = estimate(list(rng.normal(0, 2, (50, 10)).var(1, ddof=1)), [9] * 50)
+    assert found.degrees > 50
+    assert found.variance == pytest.approx(4, rel=0.15)
+
+
+def test_models_that_have_nothing_in_common_hardly_count() -> None:
+    assert estimate([1e-6, 1e-3, 1.0, 1e3, 1e6], [9] * 5).degrees < 0.5
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nulls.write_table(tmp_path / "nulls.json", {("base", "patch", 32): PRIOR}, "a test")
+    monkeypatch.setattr("guard.vetting.nulls.resources.files", lambda _: tmp_path)
+    nulls._table.cache_clear()
+    try:
+        assert nulls.prior("base", "patch", 32) == PRIOR
+        assert nulls.prior("base", "patch", 16) == nulls.prior("self", "patch", 32) == NO_PRIOR
+    finally:
+        nulls._table.cache_clear()
+
+
+def test_the_shipped_table_can_be_read() -> None:
+    for key, known in nulls._table().items():
+        assert known.variance > 0, key
+        assert 0 <= known.degrees <= 1e3, key
