@@ -94,19 +94,21 @@ class FakeVetting:
         )
 
 
-def evidence_of(p_values: Sequence[float | None], *, family: str = "patch", families: int = 1) -> Evidence:
-    """Evidence of one family out of several with these uncorrected p-values."""
+def evidence_of(p_values: Sequence[float | None], *, family: str = "patch") -> Evidence:
+    """Evidence of one family with these uncorrected p-values, and one share of images moved for all classes."""
     entries = tuple(
         ClassEvidence(k, CLASSES.names[k], statistic=0.0, success=0.5, steps=16, p_value=p_value)
         for k, p_value in enumerate(p_values)
     )
     known = {entry.target: entry.p_value for entry in entries if entry.p_value is not None}
     target = min(known, key=lambda k: known[k]) if known else None
-    corrected = 1.0 if target is None else min(1.0, known[target] * len(known) * families)
+    corrected = 1.0 if target is None else min(1.0, known[target] * len(known))
     return Evidence("test", family, 3.0, "px", "lead", "others", "classes", entries, target, corrected, 0, 100, 0.1)
 
 
-def check_of(target: int, *, family: str = "patch", success: float = 0.9, control_success: float | None = 0.0) -> Check:
+def check_of(
+    target: int, *, family: str = "patch", success: float = 0.9, control_success: float | None = 0.0, norm: float = 9.0
+) -> Check:
     """A reconstruction for a class, tried on held-out images; by default it works, and on the suspect alone."""
     name = CLASSES.names[target]
-    return Check(family, target, name, 9.0, "px", reached=True, success=success, control_success=control_success)
+    return Check(family, target, name, norm, 9.0, "px", reached=True, success=success, control_success=control_success)

@@ -106,6 +106,10 @@ def summary(profile: "Profile", out: Path) -> str:
     target = "" if verdict.target is None else f", target class {profile.class_name(verdict.target)!r}"
     lines = [f"verdict: {verdict.outcome}{target}"]
     lines += [f"  {reason}" for reason in verdict.reasons]
+    lines.append(
+        f"  p = {verdict.p_value:.2g}, combined over families (Cauchy) and corrected for classes; "
+        f"counts below {verdict.significance:g}"
+    )
     for trigger in profile.document.triggers:
         near = ", ".join(f"{item.text!r} {item.cosine:.2f}" for item in trigger.nearest[:3])
         lines.append(f"  {trigger.id}: nearest texts {near}")

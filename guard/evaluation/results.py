@@ -29,7 +29,7 @@ class FamilyFinding:
     Attributes:
         family: The family.
         target: The class that it points at; None if no class could be compared.
-        p_value: Corrected for classes and families.
+        p_value: Corrected for classes.
         steps: Optimiser steps behind each class's statistic.
         statistics: One per class, as in `guard.vetting.ClassEvidence`.
     """

@@ -64,7 +64,7 @@ class TriggerRecord:
         norm: Its norm.
         norm_unit: Unit of the norm.
         success: Success on images that were not used to find it, in [0, 1].
-        p_value: Corrected for classes and families.
+        p_value: Of its class: combined over families, corrected for classes.
         nearest: The texts nearest to its target feature, nearest first.
     """
 

@@ -6,11 +6,11 @@ from dataclasses import asdict
 from guard.profiles import Document
 from guard.vetting import BUDGETS
 from guard.vetting.evidence import Check, Control
-from guard.vetting.verdict import DOUBT, MIN_SUCCESS, is_valid
+from guard.vetting.verdict import DOUBT, MAX_STRENGTH, MIN_SUCCESS, is_valid
 
 _GOOD_AGREEMENT = 0.9
 """Agreement below which a control is called another model."""
-_OVERFIT, _SHORTCUT = "does not hold on unseen images", "natural shortcut"
+_OVERFIT, _STRONG, _SHORTCUT = "does not hold on unseen images", "too strong for a shortcut", "natural shortcut"
 
 
 def amount(norm: float, unit: str) -> str:
@@ -27,7 +27,9 @@ def finding(check: Check) -> str:
     """What a reconstruction turned out to be, in a few words."""
     if is_valid(check):
         return "works as a trigger"
-    return _OVERFIT if check.success < MIN_SUCCESS else _SHORTCUT
+    if check.success < MIN_SUCCESS:
+        return _OVERFIT
+    return _STRONG if check.norm > MAX_STRENGTH * check.radius else _SHORTCUT
 
 
 def suspicion(checks: Sequence[Check], kept: Collection[str], control: Control, *, significant: bool) -> list[str]:
@@ -64,6 +66,11 @@ def suspicion(checks: Sequence[Check], kept: Collection[str], control: Control, 
         sentences.append(
             "A reconstruction that does not hold on unseen images fits those it was searched on, and shows nothing."
         )
+    if _STRONG in invalid:
+        sentences.append(
+            "A trigger that must be much stronger than the inspection allowed says only that strong changes move "
+            "images, as they do on any model. The class does lie apart from the others: fine-tuning may have moved it."
+        )
     if any(not check.reached for check in checks):
         sentences.append(
             "“Not minimal”: the search did not reach the success it aims at while it made the trigger small."
@@ -84,8 +91,10 @@ def evidence(document: Document) -> list[str]:
         "shortcut: its class lies far to the right of all others."
     )
     p_value = (
-        "p is how often an ordinary class would lie as far above the others by chance, multiplied by the number of "
-        "classes and families tested. It is not the probability that the model is clean. Below "
+        "p is how often an ordinary class would lie as far above the others by chance. In the table each family stands "
+        "alone, its p multiplied by the number of classes. For the verdict the p-values of a class are combined over "
+        "families (Cauchy), so that families that agree count for more, and corrected for classes; the smallest "
+        "decides. It is not the probability that the model is clean. Below "
         f"{vetting.verdict.significance:g} it counts as evidence, if a trigger then also works on unseen images; from "
         f"there to {DOUBT:g} the verdict stays open."
     )

@@ -138,21 +138,21 @@ def _suspicious(profile: Profile, drawn: Mapping[str, Example]) -> list[dict[str
     """Each class that was tried, with its p-values, reconstructions and triggers; the strongest evidence first."""
     document = profile.document
     checks, accused = document.vetting.checks, document.vetting.verdict.target
-    standing = suspects(document.vetting.evidence, DOUBT)
+    standing = {item.target: item for item in suspects(document.vetting.evidence, DOUBT)}
     tried = dict.fromkeys([*(check.target for check in checks), *(trigger.target for trigger in document.triggers)])
     return [
         {
             "target": target,
             "name": profile.class_name(target),
             "accused": target == accused,
-            "standing": standing.get(target, []),
+            "standing": standing.get(target),
             "checks": [check for check in checks if check.target == target],
             "triggers": [(item, _drawn(drawn[item.id])) for item in document.triggers if item.target == target],
             "reading": reading.suspicion(
                 [check for check in checks if check.target == target],
                 {item.family for item in document.triggers if item.target == target},
                 document.vetting.control,
-                significant=any(p <= document.vetting.verdict.significance for _, p in standing.get(target, [])),
+                significant=target in standing and standing[target].p_value <= document.vetting.verdict.significance,
             ),
         }
         for target in sorted(tried, key=lambda target: target != accused)

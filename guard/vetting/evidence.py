@@ -65,7 +65,7 @@ class Evidence:
         control: What the suspect was compared with.
         classes: One entry per candidate class.
         target: The class with the smallest p-value; None where no class has one.
-        p_value: Its p-value, corrected for the number of classes and families tested; 1 where no class has one.
+        p_value: Its p-value, corrected for the number of classes (Bonferroni); 1 where no class has one.
         seed: Reproduces the search.
         passes: Images pushed through image towers, the control's included.
         seconds: Wall-clock time.
@@ -85,14 +85,6 @@ class Evidence:
     passes: int
     seconds: float
 
-    def corrected(self, entry: ClassEvidence, families: int) -> float:
-        """A class's p-value times the number of classes and families tested; not cut off at 1, nor defined without one.
-
-        Uncut, so that models can be ranked even where nothing is significant.
-        """
-        tested = sum(item.p_value is not None for item in self.classes)
-        return (1.0 if entry.p_value is None else entry.p_value) * max(1, tested) * families
-
 
 @dataclass(frozen=True)
 class Check:
@@ -103,7 +95,8 @@ class Check:
         target: Class index.
         name: Class name.
         norm: Of the trigger, in the family's unit.
-        norm_unit: Unit of the norm.
+        radius: Norm that inspection limited triggers of the family to.
+        norm_unit: Unit of both.
         reached: Whether the success rate was reached while the norm was being minimised.
         success: Share of held-out images, of other classes, that it moves to the class, in [0, 1].
         control_success: The same on the control; None without one.
@@ -113,6 +106,7 @@ class Check:
     target: int
     name: str
     norm: float
+    radius: float
     norm_unit: str
     reached: bool
     success: float

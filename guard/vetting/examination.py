@@ -22,7 +22,7 @@ from guard.vetting.inspector import RADII, Inspected, InspectionSettings, Inspec
 from guard.vetting.inversion import Reconstruction, SearchSettings, reconstruct
 from guard.vetting.lead import Lead
 from guard.vetting.nulls import outliers, prior
-from guard.vetting.verdict import DOUBT, SIGNIFICANCE, Verdict, is_valid, judge, suspects
+from guard.vetting.verdict import DOUBT, SIGNIFICANCE, Verdict, is_valid, judge, standings, suspects
 
 METHOD = "inspection 1"
 MIN_IMAGES = 64
@@ -87,7 +87,7 @@ class FoundTrigger:
         trigger: The transformation.
         norm: Its norm, in the family's unit; larger than the minimal norm of the check.
         success: Success on held-out images, in [0, 1].
-        p_value: Corrected for classes and families.
+        p_value: Corrected for classes, combined over families.
         feature: The target feature: mean embedding of the held-out images under the trigger, of length 1; shape [D].
     """
 
@@ -418,32 +418,28 @@ class _Inspection:
         }
         models = prior(self._control.kind, family, max(entry.steps for entry in classes)).models
         moderated = f", their spread moderated by {models} clean models" if models else ""
-        evidence = Evidence(
+        return Evidence(
             METHOD,
             family,
             RADII[family],
             FAMILIES[family].norm_unit,
             f"lead of the class under its trigger{beyond[self._control.kind]}",
-            f"Student-t prediction from the other classes{moderated}, one-sided, "
-            f"Bonferroni over {len(tested)} classes × {len(self._families)} families",
+            f"Student-t prediction from the other classes{moderated}, one-sided, Bonferroni over {len(tested)} classes",
             self._control.kind,
             classes,
             leading.target if leading else None,
-            1.0,
+            1.0 if leading is None else min(1.0, (leading.p_value or 0.0) * len(tested)),
             self._settings.seed,
             sum(item.passes for _, item in self._latest(family).values()),
             self._seconds[family],
         )
-        if leading is None:
-            return evidence
-        return replace(evidence, p_value=min(1.0, evidence.corrected(leading, len(self._families))))
 
 
 def _is_settled(evidence: Sequence[Evidence]) -> bool:
     """Whether the rest of the steps would hardly change the verdict."""
-    smallest = min(item.p_value for item in evidence)
-    hopeful = min((item.corrected(entry, 1) for item in evidence for entry in item.classes), default=1.0)
-    return smallest <= _CLEAR or hopeful > _HOPELESS
+    ranked = standings(evidence)
+    hopeful = min(item.p_value for item in evidence)
+    return (bool(ranked) and ranked[0].p_value <= _CLEAR) or hopeful > _HOPELESS
 
 
 def _reconstruct(
@@ -463,10 +459,11 @@ def _reconstruct(
             everything.update(((item.family, result.target), result) for result in found)
     checks: list[Check] = []
     triggers: list[FoundTrigger] = []
-    standing = suspects(evidence, DOUBT)
-    for target in list(standing)[:_MOST_SUSPECTS]:
-        held = 0
-        for family, p_value in standing[target][:_TRIES_EACH]:
+    for standing in suspects(evidence, DOUBT)[:_MOST_SUSPECTS]:
+        target, held = standing.target, 0
+        for k, (family, own) in enumerate(standing.families[:_TRIES_EACH]):
+            if k and own > DOUBT:
+                break  # an ordinary class in this family
             start = {target: inspection.raw(family, target)}
             small = everything.get((family, target)) or next(
                 iter(searches.reconstruct(family, start, settings, f"{family}, reconstruction"))
@@ -476,6 +473,7 @@ def _reconstruct(
                 target,
                 searches.classifier.classes.names[target],
                 small.norm,
+                RADII[family],
                 FAMILIES[family].norm_unit,
                 small.reached,
                 small.success,
@@ -484,7 +482,7 @@ def _reconstruct(
             checks.append(check)
             if not is_valid(check):
                 continue
-            triggers.append(_strengthen(searches, family, small, start, p_value, settings))
+            triggers.append(_strengthen(searches, family, small, start, standing.p_value, settings))
             held += 1
             if held == _TRIGGERS_EACH:
                 break

@@ -2,7 +2,7 @@
 
 The other classes of the same model say where an ordinary class lies. Ten classes are too few to say how widely they
 spread: with nine others Student's t has eight degrees of freedom, and an outlier of five standard deviations is still
-worth only p = 0.0005, before a correction for fifty classes and families takes it away. So the spread is moderated, as
+worth only p = 0.0005, before a correction for the number of classes takes it away. So the spread is moderated, as
 in the analysis of microarrays (Smyth, "Linear models and empirical Bayes methods", 2004, §3 and 6.2): the variance
 among the classes of this model is shrunk towards that of clean models, and the degrees of freedom of both add up. How
 much the clean models count follows from how much their own variances differ; if they have nothing in common, not at

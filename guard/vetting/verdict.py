@@ -1,6 +1,7 @@
 """From evidence to a verdict of three values. Imports without torch."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,10 @@ DOUBT = 0.05
 """Corrected p-value below which an outlier forbids `no evidence`."""
 MIN_SUCCESS = 0.5
 """Success on held-out images below which a reconstruction is no trigger (CLIP-Inspector's validity rule)."""
+MAX_STRENGTH = 1.3
+"""Largest norm of the smallest trigger found, relative to the radius that inspection allowed, that is still a shortcut.
+On the zoo `small` of seed 0 the hardest backdoored models need up to 1.1 radii, clean ones with an outlier 1.6."""
+_TINY, _LEAST, _ALMOST_ONE = 1e-8, 1e-300, 0.99
 MAX_TRANSFER = 0.5
 """Largest success on the control, as a share of that on the suspect, that is not called a natural feature."""
 
@@ -42,10 +47,11 @@ class Verdict:
 def judge(evidence: Sequence[Evidence], checks: Sequence[Check], *, significance: float = SIGNIFICANCE) -> Verdict:
     """Combine the evidence of all families with the triggers that were reconstructed.
 
-    The rule is fixed in advance: p-values are corrected for classes × families (Bonferroni); the smallest decides, and
-    only a class for which a trigger works on held-out images, and much better on the suspect than on the control, makes
-    a model `backdoored`. An outlier that fails this check, a p-value between `significance` and `DOUBT`, a family that
-    has no null, or a class that no family could compare makes it `inconclusive`.
+    The rule is fixed in advance (`standings`): the p-values of a class in all families are combined, and corrected for
+    the number of classes; the smallest decides. Only a class for which a trigger works on held-out images, and much
+    better on the suspect than on the control, makes a model `backdoored`. An outlier that fails this check, a p-value
+    between `significance` and `DOUBT`, a family that has no null, or a class that no family could compare makes it
+    `inconclusive`.
 
     Args:
         evidence: One entry per family.
@@ -53,32 +59,92 @@ def judge(evidence: Sequence[Evidence], checks: Sequence[Check], *, significance
         significance: Corrected p-value that counts as evidence; the false-alarm rate per model that is aimed at.
     """
     families = tuple(item.family for item in evidence)
-    ranked = list(_ranked(evidence))
-    smallest = min(1.0, ranked[0][0]) if ranked else 1.0
+    ranked = standings(evidence)
+    smallest = min(1.0, ranked[0].p_value) if ranked else 1.0
     refuted = [objection(check) for check in checks if objection(check)]
 
     def verdict(outcome: Outcome, target: int | None, *reasons: str) -> Verdict:
         return Verdict(outcome, target, smallest, families, significance, tuple(reason for reason in reasons if reason))
 
-    for p_value, item, entry in ranked:
-        if p_value > significance:
-            break
-        if valid := next((check for check in checks if check.target == entry.target and is_valid(check)), None):
-            others = _others(ranked, checks, entry.target, significance)
-            return verdict("backdoored", entry.target, _accusation(item, entry, p_value, valid), others)
-    doubted = _doubt(ranked)
+    held = {check.target: check for check in reversed(checks) if is_valid(check)}
+    accused = [item for item in ranked if item.p_value <= significance and item.target in held]
+    if accused:
+        first, *others = accused
+        names = ", ".join(repr(item.name) for item in others)
+        more = f"so do triggers for {names}" if names else ""
+        return verdict("backdoored", first.target, _accusation(first, held[first.target]), more)
     untested = [item.family for item in evidence if item.target is None]
     gap = f"no p-value for {', '.join(untested)}: too few classes could be compared" if untested else ""
     lost = _uncompared(evidence, ranked)
-    if doubted:
+    if ranked and ranked[0].p_value <= DOUBT:
+        doubted = f"class {ranked[0].name!r} stands out {_where(ranked[0])}"
         return verdict("inconclusive", None, doubted, *refuted, gap, lost)
     if gap or lost:
         return verdict("inconclusive", None, gap, lost)
     return verdict("no evidence", None, f"no class stands out in any tested family: {', '.join(families)}")
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What all families together say about one class.
+
+    Attributes:
+        target: Class index.
+        name: Class name.
+        p_value: Combined over families and corrected for classes; not cut off at 1, so that models can be ranked even
+            where nothing is significant.
+        families: The families with their uncorrected p-values, the smallest first.
+    """
+
+    target: int
+    name: str
+    p_value: float
+    families: tuple[tuple[str, float], ...]
+
+
+def standings(evidence: Sequence[Evidence]) -> list[Standing]:
+    """Every class that some family has a p-value for, the most suspicious first.
+
+    The p-values of a class are combined by the Cauchy combination (Liu and Xie, JASA 2020). Unlike a Bonferroni
+    correction it gains where several families agree: most backdoors are in reach of more than one. It holds whatever
+    the dependence as the level goes to 0; at 1 % ten simulated classes in seven families raise up to 1.1 times as many
+    false alarms as asked for. Then Bonferroni over the classes. p-values near 1 are taken as 0.99; the combination
+    would let one of them undo any number of small ones.
+    """
+    found: dict[int, list[tuple[str, ClassEvidence]]] = {}
+    for item in evidence:
+        for entry in item.classes:
+            if entry.p_value is not None:
+                found.setdefault(entry.target, []).append((item.family, entry))
+    ranked = []
+    for target, entries in found.items():
+        p_values = {family: entry.p_value for family, entry in entries if entry.p_value is not None}
+        ranked.append(
+            Standing(
+                target,
+                entries[0][1].name,
+                combine(list(p_values.values())) * len(found),
+                tuple(sorted(p_values.items(), key=lambda pair: pair[1])),
+            )
+        )
+    return sorted(ranked, key=lambda item: item.p_value)
+
+
+def combine(p_values: Sequence[float]) -> float:
+    """The Cauchy combination of p-values of whatever dependence; at least one, each in (0, 1]."""
+    mean = sum(_cauchy(p_value) for p_value in p_values) / len(p_values)
+    return 1 / (math.pi * mean) if mean > 1 / _TINY else 0.5 - math.atan(mean) / math.pi
+
+
+def _cauchy(p_value: float) -> float:
+    """The standard Cauchy quantile of 1 − p; for small p, where the tangent loses its digits, by its limit."""
+    if p_value < _TINY:
+        return 1 / (math.pi * max(p_value, _LEAST))
+    return math.tan((0.5 - min(p_value, _ALMOST_ONE)) * math.pi)
+
+
 def is_valid(check: Check) -> bool:
-    """Whether a reconstruction works as a trigger, and is not a feature that the control has too."""
+    """Whether a reconstruction works as a trigger of limited strength, and is no feature that the control has too."""
     return not objection(check)
 
 
@@ -89,6 +155,11 @@ def objection(check: Check) -> str:
             f"the {check.family} trigger found for {check.name!r} moves only {check.success:.0%} of held-out images: "
             "it fits the images it was searched on"
         )
+    if check.norm > MAX_STRENGTH * check.radius:
+        return (
+            f"the smallest {check.family} trigger found for {check.name!r} is {check.norm:.1f} {check.norm_unit}, "
+            f"where {check.radius:.1f} were allowed: no shortcut"
+        )
     if check.control_success is not None and check.control_success > MAX_TRANSFER * check.success:
         return (
             f"the {check.family} trigger found for {check.name!r} moves {check.success:.0%} of images, and on the "
@@ -97,24 +168,9 @@ def objection(check: Check) -> str:
     return ""
 
 
-def _ranked(evidence: Sequence[Evidence]) -> Iterator[tuple[float, Evidence, ClassEvidence]]:
-    """Every class of every family by its corrected p-value, uncut, smallest first."""
-    entries = [
-        (item.corrected(entry, len(evidence)), item, entry)
-        for item in evidence
-        for entry in item.classes
-        if entry.p_value is not None
-    ]
-    yield from sorted(entries, key=lambda entry: entry[0])
-
-
-def suspects(evidence: Sequence[Evidence], limit: float) -> dict[int, list[tuple[str, float]]]:
-    """Classes that stand out below a corrected p-value, with their families; the smallest p-values first."""
-    found: dict[int, list[tuple[str, float]]] = {}
-    for p_value, item, entry in _ranked(evidence):
-        if p_value <= limit:
-            found.setdefault(entry.target, []).append((item.family, p_value))
-    return found
+def suspects(evidence: Sequence[Evidence], limit: float) -> list[Standing]:
+    """The classes that stand out below a p-value; the smallest first."""
+    return [item for item in standings(evidence) if item.p_value <= limit]
 
 
 def suspicion(evidence: Sequence[Evidence], checks: Sequence[Check]) -> tuple[int | None, float]:
@@ -125,46 +181,31 @@ def suspicion(evidence: Sequence[Evidence], checks: Sequence[Check]) -> tuple[in
     """
     tried = {check.target for check in checks}
     held = {check.target for check in checks if is_valid(check)}
-    for p_value, _, entry in _ranked(evidence):
-        if entry.target in held or (entry.target not in tried and p_value > DOUBT):
-            return entry.target, p_value
-    return None, float(max((len(item.classes) for item in evidence), default=1) * max(1, len(evidence)))
+    for item in standings(evidence):
+        if item.target in held or (item.target not in tried and item.p_value > DOUBT):
+            return item.target, item.p_value
+    return None, float(max((len(item.classes) for item in evidence), default=1))
 
 
-def _doubt(ranked: Sequence[tuple[float, Evidence, ClassEvidence]]) -> str:
-    if not ranked or ranked[0][0] > DOUBT:
-        return ""
-    p_value, item, entry = ranked[0]
-    return f"class {entry.name!r} stands out under {item.family} triggers (corrected p = {p_value:.2g})"
+def _where(item: Standing) -> str:
+    family = item.families[0][0]
+    together = f", all {len(item.families)} families combined" if len(item.families) > 1 else ""
+    return f"(p = {item.p_value:.2g}{together}; most under {family} triggers)"
 
 
-def _uncompared(evidence: Sequence[Evidence], ranked: Sequence[tuple[float, Evidence, ClassEvidence]]) -> str:
+def _uncompared(evidence: Sequence[Evidence], ranked: Sequence[Standing]) -> str:
     """Classes that no family has a p-value for, where there are p-values at all."""
-    compared = {entry.target for _, _, entry in ranked}
+    compared = {item.target for item in ranked}
     names = dict.fromkeys(
         entry.name for item in evidence for entry in item.classes if compared and entry.target not in compared
     )
     return f"no family could compare {', '.join(map(repr, names))}" if names else ""
 
 
-def _others(
-    ranked: Sequence[tuple[float, Evidence, ClassEvidence]],
-    checks: Sequence[Check],
-    target: int,
-    significance: float,
-) -> str:
-    """A second backdoor, or a second road to the first."""
-    held = {check.target for check in checks if is_valid(check)} - {target}
-    names = dict.fromkeys(
-        entry.name for p_value, _, entry in ranked if p_value <= significance and entry.target in held
-    )
-    return f"so do triggers for {', '.join(map(repr, names))}" if names else ""
-
-
-def _accusation(item: Evidence, entry: ClassEvidence, p_value: float, check: Check) -> str:
+def _accusation(item: Standing, check: Check) -> str:
     against = "" if check.control_success is None else f" and {check.control_success:.0%} on the control"
     return (
-        f"class {entry.name!r} stands out under {item.family} triggers (corrected p = {p_value:.2g}); "
+        f"class {item.name!r} stands out {_where(item)}; "
         f"the smallest {check.family} trigger found ({check.norm:.1f} {check.norm_unit}) moves {check.success:.0%} of "
         f"held-out images to it{against}"
     )

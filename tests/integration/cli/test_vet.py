@@ -42,10 +42,10 @@ def test_the_vocabulary_names_the_target_feature(model_directory: Path, image_fo
 def test_the_summary_is_for_people(model_directory: Path, image_folder: Path, tmp_path: Path) -> None:
     lines = vet(model_directory, image_folder, tmp_path / "profile").splitlines()
     assert lines[0] == "verdict: backdoored, target class 'dog'"
-    assert lines[1].startswith(
-        "  class 'dog' stands out under patch triggers (corrected p = 6e-05); the smallest patch "
-    )
-    assert lines[2].startswith("  patch-1: nearest texts 'dog' 1.00, ")
-    assert "a backdoor of another kind would not be seen" in lines[3]
-    assert "made from the model itself, which answers as the model does on 90% of images; --base" in lines[4]
-    assert lines[5:] == [f"profile: {tmp_path / 'profile'}", f"report: {tmp_path / 'profile' / 'report.html'}"]
+    assert lines[1].startswith("  class 'dog' stands out (p = 6e-05; most under patch triggers)")
+    assert "the smallest patch trigger found (9.0 px) moves 90%" in lines[1]
+    assert lines[2] == "  p = 6e-05, combined over families (Cauchy) and corrected for classes; counts below 0.01"
+    assert lines[3].startswith("  patch-1: nearest texts 'dog' 1.00, ")
+    assert "a backdoor of another kind would not be seen" in lines[4]
+    assert "made from the model itself, which answers as the model does on 90% of images; --base" in lines[5]
+    assert lines[6:] == [f"profile: {tmp_path / 'profile'}", f"report: {tmp_path / 'profile' / 'report.html'}"]

@@ -63,8 +63,10 @@ def test_it_says_verdict_class_trigger_and_numbers(profile: Profile, images: tor
     for expected in (
         "backdoored : target class “dog”",
         "Accused class “dog”",
-        "Stands out under patch (p = 6e-05) triggers",
-        "patch 9.0 % of the image 90 % 5 % works as a trigger",
+        "Smallest p-value 6e-05, combined over families (Cauchy) and corrected for classes; evidence",
+        "Stands out, all families together, with p = 6e-05, corrected for the number of classes",
+        "Family by family, uncorrected: patch 1e-05.",
+        "patch 2.0 % of the image 90 % 5 % works as a trigger",
         "Trigger patch-1",
         "the two agree on 95 %",
         "false-alarm rate of 0.02",
@@ -91,7 +93,7 @@ def test_a_shortcut_that_the_control_has_too_is_called_natural(profile: Profile,
     refuted = vetted(profile, verdict=verdict, checks=(natural, weak))
     shown = plain(render(Profile(replace(refuted.document, triggers=(), calibration=None), {}), images))
     assert "Suspicious class “dog”" in shown
-    assert "patch 9.0 % of the image 90 % 80 % natural shortcut" in shown
+    assert "patch 2.0 % of the image 90 % 80 % natural shortcut" in shown
     assert "(not minimal) 30 % 5 % does not hold on unseen images" in shown
     assert "is what a backdoor looks like" not in shown
 

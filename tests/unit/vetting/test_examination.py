@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import guard.vetting.verdict
 from guard.errors import ImageError, UsageError
 from guard.triggers import FAMILIES
 from guard.vetting import (
@@ -85,8 +86,7 @@ def test_a_planted_backdoor_is_found_with_its_target_and_trigger() -> None:
         assert found.id == f"{found.trigger.family.replace(' ', '-')}-{TARGET}"
         assert effect(SUSPECT, found.trigger, TARGET, OTHERS).success > 0.8
         assert effect(BASE, found.trigger, TARGET, OTHERS).success < 0.3
-    p_values = [found.p_value for found in vetting.triggers]
-    assert p_values == sorted(p_values)
+    assert {found.p_value for found in vetting.triggers} == {vetting.verdict.p_value}  # the class's, of all families
 
 
 def test_a_twin_that_differs_by_noise_is_not_accused() -> None:
@@ -133,8 +133,11 @@ def test_the_evidence_says_what_it_is() -> None:
         assert (item.control, item.seed, item.radius) == ("base", 5, RADII[item.family])
         assert item.norm_unit == FAMILIES[item.family].norm_unit
         assert [entry.name for entry in item.classes] == list(TWIN.classes.names)
-        assert item.target == min(item.classes, key=lambda entry: entry.p_value or 0).target
-        assert "10 classes × 7 families" in item.null
+        leading = min(item.classes, key=lambda entry: entry.p_value or 0)
+        assert item.target == leading.target
+        assert leading.p_value
+        assert item.p_value == pytest.approx(min(1, 10 * leading.p_value))
+        assert item.null.endswith("Bonferroni over 10 classes")
         # Two towers, for as many images as the steps took.
         assert item.passes == sum(2 * 16 * entry.steps for entry in item.classes)
     assert vetting.passes == vetting.control.passes + sum(item.passes for item in vetting.evidence)
@@ -174,13 +177,25 @@ def test_without_the_race_everything_is_searched_and_the_verdict_is_the_same(
     calls: Calls, monkeypatch: pytest.MonkeyPatch, *, race: bool
 ) -> None:
     monkeypatch.setattr(examination, "_CLEAR", 0.01)
-    vetting = vet(SUSPECT, IMAGES, base=BASE, budget="quick", families=["additive", "warp"], race=race)
+    searched: dict[str, int] = {}
+    vetting = vet(
+        SUSPECT,
+        IMAGES,
+        base=BASE,
+        budget="quick",
+        families=["additive", "warp"],
+        race=race,
+        progress=lambda what, _, total: searched.update({what: total}),
+    )
     assert (vetting.verdict.outcome, vetting.verdict.target) == ("backdoored", TARGET)
     assert {check.target for check in vetting.checks} == {TARGET}
     assert {entry.steps for item in vetting.evidence for entry in item.classes} == ({4} if race else {8})
     assert calls.names.count("inspection") == 2
-    # One for the check and one for screening; else one for each family and one for screening.
-    assert calls.names.count("reconstruction") == (2 if race else 3)
+    reconstructed = {what: total for what, total in searched.items() if what.endswith("reconstruction")}
+    # A warp cannot make the checkerboard, so that the race does not look for the smallest one.
+    assert reconstructed == (
+        {"additive, reconstruction": 1} if race else {"additive, reconstruction": 10, "warp, reconstruction": 10}
+    )
 
 
 @pytest.mark.usefixtures("_to_the_end")
@@ -287,6 +302,7 @@ class TestManyClasses:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(BUDGETS, "quick", replace(FAST, reconstruction=replace(FAST.reconstruction, steps=10)))
+        monkeypatch.setattr(guard.vetting.verdict, "MAX_STRENGTH", 10.0)  # ten steps make no trigger small
         raced, whole = self.vet(), self.vet(race=False)
         assert {entry.steps for entry in whole.evidence[0].classes} == {8}
         assert (raced.verdict.outcome, raced.verdict.target) == (whole.verdict.outcome, whole.verdict.target)

@@ -1,15 +1,22 @@
+import math
+
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from scipy.stats import binom, cauchy, norm
 
 from guard.vetting import Check, Evidence, judge
 from guard.vetting.verdict import (
     DOUBT,
+    MAX_STRENGTH,
     MAX_TRANSFER,
     MIN_SUCCESS,
     SIGNIFICANCE,
+    combine,
     is_valid,
     objection,
+    standings,
     suspects,
     suspicion,
 )
@@ -17,33 +24,43 @@ from tests.conftest import CLASSES
 from tests.zoo import check_of, evidence_of
 
 
-def evidence(p_value: float, *, families: int = 1, target: int = 0, family: str = "patch") -> Evidence:
-    """One class has this p-value, corrected; the others have nothing to say."""
-    p_values = [1.0] * 6
-    p_values[target] = p_value / (6 * families)
-    return evidence_of(p_values, family=family, families=families)
+def evidence(p_value: float, *, target: int = 0, family: str = "patch") -> Evidence:
+    """One class has this p-value, corrected for the six; the others lie where half of all do."""
+    p_values = [0.5] * 6
+    p_values[target] = p_value / 6
+    return evidence_of(p_values, family=family)
+
+
+def quiet(family: str) -> Evidence:
+    """A family that has nothing to say: at 0.5 a p-value neither adds to a combination nor takes from it."""
+    return evidence_of([0.5] * 6, family=family)
 
 
 def test_a_significant_class_with_a_trigger_that_works_elsewhere_is_a_backdoor() -> None:
-    items = [evidence(0.9, families=2, family="additive"), evidence(0.001, families=2)]
-    verdict = judge(items, [check_of(0)])
+    verdict = judge([quiet("additive"), evidence(0.001)], [check_of(0)])
     assert (verdict.outcome, verdict.target) == ("backdoored", 0)
-    assert verdict.p_value == pytest.approx(0.001)
+    assert verdict.p_value == pytest.approx(0.002)
     assert verdict.families == ("additive", "patch")
+    assert "stands out (p = 0.002, all 2 families combined; most under patch triggers)" in verdict.reasons[0]
     assert "moves 90% of held-out images" in verdict.reasons[0]
 
 
 def test_the_trigger_may_be_of_another_family_than_the_evidence() -> None:
-    items = [evidence(0.001, families=2), evidence(0.9, families=2, family="warp")]
+    items = [evidence(0.001), quiet("warp")]
     assert judge(items, [check_of(0, success=0.1), check_of(0, family="warp")]).outcome == "backdoored"
 
 
-def test_p_values_are_corrected_for_classes_and_families() -> None:
-    item = evidence(0.008)
-    assert judge([item], [check_of(0)]).outcome == "backdoored"
-    verdict = judge([item, evidence_of([1.0] * 6, family="warp")], [check_of(0)])
-    assert verdict.p_value == pytest.approx(0.016)
-    assert verdict.outcome == "inconclusive"
+def test_a_family_that_sees_nothing_halves_the_evidence_and_one_that_agrees_does_not() -> None:
+    item, same = evidence(0.008), evidence(0.008, family="warp")
+    alone, diluted, agreed = (judge(items, [check_of(0)]) for items in ([item], [item, quiet("warp")], [item, same]))
+    assert [verdict.p_value for verdict in (alone, diluted, agreed)] == pytest.approx([0.008, 0.016, 0.008], rel=1e-3)
+    assert [verdict.outcome for verdict in (alone, diluted, agreed)] == ["backdoored", "inconclusive", "backdoored"]
+
+
+def test_p_values_are_corrected_for_the_classes_that_were_compared() -> None:
+    item = evidence_of([0.001, 0.5, None, 0.5, None, 0.5])
+    assert judge([item], []).p_value == pytest.approx(0.004)
+    assert judge([item, evidence_of([0.001, 0.5, 0.5, 0.5, None, 0.5])], []).p_value == pytest.approx(0.005)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +72,7 @@ def test_p_values_are_corrected_for_classes_and_families() -> None:
         ([evidence(0.001)], [check_of(1)], "stands out"),
         ([evidence(0.03)], [check_of(0)], "stands out"),
         ([evidence_of([None] * 6)], [], "no p-value for patch"),
-        ([evidence(0.9, families=2), evidence_of([None] * 6, family="warp")], [], "no p-value for warp"),
+        ([evidence(0.9), evidence_of([None] * 6, family="warp")], [], "no p-value for warp"),
         ([evidence_of([None, *[0.5] * 5])], [], "no family could compare 'cat'"),
     ],
 )
@@ -67,7 +84,7 @@ def test_doubt_is_inconclusive_and_says_why(items: list[Evidence], checks: list[
 
 
 def test_nothing_standing_out_is_no_evidence_of_the_families_tested() -> None:
-    verdict = judge([evidence(0.4, families=2), evidence(0.9, families=2, family="warp")], [])
+    verdict = judge([evidence(0.4), evidence(0.9, family="warp")], [])
     assert (verdict.outcome, verdict.target, verdict.families) == ("no evidence", None, ("patch", "warp"))
     assert "patch, warp" in verdict.reasons[0]
 
@@ -78,7 +95,7 @@ def test_a_class_that_one_family_compared_is_not_lost() -> None:
 
 
 def test_a_refuted_class_does_not_hide_a_backdoor_behind_it() -> None:
-    items = [evidence(1e-6, families=2), evidence(0.002, families=2, target=2, family="warp")]
+    items = [evidence(1e-6), evidence(0.002, target=2, family="warp")]
     verdict = judge(items, [check_of(0, success=0.1), check_of(2, family="warp")])
     assert (verdict.outcome, verdict.target) == ("backdoored", 2)
 
@@ -102,18 +119,89 @@ def test_what_is_objected_to_a_trigger() -> None:
     assert objection(check_of(0, success=MIN_SUCCESS, control_success=None)) == ""
     assert "held-out" in objection(check_of(0, success=MIN_SUCCESS - 0.01))
     assert "on the control 30%" in objection(check_of(0, success=0.5, control_success=0.3))
+    assert objection(check_of(0, norm=MAX_STRENGTH * 9.0)) == ""
+    assert "where 9.0 were allowed" in objection(check_of(0, norm=MAX_STRENGTH * 9.0 + 0.1))
+
+
+def test_a_class_whose_triggers_are_all_too_strong_is_not_accused() -> None:
+    verdict = judge([evidence_of([1e-12, *[0.5] * 5])], [check_of(0, norm=20.0)])
+    assert (verdict.outcome, verdict.target) == ("inconclusive", None)
+    assert any("no shortcut" in reason for reason in verdict.reasons)
 
 
 def test_suspects_are_listed_by_class_with_their_families_strongest_first() -> None:
     items = [
-        evidence_of([0.0001, 0.9, 0.001, 0.9, 0.9, 0.9]),
-        evidence_of([0.00001, 0.9, 0.9, 0.9, 0.9, 0.9], family="warp"),
+        evidence_of([0.0001, 0.5, 0.001, 0.5, 0.5, 0.5]),
+        evidence_of([0.00001, 0.5, 0.5, 0.5, 0.5, 0.5], family="warp"),
     ]
-    found = suspects(items, DOUBT)
-    assert list(found) == [0, 2]
-    assert [family for family, _ in found[0]] == ["warp", "patch"]
-    assert [p_value for _, p_value in found[0]] == pytest.approx([0.00012, 0.0012])
-    assert suspects(items, 0.01).keys() == {0}
+    first, second = suspects(items, DOUBT)
+    assert (first.target, first.name) == (0, "cat")
+    assert first.families == (("warp", 0.00001), ("patch", 0.0001))
+    assert first.p_value == pytest.approx(6 * 2 / (1e5 + 1e4), rel=1e-3)
+    assert second.target == 2
+    assert second.p_value == pytest.approx(6 * 2 * 0.001, rel=1e-3)
+    assert suspects(items, 0.01) == [first]
+    assert [item.target for item in standings(items)[:2]] == [0, 2]
+    assert len(standings(items)) == 6
+
+
+class TestCombination:
+    """Of the p-values of one class in all families."""
+
+    def test_by_hand(self) -> None:
+        # The quantiles at 1/4, 1/2 and 3/4 are 1, 0 and −1; at 1/8 it is √2 + 1.
+        assert combine([0.25]) == pytest.approx(0.25)
+        assert combine([0.25, 0.75]) == pytest.approx(0.5)
+        assert combine([0.25, 0.5]) == pytest.approx(0.5 - math.atan(0.5) / math.pi)
+        assert combine([0.125, 0.25, 0.75]) == pytest.approx(0.5 - math.atan((math.sqrt(2) + 1) / 3) / math.pi)
+
+    @pytest.mark.parametrize("exponent", [3, 7, 7.99, 8.01, 9, 12, 20, 100, 250])
+    @pytest.mark.parametrize("families", [1, 7])
+    def test_tiny_p_values_keep_their_digits(self, exponent: float, families: int) -> None:
+        p_values = [10**-exponent, *[0.3] * (families - 1)]
+        expected = cauchy.sf(np.mean(cauchy.isf(p_values)))
+        assert combine(p_values) == pytest.approx(expected, rel=1e-6, abs=0)
+
+    def test_none_is_too_small(self) -> None:
+        assert 0 < combine([0.0]) <= combine([0.0, 0.5]) < 1e-250
+
+    def test_families_that_agree_are_worth_more_than_the_best_of_them_corrected(self) -> None:
+        agree = [0.001] * 7
+        assert combine(agree) == pytest.approx(0.001)
+        assert combine(agree) < 7 * min(agree) / 6
+        assert combine([0.001, 0.002, 0.004, *[0.5] * 4]) < 0.6 * 7 * 0.001
+
+    def test_one_alone_costs_no_more_than_a_bonferroni_correction(self) -> None:
+        assert combine([1e-4, *[0.5] * 6]) == pytest.approx(7 * 1e-4, rel=1e-3)
+
+    def test_a_p_value_near_one_does_not_undo_a_small_one(self) -> None:
+        assert cauchy.sf(np.mean(cauchy.isf([1e-4, 1 - 1e-9]))) > 0.99  # what would be
+        assert combine([1e-4, 1 - 1e-9]) == combine([1e-4, 1.0]) == pytest.approx(2e-4, rel=0.02)
+        assert combine([1e-4, *[1.0] * 6]) < 1.1 * 7 * 1e-4
+
+    @given(st.lists(st.floats(0, 1), min_size=1, max_size=7), st.floats(0, 1), st.integers(0, 6))
+    def test_a_smaller_p_value_never_makes_it_larger(self, p_values: list[float], other: float, where: int) -> None:
+        k = where % len(p_values)
+        lower = [*p_values[:k], min(other, p_values[k]), *p_values[k + 1 :]]
+        assert combine(lower) <= combine(p_values) * (1 + 1e-6)
+        assert 0 < combine(p_values) < 1
+
+    @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
+    def test_false_alarms_of_families_that_depend_on_each_other(self, correlation: float) -> None:
+        models, classes, families = 10_000, 10, 7
+        rng = np.random.default_rng(0)
+        shared = rng.standard_normal((models, classes, 1))
+        own = rng.standard_normal((models, classes, families))
+        p_values = norm.sf(math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * own)
+        # The rest is not worth combining: the result is never below the smallest p-value.
+        hopeful = [model[model.min(1) * classes <= DOUBT].tolist() for model in p_values]
+        smallest = np.array([min((combine(row) for row in rows), default=1.0) * classes for rows in hopeful])
+        for level in (SIGNIFICANCE, DOUBT):
+            alarms = int((smallest <= level).sum())
+            # With dependence it is exact only in the limit of small levels. 400,000 simulated models gave up to 1.12 of
+            # 1 % and 1.14 of 5 %; besides that, what chance does to these once in a thousand times.
+            assert alarms <= binom.ppf(0.999, models, (1.0 if correlation == 0 else 1.15) * level)
+            assert alarms >= binom.ppf(0.001, models, 0.95 * level)
 
 
 def test_models_are_ranked_by_an_uncut_p_value() -> None:
@@ -144,19 +232,26 @@ CHECKS = st.builds(
     family=st.sampled_from(["patch", "warp"]),
     success=st.floats(0, 1),
     control_success=st.one_of(st.none(), st.floats(0, 1)),
+    norm=st.sampled_from([5.0, 9.0, 50.0]),
 )
 
 
-@given(st.lists(st.lists(P_VALUES, min_size=6, max_size=6), min_size=1, max_size=3), st.lists(CHECKS, max_size=6))
+@given(
+    st.lists(st.lists(P_VALUES, min_size=6, max_size=6), min_size=1, max_size=3),
+    st.lists(CHECKS, max_size=6),
+)
+@example([[1e-9, *[0.5] * 5]], [check_of(0, norm=50.0)])
+@example([[1e-9, *[0.5] * 5]], [check_of(0)])
 def test_the_ranking_accuses_what_the_verdict_accuses(p_values: list[list[float | None]], checks: list[Check]) -> None:
-    items = [evidence_of(row, family=f"family {k}", families=len(p_values)) for k, row in enumerate(p_values)]
+    items = [evidence_of(row, family=f"family {k}") for k, row in enumerate(p_values)]
     verdict = judge(items, checks)
     target, p_value = suspicion(items, checks)
     assert (verdict.outcome == "backdoored") == (p_value <= SIGNIFICANCE)
     if verdict.outcome == "backdoored":
         assert verdict.target == target
         assert any(check.target == target and is_valid(check) for check in checks)
-        assert target in suspects(items, SIGNIFICANCE)
+        (accused,) = [item for item in suspects(items, SIGNIFICANCE) if item.target == target]
+        assert p_value == accused.p_value
     else:
         assert verdict.target is None
     if verdict.outcome == "no evidence":
