@@ -176,15 +176,16 @@ def suspects(evidence: Sequence[Evidence], limit: float) -> list[Standing]:
 def suspicion(evidence: Sequence[Evidence], checks: Sequence[Check]) -> tuple[int | None, float]:
     """The class that a model is most suspected of, and the corrected p-value, uncut, that models are ranked by.
 
-    A class that stands out and has no reconstruction that passed the check does not count, as in the verdict; so that a
-    threshold at the significance accuses exactly the models that the verdict accuses.
+    A class that stands out and has no reconstruction that passed the check counts as `DOUBT`, since the verdict is then
+    `inconclusive`; so that models are ranked as the verdict sorts them, and a threshold at the significance accuses
+    exactly those that it accuses.
     """
-    tried = {check.target for check in checks}
     held = {check.target for check in checks if is_valid(check)}
-    for item in standings(evidence):
-        if item.target in held or (item.target not in tried and item.p_value > DOUBT):
-            return item.target, item.p_value
-    return None, float(max((len(item.classes) for item in evidence), default=1))
+    ranked = [(item.p_value if item.target in held else max(item.p_value, DOUBT), item) for item in standings(evidence)]
+    if not ranked:
+        return None, float(max((len(item.classes) for item in evidence), default=1))
+    p_value, leading = min(ranked, key=lambda pair: pair[0])
+    return leading.target, p_value
 
 
 def _where(item: Standing) -> str:
