@@ -42,7 +42,11 @@ _CLEAR = 1e-6
 correction."""
 _HOPELESS = 0.2
 """Smallest p-value of any family, corrected for its classes only, above which the other half of the steps is saved."""
-_MOST_SUSPECTS, _TRIGGERS_EACH, _TRIES_EACH = 4, 2, 4
+_MOST_SUSPECTS = 4
+_AS_NEAR = 2.0
+"""A class's second trigger is kept for screening if it is at most so many times as strong as its first, each relative
+to the radius of its family. The family that needs the least is nearest to the attacker's own; one that only gets there
+by force stamps the bank with something else, and blurs the match."""
 
 Budget = Literal["quick", "standard", "thorough"]
 
@@ -455,13 +459,14 @@ def _reconstruct(
     if exhaustive:
         for item in evidence:
             start = {entry.target: inspection.raw(item.family, entry.target) for entry in item.classes}
-            found = searches.reconstruct(item.family, start, settings, f"{item.family}, reconstruction")
-            everything.update(((item.family, result.target), result) for result in found)
+            results = searches.reconstruct(item.family, start, settings, f"{item.family}, reconstruction")
+            everything.update(((item.family, result.target), result) for result in results)
     checks: list[Check] = []
     triggers: list[FoundTrigger] = []
     for standing in suspects(evidence, DOUBT)[:_MOST_SUSPECTS]:
-        target, held = standing.target, 0
-        for k, (family, own) in enumerate(standing.families[:_TRIES_EACH]):
+        target = standing.target
+        found: list[tuple[float, str, Reconstruction]] = []
+        for k, (family, own) in enumerate(standing.families):
             if k and own > DOUBT:
                 break  # an ordinary class in this family
             start = {target: inspection.raw(family, target)}
@@ -480,12 +485,13 @@ def _reconstruct(
                 small.control_success,
             )
             checks.append(check)
-            if not is_valid(check):
-                continue
-            triggers.append(_strengthen(searches, family, small, start, standing.p_value, settings))
-            held += 1
-            if held == _TRIGGERS_EACH:
-                break
+            if is_valid(check):
+                found.append((small.norm / RADII[family], family, small))
+        found.sort(key=lambda item: item[0])
+        for strength, family, small in found[:2]:
+            if strength <= _AS_NEAR * found[0][0]:
+                start = {target: inspection.raw(family, target)}
+                triggers.append(_strengthen(searches, family, small, start, standing.p_value, settings))
     # Triggers that are merely doubtful would cost a sure verdict's screening some of its sharpness.
     sure = any(trigger.p_value <= SIGNIFICANCE for trigger in triggers)
     kept = [trigger for trigger in triggers if trigger.p_value <= (SIGNIFICANCE if sure else DOUBT)]
