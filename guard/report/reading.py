@@ -76,7 +76,7 @@ def suspicion(checks: Sequence[Check], kept: Collection[str], control: Control, 
             "“Not minimal”: the search did not reach the success it aims at while it made the trigger small."
         )
     if any(check.family not in kept for check in valid):
-        sentences.append("Only the triggers with the clearest evidence are kept for screening, and drawn here.")
+        sentences.append("Only the weakest triggers that work are kept for screening, and drawn here.")
     return sentences
 
 

@@ -66,7 +66,9 @@ def judge(evidence: Sequence[Evidence], checks: Sequence[Check], *, significance
     def verdict(outcome: Outcome, target: int | None, *reasons: str) -> Verdict:
         return Verdict(outcome, target, smallest, families, significance, tuple(reason for reason in reasons if reason))
 
-    held = {check.target: check for check in reversed(checks) if is_valid(check)}
+    # Of several triggers for a class the weakest, relative to its family's radius, speaks for it.
+    strongest_first = sorted(checks, key=lambda check: check.norm / check.radius, reverse=True)
+    held = {check.target: check for check in strongest_first if is_valid(check)}
     accused = [item for item in ranked if item.p_value <= significance and item.target in held]
     if accused:
         first, *others = accused
