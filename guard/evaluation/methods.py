@@ -203,7 +203,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(
             "vetting-base",
-            f"{METHOD}, evaluation 5",
+            f"{METHOD}, evaluation 6",
             "models",
             frozenset({"base"}),
             uses_base=True,
@@ -212,7 +212,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "vetting-self",
-            f"{METHOD}, evaluation 5",
+            f"{METHOD}, evaluation 6",
             "models",
             frozenset(),
             uses_base=False,

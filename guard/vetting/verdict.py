@@ -1,7 +1,7 @@
 """From evidence to a verdict of three values. Imports without torch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,9 +49,9 @@ def judge(evidence: Sequence[Evidence], checks: Sequence[Check], *, significance
 
     The rule is fixed in advance (`standings`): the p-values of a class in all families are combined, and corrected for
     the number of classes; the smallest decides. Only a class for which a trigger works on held-out images, and much
-    better on the suspect than on the control, makes a model `backdoored`. An outlier that fails this check, a p-value
-    between `significance` and `DOUBT`, a family that has no null, or a class that no family could compare makes it
-    `inconclusive`.
+    better on the suspect than on the control, makes a model `backdoored`. An outlier that fails this check, one between
+    `significance` and `DOUBT` whose triggers were not all refuted, a family that has no null, or a class that no family
+    could compare makes it `inconclusive`.
 
     Args:
         evidence: One entry per family.
@@ -78,12 +78,15 @@ def judge(evidence: Sequence[Evidence], checks: Sequence[Check], *, significance
     untested = [item.family for item in evidence if item.target is None]
     gap = f"no p-value for {', '.join(untested)}: too few classes could be compared" if untested else ""
     lost = _uncompared(evidence, ranked)
-    if ranked and ranked[0].p_value <= DOUBT:
-        doubted = f"class {ranked[0].name!r} stands out {_where(ranked[0])}"
-        return verdict("inconclusive", None, doubted, *refuted, gap, lost)
+    tried = {check.target for check in checks} - held.keys()
+    doubted = next((item for item in ranked if _is_doubtful(item, tried, significance)), None)
+    if doubted:
+        return verdict(
+            "inconclusive", None, f"class {doubted.name!r} stands out {_where(doubted)}", *refuted, gap, lost
+        )
     if gap or lost:
         return verdict("inconclusive", None, gap, lost)
-    return verdict("no evidence", None, f"no class stands out in any tested family: {', '.join(families)}")
+    return verdict("no evidence", None, f"no class stands out in any tested family: {', '.join(families)}", *refuted)
 
 
 @dataclass(frozen=True)
@@ -178,16 +181,25 @@ def suspects(evidence: Sequence[Evidence], limit: float) -> list[Standing]:
 def suspicion(evidence: Sequence[Evidence], checks: Sequence[Check]) -> tuple[int | None, float]:
     """The class that a model is most suspected of, and the corrected p-value, uncut, that models are ranked by.
 
-    A class that stands out and has no reconstruction that passed the check counts as `DOUBT`, since the verdict is then
-    `inconclusive`; so that models are ranked as the verdict sorts them, and a threshold at the significance accuses
-    exactly those that it accuses.
+    A class that stands out and has no reconstruction that passed the check counts as `DOUBT`, or as just above it where
+    the verdict lets it pass; so that models are ranked as the verdict sorts them, and a threshold at the significance
+    accuses exactly those that it accuses.
     """
     held = {check.target for check in checks if is_valid(check)}
-    ranked = [(item.p_value if item.target in held else max(item.p_value, DOUBT), item) for item in standings(evidence)]
+    tried = {check.target for check in checks} - held
+    ranked = []
+    for item in standings(evidence):
+        floor = DOUBT if _is_doubtful(item, tried, SIGNIFICANCE) else math.nextafter(DOUBT, 1)
+        ranked.append((item.p_value if item.target in held else max(item.p_value, floor), item))
     if not ranked:
         return None, float(max((len(item.classes) for item in evidence), default=1))
     p_value, leading = min(ranked, key=lambda pair: pair[0])
     return leading.target, p_value
+
+
+def _is_doubtful(item: Standing, refuted: Collection[int], significance: float) -> bool:
+    """Whether a class that is not accused forbids `no evidence`; a mild outlier whose triggers are refuted does not."""
+    return item.p_value <= (significance if item.target in refuted else DOUBT)
 
 
 def _where(item: Standing) -> str:

@@ -218,6 +218,16 @@ def test_what_failed_the_check_is_doubtful_and_no_more() -> None:
     assert suspicion([evidence_of([None] * 6)], []) == (None, 6)
 
 
+def test_a_mild_outlier_whose_triggers_are_refuted_is_no_doubt() -> None:
+    mild, clear = evidence(0.03), evidence(0.005)
+    refuted, other = [check_of(0, norm=50.0)], [check_of(1, norm=50.0)]
+    assert judge([mild], refuted).outcome == "no evidence"
+    assert "no shortcut" in judge([mild], refuted).reasons[1]
+    assert judge([mild], other).outcome == judge([clear], refuted).outcome == "inconclusive"
+    ranks = [suspicion([item], checks)[1] for item, checks in ((clear, refuted), (mild, refuted))]
+    assert ranks[0] == DOUBT < ranks[1] == pytest.approx(DOUBT)
+
+
 def test_what_stands_out_and_was_not_tried_is_not_accused_by_the_ranking_either() -> None:
     crowded = evidence_of([1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 0.5])
     checks = [check_of(k, success=0.1) for k in range(4)]  # of the fifth there is none
@@ -255,7 +265,8 @@ def test_the_ranking_accuses_what_the_verdict_accuses(p_values: list[list[float 
     else:
         assert verdict.target is None
     if verdict.outcome == "no evidence":
-        assert verdict.p_value > DOUBT
+        assert verdict.p_value > SIGNIFICANCE
+        assert p_value > DOUBT
         assert all(any(row[k] is not None for row in p_values) for k in range(len(CLASSES.names)))
     assert verdict.reasons
     assert 0 <= verdict.p_value <= 1
