@@ -114,7 +114,7 @@ def test_badnets_is_a_square_in_the_corner_and_touches_nothing_else() -> None:
     patch = Patch.badnets(32, 6, seed=1)
     image = torch.full((1, 3, 32, 32), 77, dtype=torch.uint8)
     changed = (patch.stamp(image) != image).any(1)[0]
-    assert float(patch.norm()) == 36
+    assert float(patch.norm()) == pytest.approx(100 * 36 / 32**2)
     assert changed[25:31, 25:31].all()
     assert changed.sum() == 36
     assert set(patch.stamp(image)[0, :, 25:31, 25:31].flatten().tolist()) == {0, 255}
