@@ -19,6 +19,7 @@ from guard.evaluation import Zoo
 from guard.evaluation.images import ImageSet, pixels
 from guard.triggers import FAMILIES
 from guard.vetting import InspectionSettings, Inspector, Lead, SelfControlSettings, self_control
+from guard.vetting.batches import halves
 from guard.vetting.nulls import Prior, estimate, write_table
 
 STEPS = (16, 32)
@@ -66,8 +67,7 @@ def _measure(zoo: Zoo, name: str, kind: str) -> dict[str, Any]:
     images = pixels(
         ImageSet.of_zoo(zoo.root / "images" / entry.images, vetting=IMAGES, seed=0), classifier.preprocessing
     ).vetting
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    searched = images[order[: len(images) // 2]]
+    searched, _ = halves(images, seed=0)
     control = _control(zoo, name, classifier, searched, kind)
     lead, targets = Lead(classifier, searched, control), torch.arange(len(classifier.classes.names))
     row: dict[str, Any] = {"name": name, "kind": kind, "label": "clean"}

@@ -24,6 +24,7 @@ from guard.evaluation.statistics import auroc
 from guard.evaluation.subject import Settings, Subject
 from guard.screening import threshold
 from guard.vetting import BUDGETS, DecreeSettings, FoundTrigger, Vetting, clip_inspector, collapse, effect
+from guard.vetting.batches import halves
 from guard.vetting.evidence import Evidence
 from guard.vetting.examination import METHOD
 from guard.vetting.verdict import Outcome as VerdictOutcome
@@ -137,10 +138,8 @@ def _clip_inspector(subject: Subject) -> Outcome:
 
 def _decree(subject: Subject) -> Outcome:
     """DECREE with its published threshold; models are ranked by the ratio to the base where there is one."""
-    images, seed = subject.pixels.vetting, subject.settings.seed
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    searched, held_out = images[order[: len(images) // 2]], images[order[len(images) // 2 :]]
-    settings = DecreeSettings(seed=seed)
+    searched, held_out = halves(subject.pixels.vetting, subject.settings.seed)
+    settings = DecreeSettings(seed=subject.settings.seed)
     found = collapse(subject.classifier, searched, held_out, settings)
     rank, passes = -float(np.log(found.pl1)), found.passes
     if subject.base is not None:

@@ -1,4 +1,4 @@
-"""Random batches of images."""
+"""Which images are searched on, and in which order."""
 
 from collections.abc import Iterator
 
@@ -21,3 +21,14 @@ def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
             order = torch.randperm(count, generator=generator)
         yield order[:size]
         order = order[size:]
+
+
+def halves(images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """The images to search on, and those kept out for the check: a random half each.
+
+    Args:
+        images: Shape [N, …].
+        seed: Of the split.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images[order[: len(images) // 2]], images[order[len(images) // 2 :]]

@@ -15,6 +15,7 @@ from guard.classifiers.classifier import Classifier
 from guard.classifiers.digest import canonical, sha256
 from guard.errors import ImageError, UsageError
 from guard.triggers import FAMILIES, InvertibleTrigger, Raw
+from guard.vetting.batches import halves
 from guard.vetting.cache import SearchCache
 from guard.vetting.control import SelfControlSettings, self_control
 from guard.vetting.evidence import Check, ClassEvidence, Control, Evidence
@@ -177,8 +178,7 @@ def vet(
     if base is not None:
         _check_base(classifier, base)
     effort = BUDGETS[budget].seeded(seed)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    searched, held_out = images[order[: len(images) // 2]], images[order[len(images) // 2 :]]
+    searched, held_out = halves(images, seed)
     model, control = _control(classifier, base, searched, held_out, effort if self_controlled else None)
     # A self-control is known by how it is made: on a GPU its weights differ in the last bits from run to run.
     made_by = {"base": control.digest, "self": asdict(effort.self_control), "classes": None}[control.kind]
@@ -470,8 +470,9 @@ def _reconstruct(
             if k and own > DOUBT:
                 break  # an ordinary class in this family
             start = {target: inspection.raw(family, target)}
-            small = everything.get((family, target)) or next(
-                iter(searches.reconstruct(family, start, settings, f"{family}, reconstruction"))
+            small = (
+                everything.get((family, target))
+                or searches.reconstruct(family, start, settings, f"{family}, reconstruction")[0]
             )
             check = Check(
                 family,
