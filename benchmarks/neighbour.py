@@ -15,7 +15,7 @@ from guard.demo.data import from_digits
 from guard.demo.models import attack_trigger
 from guard.demo.recipes import ALPHA, DIGITS, TARGET
 from guard.evaluation.statistics import Rate
-from guard.screening import Screen, threshold
+from guard.screening import Banks, Screen, threshold
 
 BANKS = (300, 1200)
 NEIGHBOURS = (2, 4, 8, 16)
@@ -33,6 +33,7 @@ def main() -> None:
     requests = classifier.embed(data.requests.pixels).numpy()
     others = data.requests.pixels[data.requests.labels != TARGET]
     triggered = classifier.embed(trigger.stamp(others)).numpy()
+    head = classifier.head.numpy().T
     lines = [
         "Stamped bank made with the attacker's own trigger, so that only k and the bank differ.",
         "",
@@ -42,7 +43,7 @@ def main() -> None:
     for size in BANKS:
         for k in NEIGHBOURS:
             for name, banks in (("trigger match", {"true": stamped[:size]}), ("k-distance alone", {})):
-                screen = Screen(clean[:size], banks, k=k)
+                screen = Screen(Banks.fit(clean[:size], banks, head, k=k))
                 value = threshold(screen.score_samples(clean[max(BANKS) : 2 * max(BANKS)]).values, ALPHA).value
                 rates = [
                     Rate.of(int(np.sum(screen.score_samples(part).values > value)), len(part))

@@ -8,6 +8,7 @@
     ├── ImageError                4   an image or a folder of images cannot be used
     ├── ClassListError            4   a list of classes or templates cannot be used
     ├── ProfileError              4   a profile is missing, damaged, or of another model
+    ├── EmbeddingsError           4   a file of embeddings cannot be used
     ├── ZooError                  4   a zoo of models, or what is said about its models, cannot be used
     └── RequestError              –   an inference request is malformed (the sidecar answers INVALID_ARGUMENT)
 
@@ -18,6 +19,7 @@ what to do about it.
 
 __all__ = [
     "ClassListError",
+    "EmbeddingsError",
     "ExportError",
     "GuardError",
     "ImageError",
@@ -64,6 +66,10 @@ class ClassListError(GuardError):
 
 class ProfileError(GuardError):
     """A profile is missing, damaged, of a newer schema, or belongs to another model."""
+
+
+class EmbeddingsError(GuardError):
+    """A file of embeddings is missing, damaged, or of another model."""
 
 
 class ZooError(GuardError):

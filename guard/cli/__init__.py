@@ -10,6 +10,7 @@ from guard.cli.calibrate import calibrate
 from guard.cli.demo import demo
 from guard.cli.evaluate import evaluate
 from guard.cli.export import export
+from guard.cli.log import log
 from guard.cli.serve import serve
 from guard.cli.triggers import triggers
 from guard.cli.vet import vet
@@ -31,7 +32,7 @@ def cli() -> None:
     """
 
 
-for command in (vet, calibrate, export, serve, triggers, attack, evaluate, demo):
+for command in (vet, calibrate, export, serve, log, triggers, attack, evaluate, demo):
     cli.add_command(command)
 
 

@@ -28,6 +28,16 @@ from guard.cli import options
     type=click.Choice(["open", "closed"]),
     help="Serve or refuse what could not be checked.  [default: open in shadow mode, else closed]",
 )
+@click.option(
+    "--neighbours",
+    type=click.Choice(["exact", "compressed", "approximate"]),
+    help="How banks are searched; the others save time in large banks.  [default: exact]",
+)
+@click.option("--state", type=options.PATH, help="Folder for evidence log and monitor state.  [default: none is kept]")
+@click.option("--thumbnails/--no-thumbnails", default=None, help="Keep small pictures of flagged images there.")
+@click.option("--second-looks", type=float, help="Flagged images per second that are looked at again.  [default: 0]")
+@click.option("--sample", type=int, help="Embeddings to sample for guard calibrate.  [default: 0]")
+@click.option("--run-length", type=float, help="Images between false alarms of the monitor.  [default: 1e7]")
 @click.option("--screening/--no-screening", default=None, help="Off: all is unchecked, to measure the cost.")
 @click.option("--timeout", type=float, help="Seconds that screening may take.  [default: 1]")
 @click.option("--max-message-bytes", type=int, help="Largest request or reply.  [default: 67108864]")

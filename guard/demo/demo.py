@@ -20,7 +20,13 @@ from guard.triggers import Trigger
 from guard.vetting import Budget, Vetting, vet
 
 MIN_DETECTED, MAX_FALSE_ALARMS = 0.95, 0.03
-METRICS = ("guard_requests_total", "guard_flagged_trigger_total", "guard_model_info", "guard_threshold", "guard_ready")
+METRICS = (
+    "guard_requests_total",
+    "guard_flagged_trigger_total",
+    "guard_model_info",
+    "guard_alpha_ratio",
+    "guard_ready",
+)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from guard.evaluation.results import (
 )
 from guard.evaluation.statistics import auroc
 from guard.evaluation.subject import Settings, Subject
-from guard.screening import threshold
+from guard.screening import DENSITY, threshold
 from guard.vetting import BUDGETS, DecreeSettings, FoundTrigger, Vetting, clip_inspector, collapse, effect
 from guard.vetting.batches import halves
 from guard.vetting.evidence import Evidence
@@ -170,16 +170,16 @@ def _score(subject: Subject, vetting: Vetting) -> ScoreFigures:
     reference = profile.reference
     if reference is None:
         raise AssertionError("calibration leaves a reference")
-    screen, _ = profile.screen()
+    screen = profile.detector().screen
     clean = screen.score_samples(subject.requests.numpy()).values
     stamped = [screen.score_samples(attack.embeddings.numpy()).values for attack in subject.attacks]
     return ScoreFigures(
-        screen.score,
+        "match and density" if screen.triggers else DENSITY,
         profile.document.calibration.k if profile.document.calibration else 0,
-        len(reference.clean),
-        len(reference.scores),
+        len(reference.banks.reference),
+        len(reference.clean.values),
         tuple(auroc(part.tolist(), clean.tolist()) for part in stamped),
-        tuple(_held(alpha, reference.scores, clean, stamped) for alpha in subject.settings.alphas),
+        tuple(_held(alpha, reference.clean.values, clean, stamped) for alpha in subject.settings.alphas),
     )
 
 
@@ -238,7 +238,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "screening",
-            f"{METHOD}, screening 2",
+            f"{METHOD}, screening 3",
             "requests",
             frozenset({"calibration", "requests"}),
             uses_base=True,

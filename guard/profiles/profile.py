@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,11 +11,11 @@ from guard.classifiers.classes import ClassList
 from guard.classifiers.digest import ClassifierDigest
 from guard.classifiers.preprocessing import Preprocessing
 from guard.errors import ProfileError
-from guard.screening import Screen, Threshold
+from guard.screening import Banks, Detector, Method, Scores, Screen, Tail, Threshold
 from guard.vetting.evidence import Check, Control, Evidence
 from guard.vetting.verdict import Verdict
 
-SCHEMA = 2
+SCHEMA = 3
 
 Array = NDArray[np.float32]
 
@@ -106,25 +107,46 @@ class VettingRecord:
 
 
 @dataclass(frozen=True)
-class CalibrationRecord:
-    """How the threshold was set.
+class LeftOut:
+    """A clean image that was given for calibration, and not used.
 
     Attributes:
-        score: Which score the threshold is on.
+        image: Its name, or its number where it has none.
+        part: Whether it was meant for the banks or for the threshold.
+        trigger: Id of the trigger that it seems to carry.
+    """
+
+    image: str
+    part: Literal["bank", "calibration"]
+    trigger: str
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """How requests are compared, and how the threshold was set.
+
+    Attributes:
         k: Neighbour that distances are taken to.
-        threshold: The threshold, its alpha, and the number of scores behind it.
+        tails: For each score its tail over the bank's own images.
+        shrinkage: Of the whitening.
+        threshold: The threshold on the whole, its alpha, and the number of scores behind it.
+        per_class: Whether classes with enough images have a threshold of their own.
         reference: Number of embeddings in the reference bank, and in each stamped bank.
         held_out: Number of images kept out of banks and threshold.
-        false_alarms: How many of these the threshold flags.
+        false_alarms: How many of these are flagged.
+        left_out: Images that seem to carry a trigger.
         seed: Of the split.
     """
 
-    score: str
     k: int
+    tails: Mapping[str, Tail]
+    shrinkage: float
     threshold: Threshold
+    per_class: bool
     reference: int
     held_out: int
     false_alarms: int
+    left_out: tuple[LeftOut, ...]
     seed: int
 
 
@@ -153,19 +175,17 @@ class Document:
     files: Mapping[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reference:
     """What the sidecar compares requests with: `reference.safetensors`.
 
     Attributes:
-        clean: Embeddings of clean images, shape [N, D], L2-normalised.
-        stamped: For each trigger, embeddings of the same images with it, shape [N, D].
-        scores: Scores of the clean calibration images, shape [n].
+        banks: Embeddings of clean images, without and with each trigger.
+        clean: Scores of clean images that are in no bank.
     """
 
-    clean: Array
-    stamped: Mapping[str, Array]
-    scores: Array
+    banks: Banks
+    clean: Scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,16 +215,21 @@ class Profile:
                 "vet this model, or give the one that was vetted"
             )
 
-    def screen(self) -> tuple[Screen, Threshold]:
-        """What scores requests, and the threshold on it.
+    def detector(self, method: Method = "exact") -> Detector:
+        """What decides about requests.
+
+        Args:
+            method: How neighbours are found.
 
         Raises:
             ProfileError: The profile was not calibrated.
+            MissingDependencyError: The method needs a library that is not installed.
         """
         if self.reference is None or self.document.calibration is None:
             raise ProfileError("the profile has no reference bank yet; run guard calibrate on it")
         calibration = self.document.calibration
-        return Screen(self.reference.clean, self.reference.stamped, k=calibration.k), calibration.threshold
+        screen = Screen(self.reference.banks, method=method)
+        return Detector(screen, self.reference.clean, calibration.threshold.alpha, per_class=calibration.per_class)
 
     def class_name(self, index: int) -> str:
         """Name of a class."""

@@ -1,20 +1,23 @@
 """Profiles on disk: written whole or not at all, and believed only after every check."""
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 
 from guard._files import check_replaceable, replace_directory
 from guard.classifiers.digest import PARTS, ClassifierDigest, sha256
-from guard.errors import ClassListError, ProfileError
-from guard.profiles.profile import SCHEMA, Array, Document, Profile, Reference
+from guard.errors import ClassListError, ProfileError, UsageError
+from guard.profiles.profile import SCHEMA, Array, CalibrationRecord, Document, Profile, Reference
+from guard.screening import DENSITY, Banks, Scores, Screen, Whitening, check_alpha, match
 
 DOCUMENT_FILE = "profile.json"
 TRIGGERS_FILE = "triggers.safetensors"
@@ -22,7 +25,11 @@ REFERENCE_FILE = "reference.safetensors"
 REPORT_FILE = "report.html"
 _MAX_DOCUMENT_BYTES = 256 * 2**20
 _MAX_TENSOR_BYTES = 8 * 2**30
-_CLEAN, _SCORES, _STAMPED = "clean", "scores", "stamped."
+_MAX_HEADER_BYTES = 16 * 2**20
+_HASH_BLOCK = 2**20
+_STAMPED = "stamped."
+_WHITENING, _BANK, _CLEAN = ("mean", "matrix", "head"), "reference", ("values", "parts", "triggers", "classes")
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 
 
 def check_place(directory: Path) -> None:
@@ -49,10 +56,7 @@ def write(profile: Profile, directory: Path, *, report: str) -> None:
         )
     }  # fmt: skip
     if profile.reference is not None:
-        stamped = {_STAMPED + name: bank for name, bank in profile.reference.stamped.items()}
-        files[REFERENCE_FILE] = save_tensors(
-            {_CLEAN: profile.reference.clean, _SCORES: profile.reference.scores, **stamped}
-        )
+        files[REFERENCE_FILE] = save_tensors(_reference_tensors(profile.reference))
     document = replace(profile.document, files={name: sha256(data) for name, data in files.items()})
     text = json.dumps(asdict(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with replace_directory(directory, marker=DOCUMENT_FILE) as temporary:
@@ -78,7 +82,8 @@ def read(directory: Path) -> Profile:
         triggers[trigger][tensor] = values
     if missing := [trigger for trigger, tensors in triggers.items() if not tensors]:
         raise ProfileError(f"{directory / TRIGGERS_FILE} lacks the trigger {missing[0]!r}")
-    reference = _read_reference(directory / REFERENCE_FILE, document) if document.calibration else None
+    calibration = document.calibration
+    reference = _read_reference(directory / REFERENCE_FILE, document, calibration) if calibration else None
     return Profile(document, triggers, reference)
 
 
@@ -140,48 +145,134 @@ def _check_document(document: Document, path: Path) -> None:
         raise ProfileError(f"{path} is damaged: a target is not one of the {classes} classes")
     if len({trigger.id for trigger in document.triggers}) != len(document.triggers):
         raise ProfileError(f"{path} is damaged: two triggers have the same id")
-    if document.calibration and document.calibration.k < 1:
-        raise ProfileError(f"{path} is damaged: k = {document.calibration.k} is no neighbour")
+    calibration = document.calibration
+    if calibration and calibration.k < 1:
+        raise ProfileError(f"{path} is damaged: k = {calibration.k} is no neighbour")
+    if calibration and any(not (tail.scale > 0 and 0 < tail.weight <= 1) for tail in calibration.tails.values()):
+        raise ProfileError(f"{path} is damaged: the tail of a score has no scale, or no weight")
 
 
-def _read_tensors(path: Path, document: Document) -> dict[str, Array]:
+def _reference_tensors(reference: Reference) -> dict[str, NDArray[Any]]:
+    banks, clean = reference.banks, reference.clean
+    tensors = {
+        "mean": banks.whitening.mean,
+        "matrix": banks.whitening.matrix,
+        "head": banks.head,
+        _BANK: banks.reference,
+        **{_STAMPED + name: bank for name, bank in banks.stamped.items()},
+        "values": clean.values,
+        "parts": np.stack([clean.parts[name] for name in banks.tails]),
+        "triggers": clean.triggers,
+        "classes": clean.classes,
+    }
+    return {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+
+
+def _check_file(path: Path, document: Document) -> None:
+    """Make sure that a file is the one that the document names; read in blocks, since it may be large."""
     try:
         if path.stat().st_size > _MAX_TENSOR_BYTES:
             raise ProfileError(f"{path} is larger than {_MAX_TENSOR_BYTES} bytes")
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ProfileError(f"cannot read {path}: {error.strerror}; the profile is not whole") from error
-    if sha256(data) != document.files.get(path.name):
+    if digest != document.files.get(path.name):
         raise ProfileError(f"{path} is damaged, or of another profile: its SHA-256 is not the one in {DOCUMENT_FILE}")
+
+
+def _mapped(path: Path) -> dict[str, NDArray[Any]]:
+    """The tensors of a safetensors file, mapped into memory: banks are read when they are searched.
+
+    The library checks the header, and copies what it returns; the offsets are therefore taken from the header here.
+    """
     try:
-        tensors = load_tensors(data)
-    except (SafetensorError, KeyError, ValueError) as error:
+        with safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > _MAX_HEADER_BYTES:
+                raise ProfileError(f"{path} is damaged: its header has {length} bytes")
+            header = json.loads(file.read(length))
+        tensors: dict[str, NDArray[Any]] = {}
+        for name in names:
+            entry = header[name]
+            if entry["dtype"] not in _DTYPES:
+                raise ProfileError(f"{path} is damaged: {name} is {entry['dtype']}, not one of {', '.join(_DTYPES)}")
+            shape, dtype, start = tuple(entry["shape"]), _DTYPES[entry["dtype"]], 8 + length + entry["data_offsets"][0]
+            empty = 0 in shape
+            tensors[name] = np.empty(shape, dtype) if empty else np.memmap(path, dtype, "r", start, shape)
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ProfileError(f"{path} is damaged: {error}") from error
-    for name, values in tensors.items():
+    except OSError as error:
+        raise ProfileError(f"cannot read {path}: {error.strerror}") from error
+    return tensors
+
+
+def _read_tensors(path: Path, document: Document) -> dict[str, Array]:
+    _check_file(path, document)
+    tensors = {}
+    for name, values in _mapped(path).items():
         if values.dtype != np.float32:
             raise ProfileError(f"{path} is damaged: {name} is {values.dtype}, not float32")
         if not np.isfinite(values).all():
             raise ProfileError(f"{path} is damaged: {name} holds a value that is not finite")
+        tensors[name] = np.array(values)
     return tensors
 
 
-def _read_reference(path: Path, document: Document) -> Reference:
-    tensors = _read_tensors(path, document)
-    expected = {_CLEAN, _SCORES, *(_STAMPED + trigger.id for trigger in document.triggers)}
+def _read_reference(path: Path, document: Document, calibration: CalibrationRecord) -> Reference:
+    _check_file(path, document)
+    tensors = _mapped(path)
+    triggers = [trigger.id for trigger in document.triggers]
+    expected = {*_WHITENING, _BANK, *_CLEAN, *(_STAMPED + name for name in triggers)}
     if set(tensors) != expected:
         raise ProfileError(f"{path} is damaged: it holds {sorted(tensors)}, not {sorted(expected)}")
-    scores = tensors.pop(_SCORES)
-    if scores.ndim != 1:
-        raise ProfileError(f"{path} is damaged: the calibration scores are not a list")
-    for name, bank in tensors.items():
-        if bank.ndim != 2 or bank.shape[1] != document.model.embedding:
+    scores = [DENSITY, *(match(name) for name in triggers)]
+    if set(calibration.tails) != set(scores):
+        raise ProfileError(f"{path} is damaged: there are tails of {sorted(calibration.tails)}, not of {scores}")
+    size, width = tensors[_BANK].shape[0] if tensors[_BANK].ndim else 0, document.model.embedding
+    count, classes = len(tensors["values"]) if tensors["values"].ndim else 0, len(document.model.classes.names)
+    floats, integers = np.dtype(np.float32), np.dtype(np.int64)
+    forms = {
+        "mean": ((width,), floats),
+        "matrix": ((width, width), floats),
+        "head": ((width, classes), floats),
+        _BANK: ((size, width), floats),
+        **{_STAMPED + name: ((size, width), floats) for name in triggers},
+        "values": ((count,), floats),
+        "parts": ((len(scores), count), floats),
+        "triggers": ((count,), integers),
+        "classes": ((count,), integers),
+    }
+    for name, (shape, dtype) in forms.items():
+        if tensors[name].shape != shape or tensors[name].dtype != dtype:
             raise ProfileError(
-                f"{path} is damaged: {name} has shape {bank.shape}, the model's embeddings {document.model.embedding}"
+                f"{path} is damaged: {name} has shape {tensors[name].shape} and type {tensors[name].dtype}, "
+                f"not {shape} and {dtype}"
             )
-        if not np.allclose(np.linalg.norm(bank, axis=1), 1, atol=1e-3):
-            raise ProfileError(f"{path} is damaged: {name} holds embeddings that are not normalised")
-        if document.calibration and len(bank) < document.calibration.k:
-            raise ProfileError(f"{path} is damaged: {name} has fewer rows than k = {document.calibration.k}")
-    stamped = {name.removeprefix(_STAMPED): bank for name, bank in tensors.items() if name != _CLEAN}
-    # In the order of the document, by which scores refer to triggers.
-    return Reference(tensors[_CLEAN], {trigger.id: stamped[trigger.id] for trigger in document.triggers}, scores)
+    if size <= calibration.k or count != calibration.threshold.size:
+        raise ProfileError(
+            f"{path} is damaged: {size} images in the banks and {count} scores do not fit {DOCUMENT_FILE}"
+        )
+    for name in (*_WHITENING, "values", "parts"):  # the screen looks at the banks
+        if not np.isfinite(tensors[name]).all():
+            raise ProfileError(f"{path} is damaged: {name} holds a value that is not finite")
+    for name, least, most in (("classes", 0, classes), ("triggers", -1, len(triggers))):
+        if count and not least <= tensors[name].min() <= tensors[name].max() < most:
+            raise ProfileError(f"{path} is damaged: {name} holds a number that stands for nothing")
+    banks = Banks(
+        Whitening(tensors["mean"], tensors["matrix"], calibration.shrinkage),
+        tensors["head"],
+        tensors[_BANK],
+        {name: tensors[_STAMPED + name] for name in triggers},  # in the order by which scores refer to triggers
+        calibration.k,
+        calibration.tails,
+    )
+    try:
+        Screen(banks)
+        check_alpha(calibration.threshold.alpha, count)
+    except (ValueError, UsageError) as error:
+        raise ProfileError(f"{path} is damaged: {error}") from error
+    parts = dict(zip(calibration.tails, tensors["parts"], strict=True))
+    return Reference(banks, Scores(tensors["values"], parts, tensors["triggers"], tensors["classes"]))

@@ -64,7 +64,7 @@ def _kind(entry: ClassEvidence, accused: int | None, suspicious: Collection[int]
     return None if entry.target == accused else entry.target in suspicious
 
 
-def score_plot(scores: Mapping[str, NDArray[np.floating]], threshold: Threshold, name: str) -> Markup:
+def score_plot(scores: Mapping[str, NDArray[np.floating]], threshold: Threshold) -> Markup:
     """Histograms of scores, one colour each, with the threshold."""
     values = np.concatenate(list(scores.values()))
     edges = np.linspace(float(values.min()), float(values.max()) + 1e-6, 60).tolist()
@@ -82,7 +82,7 @@ def score_plot(scores: Mapping[str, NDArray[np.floating]], threshold: Threshold,
         fontsize=8,
         color=INK,
     )
-    axis.set_xlabel(f"{name} score (larger is more suspicious)", parse_math=False)
+    axis.set_xlabel("score (larger is more suspicious)")
     axis.set_ylabel("share of images")
     axis.legend(frameon=False, fontsize=8)
     _plain(axis)

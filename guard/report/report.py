@@ -76,9 +76,20 @@ def example(trigger: Trigger, images: Tensor) -> Example:
     )
 
 
-def examples(profile: Profile, images: Tensor) -> dict[str, Example]:
-    """One example for each trigger of a profile, by id."""
+def examples(profile: Profile, images: Tensor | None = None) -> dict[str, Example]:
+    """One example for each trigger of a profile, by id; on test cards where there are no images."""
+    if images is None:
+        images = _test_cards(profile.document.model.preprocessing.size)
     return {name: example(trigger, images) for name, trigger in load_triggers(profile).items()}
+
+
+def _test_cards(side: int) -> Tensor:
+    """Gradients and stripes in several colours: something that every family of triggers changes visibly."""
+    across = torch.linspace(0, 1, side).expand(side, side)
+    stripes = (torch.arange(side) // max(1, side // 8) % 2).float().expand(side, side)
+    planes = (across, across.T, stripes, stripes.T, 1 - across)
+    cards = [torch.stack([planes[(k + channel) % len(planes)] for channel in range(3)]) for k in range(EXAMPLES)]
+    return (torch.stack(cards) * 200 + 28).round().to(torch.uint8)
 
 
 def render(
@@ -100,10 +111,10 @@ def render(
     """
     document = profile.document
     if scores is None and profile.reference is not None:
-        scores = {"clean images (calibration)": profile.reference.scores}
+        scores = {"clean images (calibration)": profile.reference.clean.values}
     plot = None
     if scores and document.calibration:
-        plot = pictures.score_plot(scores, document.calibration.threshold, document.calibration.score)
+        plot = pictures.score_plot(scores, document.calibration.threshold)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("guard", "report"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,

@@ -1,7 +1,38 @@
 """Score requests and decide, at a false-alarm rate that the operator chose. numpy only: no torch, no gRPC."""
 
-from guard.screening.conformal import Threshold, threshold
-from guard.screening.neighbours import Neighbours
-from guard.screening.screen import MAX_K, Scores, Screen, default_k
+from guard.screening.conformal import Conformal, Threshold, check_alpha, smallest_alpha, threshold
+from guard.screening.density import DAO, LID, SLOF, KDistance
+from guard.screening.detector import Detector, Judgement
+from guard.screening.monitor import Alarm, Monitor, Stream
+from guard.screening.neighbours import Method, Nearest, Neighbours
+from guard.screening.screen import DENSITY, MAX_K, Banks, Scores, Screen, Tail, default_k, match
+from guard.screening.whitening import Whitening
 
-__all__ = ["MAX_K", "Neighbours", "Scores", "Screen", "Threshold", "default_k", "threshold"]
+__all__ = [
+    "DAO",
+    "DENSITY",
+    "LID",
+    "MAX_K",
+    "SLOF",
+    "Alarm",
+    "Banks",
+    "Conformal",
+    "Detector",
+    "Judgement",
+    "KDistance",
+    "Method",
+    "Monitor",
+    "Nearest",
+    "Neighbours",
+    "Scores",
+    "Screen",
+    "Stream",
+    "Tail",
+    "Threshold",
+    "Whitening",
+    "check_alpha",
+    "default_k",
+    "match",
+    "smallest_alpha",
+    "threshold",
+]

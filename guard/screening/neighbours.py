@@ -1,57 +1,181 @@
-"""Exact nearest-neighbour distances to a fixed bank. numpy only."""
+"""Nearest neighbours in a fixed bank. numpy only, unless the approximate search is asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from guard.screening.products import largest, products
+
 Embeddings = NDArray[np.float32]
+Method = Literal["exact", "compressed", "approximate"]
 
 _BLOCK_BYTES = 64 * 2**20
-"""Largest intermediate matrix of distances."""
+"""Largest intermediate matrix of products."""
+_CHECKED_ROWS = 4096
+"""Rows of a bank that are looked at, and of candidates that are measured, at a time."""
+_NORM_TOLERANCE = 1e-3
+_ROUNDING = 4e-6
+"""How far a float32 product of unit vectors may be from the exact one; a bound for 1024 dimensions."""
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest rows of a bank, nearest first; rows at the same distance by their number.
+
+    Attributes:
+        distances: Euclidean, shape [M, k].
+        indices: Rows of the bank, shape [M, k].
+    """
+
+    distances: NDArray[np.float32]
+    indices: NDArray[np.int64]
+
+
+class Finder(Protocol):
+    """What proposes the rows of a bank that are worth measuring."""
+
+    def candidates(self, queries: Embeddings, k: int) -> Sequence[NDArray[np.int64]]:
+        """For each query at least k distinct rows, ascending."""
 
 
 class Neighbours:
-    """Distances to the k-th nearest of a bank of unit vectors.
+    """A bank of unit vectors, and the search in it.
 
-    On unit vectors the squared Euclidean distance is 2 − 2·cos, so that one matrix product gives all distances.
+    Every method proposes candidates by a cheap product, and then measures their distance as the norm of a difference:
+    2 − 2·cos loses all digits where vectors coincide. A distance therefore does not depend on the method, nor on which
+    queries come in one batch; a copy of a bank row lies at distance 0.
 
     Args:
-        bank: Shape [N, D], L2-normalised.
-        k: Which neighbour; 1 ≤ k ≤ N.
+        bank: Shape [N, D], L2-normalised, float32 in row order. Not copied: a memory-mapped one stays mapped, and none
+            may be changed.
+        method: `exact` reads the whole bank for each query. `compressed` reads a quarter of that and misses a neighbour
+            now and then; how often depends on the spectrum of the bank, and with a flat one, as whitening makes it,
+            nearly always (docs/decisions/0006-neighbours.md). `approximate` asks an index of the faiss library, which
+            holds a copy of the bank at 8 bits per number.
+        unit: Whether vectors must have length 1; without it, any finite ones are taken by the exact method.
 
     Raises:
-        ValueError: k is out of range, or the bank is not a finite matrix of unit vectors.
+        ValueError: The bank is not a finite matrix of unit vectors.
+        MissingDependencyError: The approximate search needs faiss, which is not installed.
     """
 
-    def __init__(self, bank: Embeddings, k: int) -> None:
-        if bank.ndim != 2 or not len(bank):
+    def __init__(self, bank: Embeddings, *, method: Method = "exact", unit: bool = True) -> None:
+        if bank.ndim != 2 or not bank.size:
             raise ValueError(f"a bank is a matrix of embeddings, not an array of shape {bank.shape}")
-        if not 1 <= k <= len(bank):
-            raise ValueError(f"k = {k} needs a bank of at least {k} embeddings, it has {len(bank)}")
-        norms = np.linalg.norm(bank, axis=1)
-        if not np.allclose(norms, 1, atol=1e-3):  # NaN fails this too
-            raise ValueError("the embeddings of a bank must be L2-normalised")
-        self.k = k
-        self._transposed = np.ascontiguousarray(bank.T, dtype=np.float32)
+        if not unit and method != "exact":
+            raise ValueError(f"the {method} search takes unit vectors only")
+        self._bank = np.ascontiguousarray(bank, dtype=np.float32)
+        self._finder = _finder(self._bank, method, _checked_lengths(self._bank, unit=unit))
 
     @property
     def dimension(self) -> int:
         """Length of an embedding."""
-        return int(self._transposed.shape[0])
+        return int(self._bank.shape[1])
 
-    def kth_distance(self, embeddings: Embeddings) -> NDArray[np.float32]:
-        """Euclidean distance of each embedding to its k-th nearest in the bank.
+    @property
+    def size(self) -> int:
+        """Number of embeddings."""
+        return len(self._bank)
+
+    def search(self, queries: Embeddings, k: int) -> Nearest:
+        """The k nearest of the bank to each query.
 
         Args:
-            embeddings: Shape [M, D], L2-normalised.
+            queries: Shape [M, D]. Unit vectors, which is the caller's duty: scores of others mean nothing.
+            k: How many; 1 ≤ k ≤ size.
 
-        Returns:
-            Shape [M], in [0, 2].
+        Raises:
+            ValueError: k is out of range, or queries are not finite vectors of the bank's length.
         """
-        rows = max(1, _BLOCK_BYTES // (4 * self._transposed.shape[1]))
-        parts = [
-            np.partition(embeddings[i : i + rows] @ self._transposed, -self.k, axis=1)[:, -self.k]
-            for i in range(0, len(embeddings), rows)
-        ]
-        cosine = np.concatenate(parts) if parts else np.empty(0, np.float32)
-        distance: NDArray[np.float32] = np.sqrt(np.maximum(2 - 2 * cosine, 0)).astype(np.float32)
-        return distance
+        if not 1 <= k <= self.size:
+            raise ValueError(f"k = {k} needs a bank of at least {max(k, 1)} embeddings, it has {self.size}")
+        if queries.ndim != 2 or queries.shape[1] != self.dimension:
+            raise ValueError(f"queries of shape {queries.shape} cannot be compared with a bank of {self.dimension}")
+        if not np.isfinite(queries).all():
+            raise ValueError("a query is not finite")
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        distances = np.empty((len(queries), k), np.float32)
+        indices = np.empty((len(queries), k), np.int64)
+        step = max(1, _BLOCK_BYTES // (4 * self.size))
+        for start in range(0, len(queries), step):
+            block = queries[start : start + step]
+            for row, candidates in enumerate(self._finder.candidates(block, k), start):
+                squares = self._squares(queries[row], candidates)
+                order = np.argsort(squares, kind="stable")[:k]
+                indices[row] = candidates[order]
+                np.sqrt(squares[order], out=distances[row])
+        return Nearest(distances, indices)
+
+    def within(self, k: int) -> Nearest:
+        """The k nearest of each row of the bank among the others.
+
+        Costs a product of the bank with itself, in blocks; for 50,000 rows of 512 numbers half a minute of one core.
+
+        Raises:
+            ValueError: k is smaller than 1 or larger than size − 1.
+        """
+        if not 1 <= k < self.size:
+            raise ValueError(f"k = {k} among the others needs a bank of at least {max(k, 1) + 1}, it has {self.size}")
+        found = self.search(self._bank, k + 1)
+        # A row finds itself, unless more than k copies of it come first: then the last of these is left out.
+        itself = found.indices == np.arange(self.size)[:, None]
+        itself[~itself.any(axis=1), -1] = True
+        others = (self.size, k)
+        return Nearest(found.distances[~itself].reshape(others), found.indices[~itself].reshape(others))
+
+    def _squares(self, query: Embeddings, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Squared distances of one query to some rows."""
+        squares = np.empty(len(rows), np.float32)
+        for start in range(0, len(rows), _CHECKED_ROWS):
+            part = rows[start : start + _CHECKED_ROWS]
+            difference = self._bank.take(part, axis=0)
+            difference -= query
+            squares[start : start + _CHECKED_ROWS] = np.matmul(difference[:, None, :], difference[:, :, None])[:, 0, 0]
+        return squares
+
+
+class _Exact:
+    """Everything that a rounding error could have put among the k nearest.
+
+    The nearest row maximises b·q − |b|²/2, whatever the lengths.
+    """
+
+    def __init__(self, bank: Embeddings, lengths: NDArray[np.float32]) -> None:
+        self._bank = bank
+        self._halves = (lengths**2 / 2)[:, None]
+        self._rounding = _ROUNDING * float(lengths.max())
+
+    def candidates(self, queries: Embeddings, k: int) -> Sequence[NDArray[np.int64]]:
+        closeness = products(self._bank, queries)
+        closeness -= self._halves
+        # Half a square of the bank's and a product with the query round alike.
+        slack = self._rounding * (self._rounding / _ROUNDING + np.linalg.norm(queries, axis=1)).astype(np.float32)
+        return largest(closeness, k, slack)
+
+
+def _finder(bank: Embeddings, method: Method, lengths: NDArray[np.float32]) -> Finder:
+    if method == "exact":
+        return _Exact(bank, lengths)
+    if method == "compressed":
+        from guard.screening.compressed import Compressed
+
+        return Compressed(bank)
+    from guard.screening.approximate import Approximate
+
+    return Approximate(bank)
+
+
+def _checked_lengths(bank: Embeddings, *, unit: bool) -> NDArray[np.float32]:
+    """The lengths of a bank's rows, in blocks, so that a mapped bank is read and not copied."""
+    lengths = np.empty(len(bank), np.float32)
+    with np.errstate(over="ignore"):  # refused below
+        for start in range(0, len(bank), _CHECKED_ROWS):
+            lengths[start : start + _CHECKED_ROWS] = np.linalg.norm(bank[start : start + _CHECKED_ROWS], axis=1)
+    if not np.isfinite(lengths).all():
+        raise ValueError("the embeddings of a bank must be finite")
+    if unit and np.abs(lengths - 1).max() > _NORM_TOLERANCE:
+        raise ValueError("the embeddings of a bank must be L2-normalised")
+    return lengths

@@ -1,37 +1,44 @@
 """How a reply tells what guard decided: parameters, trailing metadata, and for batches one tensor each."""
 
+import numpy as np
+
 from guard.sidecar.inference_pb2 import ModelInferResponse
 from guard.sidecar.policy import Decision, Mode, Outcome
 from guard.sidecar.tensors import add_output
 
-DECISION, SCORE, THRESHOLD, REASON, MODE, TRIGGER = (
-    f"guard_{name}" for name in ("decision", "score", "threshold", "reason", "mode", "trigger")
+DECISION, SCORE, P_VALUE, ALPHA, REASON, MODE, TRIGGER, WITHDRAWN = (
+    f"guard_{name}" for name in ("decision", "score", "p_value", "alpha", "reason", "mode", "trigger", "withdrawn")
 )
 
 
 def annotate(response: ModelInferResponse, outcome: Outcome, mode: Mode) -> None:
     """Write an outcome into a reply.
 
-    Parameters carry the whole request: its decision, its largest score, the threshold. A reply to more than one image
-    also gets the outputs `guard_decision` (BYTES [N]) and `guard_score` (FP32 [N]).
+    Parameters carry the whole request: its decision, its smallest p-value, the alpha up to which
+    an image is flagged. A reply to more than one image
+    also gets the outputs `guard_decision` (BYTES [N]), `guard_score` and `guard_p_value` (FP32 [N]).
     """
     parameters = response.parameters
     parameters[DECISION].string_param = outcome.decision
     parameters[MODE].string_param = mode
     if outcome.reason is not None:
         parameters[REASON].string_param = outcome.reason
-    if outcome.scores is None or outcome.flags is None or outcome.threshold is None:
+    if outcome.scores is None or outcome.flags is None or outcome.p_values is None or outcome.alpha is None:
         return
-    worst = int(outcome.scores.argmax())
+    worst = int(np.lexsort((-outcome.scores, outcome.p_values))[0])
     parameters[SCORE].double_param = float(outcome.scores[worst])
-    parameters[THRESHOLD].double_param = outcome.threshold
+    parameters[P_VALUE].double_param = float(outcome.p_values[worst])
+    parameters[ALPHA].double_param = outcome.alpha
     if outcome.decision is Decision.FLAG and outcome.triggers[worst]:
         parameters[TRIGGER].string_param = outcome.triggers[worst]
+    if outcome.withdrawn:
+        parameters[WITHDRAWN].int64_param = outcome.withdrawn
     if len(outcome.scores) > 1:
         raw = bool(response.raw_output_contents)
         decisions = [(Decision.FLAG if flag else Decision.PASS).encode() for flag in outcome.flags]
         add_output(response, DECISION, decisions, raw=raw)
         add_output(response, SCORE, outcome.scores, raw=raw)
+        add_output(response, P_VALUE, outcome.p_values.astype(np.float32), raw=raw)
 
 
 def trailers(outcome: Outcome) -> tuple[tuple[str, str], ...]:
@@ -39,6 +46,10 @@ def trailers(outcome: Outcome) -> tuple[tuple[str, str], ...]:
     pairs = [("guard-decision", str(outcome.decision))]
     if outcome.reason is not None:
         pairs.append(("guard-reason", str(outcome.reason)))
-    if outcome.scores is not None and outcome.threshold is not None:
-        pairs += [("guard-score", f"{outcome.scores.max():.6g}"), ("guard-threshold", f"{outcome.threshold:.6g}")]
+    if outcome.scores is not None and outcome.p_values is not None and outcome.alpha is not None:
+        pairs += [
+            ("guard-score", f"{outcome.scores.max():.6g}"),
+            ("guard-p-value", f"{outcome.p_values.min():.6g}"),
+            ("guard-alpha", f"{outcome.alpha:g}"),
+        ]
     return tuple(pairs)

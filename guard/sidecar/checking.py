@@ -18,6 +18,7 @@ from guard.sidecar.metrics import Metrics
 from guard.sidecar.policy import Decision, Outcome, Reason
 from guard.sidecar.settings import Settings
 from guard.sidecar.tensors import encoded_images, find_input, float_images
+from guard.sidecar.watch import Request, Watch
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +54,17 @@ class Checker:
     def __init__(
         self, profile: Profile, model: ExportedClassifier | None, settings: Settings, metrics: Metrics
     ) -> None:
-        self._screen, self._threshold = profile.screen()
+        self._detector = profile.detector(settings.neighbours)
+        self.watch = Watch(profile, self._detector, model, settings, metrics)
         self._model, self._settings, self._metrics = model, settings, metrics
         self._pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="guard")
 
     def close(self) -> None:
         """Let running work end and take no more."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self.watch.close()
 
-    async def infer(self, request: ModelInferRequest) -> Inference:
+    async def infer(self, request: Request) -> Inference:
         """Classify and screen in one pass (embedded mode).
 
         Raises:
@@ -69,13 +72,13 @@ class Checker:
         """
         return await self._run(lambda: self._infer(request))
 
-    async def check_request(self, request: ModelInferRequest) -> Outcome:
+    async def check_request(self, request: Request) -> Outcome:
         """Embed and screen the input of a request that goes to an upstream server."""
         return await self._bounded(lambda: self._infer(request).outcome)
 
-    async def check_embeddings(self, embeddings: Floats) -> Outcome:
+    async def check_embeddings(self, embeddings: Floats, request: Request) -> Outcome:
         """Screen embeddings that the upstream server computed."""
-        return await self._bounded(lambda: self._score(embeddings))
+        return await self._bounded(lambda: self._score(embeddings, request, None))
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
@@ -94,17 +97,17 @@ class Checker:
             log.exception("screening failed")
             return Outcome.unchecked(Reason.ERROR)
 
-    def _infer(self, request: ModelInferRequest) -> Inference:
+    def _infer(self, request: Request) -> Inference:
         if self._model is None:
             raise RuntimeError("this sidecar has no model of its own")
         with self._metrics.stage("decode"):
-            images = self._images(request, self._model)
+            images = self._images(request.message, self._model)
         with self._metrics.stage("inference"):
             embeddings, logits = self._model.run(images)
         if not self._settings.screening:
             return Inference(logits, Outcome.unchecked(Reason.DISABLED))
         try:
-            return Inference(logits, self._score(embeddings))
+            return Inference(logits, self._score(embeddings, request, images))
         except RequestError as error:
             # The client's doing, by values so large that the model overflows.
             return Inference(logits, Outcome.unchecked(Reason.INPUT_UNREADABLE, str(error)))
@@ -126,16 +129,18 @@ class Checker:
         limit = self._settings.max_pixels
         return preprocessing(decode(file, max_pixels=limit), max_pixels=limit)
 
-    def _score(self, embeddings: Floats) -> Outcome:
+    def _score(self, embeddings: Floats, request: Request, images: Floats | None) -> Outcome:
         with self._metrics.stage("screening"):
-            scores = self._screen.score_samples(embeddings)
-        flags = scores.values > self._threshold.value
-        triggers = tuple("" if index < 0 else self._screen.triggers[index] for index in scores.triggers)
-        decision = Decision.FLAG if flags.any() else Decision.PASS
+            found = self._detector.judge(embeddings)
+        names = self._detector.screen.triggers
+        flags = self.watch.follow(found, request, images)
         return Outcome(
-            decision,
-            scores=scores.values,
+            Decision.FLAG if flags.any() else Decision.PASS,
+            scores=found.scores.values,
             flags=flags,
-            threshold=self._threshold.value,
-            triggers=triggers,
+            p_values=found.p_values,
+            alpha=self._detector.alpha,
+            triggers=tuple("" if index < 0 else names[index] for index in found.scores.triggers),
+            withdrawn=int((found.flags & ~flags).sum()),
+            classes=found.scores.classes,
         )

@@ -28,6 +28,7 @@ from guard.sidecar.policy import Mode, Outcome, Reason
 from guard.sidecar.service import Context, InferenceService, Metadata, Method, RefusedError
 from guard.sidecar.settings import Settings
 from guard.sidecar.tensors import add_output
+from guard.sidecar.watch import Request
 
 VERSION = "1"
 LOGITS, LABEL = "logits", "label"
@@ -59,14 +60,15 @@ class EmbeddedService(InferenceService):
             "ModelMetadata": self._model_metadata,
         }
 
-    async def infer(self, data: bytes, request: ModelInferRequest, context: Context) -> tuple[bytes, Outcome, Metadata]:
+    async def infer(self, data: bytes, request: Request, context: Context) -> tuple[bytes, Outcome, Metadata]:
         """Classify and screen."""
         del data, context
-        self._check_name(request.model_name, request.model_version)
-        wanted = self._wanted(request)
+        message = request.message
+        self._check_name(message.model_name, message.model_version)
+        wanted = self._wanted(message)
         result = await self.checker.infer(request)
-        response = ModelInferResponse(model_name=request.model_name, model_version=VERSION, id=request.id)
-        raw = bool(request.raw_input_contents)
+        response = ModelInferResponse(model_name=message.model_name, model_version=VERSION, id=message.id)
+        raw = bool(message.raw_input_contents)
         if LOGITS in wanted:
             add_output(response, LOGITS, result.logits, raw=raw)
         if LABEL in wanted:

@@ -1,17 +1,21 @@
 """Every metric that a sidecar exposes. Labels are bounded: model names come from the configuration, never a request."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 
 import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from guard import __version__
+from guard.evidence import Drop
 from guard.profiles import Profile
+from guard.screening import Alarm
 from guard.sidecar.policy import Decision, FailurePolicy, Mode, Outcome, Reason
 
 STAGES = ("decode", "inference", "screening")
+_P_VALUES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -65,6 +69,35 @@ class Metrics:
             buckets=_score_buckets(profile),
             registry=self.registry,
         )
+        self._p_values = Histogram(
+            "guard_p_value",
+            "p-value of each image. Clean traffic fills the buckets in proportion to their width.",
+            ["model"],
+            buckets=_P_VALUES,
+            registry=self.registry,
+        )
+        self._alarm = Gauge(
+            "guard_alarm",
+            "1 while the stream monitor's alarm is up, by kind and stream.",
+            ["model", "kind", "stream"],
+            registry=self.registry,
+        )
+        self._alarms = Counter(
+            "guard_alarms", "Alarms that the stream monitor raised.", ["model", "kind"], registry=self.registry
+        )
+        self._second_looks = Counter(
+            "guard_second_looks", "Second looks at flagged images.", ["model", "outcome"], registry=self.registry
+        )
+        self._evidence_dropped = Counter(
+            "guard_evidence_dropped",
+            "Records that the evidence log lost, by reason.",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.evidence_trouble = Gauge(
+            "guard_evidence_trouble", "1 while the evidence log cannot be written.", registry=self.registry
+        )
+        self._up: set[tuple[str, str]] = set()
         self._describe(profile, on_failure)
         # Created now, so that "none so far" reads 0 and not "no data".
         for decision in Decision:
@@ -72,6 +105,10 @@ class Metrics:
             self._images.labels(model, decision)
         for reason in Reason:
             self._unchecked.labels(model, reason)
+        for kind in ("attack", "drift"):
+            self._alarms.labels(model, kind)
+        for drop in Drop:
+            self._evidence_dropped.labels(drop)
         for stage in STAGES:
             self._duration.labels(model, stage)
         for trigger in profile.document.triggers:
@@ -130,6 +167,35 @@ class Metrics:
             if outcome.triggers[row]:
                 self._flagged.labels(self._model, outcome.triggers[row]).inc()
 
+    def p_values(self, values: NDArray[np.float64]) -> None:
+        """Count p-values of images."""
+        for value in values:
+            self._p_values.labels(self._model).observe(float(value))
+
+    def second_look(self, outcome: str) -> None:
+        """Count a second look; outcomes are four."""
+        self._second_looks.labels(self._model, outcome).inc()
+
+    def evidence_dropped(self, reason: Drop, number: int) -> None:
+        """Count records that are lost."""
+        self._evidence_dropped.labels(reason).inc(number)
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether any alarm is shown as up."""
+        return bool(self._up)
+
+    def alarms(self, active: Sequence[Alarm], raised: Sequence[Alarm]) -> None:
+        """Show which alarms are up, and count new ones. Streams are as many as triggers and classes, at most."""
+        up: set[tuple[str, str]] = {(alarm.kind, alarm.stream) for alarm in active}
+        for kind, stream in self._up - up:
+            self._alarm.labels(self._model, kind, stream).set(0)
+        for kind, stream in up:
+            self._alarm.labels(self._model, kind, stream).set(1)
+        self._up = up
+        for alarm in raised:
+            self._alarms.labels(self._model, alarm.kind).inc()
+
     def refused(self, code: str) -> None:
         """Count a refused request; the codes are gRPC's seventeen."""
         self._refused.labels(self._model, code).inc()
@@ -139,7 +205,7 @@ def _score_buckets(profile: Profile) -> tuple[float, ...]:
     """Buckets at quantiles of the calibration scores, the threshold, and steps above it."""
     if profile.reference is None or profile.document.calibration is None:
         return (0.0, 1.0)
-    scores, value = profile.reference.scores, profile.document.calibration.threshold.value
+    scores, value = profile.reference.clean.values, profile.document.calibration.threshold.value
     spread = max(float(scores.std()), 1e-3)
     quantiles = np.quantile(scores, [0.01, 0.1, 0.5, 0.9, 0.99])
     return tuple(

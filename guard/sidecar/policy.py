@@ -78,8 +78,11 @@ class Outcome:
         detail: More about the reason, safe to send to a client.
         scores: One per image, shape [N]; None if `unchecked`.
         flags: Which images are flagged, shape [N]; None if `unchecked`.
-        threshold: Above which an image is flagged; None if `unchecked`.
+        p_values: How often a clean image scores as high, shape [N]; None if `unchecked`.
+        alpha: p-value up to which an image is flagged; None if `unchecked`.
         triggers: For each image, the id of the trigger that it matches best, or "".
+        withdrawn: How many flags a second look took back.
+        classes: For each image, the index of the class that it is predicted as, shape [N]; None if `unchecked`.
     """
 
     decision: Decision
@@ -87,8 +90,11 @@ class Outcome:
     detail: str = ""
     scores: NDArray[np.float32] | None = None
     flags: NDArray[np.bool_] | None = None
-    threshold: float | None = None
+    p_values: NDArray[np.float64] | None = None
+    alpha: float | None = None
     triggers: tuple[str, ...] = ()
+    withdrawn: int = 0
+    classes: NDArray[np.int64] | None = None
 
     @classmethod
     def unchecked(cls, reason: Reason, detail: str = "") -> "Outcome":

@@ -26,6 +26,8 @@ from guard.sidecar.settings import Settings, split_address
 from guard.sidecar.upstream import UpstreamService
 
 READINESS_SECONDS = 1.0
+SAVE_SECONDS = 60.0
+"""How often the state of monitor and sample is kept, besides at the end."""
 log = logging.getLogger(__name__)
 
 
@@ -118,7 +120,7 @@ def _start_metrics(settings: Settings, metrics: Metrics) -> tuple[str, Callable[
 def _announce(settings: Settings, profile: Profile, port: int, metrics: str) -> None:
     """One line of JSON on standard output: what serves where, for people and for whoever started this process."""
     host, _ = split_address(settings.listen)
-    _, threshold = profile.screen()
+    calibration = profile.document.calibration
     verdict = profile.document.vetting.verdict
     line = {
         "event": "serving",
@@ -129,7 +131,7 @@ def _announce(settings: Settings, profile: Profile, port: int, metrics: str) -> 
         "verdict": verdict.outcome,
         "mode": settings.mode,
         "failure_policy": settings.on_failure,
-        "alpha": threshold.alpha,
+        "alpha": calibration.threshold.alpha if calibration else None,
         "upstream": settings.upstream,
     }
     sys.stdout.write(json.dumps(line) + "\n")
@@ -167,10 +169,14 @@ async def _watch(
     service: InferenceService, checks: health.aio.HealthServicer, metrics: Metrics, settings: Settings
 ) -> None:
     """Keep grpc.health.v1 true: "" says that the process lives, the service's name that it can answer."""
-    states = health_pb2.HealthCheckResponse
+    states, loop = health_pb2.HealthCheckResponse, asyncio.get_running_loop()
     await checks.set("", states.SERVING)
     known: bool | None = None
+    kept = loop.time()
     while True:
+        if loop.time() - kept >= SAVE_SECONDS:
+            await asyncio.to_thread(service.checker.watch.save)
+            kept = loop.time()
         ready = await service.ready()
         if ready is not known:
             await checks.set(SERVICE, states.SERVING if ready else states.NOT_SERVING)

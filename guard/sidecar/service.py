@@ -17,6 +17,7 @@ from guard.sidecar.metrics import Metrics
 from guard.sidecar.policy import MAX_MESSAGE, Mode, Outcome, Reason, refusal
 from guard.sidecar.settings import Settings
 from guard.sidecar.tensors import parse_request
+from guard.sidecar.watch import Request, trace_id
 
 SERVICE = "inference.GRPCInferenceService"
 Context: TypeAlias = grpc.aio.ServicerContext
@@ -64,7 +65,7 @@ class InferenceService(ABC):
         """The handlers by method name, `ModelInfer` apart."""
 
     @abstractmethod
-    async def infer(self, data: bytes, request: ModelInferRequest, context: Context) -> tuple[bytes, Outcome, Metadata]:
+    async def infer(self, data: bytes, request: Request, context: Context) -> tuple[bytes, Outcome, Metadata]:
         """Answer one request.
 
         Returns:
@@ -87,7 +88,8 @@ class InferenceService(ABC):
         try:
             request = parse_request(data)
             images = _count_images(request, self.settings.max_batch)
-            reply, outcome, trailing = await self.infer(data, request, context)
+            origin = Request(request, trace_id(dict(context.invocation_metadata() or ())))
+            reply, outcome, trailing = await self.infer(data, origin, context)
             context.set_trailing_metadata(self._enforce(outcome, trailing))
         except asyncio.CancelledError:
             outcome = Outcome.unchecked(Reason.CANCELLED)

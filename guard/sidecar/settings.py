@@ -1,7 +1,7 @@
 """What an operator can set. Command line over environment (`GUARD_…`) over `guard.toml`."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -41,6 +41,24 @@ class Settings(BaseSettings):
     """What a decision does."""
     failure_policy: FailurePolicy | None = None
     """What happens when guard cannot decide; default: open in shadow mode, closed in the others."""
+    neighbours: Literal["exact", "compressed", "approximate"] = "exact"
+    """How the banks are searched; the others trade a few decisions for time in large banks."""
+    state: Path | None = None
+    """Folder for the evidence log, the monitor's state and the sample of traffic; without it they are not kept."""
+    thumbnails: bool = False
+    """Whether the evidence log keeps small pictures of flagged images."""
+    evidence_rows: int = Field(default=100_000, ge=1)
+    """Most records in the evidence log; the oldest go first."""
+    evidence_bytes: int = Field(default=2**30, ge=2**18)
+    """Largest size of the evidence log."""
+    evidence_days: float = Field(default=90.0, gt=0, le=36_500)
+    """Longest time that a record is kept."""
+    run_length: float = Field(default=1e7, ge=1e3, lt=1e12)
+    """Images between two false alarms of the stream monitor, on average and at least."""
+    second_looks: float = Field(default=0.0, ge=0, le=1e6)
+    """Most flagged images per second that are looked at again, with their trigger undone; 0: none."""
+    sample: int = Field(default=0, ge=0, le=10**6)
+    """Embeddings of requests that are sampled for `guard calibrate --embeddings`; 0: none."""
     screening: bool = True
     """Off: every decision is `unchecked`; for measuring what screening costs."""
     timeout: float = Field(default=1.0, gt=0, le=60)
@@ -73,6 +91,14 @@ class Settings(BaseSettings):
             raise ValueError("--embedding-output names an output of the upstream server; give --upstream too")
         if self.upstream is not None and (self.model is None) == (self.embedding_output is None):
             raise ValueError("with --upstream give one source of embeddings: --model or --embedding-output")
+        return self
+
+    @model_validator(mode="after")
+    def _state_is_needed(self) -> Self:
+        if self.state is None and (self.sample or self.thumbnails):
+            raise ValueError("--sample and --thumbnails are kept in a folder; give one with --state")
+        if self.second_looks and self.model is None:
+            raise ValueError("--second-looks needs --model: a second look embeds changed images")
         return self
 
     @property

@@ -7,12 +7,13 @@ from google.protobuf.message import DecodeError
 
 from guard.sidecar.annotations import annotate
 from guard.sidecar.checking import Checker
-from guard.sidecar.inference_pb2 import ModelInferRequest, ModelInferResponse, ServerReadyRequest, ServerReadyResponse
+from guard.sidecar.inference_pb2 import ModelInferResponse, ServerReadyRequest, ServerReadyResponse
 from guard.sidecar.metrics import Metrics
 from guard.sidecar.policy import Mode, Outcome, Reason
 from guard.sidecar.service import SERVICE, Context, InferenceService, Metadata, Method, RefusedError
 from guard.sidecar.settings import Settings
 from guard.sidecar.tensors import float_output, remove_output
+from guard.sidecar.watch import Request
 
 FORWARDED = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata")
 _OWN_HEADERS = frozenset({"user-agent", "te", "content-type"})
@@ -85,9 +86,10 @@ class UpstreamService(InferenceService):
             trailing = tuple(error.trailing_metadata() or ())
             raise RefusedError(error.code(), details, trailing=trailing, reason=Reason.UPSTREAM_FAILED) from error
 
-    async def infer(self, data: bytes, request: ModelInferRequest, context: Context) -> tuple[bytes, Outcome, Metadata]:
+    async def infer(self, data: bytes, request: Request, context: Context) -> tuple[bytes, Outcome, Metadata]:
         """Forward and screen; side by side where guard embeds the image itself."""
-        if request.model_name != self.settings.name:
+        message = request.message
+        if message.model_name != self.settings.name:
             reply, trailing = await self._forward("ModelInfer", data, context)
             return self._finish(reply, Outcome.unchecked(Reason.MODEL_UNKNOWN), trailing, hide=None)
         if self.settings.embedding_output is None:
@@ -98,16 +100,16 @@ class UpstreamService(InferenceService):
             finally:
                 check.cancel()
         name = self.settings.embedding_output
-        added = bool(request.outputs) and all(output.name != name for output in request.outputs)
+        added = bool(message.outputs) and all(output.name != name for output in message.outputs)
         if added:
-            request.outputs.add(name=name)
-            data = request.SerializeToString()
+            message.outputs.add(name=name)
+            data = message.SerializeToString()
         reply, trailing = await self._forward("ModelInfer", data, context)
         return self._finish(
             reply, await self._check_reply(reply, name, request), trailing, hide=name if added else None
         )
 
-    async def _check_reply(self, reply: bytes, name: str, request: ModelInferRequest) -> Outcome:
+    async def _check_reply(self, reply: bytes, name: str, request: Request) -> Outcome:
         if not self.settings.screening:
             return Outcome.unchecked(Reason.DISABLED)
         try:
@@ -117,11 +119,12 @@ class UpstreamService(InferenceService):
         if embeddings is None:
             return Outcome.unchecked(Reason.EMBEDDING_MISSING, f"FP32 output {name!r}")
         rows = 1 if embeddings.ndim == 1 else len(embeddings)
-        images = request.inputs[0].shape[0] if request.inputs and request.inputs[0].shape else 1
+        inputs = request.message.inputs
+        images = inputs[0].shape[0] if inputs and inputs[0].shape else 1
         if embeddings.ndim > 1 and rows != images:
             # An image without an embedding would go unscreened.
             return Outcome.unchecked(Reason.EMBEDDING_MISSING, f"{rows} embeddings for {images} images")
-        outcome = await self.checker.check_embeddings(embeddings.reshape(rows, -1))
+        outcome = await self.checker.check_embeddings(embeddings.reshape(rows, -1), request)
         if outcome.reason is Reason.INPUT_UNREADABLE:
             return Outcome.unchecked(Reason.EMBEDDING_MISSING, outcome.detail)
         return outcome

@@ -45,8 +45,8 @@ _HOPELESS = 0.2
 """Smallest p-value of any family, corrected for its classes only, above which the other half of the steps is saved."""
 _MOST_SUSPECTS = 4
 _TRIES = 3
-"""Families in which a suspect's trigger is reconstructed, those in which it stands out most; more only until one trigger
-passes its check. Each try costs as much as the inspection of several classes."""
+"""Families in which a suspect's trigger is reconstructed, those in which it stands out most; more only until one passes
+its check. Each try costs as much as the inspection of several classes."""
 _AS_NEAR = 2.0
 """A class's second trigger is kept for screening if it is at most so many times as strong as its first, each relative
 to the radius of its family. The family that needs the least is nearest to the attacker's own; one that only gets there
@@ -470,7 +470,7 @@ def _reconstruct(
         target = standing.target
         found: list[tuple[float, str, Reconstruction]] = []
         for k, (family, own) in enumerate(standing.families):
-            if k and own > DOUBT or k >= _TRIES and found:
+            if (k and own > DOUBT) or (k >= _TRIES and found):
                 break  # an ordinary class in this family, or enough
             start = {target: inspection.raw(family, target)}
             small = (

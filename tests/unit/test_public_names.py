@@ -12,8 +12,8 @@ PACKAGES = sorted(module.name for module in pkgutil.iter_modules(guard.__path__)
 
 def test_the_rooms_are_the_ones_that_are_documented() -> None:
     assert PACKAGES == [
-        "attacks", "classifiers", "cli", "demo", "evaluation", "profiles", "report", "screening", "sidecar", "triggers",
-        "vetting",
+        "attacks", "classifiers", "cli", "demo", "evaluation", "evidence", "profiles", "report", "screening", "sidecar",
+        "triggers", "vetting",
     ]  # fmt: skip
 
 
@@ -36,7 +36,8 @@ def _helpers(name: str) -> set[str]:
     return {
         "sidecar": set(),
         "cli": {
-            "GuardError", "UsageError", "attack", "calibrate", "demo", "evaluate", "export", "serve", "triggers", "vet",
+            "GuardError", "UsageError", "attack", "calibrate", "demo", "evaluate", "export", "log", "serve", "triggers",
+            "vet",
         },
     }.get(name, {"lazy"})  # fmt: skip
 
@@ -48,7 +49,15 @@ def test_unknown_names_are_attribute_errors() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["guard.sidecar", "guard.profiles", "guard.screening", "guard.cli", "guard.vetting", "guard.evaluation"],
+    [
+        "guard.sidecar",
+        "guard.evidence",
+        "guard.profiles",
+        "guard.screening",
+        "guard.cli",
+        "guard.vetting",
+        "guard.evaluation",
+    ],
 )
 def test_serving_and_reading_import_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(bool({{'torch', 'open_clip', 'sklearn', 'scipy'}} & set(sys.modules)))"

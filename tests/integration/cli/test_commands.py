@@ -54,7 +54,7 @@ def test_vet_calibrate_export_and_what_they_print(
 
     calibrated = guard("calibrate", out, "--images", image_folder, "--alpha", "0.05")
     assert calibrated.returncode == 0, calibrated.stderr
-    assert "for alpha = 0.05, from 120 images" in calibrated.stdout
+    assert "for alpha = 0.05, from 120 clean scores" in calibrated.stdout
     assert (out / "reference.safetensors").exists()
 
     exported = guard("export", model_directory, "--images", image_folder, "--out", tmp_path / "exported", "--json")
@@ -63,7 +63,7 @@ def test_vet_calibrate_export_and_what_they_print(
 
     too_strict = guard("calibrate", out, "--images", image_folder, "--alpha", "0.001")
     refused(too_strict, 2, "needs at least 999 calibration images, there are 120")
-    assert "from 120 images" in calibrated.stdout
+    assert "from 120 clean scores" in calibrated.stdout
 
 
 class TestBadInput:

@@ -133,12 +133,13 @@ def test_one_image_has_its_decision_in_parameters_and_trailers(client: Client, c
     assert reply.outputs == ["logits", "label"]
     assert reply.decision in {"pass", "flag"}
     assert reply.parameter("guard_mode") == "tag"
-    score, limit = reply.parameter("guard_score"), reply.parameter("guard_threshold")
-    assert (reply.decision == "flag") == (score > limit)
+    score, p_value, alpha = (reply.parameter(f"guard_{name}") for name in ("score", "p_value", "alpha"))
+    assert (reply.decision == "flag") == (p_value <= alpha)
     trailing = dict(reply.trailing)
     assert trailing["guard-decision"] == reply.decision
     assert float(trailing["guard-score"]) == pytest.approx(score, rel=1e-4)
-    assert float(trailing["guard-threshold"]) == pytest.approx(limit, rel=1e-4)
+    assert float(trailing["guard-p-value"]) == pytest.approx(p_value, rel=1e-4)
+    assert float(trailing["guard-alpha"]) == alpha == 0.02
 
 
 def test_a_batch_has_a_decision_and_a_score_for_each_row(tritons: Any, clean: Floats, triggered: Floats) -> None:
@@ -147,8 +148,10 @@ def test_a_batch_has_a_decision_and_a_score_for_each_row(tritons: Any, clean: Fl
     decided, scores = result.as_numpy("guard_decision"), result.as_numpy("guard_score")
     assert (decided.shape, scores.shape, scores.dtype) == ((8,), (8,), np.float32)
     parameters = result.get_response().parameters
-    limit = parameters["guard_threshold"].double_param
-    assert [item == b"flag" for item in decided] == (scores > limit).tolist()
+    p_values, alpha = result.as_numpy("guard_p_value"), parameters["guard_alpha"].double_param
+    assert (p_values.shape, p_values.dtype) == ((8,), np.float32)
+    assert [item == b"flag" for item in decided] == (p_values <= alpha).tolist()
+    assert parameters["guard_p_value"].double_param == pytest.approx(float(p_values.min()))
     assert parameters["guard_score"].double_param == pytest.approx(float(scores.max()))
     assert parameters["guard_decision"].string_param == "flag"
     assert parameters["guard_trigger"].string_param == "patch-1"
@@ -173,7 +176,7 @@ def test_typed_contents_are_answered_in_kind(client: Client, clean: Floats) -> N
     request = infer_request(clean[:2], raw_input_contents=[])
     request.inputs[0].contents.fp32_contents.extend(clean[:2].ravel().tolist())
     typed = client.infer(request)
-    assert typed.outputs == raw.outputs == ["logits", "label", "guard_decision", "guard_score"]
+    assert typed.outputs == raw.outputs == ["logits", "label", "guard_decision", "guard_score", "guard_p_value"]
     assert not typed.response.raw_output_contents
     logits = np.frombuffer(raw.response.raw_output_contents[0], np.float32)
     np.testing.assert_allclose(typed.response.outputs[0].contents.fp32_contents, logits, atol=1e-5)

@@ -42,16 +42,18 @@ def block(launch: Launcher, exported: Path, served_profile: Path) -> Iterator[Si
 @pytest.fixture(scope="module")
 def flagged(classify: ExportedClassifier, profile: Profile, triggered: Floats) -> Floats:
     """Triggered images that are far above the threshold, by guard's own library."""
-    screen, threshold = profile.screen()
-    scores = screen.score_samples(classify.run(triggered)[0]).values
-    return triggered[scores > threshold.value + 0.05]
+    detector, calibration = profile.detector(), profile.document.calibration
+    assert calibration
+    scores = detector.screen.score_samples(classify.run(triggered)[0]).values
+    return triggered[scores > calibration.threshold.value + 0.05]
 
 
 @pytest.fixture(scope="module")
 def passed(classify: ExportedClassifier, profile: Profile, clean: Floats) -> Floats:
-    screen, threshold = profile.screen()
-    scores = screen.score_samples(classify.run(clean)[0]).values
-    return clean[scores < threshold.value - 0.05]
+    detector, calibration = profile.detector(), profile.document.calibration
+    assert calibration
+    scores = detector.screen.score_samples(classify.run(clean)[0]).values
+    return clean[scores < calibration.threshold.value - 0.05]
 
 
 def test_shadow_mode_counts_and_leaves_the_reply_as_it_is(shadow: Sidecar, flagged: Floats, passed: Floats) -> None:
@@ -79,7 +81,7 @@ def test_block_mode_refuses_and_names_the_rows(block: Sidecar, flagged: Floats, 
         assert alone.details() == "guard: the input looks like a backdoor trigger"
         trailing = {item.key: item.value for item in alone.trailing_metadata()}
         assert trailing["guard-decision"] == "flag"
-        assert float(trailing["guard-score"]) > float(trailing["guard-threshold"])
+        assert float(trailing["guard-p-value"]) <= float(trailing["guard-alpha"])
         batch = np.concatenate([passed[:1], flagged[:1], passed[1:2], flagged[1:2]])
         error = client.refused(infer_request(batch))
         assert error.code() is grpc.StatusCode.PERMISSION_DENIED

@@ -100,7 +100,11 @@ def test_a_reconstruction_is_measured_against_the_truth(root: Path, vet: FakeVet
     assert float(features.true[0] @ features.recovered) == pytest.approx(detection.recovery.cosine)
     screening = done.results["attacked", "screening"].screening
     assert screening
-    assert (screening.triggers, screening.vetted.score, screening.density.score) == (1, "trigger match", "k-distance")
+    assert (screening.triggers, screening.vetted.score, screening.density.score) == (
+        1,
+        "match and density",
+        "k-distance",
+    )
     assert screening.vetted.auroc[0].value > 0.95
     supported, too_small = screening.vetted.held
     assert supported.triggered == 40  # requests of the target class carry no trigger

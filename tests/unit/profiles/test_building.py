@@ -26,9 +26,9 @@ def test_near_duplicates_stay_on_one_side_of_the_split(
     )
     assert apart
     assert together
-    assert apart.scores.min() < 1e-3 < together.scores.min()
-    assert len(together.clean) == len(apart.clean) == 96
-    assert len(together.clean.round(5).tolist()) == 4 * len({tuple(row) for row in together.clean.round(5).tolist()})
+    assert apart.clean.parts["k-distance"].min() < 1e-3 < together.clean.parts["k-distance"].min()
+    banks = together.banks.reference.round(5).tolist()
+    assert len(banks) == len(apart.banks.reference) == 96 == 4 * len({tuple(row) for row in banks})
 
 
 def test_without_groups_each_image_is_one(profile: Profile, classifier: Classifier, images: torch.Tensor) -> None:

@@ -21,7 +21,14 @@ CODES = {
 def checked(*flags: bool) -> Outcome:
     array = np.array(flags, dtype=np.bool_)
     decision = Decision.FLAG if array.any() else Decision.PASS
-    return Outcome(decision, scores=array.astype(np.float32), flags=array, threshold=0.5, triggers=("",) * len(flags))
+    return Outcome(
+        decision,
+        scores=array.astype(np.float32),
+        flags=array,
+        p_values=np.where(array, 0.01, 1.0),
+        alpha=0.05,
+        triggers=("",) * len(flags),
+    )
 
 
 @pytest.mark.parametrize(("reason", "policy", "mode"), list(itertools.product(Reason, FailurePolicy, Mode)))

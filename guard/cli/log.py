@@ -1,0 +1,122 @@
+"""`guard log`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from guard.cli import options
+from guard.cli.console import Console
+from guard.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from guard.evidence import EvidenceLog, Filter, Record
+
+LISTED = 50
+
+
+@click.command()
+@click.argument("path", type=options.PATH)
+@click.option("--since", metavar="TIME", help="From then on: RFC 3339, or how long ago, such as 15m, 1h or 2d.")
+@click.option("--until", metavar="TIME", help="Before then, likewise.")
+@click.option("--model", help="Only of this model.")
+@click.option("--decision", help="Only with this decision, such as flag.")
+@click.option("--class", "predicted", metavar="NAME", help="Only answered with this class.")
+@click.option("--trigger", metavar="ID", help="Only matching this trigger best.")
+@click.option("--request", "request_id", metavar="ID", help="Only of this request.")
+@click.option("--p-value", type=click.FloatRange(0, 1), help="Only with a p-value of at most this.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    help=f"Most records, the last first.  [default: {LISTED} to list, all to export]",
+)
+@click.option("--offset", type=click.IntRange(min=0), default=0, show_default=True, help="Records to leave out first.")
+@click.option(
+    "--export", "exported", type=options.PATH, metavar="FILE", help="Write them to a .csv, .jsonl or .parquet file."
+)
+@click.option("--show", type=int, metavar="RECORD", help="Write the page of this record instead, with pictures.")
+@click.option("--out", type=options.PATH, help="Where to write the page.  [default: record-RECORD.html]")
+@click.option("--profile", type=options.PATH, help="Profile of the model, for a picture of the trigger.")
+@options.as_json
+def log(
+    path: Path,
+    limit: int | None,
+    offset: int,
+    exported: Path | None,
+    show: int | None,
+    out: Path | None,
+    profile: Path | None,
+    *,
+    as_json: bool,
+    **conditions: Any,  # noqa: ANN401 - click's values for the filter
+) -> None:
+    """List what a sidecar noted in the evidence log PATH, export it, or show one record.
+
+    PATH is the file, or the folder that was given to guard serve as --state. The sidecar may go on
+    writing. Times are in UTC.
+    """
+    from guard.evidence import EVIDENCE_FILE, EvidenceLog, Filter, export
+
+    if show is not None and (
+        exported is not None or limit is not None or offset or any(value is not None for value in conditions.values())
+    ):
+        raise UsageError("--show takes one record; filters and --export are for several")
+    if show is None and (out is not None or profile is not None):
+        raise UsageError("--out and --profile belong to --show")
+    console, wanted = Console(as_json=as_json), Filter(**conditions)
+    opened = EvidenceLog(path / EVIDENCE_FILE if path.is_dir() else path)
+    if show is not None:
+        _show(opened.get(show), out or Path(f"record-{show}.html"), profile, console)
+    elif exported is not None:
+        count = export(opened.records(wanted, limit=limit, offset=offset), exported)
+        console.result({"exported": count, "file": str(exported)}, f"{count} records: {exported}")
+    else:
+        _list(opened, wanted, limit or LISTED, offset, console)
+
+
+def _show(record: "Record", out: Path, profile: Path | None, console: Console) -> None:
+    from guard import profiles
+    from guard.evidence import record_page
+    from guard.evidence.exporting import replacing
+
+    page = record_page(record, None if profile is None else profiles.read(profile))
+    with replacing(out) as file:
+        file.write(page.encode())
+    console.result({**record.document(), "page": str(out)}, f"page: {out}")
+
+
+def _list(opened: "EvidenceLog", wanted: "Filter", limit: int, offset: int, console: Console) -> None:
+    count, records = opened.count(wanted), list(opened.records(wanted, limit=limit, offset=offset))
+    text = _table(records)
+    if len(records) < count:
+        text += f"\n{len(records)} of {count} records; --limit and --offset show others"
+    console.result({"count": count, "records": [record.document() for record in records]}, text)
+
+
+def _table(records: "Sequence[Record]") -> str:
+    if not records:
+        return "no records"
+    head = ("id", "time", "model", "decision", "class", "trigger", "p-value", "second look", "request", "image")
+    rows = [
+        (
+            str(record.id),
+            record.time,
+            *(_short(text) for text in (record.model, record.decision, record.predicted, record.trigger)),
+            "–" if record.p_value is None else f"{record.p_value:.2g}",
+            _short(record.second_look),
+            _short(record.request_id),
+            str(record.image),
+        )
+        for record in records
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+    )
+
+
+def _short(text: str) -> str:
+    """A cell; the whole text is in the JSON and on the page."""
+    return text if len(text) <= 24 else f"{text[:23]}…"

@@ -1,0 +1,127 @@
+"""Write records to a file that other programs read."""
+
+import csv
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from io import TextIOWrapper
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+from guard.errors import MissingDependencyError, UsageError
+from guard.evidence.records import COLUMNS, Record
+
+_CHUNK = 1000
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
+"""Spreadsheets take the wide ones too."""
+
+
+def export(records: Iterable[Record], path: Path) -> int:
+    """Write records to a file, a few at a time; it appears when it is whole. Thumbnails are left out.
+
+    The end of the name decides: `.csv`, `.jsonl` (an object on each line) or `.parquet`. All three hold the fields of
+    `Record` under their names, `id` first. In CSV scores and thresholds are JSON, and a text that a spreadsheet would
+    take for a formula begins with an apostrophe: request ids come from clients.
+
+    Args:
+        records: What to write.
+        path: The file; its mode is 0600, as that of the log.
+
+    Returns:
+        The number of records written.
+
+    Raises:
+        UsageError: The name ends otherwise, or the file cannot be written.
+        MissingDependencyError: Parquet needs pyarrow.
+    """
+    writers: dict[str, Callable[[Iterable[Record], IO[bytes]], int]] = {
+        ".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet
+    }  # fmt: skip
+    writer = writers.get(path.suffix.lower())
+    if writer is None:
+        raise UsageError(f"the export {path} must end in one of {', '.join(writers)}")
+    with replacing(path) as file:
+        return writer(records, file)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A temporary file that takes the place of `path` when the block ends without an error; only its owner may read it.
+
+    Raises:
+        UsageError: It cannot be written.
+    """
+    name = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+        Path(name).replace(path)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
+
+
+def _csv(records: Iterable[Record], file: IO[bytes]) -> int:
+    text = TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+    writer, count = csv.writer(text), 0
+    writer.writerow(COLUMNS)
+    for record in records:
+        row = record.document()
+        for name in ("scores", "thresholds"):
+            row[name] = json.dumps(row[name])
+        writer.writerow([_harmless(value) if isinstance(value, str) else value for value in row.values()])
+        count += 1
+    text.detach()
+    return count
+
+
+def _harmless(text: str) -> str:
+    return f"'{text}" if text.lstrip().startswith(_FORMULA) else text
+
+
+def _jsonl(records: Iterable[Record], file: IO[bytes]) -> int:
+    count = 0
+    for record in records:
+        file.write(json.dumps(record.document(), ensure_ascii=False).encode() + b"\n")
+        count += 1
+    return count
+
+
+def _parquet(records: Iterable[Record], file: IO[bytes]) -> int:
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            "an export to Parquet needs pyarrow; install it with: pip install 'clip-guard[parquet]'"
+        ) from error
+    special = {
+        "id": pa.int64(),
+        "time": pa.timestamp("ms", tz="UTC"),
+        "image": pa.int64(),
+        "p_value": pa.float64(),
+        "alpha": pa.float64(),
+        "scores": pa.map_(pa.string(), pa.float64()),
+        "thresholds": pa.map_(pa.string(), pa.float64()),
+    }
+    schema = pa.schema([(name, special.get(name, pa.string())) for name in COLUMNS])
+    remaining, count = iter(records), 0
+    with parquet.ParquetWriter(file, schema) as writer:
+        while chunk := list(islice(remaining, _CHUNK)):
+            rows = []
+            for record in chunk:
+                row = record.document() | {"time": datetime.fromisoformat(record.time)}
+                for name in ("scores", "thresholds"):
+                    row[name] = list(row[name].items())
+                rows.append(row)
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            count += len(chunk)
+    return count

@@ -1,0 +1,126 @@
+"""One record as a page that a person can judge it by: self-contained HTML."""
+
+import base64
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from guard.errors import UsageError
+from guard.evidence.records import Record
+
+if TYPE_CHECKING:
+    from guard.profiles import Profile
+
+_SIGNATURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
+_DECISIONS = {"flag": "Flagged", "pass": "Passed", "unchecked": "Not checked"}
+_SIDE = 160
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """A score drawn on a line; positions in per cent of it."""
+
+    name: str
+    value: float
+    threshold: float | None
+    left: float = 0.0
+    width: float = 0.0
+    mark: float = 0.0
+
+
+def record_page(record: Record, profile: "Profile | None" = None) -> str:
+    """The HTML text of one record.
+
+    Everything in a record is escaped, the page may load and run nothing, and a thumbnail that is neither PNG nor JPEG
+    is not shown.
+
+    Args:
+        record: What to show.
+        profile: Of the model, for a picture of the trigger, which needs torch to draw.
+
+    Raises:
+        UsageError: The profile is of another model.
+        ModuleNotFoundError: jinja2, or with a profile torch or matplotlib, is not installed.
+    """
+    import jinja2
+
+    if profile is not None and profile.document.model.digest != record.model_digest:
+        raise UsageError("the profile is of another model than the record; give the one that was served")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("guard", "evidence"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("record.html.j2").render(
+        record=record,
+        decision=_DECISIONS.get(record.decision, record.decision),
+        reading=_reading(record),
+        bars=[_bar(name, value, record.thresholds.get(name)) for name, value in record.scores.items()],
+        thumbnail=_data_uri(record.thumbnail),
+        trigger=None if profile is None else _drawn(profile, record.trigger),
+    )
+
+
+def _reading(record: Record) -> list[str]:
+    """What the record says, in sentences for people."""
+    sentences = []
+    if record.p_value:
+        sentences.append(
+            f"{_DECISIONS.get(record.decision, record.decision)}: a clean request looks like this at most once in "
+            f"{_one_in(record.p_value)}."
+        )
+    if record.alpha:
+        sentences.append(
+            f"By choice of the false-alarm rate, one clean request in about {_one_in(record.alpha)} is flagged. "
+            "A single flag is a reason to look, and no proof."
+        )
+    if record.trigger:
+        answer = f"; the model answered “{record.predicted}”" if record.predicted else ""
+        leads = f", which leads to “{record.target}”{answer}" if record.target else answer
+        sentences.append(f"Of the reconstructed triggers it matches {record.trigger} best{leads}.")
+    if record.second_look:
+        sentences.append(f"Second look: {record.second_look}{': ' + record.explanation if record.explanation else ''}.")
+    return sentences
+
+
+def _one_in(share: float) -> str:
+    """How many requests there are to one of these; a log may have been tampered with, so that any number comes."""
+    return f"{int(1 / min(max(share, 1e-9), 1.0) + 1e-9):,}"
+
+
+def _bar(name: str, value: float, threshold: float | None) -> _Bar:
+    """A bar from zero to the value, with a mark at the threshold; without one a bar would say nothing."""
+    if threshold is None or not math.isfinite(value) or not math.isfinite(threshold):
+        return _Bar(name, value, None)
+    low, high = min(0.0, value, threshold), max(0.0, value, threshold)
+    scale = 100 / (high - low) if high > low else 0.0
+    start, end = sorted((0.0, value))
+    return _Bar(name, value, threshold, (start - low) * scale, (end - start) * scale, (threshold - low) * scale)
+
+
+def _data_uri(data: bytes | None) -> str | None:
+    if data is None:
+        return None
+    kind = next((kind for signature, kind in _SIGNATURES.items() if data.startswith(signature)), None)
+    return None if kind is None else f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _drawn(profile: "Profile", name: str) -> dict[str, Any] | None:
+    """Pictures of a trigger on a test card; None if the profile has no such trigger."""
+    record = next((item for item in profile.document.triggers if item.id == name), None)
+    if record is None:
+        return None
+    from guard.report import examples
+    from guard.report.pictures import png
+
+    drawn = examples(profile)[name]
+    pictures = {
+        "where it acts": drawn.mask,
+        "a test card": drawn.clean[0],
+        "the card with it": drawn.stamped[0],
+        "what it changes, amplified": drawn.change[0],
+    }
+    return {
+        "family": record.family,
+        "target": profile.class_name(record.target),
+        "pictures": {label: png(pixels, _SIDE) for label, pixels in pictures.items()},
+    }

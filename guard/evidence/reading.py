@@ -1,0 +1,95 @@
+"""Search an evidence log."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sqlalchemy import ColumnElement, Select, func, select
+from sqlalchemy.exc import DatabaseError
+
+from guard.evidence import store
+from guard.evidence.records import EvidenceError, Filter, Record
+from guard.evidence.store import table
+
+_CHUNK = 200
+_EQUAL = ("model", "decision", "predicted", "trigger", "request_id")
+
+
+class EvidenceLog:
+    """An evidence log, opened for reading only; a sidecar may go on writing it.
+
+    Args:
+        path: The file.
+
+    Raises:
+        EvidenceError: It is missing, no evidence log, of another schema, or cannot be read. Every method raises it
+            too, for a file that turns out to be damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._engine = path, store.engine(path, "ro")
+        store.check(self._engine, path)
+
+    def count(self, wanted: Filter | None = None) -> int:
+        """How many records meet a filter; without one, all."""
+        query = select(func.count()).select_from(table).where(*_conditions(wanted))
+        try:
+            with self._engine.connect() as connection:
+                return connection.execute(query).scalar_one()
+        except DatabaseError as error:
+            raise store.unusable(self._path, error) from error
+
+    def records(self, wanted: Filter | None = None, *, limit: int | None = None, offset: int = 0) -> Iterator[Record]:
+        """The records that meet a filter, the last written first.
+
+        They are read a few hundred at a time, so that a long export holds up neither memory nor the sidecar. Records
+        that are written or deleted meanwhile may be among them or not.
+
+        Args:
+            wanted: None for all.
+            limit: Most records; None for all.
+            offset: How many to leave out at first.
+        """
+        query = select(table).where(*_conditions(wanted)).order_by(table.c.id.desc())
+        left, last = limit, None
+        while left is None or left > 0:
+            chunk = self._fetch(
+                (query.offset(offset) if last is None else query.where(table.c.id < last)).limit(
+                    _CHUNK if left is None else min(_CHUNK, left)
+                )
+            )
+            if not chunk:
+                return
+            yield from chunk
+            last = chunk[-1].id
+            left = None if left is None else left - len(chunk)
+
+    def get(self, identity: int) -> Record:
+        """One record.
+
+        Raises:
+            EvidenceError: There is none with this id.
+        """
+        # SQLite's integers have 64 bits.
+        if not 0 < identity < 2**63 or not (found := self._fetch(select(table).where(table.c.id == identity))):
+            raise EvidenceError(f"the evidence log {self._path} has no record {identity}; it may have been deleted")
+        return found[0]
+
+    def _fetch(self, query: Select[tuple[object, ...]]) -> list[Record]:
+        try:
+            with self._engine.connect() as connection:
+                return [store.to_record(row) for row in connection.execute(query)]
+        except DatabaseError as error:
+            raise store.unusable(self._path, error) from error
+
+
+def _conditions(wanted: Filter | None) -> list[ColumnElement[bool]]:
+    if wanted is None:
+        return []
+    found = [table.c[name] == value for name in _EQUAL if (value := getattr(wanted, name)) is not None]
+    if wanted.since is not None:
+        found.append(table.c.time >= wanted.since)
+    if wanted.until is not None:
+        found.append(table.c.time < wanted.until)
+    if wanted.p_value is not None:
+        found.append(table.c.p_value <= wanted.p_value)
+    return found

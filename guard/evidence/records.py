@@ -1,0 +1,209 @@
+"""What the log holds of one image, and what a search in it asks for."""
+
+import io
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from typing import Any
+
+from PIL import Image
+
+from guard.errors import GuardError, UsageError
+
+EVIDENCE_FILE = "evidence.sqlite"
+"""Name of the log in the folder of a sidecar's state."""
+MAX_TEXT = 256
+"""Characters of a text; request and trace ids come from clients."""
+MAX_SENTENCE = 1000
+"""Characters of an explanation."""
+MAX_SCORES = 32
+MAX_THUMBNAIL = 64 * 2**10
+"""Bytes of an encoded thumbnail."""
+
+COLUMNS = (
+    "id", "time", "request_id", "trace_id", "model", "model_digest", "image", "decision", "mode", "predicted",
+    "p_value", "alpha", "scores", "thresholds", "trigger", "target", "second_look", "explanation", "input_digest",
+)  # fmt: skip
+"""What exports and listings show of a record, in this order: all but the thumbnail."""
+_TEXTS = tuple(name for name in COLUMNS if name not in {"id", "image", "p_value", "alpha", "scores", "thresholds"})
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_AGO = re.compile(r"(\d{1,9})([smhdw])", re.ASCII)
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+class EvidenceError(GuardError):
+    """An evidence log is missing, damaged, of another schema, or no evidence log."""
+
+
+def clean(text: str, limit: int = MAX_TEXT) -> str:
+    """A text that a terminal, a table and a page can hold: bounded, with what is not printable replaced.
+
+    Not printable are control characters, line ends, marks that turn the direction of writing, and lone surrogates.
+    """
+    short = text if len(text) <= limit else text[: limit - 1] + "…"
+    if short.isprintable():
+        return short
+    return "".join(character if character.isprintable() else _REPLACEMENT for character in short)
+
+
+def rfc3339(time: datetime) -> str:
+    """A time in UTC with milliseconds; these texts sort as the times do."""
+    return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _now() -> str:
+    return rfc3339(datetime.now(UTC))
+
+
+def _normalised(time: str) -> str:
+    """An RFC 3339 time in the form of `rfc3339`; ValueError if it is none."""
+    parsed = datetime.fromisoformat(time)
+    try:
+        return rfc3339(parsed.replace(tzinfo=parsed.tzinfo or UTC))
+    except OverflowError as error:
+        raise ValueError(time) from error
+
+
+@dataclass(frozen=True)
+class Record:
+    """What guard noted about one image.
+
+    Texts are bounded and cleaned when a record is made, whoever makes it: most of them are shown to people, and some
+    come from clients.
+
+    Attributes:
+        request_id: As the client gave it, or "".
+        model: Name under which it is served.
+        model_digest: Root digest of the classifier.
+        image: Row of the batch, from 0.
+        decision: What was decided.
+        mode: What a decision did.
+        time: RFC 3339; kept in UTC with milliseconds.
+        trace_id: Of the trace that the request belongs to, or "".
+        predicted: Name of the class that the model answered, or "".
+        p_value: Of the image, in [0, 1]; None if there is none, or it is not finite.
+        alpha: False-alarm rate that the threshold was set for.
+        scores: By name; larger is more suspicious. The first `MAX_SCORES` are kept.
+        thresholds: For some of the scores, above what an image was flagged.
+        trigger: Id of the trigger that it matches best, or "".
+        target: Name of the class that the trigger leads to, or "".
+        second_look: What a second look decided, or "" if there was none.
+        explanation: What it saw, a sentence.
+        input_digest: SHA-256 of the input bytes, in hexadecimal.
+        thumbnail: A small PNG or JPEG file; one of more than `MAX_THUMBNAIL` bytes is left out.
+        id: Given by the log; 0 before.
+
+    Raises:
+        ValueError: `time` is no RFC 3339 time.
+    """
+
+    request_id: str
+    model: str
+    model_digest: str
+    image: int
+    decision: str
+    mode: str
+    time: str = field(default_factory=_now)
+    trace_id: str = ""
+    predicted: str = ""
+    p_value: float | None = None
+    alpha: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    trigger: str = ""
+    target: str = ""
+    second_look: str = ""
+    explanation: str = ""
+    input_digest: str = ""
+    thumbnail: bytes | None = field(default=None, repr=False)
+    id: int = 0
+
+    def __post_init__(self) -> None:
+        for name in _TEXTS:
+            limit = MAX_SENTENCE if name == "explanation" else MAX_TEXT
+            object.__setattr__(self, name, clean(getattr(self, name), limit))
+        object.__setattr__(self, "time", _normalised(self.time))
+        for name in ("p_value", "alpha"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, float(value) if value is not None and math.isfinite(value) else None)
+        for name in ("scores", "thresholds"):
+            given: Mapping[str, float] = getattr(self, name)
+            kept = {clean(score): float(value) for score, value in islice(given.items(), MAX_SCORES)}
+            object.__setattr__(self, name, kept)
+        if self.thumbnail is not None and len(self.thumbnail) > MAX_THUMBNAIL:
+            object.__setattr__(self, "thumbnail", None)
+
+    def document(self) -> dict[str, Any]:
+        """As JSON can hold it, without the thumbnail; a number that is not finite becomes None."""
+        values = {name: getattr(self, name) for name in COLUMNS}
+        for name in ("scores", "thresholds"):
+            values[name] = {score: value if math.isfinite(value) else None for score, value in values[name].items()}
+        return values
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which records a search wants: those that meet every condition that is given.
+
+    Attributes:
+        since: From this time on, inclusive. RFC 3339, in UTC if it says nothing else, or how long ago: 90s, 15m, 1h,
+            2d, 1w. Kept as an RFC 3339 time.
+        until: Before this time, likewise.
+        model: Name of the model.
+        decision: What was decided.
+        predicted: Name of the class that the model answered.
+        trigger: Id of the trigger.
+        request_id: Of the request.
+        p_value: Largest p-value; records without one are left out.
+
+    Raises:
+        UsageError: A time is in neither form.
+    """
+
+    since: str | None = None
+    until: str | None = None
+    model: str | None = None
+    decision: str | None = None
+    predicted: str | None = None
+    trigger: str | None = None
+    request_id: str | None = None
+    p_value: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("since", "until"):
+            if (text := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _moment(text))
+        for name in ("model", "decision", "predicted", "trigger", "request_id"):
+            # Compared with what a record made of the same text.
+            if (text := getattr(self, name)) is not None:
+                object.__setattr__(self, name, clean(text))
+
+
+def _moment(text: str) -> str:
+    try:
+        if ago := _AGO.fullmatch(text):
+            return rfc3339(datetime.now(UTC) - timedelta(**{_UNITS[ago[2]]: int(ago[1])}))
+        return _normalised(text)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(
+            f"{clean(text)!r} is no time; give one such as 2026-05-09T12:30:00Z, or how long ago, such as 15m, 1h or 2d"
+        ) from error
+
+
+def thumbnail(image: Image.Image, side: int = 128) -> bytes:
+    """A small JPEG file of an image, for a record.
+
+    Args:
+        image: Any size; not changed, and never enlarged.
+        side: Longest side, in pixels.
+    """
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    # Colours at full resolution: a trigger is often a few pixels of one colour.
+    small.save(buffer, "JPEG", quality=90, subsampling=0)
+    return buffer.getvalue()

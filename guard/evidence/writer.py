@@ -1,0 +1,258 @@
+"""Write an evidence log beside the requests: bounded, in a thread of its own, and never in their way."""
+
+import logging
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from time import monotonic
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from guard.errors import UsageError
+from guard.evidence import store
+from guard.evidence.records import EvidenceError, Record
+
+log = logging.getLogger(__name__)
+
+_BATCH = 256
+"""Most records in one transaction."""
+_PRUNE_ROWS, _PRUNE_SECONDS = 256, 600.0
+"""The limits are enforced after this many records, or this long, whichever comes first."""
+_FIRST_DELAY, _MAX_DELAY = 0.5, 30.0
+"""Seconds before a failed transaction is tried again, doubled each time."""
+
+
+class Drop(StrEnum):
+    """Why a record is lost."""
+
+    CLOSED = "closed"
+    """It came after the end."""
+    DAMAGED = "damaged"
+    """The file is damaged, or is another one now."""
+    DISK_FULL = "disk_full"
+    ERROR = "error"
+    """Anything else; the log of the process says what."""
+    LOCKED = "locked"
+    """Another program holds the file."""
+    QUEUE_FULL = "queue_full"
+    """More came than could be written."""
+
+
+_REASONS = {
+    sqlite3.SQLITE_BUSY: Drop.LOCKED,
+    sqlite3.SQLITE_LOCKED: Drop.LOCKED,
+    sqlite3.SQLITE_CORRUPT: Drop.DAMAGED,
+    sqlite3.SQLITE_NOTADB: Drop.DAMAGED,
+    sqlite3.SQLITE_FULL: Drop.DISK_FULL,
+}
+
+
+class EvidenceWriter:
+    """Writes records to a log; nothing that happens to the file reaches the caller.
+
+    While the file cannot be written, records wait, up to the length of the queue, and the transaction is tried again
+    with growing pauses; records that no longer fit are counted and lost. A file that was moved away is replaced by a
+    new one. Several processes may write to one file.
+
+    The limits hold within `_PRUNE_ROWS` records or `_PRUNE_SECONDS`; the oldest records go first. Beside the file lies
+    SQLite's write-ahead log, usually of a few MiB.
+
+    Args:
+        path: The file; made with mode 0600 if it is missing.
+        max_rows: Most records that are kept.
+        max_bytes: Largest size of the file, at least 256 KiB.
+        max_age_days: Longest time that a record is kept.
+        queue: Most records that wait to be written.
+        on_drop: Told of each loss, its reason and the number of records; from any thread. It must not raise.
+
+    Raises:
+        EvidenceError: The file is damaged, no evidence log, of another schema, or cannot be made. Only here: after the
+            start, trouble is counted.
+        UsageError: A limit is out of range.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        max_rows: int = 100_000,
+        max_bytes: int = 2**30,
+        max_age_days: float = 90.0,
+        queue: int = 1024,
+        on_drop: Callable[[Drop, int], None] = lambda _reason, _number: None,
+    ) -> None:
+        for name, value, least in (
+            ("max_rows", max_rows, 1),
+            ("max_bytes", max_bytes, store.MIN_BYTES),
+            ("queue", queue, 1),
+        ):
+            if value < least:
+                raise UsageError(f"{name} of the evidence log must be at least {least}, not {value}")
+        if not 0 < max_age_days <= 36_500:
+            raise UsageError(f"max_age_days of the evidence log must lie between 0 and 36500, not be {max_age_days:g}")
+        store.prepare(path).dispose()
+        self._path, self._capacity, self._on_drop = path, queue, on_drop
+        self._max_rows, self._max_bytes, self._max_age_days = max_rows, max_bytes, max_age_days
+        self._waiting: deque[Record] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._lost_at_end = False
+        self._trouble: Drop | None = None
+        # Of the thread alone:
+        self._connection: Connection | None = None
+        self._file: tuple[int, int] | None = None
+        self._since_prune, self._next_prune = 0, monotonic()
+        self._thread = threading.Thread(target=self._run, name="guard-evidence", daemon=True)
+        self._thread.start()
+
+    @property
+    def trouble(self) -> Drop | None:
+        """Why the file cannot be written at present; None if it can."""
+        return self._trouble
+
+    def record(self, item: Record) -> bool:
+        """Hand over a record.
+
+        Never blocks for the file, and never raises.
+
+        Returns:
+            Whether it was taken; if not, it is counted.
+        """
+        with self._changed:
+            if self._closed:
+                reason = Drop.CLOSED
+            elif len(self._waiting) >= self._capacity:
+                reason = self._trouble or Drop.QUEUE_FULL
+            else:
+                self._waiting.append(item)
+                self._changed.notify()
+                return True
+        self._on_drop(reason, 1)
+        return False
+
+    def close(self, timeout: float = 5.0) -> bool:
+        """Write what waits, and take no more.
+
+        Args:
+            timeout: Seconds to wait for it.
+
+        Returns:
+            Whether all that waited was written in time.
+        """
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(timeout)
+        return not self._thread.is_alive() and not self._lost_at_end
+
+    def _run(self) -> None:
+        delay = _FIRST_DELAY
+        while True:
+            with self._changed:
+                pause = max(0.0, self._next_prune - monotonic())
+                self._changed.wait_for(lambda: self._closed or self._waiting, timeout=pause)
+                # They leave the queue only when they are written.
+                batch = list(islice(self._waiting, _BATCH))
+                closing = self._closed
+                if closing and not batch:
+                    break
+            try:
+                self._write(batch)
+            except Exception as error:  # noqa: BLE001 - the thread must live as long as the sidecar
+                self._disconnect()
+                reason = self._note(error, batch)
+                if reason is not None and closing:
+                    self._lose(reason, len(self._waiting))
+                    break
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed, timeout=delay)
+                delay = min(2 * delay, _MAX_DELAY)
+            else:
+                delay = _FIRST_DELAY
+        self._disconnect()
+
+    def _write(self, batch: list[Record]) -> None:
+        """One transaction, and what the limits ask for."""
+        connection = self._connect()
+        if batch:
+            store.add(connection, batch)
+            self._forget(len(batch))
+            self._since_prune += len(batch)
+        if (
+            monotonic() >= self._next_prune
+            or self._since_prune >= min(_PRUNE_ROWS, max(1, self._max_rows // 8))
+            or store.size(connection) > self._max_bytes
+        ):
+            store.prune(connection, max_rows=self._max_rows, max_bytes=self._max_bytes, max_age_days=self._max_age_days)
+            self._since_prune, self._next_prune = 0, monotonic() + _PRUNE_SECONDS
+        connection.rollback()  # a reading transaction left open would keep the write-ahead log from being reused
+        if self._trouble is not None:
+            self._trouble = None
+            log.info("the evidence log %s can be written again", self._path)
+
+    def _note(self, error: Exception, batch: list[Record]) -> Drop | None:
+        """Say what went wrong, and give up what no other try would save; the reason if another try may help."""
+        self._next_prune = monotonic()  # it may be what failed, and it must not wait for the next record
+        reason = _reason(error)
+        if reason is None:
+            unwritten = bool(batch) and bool(self._waiting) and self._waiting[0] is batch[0]
+            self._lose(Drop.ERROR, len(batch) if unwritten else 0)
+            log.error("records could not be written to the evidence log %s", self._path, exc_info=error)
+        elif reason is not self._trouble:
+            self._trouble = reason
+            cause = error.orig if isinstance(error, DBAPIError) else error
+            log.warning("the evidence log %s cannot be written (%s): %s", self._path, reason, cause)
+        return reason
+
+    def _lose(self, reason: Drop, number: int) -> None:
+        if number:
+            self._forget(number)
+            self._lost_at_end |= self._closed
+            self._on_drop(reason, number)
+
+    def _forget(self, number: int) -> None:
+        with self._changed:
+            for _ in range(number):
+                self._waiting.popleft()
+
+    def _connect(self) -> Connection:
+        """The connection, to the file that lies at the path now."""
+        if self._connection is not None and self._file != _identity(self._path):
+            self._disconnect()
+        if self._connection is None:
+            self._connection = store.prepare(self._path).connect()
+            self._file = _identity(self._path)
+        return self._connection
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            with suppress(DBAPIError):  # what cannot be rolled back was never written
+                self._connection.close()
+            self._connection = None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _reason(error: Exception) -> Drop | None:
+    """Why the file cannot be written; None if that is not what went wrong, and trying again would not help."""
+    if isinstance(error, DBAPIError):
+        code = getattr(error.orig, "sqlite_errorcode", None)
+        if code is None or not isinstance(error.orig, sqlite3.DatabaseError):
+            return None
+        known = _REASONS.get(code & 0xFF)
+        return known or (Drop.ERROR if isinstance(error.orig, sqlite3.OperationalError) else None)
+    if isinstance(error, EvidenceError):
+        return _reason(error.__cause__) if isinstance(error.__cause__, Exception) else Drop.DAMAGED
+    return Drop.ERROR if isinstance(error, OSError) else None

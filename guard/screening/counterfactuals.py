@@ -1,0 +1,359 @@
+"""What a request would look like without a trigger, or without a part of it. numpy only; nothing here is random."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Undo = Callable[[Floats], Floats]
+"""From an image, shape [3, H, W], values in [0, 1], to the same image without the trigger."""
+
+_MAX_SIDE = 4096
+_TOLERANCE = 1e-4
+"""By which stored values may leave their range: what rounding does."""
+_OPAQUE = 0.5
+"""Opacity above which nothing of the image is left to recover, and its surroundings are drawn in instead."""
+_MOST_OPAQUE = 0.95
+"""Above it a blend cannot be inverted: what bytes round away is multiplied by more than 20."""
+_MARGIN = 1 / 16
+"""How far around the opaque part of a patch is drawn over too, relative to the side of the image. Inversion finds the
+few pixels of a patch that it needs; the attacker's own patch is larger."""
+_MOST_LOST = 0.5
+"""Share of the image above which a patch and its margin leave too little to fill them from."""
+_STEPS = 12
+"""Of an iteration; every step about halves what is left to solve."""
+_SLOPE = 0.1
+_TO_RGB = np.array([[1, 1.403, 0], [1, -0.714, -0.344], [1, 0, 1.773]], np.float32)
+"""From Y, Cr, Cb without offsets, as `guard.triggers.Frequency` defines them."""
+
+_FORMS: dict[str, dict[str, tuple[str, float, float]]] = {
+    "patch": {"mask": ("1 height width", 0, 1), "pattern": ("3 height width", 0, 1)},
+    "additive": {"delta": ("3 height width", -1, 1)},
+    "blend": {"alpha": ("1 1 1", 0, 1), "pattern": ("3 height width", 0, 1)},
+    "warp": {"field": ("2 k k", -1, 1)},
+    "frequency": {"spectrum": ("3 n n", -1e4, 1e4), "share": ("", 0, 1)},
+    "colour map": {"lattice": ("3 n n n", -1, 1)},
+    "generator": {
+        "first": ("c 5 3 3", -1e4, 1e4),
+        "first_bias": ("c", -1e4, 1e4),
+        "second": ("c c 3 3", -1e4, 1e4),
+        "second_bias": ("c", -1e4, 1e4),
+        "third": ("12 c 3 3", -1e4, 1e4),
+        "third_bias": ("12", -1e4, 1e4),
+        "radius": ("", 0, 1),
+    },
+}
+"""Family → tensor → shape (equal names are equal sizes) and range: what `guard.triggers` declares with torch."""
+
+
+def undoing(family: str, tensors: Mapping[str, Floats]) -> Undo | None:
+    """What undoes a trigger of `guard.triggers`, as far as it can be undone.
+
+    - patch: where the mask is above 0.5 the image is lost; this, and a margin of 1/16 of the side around it, is filled
+      from its surroundings. Elsewhere it is inverted like a blend.
+    - blend: (y − alpha · pattern) / (1 − alpha).
+    - additive, frequency, colour map, generator: x + d(x) = y is solved for x by a damped fixed-point iteration. A
+      value at 0 or 1 that d moved there was perhaps clipped; it stays, since nothing says how far beyond it was.
+    - warp: the places themselves are inverted by such an iteration, then sampled.
+
+    Args:
+        family: Name of the family.
+        tensors: The trigger, as in `triggers.safetensors`; at any resolution.
+
+    Returns:
+        None if there is no way back: a family without one, unknown here, or a trigger that leaves nothing of the image.
+
+    Raises:
+        ValueError: The tensors make no trigger of the family; the message is one line.
+    """
+    if family not in _FORMS:
+        return None
+    _check(family, tensors)
+    return _UNDOINGS[family](tensors)
+
+
+def fill(images: Floats, regions: NDArray[np.bool_]) -> Floats:
+    """Draw over regions smoothly from their surroundings; every other value stays.
+
+    Means of what is known are pulled to coarser and coarser grids until no hole is left, and pushed back into the
+    holes (Gortler et al., The Lumigraph, SIGGRAPH 1996, without their partial weights). Its cost is that of a few
+    passes over the image, however large the region.
+
+    Args:
+        images: Shape [N, 3, H, W].
+        regions: Where to draw, shape [N, H, W] or [1, H, W].
+
+    Raises:
+        ValueError: A region is the whole image.
+    """
+    if regions.all((-2, -1)).any():
+        raise ValueError("nothing is left of an image to fill it from")
+    known = ~regions[:, None]
+    filled: Floats = np.where(known, images, _pull_push(images * known, known.astype(np.float32)))
+    return filled
+
+
+def boxes(size: tuple[int, int], count: int, share: float) -> tuple[tuple[int, int, int, int], ...]:
+    """Rectangles on an even grid that covers the image.
+
+    Args:
+        size: Height and width of the image.
+        count: Rectangles along each side of the grid.
+        share: Side of a rectangle relative to that of the image, in (0, 1).
+
+    Returns:
+        count² times first row, row after the last, first column, column after the last; row by row.
+    """
+    spans = []
+    for side in size:
+        length = max(1, round(share * side))
+        starts = np.linspace(0, side - length, count).round().astype(int)
+        spans.append([(int(start), int(start) + length) for start in starts])
+    return tuple((*rows, *columns) for rows in spans[0] for columns in spans[1])
+
+
+def low_pass(images: Floats, share: float) -> Floats:
+    """Take away what is smaller than a share of the side: scaled down and up again (bilinear).
+
+    Args:
+        images: Shape [N, 3, H, W].
+        share: In (0, 1].
+    """
+    size = images.shape[-2:]
+    small = (max(1, round(1 / share)), max(1, round(1 / share)))
+    return _resampled(_resampled(images, small), size)
+
+
+def _check(family: str, tensors: Mapping[str, Floats]) -> None:
+    forms = _FORMS[family]
+    if tensors.keys() != forms.keys():
+        raise ValueError(f"the trigger is no {family}: it has the tensors {sorted(tensors)}, not {sorted(forms)}")
+    sizes: dict[str, int] = {}
+    for name, (shape, low, high) in forms.items():
+        values, expected = tensors[name], shape.split()
+        if values.dtype != np.float32:
+            raise ValueError(f"the trigger is no {family}: {name} is {values.dtype}, not float32")
+        if values.ndim != len(expected) or not all(
+            1 <= size <= _MAX_SIDE and size == (int(side) if side.isdecimal() else sizes.setdefault(side, size))
+            for side, size in zip(expected, values.shape, strict=True)
+        ):
+            raise ValueError(
+                f"the trigger is no {family}: {name} has shape {list(values.shape)}, not [{', '.join(expected)}]"
+            )
+        if not ((values >= low - _TOLERANCE) & (values <= high + _TOLERANCE)).all():  # NaN fails this too
+            raise ValueError(f"the trigger is no {family}: {name} holds a value that is not finite or out of range")
+
+
+def _patch(tensors: Mapping[str, Floats]) -> Undo | None:
+    if _lost(tensors["mask"]).mean() > _MOST_LOST:
+        return None
+
+    def undo(image: Floats) -> Floats:
+        size = image.shape[-2:]
+        mask, pattern = _resampled(tensors["mask"], size), _resampled(tensors["pattern"], size)
+        unblended = _unblended(image, np.minimum(mask, _OPAQUE), pattern)
+        filled: Floats = fill(unblended[None], _lost(mask)[None])[0]
+        return filled
+
+    return undo
+
+
+def _lost(mask: Floats) -> NDArray[np.bool_]:
+    return _grown(mask[0] > _OPAQUE, math.ceil(_MARGIN * max(mask.shape)))
+
+
+def _blend(tensors: Mapping[str, Floats]) -> Undo | None:
+    if tensors["alpha"].item() > _MOST_OPAQUE:
+        return None
+    return lambda image: _unblended(image, tensors["alpha"], _resampled(tensors["pattern"], image.shape[-2:]))
+
+
+def _additive(tensors: Mapping[str, Floats]) -> Undo:
+    def undo(image: Floats) -> Floats:
+        delta = _resampled(tensors["delta"], image.shape[-2:])
+        return _unmoved(image, lambda _: delta, steps=1)
+
+    return undo
+
+
+def _frequency(tensors: Mapping[str, Floats]) -> Undo:
+    def undo(image: Floats) -> Floats:
+        height, width = image.shape[-2:]
+        spectrum = tensors["spectrum"]
+        side = max(1, round(float(tensors["share"]) * min(height, width)))
+        kept = min(side, spectrum.shape[-1])
+        basis = _cosines(side)[:kept]
+        wave = basis.T @ spectrum[:, :kept, :kept] @ basis * np.float32(side / spectrum.shape[-1])
+        tiled = np.tile(np.tensordot(_TO_RGB, wave, 1), (1, height // side, width // side))
+        delta = np.pad(tiled, ((0, 0), (0, height % side), (0, width % side)))
+        return _unmoved(image, lambda _: delta, steps=1)
+
+    return undo
+
+
+def _colour_map(tensors: Mapping[str, Floats]) -> Undo:
+    lattice = tensors["lattice"]
+    last = lattice.shape[-1] - 1
+
+    def displacement(image: Floats) -> Floats:
+        place = image * np.float32(last)
+        low = np.clip(np.floor(place).astype(np.int64), 0, max(last - 1, 0))
+        part = place - low
+        total = np.zeros_like(image)
+        for corner in np.ndindex(2, 2, 2):
+            red, green, blue = (np.minimum(low[c] + step, last) for c, step in enumerate(corner))
+            weight = np.prod([part[c] if step else 1 - part[c] for c, step in enumerate(corner)], axis=0)
+            total += weight * lattice[:, red, green, blue]
+        return total
+
+    return lambda image: _unmoved(image, displacement, steps=_STEPS)
+
+
+def _generator(tensors: Mapping[str, Floats]) -> Undo:
+    def displacement(image: Floats) -> Floats:
+        height, width = image.shape[-2:]
+        y, x = (np.linspace(-1, 1, side, dtype=np.float32) for side in (height, width))
+        place = np.stack((np.broadcast_to(x, (height, width)), np.broadcast_to(y[:, None], (height, width))))
+        hidden = _leaky(_convolved(np.concatenate((2 * image - 1, place)), tensors, "first", stride=2))
+        hidden = _leaky(_convolved(hidden, tensors, "second"))
+        written = _convolved(hidden, tensors, "third")
+        rows, columns = written.shape[-2:]
+        large = written.reshape(3, 2, 2, rows, columns).transpose(0, 3, 1, 4, 2).reshape(3, 2 * rows, 2 * columns)
+        delta: Floats = tensors["radius"] * np.tanh(large[:, :height, :width])
+        return delta
+
+    return lambda image: _unmoved(image, displacement, steps=_STEPS)
+
+
+def _warp(tensors: Mapping[str, Floats]) -> Undo:
+    def undo(image: Floats) -> Floats:
+        height, width = image.shape[-2:]
+        rows, columns = (_cubic(tensors["field"].shape[-1], side) for side in (height, width))
+        sides = np.array([width, height])[:, None, None]
+        along = (rows @ tensors["field"] @ columns.T * sides).astype(np.float32)
+        place = np.stack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.float32)
+        found = place
+        for _ in range(_STEPS):
+            found = ((found + place - _sampled(along, found)) / 2).astype(np.float32)
+        return _sampled(image, found)
+
+    return undo
+
+
+_UNDOINGS: dict[str, Callable[[Mapping[str, Floats]], Undo | None]] = {
+    "patch": _patch,
+    "additive": _additive,
+    "blend": _blend,
+    "warp": _warp,
+    "frequency": _frequency,
+    "colour map": _colour_map,
+    "generator": _generator,
+}
+
+
+def _unblended(image: Floats, opacity: Floats, pattern: Floats) -> Floats:
+    inverted: Floats = np.clip((image - opacity * pattern) / (1 - opacity), 0, 1).astype(np.float32)
+    return inverted
+
+
+def _unmoved(image: Floats, displacement: Callable[[Floats], Floats], *, steps: int) -> Floats:
+    found = image
+    for step in range(steps):
+        moved = displacement(found)
+        clipped = ((image <= 0) & (moved < 0)) | ((image >= 1) & (moved > 0))
+        solved = np.where(clipped, image, np.clip(image - moved, 0, 1)).astype(np.float32)
+        found = ((found + solved) / 2).astype(np.float32) if step else solved
+    return found
+
+
+def _grown(region: NDArray[np.bool_], margin: int) -> NDArray[np.bool_]:
+    for axis in (0, 1):
+        padded = np.pad(region, [(margin, margin) if axis == side else (0, 0) for side in (0, 1)])
+        region = np.asarray(sliding_window_view(padded, 2 * margin + 1, axis).any(-1))
+    return region
+
+
+def _pull_push(sums: Floats, weights: Floats) -> Floats:
+    """Values with every hole filled; `sums` are values times weights, shape [N, C, H, W] and [N, 1, H, W]."""
+    means: Floats = (sums / np.maximum(weights, 1e-12)).astype(np.float32)
+    if (weights > 0).all():
+        return means
+    height, width = sums.shape[-2:]
+    coarse = _pull_push(_halved(sums), _halved(weights))
+    size = (2 * coarse.shape[-2], 2 * coarse.shape[-1])
+    filled: Floats = np.where(weights > 0, means, _resampled(coarse, size)[..., :height, :width])
+    return filled
+
+
+def _halved(values: Floats) -> Floats:
+    height, width = values.shape[-2:]
+    even = np.pad(values, ((0, 0), (0, 0), (0, height % 2), (0, width % 2)))
+    halved: Floats = even.reshape(*even.shape[:2], even.shape[2] // 2, 2, even.shape[3] // 2, 2).sum((3, 5))
+    return halved
+
+
+def _resampled(values: Floats, size: tuple[int, ...]) -> Floats:
+    """At another resolution: bilinear, without aliasing, as torch's `interpolate` with `antialias`."""
+    if values.shape[-2:] == tuple(size):
+        return values
+    rows, columns = (_linear(drawn, side) for drawn, side in zip(values.shape[-2:], size, strict=True))
+    resampled: Floats = (rows @ values @ columns.T).astype(np.float32, copy=False)
+    return resampled
+
+
+def _linear(drawn: int, size: int) -> Floats:
+    """Weights of `drawn` values at `size` places: shape [size, drawn]."""
+    scale = drawn / size
+    distance = np.abs(np.arange(drawn) + 0.5 - scale * (np.arange(size)[:, None] + 0.5))
+    weights = np.maximum(0, 1 - distance / max(scale, 1))
+    normalised: Floats = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    return normalised
+
+
+def _cubic(points: int, size: int) -> Floats:
+    """The same for bicubic interpolation between points that span the image, as torch's with `align_corners`."""
+    place = np.arange(size) * ((points - 1) / max(size - 1, 1))
+    first = np.floor(place).astype(np.int64) - 1
+    weights = np.zeros((size, points))
+    for step in range(4):
+        t = np.abs(place - first - step)
+        near, far = (1.25 * t - 2.25) * t * t + 1, ((-0.75 * t + 3.75) * t - 6) * t + 3
+        np.add.at(weights, (np.arange(size), np.clip(first + step, 0, points - 1)), np.where(t <= 1, near, far))
+    return weights.astype(np.float32)
+
+
+def _sampled(values: Floats, place: Floats) -> Floats:
+    """Values, shape [C, H, W], at columns and rows `place`, shape [2, H, W]: bilinear; the border repeats."""
+    height, width = values.shape[-2:]
+    column, row = np.clip(place[0], 0, width - 1), np.clip(place[1], 0, height - 1)
+    left, top = column.astype(np.int64), row.astype(np.int64)
+    right, bottom = np.minimum(left + 1, width - 1), np.minimum(top + 1, height - 1)
+    across, down = column - left, row - top
+    above = values[:, top, left] * (1 - across) + values[:, top, right] * across
+    below = values[:, bottom, left] * (1 - across) + values[:, bottom, right] * across
+    sampled: Floats = (above * (1 - down) + below * down).astype(np.float32)
+    return sampled
+
+
+def _convolved(values: Floats, tensors: Mapping[str, Floats], name: str, *, stride: int = 1) -> Floats:
+    padded = np.pad(values, ((0, 0), (1, 1), (1, 1)))
+    windows = sliding_window_view(padded, (3, 3), (1, 2))[:, ::stride, ::stride]
+    product = np.tensordot(tensors[name], windows, ((1, 2, 3), (0, 3, 4)))
+    convolved: Floats = product + tensors[f"{name}_bias"][:, None, None]
+    return convolved
+
+
+def _leaky(values: Floats) -> Floats:
+    activated: Floats = np.maximum(values, np.float32(_SLOPE) * values)
+    return activated
+
+
+def _cosines(side: int) -> Floats:
+    """The orthonormal DCT-II: shape [frequencies, positions]."""
+    frequency, position = np.arange(side)[:, None], np.arange(side) + 0.5
+    matrix = np.cos(math.pi / side * frequency * position) * math.sqrt(2 / side)
+    matrix[0] /= math.sqrt(2)
+    return matrix.astype(np.float32)

@@ -1,0 +1,102 @@
+"""Decide about requests: scores, p-values, and a false-alarm rate that the operator chose. numpy only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from guard.screening.conformal import Conformal, p_values
+from guard.screening.monitor import Stream
+from guard.screening.neighbours import Embeddings
+from guard.screening.screen import DENSITY, Scores, Screen, match
+
+MIN_ATTACK, MIN_DRIFT = 99, 99
+"""Clean scores that a monitored stream needs; with fewer its bounds are too wide to notice anything."""
+DRIFT = "drift"
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """What is decided about a batch of requests.
+
+    Attributes:
+        scores: Where they lie.
+        p_values: How often a clean request scores as high, shape [N].
+        flags: Whether that is at most alpha, shape [N].
+    """
+
+    scores: Scores
+    p_values: NDArray[np.float64]
+    flags: NDArray[np.bool_]
+
+
+class Detector:
+    """A screen, and the clean scores that its own are compared with.
+
+    Args:
+        screen: Scores requests.
+        clean: Its scores of clean images that are in no bank.
+        alpha: False-alarm rate, in (0, 1).
+        per_class: Whether the rate shall hold for each predicted class, not only on the whole.
+
+    Raises:
+        UsageError: There are too few clean scores for alpha.
+    """
+
+    def __init__(self, screen: Screen, clean: Scores, alpha: float, *, per_class: bool = False) -> None:
+        self.screen, self.alpha, self.per_class = screen, alpha, per_class
+        self.size = len(clean.values)
+        self._conformal = Conformal(clean.values, alpha, clean.classes if per_class else None)
+        self._parts = {name: np.sort(values) for name, values in clean.parts.items()}
+        density = clean.parts[DENSITY]
+        counts = np.bincount(clean.classes) if len(clean.classes) else np.zeros(0, int)
+        self._of_class = {int(k): np.sort(density[clean.classes == k]) for k in np.flatnonzero(counts >= MIN_DRIFT)}
+        self._watched = {stream.name for stream in self.streams()}
+
+    @property
+    def own_threshold(self) -> tuple[int, ...]:
+        """The classes that have enough clean images for a threshold of their own."""
+        return self._conformal.own
+
+    def judge(self, embeddings: Embeddings) -> Judgement:
+        """Decide about requests.
+
+        Args:
+            embeddings: Shape [N, D].
+
+        Raises:
+            RequestError: Wrong shape, a value that is not finite, or a zero vector.
+        """
+        scores = self.screen.score_samples(embeddings)
+        found = self._conformal.p_values(scores.values, scores.classes if self.per_class else None)
+        return Judgement(scores, found, self._conformal.flags(found))
+
+    def part_p_values(self, scores: Scores) -> Mapping[str, NDArray[np.float64]]:
+        """p-values of each score by itself, uncorrected, shape [N] each: what a stream monitor bets on."""
+        return {name: p_values(clean, scores.parts[name]) for name, clean in self._parts.items()}
+
+    def streams(self) -> tuple[Stream, ...]:
+        """What a monitor can watch: the match to each trigger, and density on the whole and within each class."""
+        attack = [Stream(match(name), "attack", self.size) for name in self.screen.triggers if self.size >= MIN_ATTACK]
+        drift = [Stream(DRIFT, "drift", self.size)] if self.size >= MIN_DRIFT else []
+        within = [Stream(drift_of(k), "drift", len(clean)) for k, clean in self._of_class.items()]
+        return (*attack, *drift, *within)
+
+    def observations(self, scores: Scores) -> list[dict[str, float]]:
+        """For each request the p-values of the streams that it is part of."""
+        found = self.part_p_values(scores)
+        rows = []
+        for row, k in enumerate(scores.classes.tolist()):
+            observed = {match(name): float(found[match(name)][row]) for name in self.screen.triggers}
+            observed[DRIFT] = float(found[DENSITY][row])
+            if k in self._of_class:
+                density = scores.parts[DENSITY][row : row + 1]
+                observed[drift_of(k)] = float(p_values(self._of_class[k], density)[0])
+            rows.append({name: value for name, value in observed.items() if name in self._watched})
+        return rows
+
+
+def drift_of(index: int) -> str:
+    """Name of the stream that watches one class."""
+    return f"{DRIFT} class {index}"

@@ -1,0 +1,414 @@
+"""Watch the stream of p-values for what no single request shows: slow attacks, bursts, drift. numpy only."""
+
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from guard._files import replace_file
+from guard.errors import UsageError
+
+Kind = Literal["attack", "drift"]
+
+_LEVELS: dict[Kind, tuple[float, ...]] = {
+    "attack": (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.02, 0.05),
+    "drift": (0.1, 0.25, 0.5),
+}
+"""An attack pushes its own requests into the tail; drift moves the body of all."""
+_STAKES: dict[Kind, tuple[float, ...]] = {
+    "attack": (0.002, 0.005, 0.0125, 0.03, 0.08, 0.2, 0.5),
+    "drift": (0.03, 0.08, 0.2, 0.5),
+}
+"""Best where this share of the stream changed; steps of 2.5, between which little is lost."""
+_TRIGGERED = 0.05
+"""An image that matches a trigger at this level is no event for drift."""
+_QUIET_FACTOR, _QUIET_IMAGES = 4, 1000
+_MAX_BYTES = 64 * 2**20
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One score that is watched.
+
+    Attributes:
+        name: Of the trigger, the score or the class.
+        kind: `attack` for the match with one reconstructed trigger, `drift` for a density score.
+        size: Clean scores behind its p-values; at least 19 for an attack and 1 for drift. A small change
+            needs thousands.
+    """
+
+    name: str
+    kind: Kind
+    size: int
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A stream holds more small p-values than clean images explain.
+
+    Attributes:
+        stream: Its name.
+        kind: Of the stream.
+        observed: Images of the stream when the alarm was raised.
+        after: How many of them came since the change began, as estimated at `level`; at least 1.
+        level: Level of the p-values at which the change shows best.
+        rate: Share of the images since the change with a p-value of at most `level`.
+        bound: The largest share that clean images explain, the error of the calibration included.
+        during_drift: Of an attack: whether a drift alarm is up as well, which may then be the cause. Drift moves the
+            match with a trigger too, and the attack alarm may come first.
+    """
+
+    stream: str
+    kind: Kind
+    observed: int
+    after: int
+    level: float
+    rate: float
+    bound: float
+    during_drift: bool
+
+
+class Monitor:
+    """Raises an alarm when the p-values of a stream become too small too often.
+
+    The valid question is not whether p-values are uniform: given n calibration scores, the rate of p ≤ τ among clean
+    images is a draw from Beta(l, n + 1 − l), l = ⌊τ(n + 1)⌋ (Vovk, "Conditional validity of inductive conformal
+    predictors", ACML 2012), and a long stream finds that draw. So the null of a level is that the rate is at most r⁺,
+    a quantile which that draw exceeds with probability `delta` over all levels and streams. Whether an image has
+    p ≤ τ is a coin x, and betting a stake ε of the capital on it at the odds 1 / r⁺ multiplies the capital by
+    L = 1 − ε + ε·x / r⁺, which is at most 1 on average for every rate up to r⁺ (for rate r⁺ + ε(1 − r⁺) it is the
+    likelihood ratio). A gambler starts at every image; their capitals sum to M ← L·(M + 1), the e-detector of Shin,
+    Ramdas and Rinaldo (New England Journal of Statistics in Data Science 2, 2024) in Shiryaev–Roberts form, here
+    averaged over a grid of levels and stakes. An alarm is raised where it reaches `run_length` divided by the
+    stream's share of the false alarms, and then starts again from 0. Half of the false alarms go to each kind, evenly
+    over its streams. However often one looks, clean images raise at most one alarm in `run_length` images on average.
+
+    This holds if the chance of an event is at most r⁺ whatever came before. A client that sends one unusual clean image
+    a thousand times, or the frames of a film, breaks it. A change that stays below r⁺ is never found, and r⁺ is as far
+    from τ as the calibration is small: with 2,000 scores it is 0.006 for τ = 0.001.
+
+    To tell an attack from drift, an image whose attack p-value is at most 0.05 for any trigger counts as observed and
+    as no event in the drift streams: a burst of triggered requests is then no drift, and the rate of clean images only
+    falls. Drift that makes all images match a trigger is reported as an attack. Drift towards larger p-values, images
+    more ordinary than those of the calibration, is not looked for.
+
+    An alarm stays up until its stream has seen four times as many images as came between change and alarm, and at least
+    1,000, without reaching the limit again. One that is up is not raised again.
+
+    One thread at a time.
+
+    Args:
+        streams: At least one, of different names.
+        run_length: Images between two false alarms of the whole monitor, on average and at least.
+        delta: Probability, over the draw of the calibration images, that the run length does not hold.
+
+    Raises:
+        ValueError: An argument is out of range, a name occurs twice, or a calibration is too small for every level.
+    """
+
+    def __init__(self, streams: Sequence[Stream], *, run_length: float = 1e7, delta: float = 1e-3) -> None:
+        if not streams or len({stream.name for stream in streams}) < len(streams):
+            raise ValueError("a monitor needs at least one stream, and a name for each")
+        if not 1 < run_length < 1e12:
+            raise ValueError(f"a run length lies between 1 and 1e12 images, it is {run_length:g}")
+        if not 0 < delta < 1:
+            raise ValueError(f"delta must lie between 0 and 1, not be {delta:g}")
+        self._run_length, self._delta = float(run_length), float(delta)
+        kinds = [stream.kind for stream in streams]
+        ranks = {stream.name: _ranks(stream) for stream in streams}
+        share = delta / sum(map(len, ranks.values()))
+        self._detectors = {
+            stream.name: _Detector(
+                stream, ranks[stream.name], share, run_length * len(set(kinds)) * kinds.count(stream.kind)
+            )
+            for stream in streams
+        }
+
+    @property
+    def active(self) -> tuple[Alarm, ...]:
+        """The alarms that are up, in the order of the streams."""
+        up = [detector for detector in self._detectors.values() if detector.alarm]
+        drift = any(detector.stream.kind == "drift" for detector in up)
+        return tuple(detector.describe(during_drift=drift) for detector in up)
+
+    def observe(self, p_values: Mapping[str, float | None]) -> tuple[Alarm, ...]:
+        """Take in one image.
+
+        Args:
+            p_values: Conformal p-values by stream, in [0, 1]. A stream that is None or missing did not see the image.
+                Which streams see an image may depend on its predicted class, but not otherwise on its p-values.
+
+        Returns:
+            Alarms that this image raised.
+
+        Raises:
+            ValueError: A p-value is out of range or of no stream; nothing was taken in.
+        """
+        triggered = False
+        for name, p_value in p_values.items():
+            if name not in self._detectors:
+                raise ValueError(f"the monitor has no stream {name!r}")
+            if p_value is None:
+                continue
+            if not 0 <= p_value <= 1:
+                raise ValueError(f"a p-value lies between 0 and 1, that of {name!r} is {p_value}")
+            triggered |= p_value <= _TRIGGERED and self._detectors[name].stream.kind == "attack"
+        raised = set()
+        for name, p_value in p_values.items():
+            if p_value is not None:
+                detector = self._detectors[name]
+                if detector.observe(1.0 if triggered and detector.stream.kind == "drift" else p_value):
+                    raised.add(name)
+        return tuple(alarm for alarm in self.active if alarm.stream in raised) if raised else ()
+
+    def state(self) -> dict[str, Any]:
+        """What a restart must keep: the document that `restore` takes, of JSON's types."""
+        return {
+            "settings": self._settings(),
+            "streams": {name: detector.state() for name, detector in self._detectors.items()},
+        }
+
+    def restore(self, state: object) -> None:
+        """Go on from where another monitor of the same streams and settings was; bit by bit what it would have done.
+
+        Only names and sizes of calibrations are compared; the caller knows whether the calibration is the same.
+
+        Raises:
+            ValueError: The state is of other streams or settings, or damaged; nothing was changed.
+        """
+        if not isinstance(state, dict) or state.get("settings") != self._settings():
+            raise ValueError("it was saved for other streams or settings")
+        streams = state.get("streams")
+        if not isinstance(streams, dict) or streams.keys() != self._detectors.keys():
+            raise ValueError("it is damaged: streams are missing")
+        try:
+            entries = {name: detector.read(streams[name]) for name, detector in self._detectors.items()}
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"it is damaged: {error}") from error
+        for name, entry in entries.items():
+            self._detectors[name].restore(entry)
+
+    def save(self, path: Path) -> None:
+        """Write the state to a file, which is whole at every moment.
+
+        Raises:
+            UsageError: The file cannot be written.
+        """
+        try:
+            replace_file(path, json.dumps(self.state(), allow_nan=False).encode())
+        except OSError as error:
+            raise UsageError(f"cannot write the monitor's state to {path}: {error.strerror}") from error
+
+    def load(self, path: Path) -> None:
+        """Restore from a file.
+
+        Raises:
+            UsageError: The file is missing or damaged, or was saved for other streams or settings.
+        """
+        try:
+            with path.open("rb") as file:
+                data = file.read(_MAX_BYTES + 1)
+        except OSError as error:
+            raise UsageError(f"cannot read the monitor's state {path}: {error.strerror}") from error
+        try:
+            self.restore(_document(data))
+        except ValueError as error:
+            raise UsageError(
+                f"the monitor's state {path} cannot be used: {error}; delete it to start afresh"
+            ) from error
+
+    def _settings(self) -> dict[str, Any]:
+        streams = [detector.stream for detector in self._detectors.values()]
+        return {
+            "format": _FORMAT,
+            "run_length": self._run_length,
+            "delta": self._delta,
+            "levels": {kind: list(levels) for kind, levels in _LEVELS.items()},
+            "stakes": {kind: list(stakes) for kind, stakes in _STAKES.items()},
+            "streams": [[stream.name, stream.kind, stream.size] for stream in streams],
+        }
+
+
+@dataclass(frozen=True)
+class _Raised:
+    """An alarm that is up: figures of when it was raised, and the image at which the limit was last reached."""
+
+    observed: int
+    after: int
+    level: int
+    rate: float
+    reached: int
+
+
+@dataclass(frozen=True)
+class _Entry:
+    observed: int
+    sums: NDArray[np.float64]
+    alarm: _Raised | None
+
+
+class _Detector:
+    """One stream's e-detector.
+
+    `sums` has shape [3, levels, stakes]. The first plane is M, a sum over gamblers; in the second each one's capital is
+    multiplied by the images, in the third by the events, since that one started. The gamblers who started where the
+    change began hold nearly all of the capital, so that plane 2 / plane 1 estimates how long ago that was.
+    """
+
+    def __init__(self, stream: Stream, ranks: Sequence[int], delta: float, limit: float) -> None:
+        self.stream = stream
+        self.levels = [rank / (stream.size + 1) for rank in ranks]
+        # p-values are multiples of 1 / (size + 1); the tolerance keeps their rounding on the right side.
+        self._cuts = [level * (1 + 1e-6) for level in self.levels]
+        self.bounds = [_upper_rate(stream.size, rank, delta) for rank in ranks]
+        stakes = np.array(_STAKES[stream.kind])
+        event = 1 - stakes + stakes / np.array(self.bounds)[:, None]
+        # Row i is for a p-value above the first i levels: an event at the others.
+        happened = np.arange(len(ranks)) >= np.arange(len(ranks) + 1)[:, None]
+        self._factors = np.where(happened[:, :, None], event, 1 - stakes)
+        self._limit = limit * event.size
+        self.observed = 0
+        self.alarm: _Raised | None = None
+        self._sums = np.zeros((3, *event.shape))
+
+    def observe(self, p_value: float) -> bool:
+        """Whether this image raises an alarm."""
+        row = bisect_left(self._cuts, p_value)
+        sums = self._sums
+        capital = sums[0]
+        capital += 1
+        sums *= self._factors[row]
+        sums[1] += capital
+        sums[2, row:] += capital[row:]
+        self.observed += 1
+        alarm = self.alarm
+        if float(capital.sum()) < self._limit:
+            if alarm and self.observed - alarm.reached >= max(_QUIET_FACTOR * alarm.after, _QUIET_IMAGES):
+                self.alarm = None
+            return False
+        capitals, images, events = sums.sum(axis=2)
+        level = int(capitals.argmax())
+        sums[:] = 0
+        if alarm:
+            self.alarm = _Raised(alarm.observed, alarm.after, alarm.level, alarm.rate, self.observed)
+            return False
+        after = max(1, round(float(images[level] / capitals[level])))
+        self.alarm = _Raised(self.observed, after, level, float(events[level] / images[level]), self.observed)
+        return True
+
+    def describe(self, *, during_drift: bool) -> Alarm:
+        """The alarm that is up, as others see it."""
+        alarm = self.alarm
+        if not alarm:
+            raise RuntimeError("no alarm is up")
+        return Alarm(
+            self.stream.name,
+            self.stream.kind,
+            alarm.observed,
+            alarm.after,
+            self.levels[alarm.level],
+            alarm.rate,
+            self.bounds[alarm.level],
+            self.stream.kind == "attack" and during_drift,
+        )
+
+    def state(self) -> dict[str, Any]:
+        alarm = self.alarm
+        return {
+            "observed": self.observed,
+            "sums": self._sums.tolist(),
+            "alarm": alarm and [alarm.observed, alarm.after, alarm.level, alarm.rate, alarm.reached],
+        }
+
+    def read(self, state: Any) -> _Entry:  # noqa: ANN401 - whatever a file held
+        """Check one stream's state.
+
+        Raises:
+            KeyError, TypeError, ValueError, OverflowError: It is none.
+        """
+        observed = _integer(state["observed"], 0, 2**53)
+        sums = np.array(state["sums"], dtype=np.float64)
+        if sums.shape != self._sums.shape:
+            raise ValueError("a table of sums has another shape")
+        if not np.isfinite(sums).all() or (sums < 0).any():
+            raise ValueError("a sum is negative or no number")
+        slack = 1 + 1e-6  # rounding
+        if (
+            sums[0].sum() >= self._limit
+            or (sums[1] > observed * sums[0] * slack).any()
+            or (sums[2] > sums[1] * slack).any()
+        ):
+            raise ValueError("its sums contradict each other")
+        if state["alarm"] is None:
+            return _Entry(observed, sums, None)
+        raised, after, level, rate, reached = state["alarm"]
+        if not isinstance(rate, float) or not 0 <= rate <= slack:
+            raise ValueError("the rate of an alarm lies outside 0 to 1")
+        alarm = _Raised(
+            _integer(raised, 1, observed),
+            _integer(after, 1, observed),
+            _integer(level, 0, len(self.levels) - 1),
+            rate,
+            _integer(reached, raised, observed),
+        )
+        return _Entry(observed, sums, alarm)
+
+    def restore(self, entry: _Entry) -> None:
+        self.observed, self.alarm = entry.observed, entry.alarm
+        self._sums[:] = entry.sums
+
+
+def _document(data: bytes) -> object:
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("it is damaged: it is no JSON") from error
+
+
+def _integer(value: object, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError("a count is out of range")
+    return value
+
+
+def _ranks(stream: Stream) -> list[int]:
+    """The levels that the calibration supports, in multiples of 1 / (size + 1)."""
+    if stream.kind not in _LEVELS:
+        raise ValueError(f"a stream is of the kind attack or drift, {stream.name!r} is of {stream.kind!r}")
+    ranks = sorted({math.floor(level * (stream.size + 1) + 1e-9) for level in _LEVELS[stream.kind]} - {0})
+    if not ranks or stream.size < 1:
+        least = math.ceil(1 / max(_LEVELS[stream.kind]) - 1e-9) - 1
+        raise ValueError(f"the stream {stream.name!r} needs at least {least} calibration scores, it has {stream.size}")
+    return ranks
+
+
+def _upper_rate(size: int, rank: int, delta: float) -> float:
+    """The (1 − delta) quantile of Beta(rank, size + 1 − rank), 1 ≤ rank ≤ size.
+
+    P(Beta > r) is P(Binomial(size, r) ≤ rank − 1), a finite sum. Its logarithm is concave and falls in r, so that every
+    step of Newton's method ends at or beyond the root: it closes in from the side on which the bound is too large.
+    """
+    others = size - rank + 1
+    j = np.arange(rank)
+    # Logarithms of C(size, rank − 1 − j) / C(size, rank − 1).
+    ratios = np.concatenate(([0.0], np.cumsum(np.log((rank - j[1:]) / (others + j[1:])))))
+    last = math.lgamma(size + 1) - math.lgamma(rank) - math.lgamma(others + 1)
+    rate = rank / (size + 1)
+    for _ in range(200):
+        total = float(np.exp(ratios + j * math.log((1 - rate) / rate)).sum())
+        tail = last + (rank - 1) * math.log(rate) + others * math.log1p(-rate) + math.log(total)
+        hazard = others / ((1 - rate) * total)
+        step = min((tail - math.log(delta)) / hazard, (1 - rate) / 2)
+        rate += step
+        if abs(step) <= 1e-13 * rate:
+            break
+    return rate

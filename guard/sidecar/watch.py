@@ -1,0 +1,308 @@
+"""What follows a decision: a second look, the stream monitor, the evidence log, a sample of the traffic."""
+
+import hashlib
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from guard.classifiers import ExportedClassifier
+from guard.errors import GuardError, UsageError
+from guard.evidence import EVIDENCE_FILE, EvidenceWriter, Record, thumbnail
+from guard.profiles import Profile, write_embeddings
+from guard.screening import Alarm, Detector, Judgement, Monitor
+from guard.screening.second_look import FoundTrigger, SecondLook, SecondLookResult
+from guard.sidecar.inference_pb2 import ModelInferRequest
+from guard.sidecar.metrics import Metrics
+from guard.sidecar.policy import Decision
+from guard.sidecar.settings import Settings
+
+log = logging.getLogger(__name__)
+
+TRAFFIC_FILE = "traffic.npy"
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Where images came from.
+
+    Attributes:
+        message: The request.
+        trace_id: Of the trace that it belongs to, or "".
+    """
+
+    message: ModelInferRequest
+    trace_id: str = ""
+
+
+class Watch:
+    """Everything that guard does with a decision besides answering; safe to use from many threads.
+
+    Args:
+        profile: Of the served model.
+        detector: Its detector.
+        model: The exported classifier; None where embeddings come from the upstream server, and nothing can be looked
+            at again.
+        settings: Of the sidecar.
+        metrics: Counted into.
+
+    Raises:
+        EvidenceError: The evidence log is damaged or no evidence log.
+        UsageError: The state cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        detector: Detector,
+        model: ExportedClassifier | None,
+        settings: Settings,
+        metrics: Metrics,
+    ) -> None:
+        self._profile, self._detector, self._model = profile, detector, model
+        self._settings, self._metrics = settings, metrics
+        self._targets = {record.id: profile.class_name(record.target) for record in profile.document.triggers}
+        self._lock = threading.Lock()
+        streams = detector.streams()
+        self._monitor = Monitor(streams, run_length=settings.run_length) if streams else None
+        self._sample = Reservoir(settings.sample, detector.screen.dimension) if settings.sample else None
+        self._second_look = self._looks() if settings.second_looks and model is not None else None
+        self._writer: EvidenceWriter | None = None
+        if settings.state is not None:
+            self._restore(settings.state)
+            self._writer = EvidenceWriter(
+                settings.state / EVIDENCE_FILE,
+                max_rows=settings.evidence_rows,
+                max_bytes=settings.evidence_bytes,
+                max_age_days=settings.evidence_days,
+                on_drop=metrics.evidence_dropped,
+            )
+            writer = self._writer
+            metrics.evidence_trouble.set_function(lambda: float(writer.trouble is not None))
+
+    def _looks(self) -> SecondLook:
+        document, model = self._profile.document, self._model
+        if model is None:
+            raise ValueError("a second look needs a model")
+        mean, std = (
+            np.array(part, np.float32).reshape(3, 1, 1) for part in (model.preprocessing.mean, model.preprocessing.std)
+        )
+        triggers = {
+            record.id: FoundTrigger(record.family, record.target, self._profile.triggers[record.id])
+            for record in document.triggers
+        }
+        try:
+            return SecondLook(
+                triggers,
+                embed=lambda images: model.run(((images - mean) / std).astype(np.float32)),
+                p_values=lambda embeddings: self._detector.judge(embeddings).p_values,
+                classes=document.model.classes.names,
+                alpha=self._detector.alpha,
+                max_per_second=self._settings.second_looks,
+            )
+        except ValueError as error:
+            raise UsageError(f"the profile is damaged: {error}") from error
+
+    def follow(self, found: Judgement, request: Request, images: Floats | None) -> NDArray[np.bool_]:
+        """Look again, watch, note.
+
+        Args:
+            found: What was decided.
+            request: Where the images came from.
+            images: As the model takes them, shape [N, 3, S, S]; None where guard has not seen them.
+
+        Returns:
+            The flags, without those that the second look withdrew.
+        """
+        pixels = None if images is None or self._model is None else self._pixels(images)
+        looks: dict[int, SecondLookResult] = {}
+        for row in np.flatnonzero(found.flags).tolist():
+            if self._second_look is not None and pixels is not None:
+                looks[row] = self._second_look.look(pixels[row], self._trigger(found, row) or None)
+                self._metrics.second_look(looks[row].outcome)
+        flags = found.flags.copy()
+        flags[[row for row, look in looks.items() if look.outcome == "withdrawn"]] = False
+        self._observe(found)
+        if self._writer is not None:
+            for row in np.flatnonzero(found.flags).tolist():
+                self._writer.record(self._record(found, row, bool(flags[row]), request, pixels, looks.get(row)))
+        return flags
+
+    def _pixels(self, images: Floats) -> Floats:
+        """The images as they were before normalisation, in [0, 1]."""
+        if self._model is None:
+            raise ValueError("only a model of its own knows how images are normalised")
+        preprocessing = self._model.preprocessing
+        mean, std = (np.array(part, np.float32).reshape(3, 1, 1) for part in (preprocessing.mean, preprocessing.std))
+        return (images * std + mean).astype(np.float32)
+
+    def _trigger(self, found: Judgement, row: int) -> str:
+        index = int(found.scores.triggers[row])
+        return "" if index < 0 else self._detector.screen.triggers[index]
+
+    def _observe(self, found: Judgement) -> None:
+        self._metrics.p_values(found.p_values)
+        observed = self._detector.observations(found.scores)
+        with self._lock:
+            if self._sample is not None:
+                self._sample.add(found.scores.embeddings)
+            if self._monitor is None:
+                return
+            raised = [alarm for row in observed for alarm in self._monitor.observe(row)]
+            if raised or self._metrics.alarmed:
+                self._metrics.alarms(self._monitor.active, raised)
+        for alarm in raised:
+            log.warning("%s", self._describe(alarm))
+
+    def _describe(self, alarm: Alarm) -> str:
+        what = "attack" if alarm.kind == "attack" else "drift"
+        cause = " (drift is up as well, and may be the cause)" if alarm.during_drift else ""
+        return (
+            f"{what} in the stream {alarm.stream!r}: since about {alarm.after} images {alarm.rate:.2%} have p at most "
+            f"{alarm.level:g}, where clean ones explain {alarm.bound:.2%}{cause}"
+        )
+
+    def _record(
+        self,
+        found: Judgement,
+        row: int,
+        flagged: bool,  # noqa: FBT001 - handed through
+        request: Request,
+        pixels: Floats | None,
+        look: SecondLookResult | None,
+    ) -> Record:
+        trigger, document = self._trigger(found, row), self._profile.document
+        calibration = document.calibration
+        small = None
+        if self._settings.thumbnails and pixels is not None:
+            array = (pixels[row].clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
+            small = thumbnail(Image.fromarray(np.ascontiguousarray(array)))
+        return Record(
+            request.message.id,
+            self._settings.name,
+            document.model.digest,
+            row,
+            Decision.FLAG if flagged else Decision.PASS,
+            self._settings.mode,
+            trace_id=request.trace_id,
+            predicted=self._profile.class_name(int(found.scores.classes[row])),
+            p_value=float(found.p_values[row]),
+            alpha=self._detector.alpha,
+            scores={
+                "score": float(found.scores.values[row]),
+                **{name: float(values[row]) for name, values in found.scores.parts.items()},
+            },
+            thresholds={} if calibration is None else {"score": calibration.threshold.value},
+            trigger=trigger,
+            target=self._targets.get(trigger, ""),
+            second_look="" if look is None else look.outcome,
+            explanation="" if look is None else look.explanation,
+            input_digest=input_digest(request.message, row, self._settings.input),
+            thumbnail=small,
+        )
+
+    def _state_file(self, folder: Path) -> Path:
+        """One for each calibration: p-values of another mean something else."""
+        digest = hashlib.sha256("".join(sorted(self._profile.document.files.values())).encode()).hexdigest()
+        return folder / f"monitor-{digest[:16]}.json"
+
+    def _restore(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot write to {folder}: {error.strerror}") from error
+        file = self._state_file(folder)
+        if self._monitor is not None and file.exists():
+            self._monitor.load(file)
+            self._metrics.alarms(self._monitor.active, ())
+
+    def save(self) -> None:
+        """Keep the monitor's state and the sample, if there is a place for them; trouble is logged, not raised."""
+        if self._settings.state is None:
+            return
+        try:
+            with self._lock:
+                if self._monitor is not None:
+                    self._monitor.save(self._state_file(self._settings.state))
+                sample = None if self._sample is None else self._sample.embeddings.copy()
+            if sample is not None and len(sample):
+                write_embeddings(self._settings.state / TRAFFIC_FILE, sample)
+        except (OSError, GuardError) as error:
+            log.warning("the state in %s cannot be written: %s", self._settings.state, error)
+
+    def close(self) -> None:
+        """Write what waits."""
+        self.save()
+        if self._writer is not None and not self._writer.close():
+            log.warning("some records could not be written to the evidence log")
+
+
+class Reservoir:
+    """A uniform sample of a stream of embeddings (Vitter's algorithm R), flagged ones included.
+
+    Leaving flagged ones out would make the next threshold too low.
+
+    Args:
+        size: Most embeddings that are kept.
+        dimension: Length of an embedding.
+        seed: Of the draws.
+    """
+
+    def __init__(self, size: int, dimension: int, *, seed: int = 0) -> None:
+        self._kept = np.empty((size, dimension), np.float32)
+        self._seen, self._generator = 0, np.random.default_rng(seed)
+
+    @property
+    def embeddings(self) -> Floats:
+        """The sample, shape [n, D]."""
+        return self._kept[: min(self._seen, len(self._kept))]
+
+    def add(self, embeddings: Floats) -> None:
+        """Take in some, shape [N, D]."""
+        for embedding in embeddings:
+            place = self._seen if self._seen < len(self._kept) else int(self._generator.integers(self._seen + 1))
+            if place < len(self._kept):
+                self._kept[place] = embedding
+            self._seen += 1
+
+
+def input_digest(request: ModelInferRequest, row: int, name: str) -> str:
+    """SHA-256 of the bytes of one image of a request, so that the same input is known again; "" if it has none."""
+    for index, tensor in enumerate(request.inputs):
+        if tensor.name != name:
+            continue
+        if tensor.contents.bytes_contents:
+            parts: Sequence[bytes] = tensor.contents.bytes_contents
+            return hashlib.sha256(parts[row]).hexdigest() if row < len(parts) else ""
+        rows = max(1, tensor.shape[0] if tensor.shape else 1)
+        if index < len(request.raw_input_contents):
+            raw = request.raw_input_contents[index]
+            if tensor.datatype == "BYTES":
+                return _digest_of_element(raw, row)
+            size = len(raw) // rows
+            return hashlib.sha256(memoryview(raw)[row * size : (row + 1) * size]).hexdigest()
+        values = np.array(tensor.contents.fp32_contents, np.float32)
+        size = len(values) // rows
+        return hashlib.sha256(values[row * size : (row + 1) * size].tobytes()).hexdigest()
+    return ""
+
+
+def _digest_of_element(raw: bytes, row: int) -> str:
+    """Of one element of a BYTES tensor: four bytes of length before each."""
+    start = 0
+    for _ in range(row):
+        start += 4 + int.from_bytes(raw[start : start + 4], "little")
+    length = int.from_bytes(raw[start : start + 4], "little")
+    return hashlib.sha256(memoryview(raw)[start + 4 : start + 4 + length]).hexdigest()
+
+
+def trace_id(metadata: Mapping[str, str | bytes]) -> str:
+    """The trace of a W3C `traceparent`, or ""."""
+    parts = str(metadata.get("traceparent", "")).split("-")
+    return parts[1] if len(parts) >= 4 and len(parts[1]) == 32 else ""

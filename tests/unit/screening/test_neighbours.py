@@ -1,0 +1,227 @@
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from sklearn.neighbors import NearestNeighbors
+
+from guard.errors import UsageError
+from guard.screening import neighbours as module
+from guard.screening.neighbours import Method, Neighbours
+from guard.screening.products import largest, products
+
+Floats = NDArray[np.float32]
+METHODS: tuple[Method, ...] = ("exact", "compressed", "approximate")
+
+
+def unit(count: int, dimension: int = 24, *, seed: int = 0) -> Floats:
+    values = np.random.default_rng(seed).normal(size=(count, dimension))
+    normalised: Floats = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    return normalised
+
+
+def steep(count: int, dimension: int = 64, *, seed: int = 0) -> Floats:
+    """Unit vectors with a spectrum that falls like that of an image tower."""
+    values = np.random.default_rng(seed).normal(size=(count, dimension)) / np.arange(1, dimension + 1)
+    values[:, 0] += 2
+    normalised: Floats = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    return normalised
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 64, 700])
+@pytest.mark.parametrize("count", [1, 5, 50])
+def test_the_exact_search_finds_what_scikit_learn_finds(k: int, count: int) -> None:
+    bank, asked = unit(700), unit(count, seed=1)
+    expected, rows = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(bank.astype(np.float64)).kneighbors(asked)
+    found = Neighbours(bank).search(asked, k)
+    assert found.distances.dtype == np.float32
+    assert found.indices.dtype == np.int64
+    np.testing.assert_allclose(found.distances, expected, rtol=1e-5)
+    # Two rows may change places where rounding makes their distances equal.
+    assert (found.indices == rows).mean() > 0.999
+
+
+@pytest.mark.parametrize("k", [1, 5, 99])
+def test_within_leaves_a_row_itself_out(k: int) -> None:
+    bank = unit(100)
+    expected, rows = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(bank.astype(np.float64)).kneighbors()
+    found = Neighbours(bank).within(k)
+    np.testing.assert_array_equal(found.indices, rows)
+    np.testing.assert_allclose(found.distances, expected, rtol=1e-5)
+
+
+def test_copies_lie_at_exactly_0_and_come_in_the_order_of_the_bank() -> None:
+    few = unit(40, 512)
+    bank = np.concatenate([few, few, few])
+    found = Neighbours(bank).search(few, 3)
+    np.testing.assert_array_equal(found.distances, 0)
+    np.testing.assert_array_equal(found.indices, np.arange(40)[:, None] + [0, 40, 80])
+
+
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_within_a_bank_of_copies_all_distances_are_0_and_no_row_finds_itself(k: int) -> None:
+    bank = np.repeat(unit(1), 10, axis=0)
+    found = Neighbours(bank).within(k)
+    np.testing.assert_array_equal(found.distances, 0)
+    assert not (found.indices == np.arange(10)[:, None]).any()
+    assert all(len(set(row)) == k for row in found.indices.tolist())
+
+
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_what_a_query_finds_does_not_depend_on_the_batch_it_comes_in(method: Method) -> None:
+    searcher, asked = Neighbours(steep(3000), method=method), steep(40, seed=1)
+    together = searcher.search(asked, 16)
+    for row in range(0, 40, 7):
+        alone = searcher.search(asked[row : row + 1], 16)
+        np.testing.assert_array_equal(alone.distances[0], together.distances[row])
+        np.testing.assert_array_equal(alone.indices[0], together.indices[row])
+
+
+def test_what_is_found_does_not_depend_on_the_size_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, asked = unit(100), unit(23, seed=1)
+    whole = Neighbours(bank).search(asked, 3)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 4 * len(bank) * 5)
+    monkeypatch.setattr(module, "_CHECKED_ROWS", 2)
+    parts = Neighbours(bank).search(asked, 3)
+    np.testing.assert_array_equal(parts.distances, whole.distances)
+    np.testing.assert_array_equal(parts.indices, whole.indices)
+
+
+@given(st.integers(2, 60), st.integers(0, 2**32 - 1), st.data())
+@settings(max_examples=50, deadline=None)
+def test_the_order_of_the_bank_does_not_matter(size: int, seed: int, data: st.DataObject) -> None:
+    bank, asked = unit(size, 5, seed=seed), unit(6, 5, seed=seed + 1)
+    k = data.draw(st.integers(1, size))
+    order = np.random.default_rng(seed).permutation(size)
+    found, moved = Neighbours(bank).search(asked, k), Neighbours(bank[order]).search(asked, k)
+    np.testing.assert_array_equal(moved.distances, found.distances)
+    np.testing.assert_array_equal(order[moved.indices], found.indices)
+
+
+def test_a_rotation_of_the_space_does_not_matter() -> None:
+    bank, asked = unit(300), unit(20, seed=1)
+    rotation = np.linalg.qr(np.random.default_rng(2).normal(size=(24, 24)))[0].astype(np.float32)
+    found, turned = Neighbours(bank).search(asked, 9), Neighbours(bank @ rotation).search(asked @ rotation, 9)
+    np.testing.assert_allclose(turned.distances, found.distances, rtol=1e-5)
+
+
+def test_vectors_of_any_length_are_compared_by_distance_and_not_by_angle() -> None:
+    generator = np.random.default_rng(0)
+    bank, asked = (unit(n, seed=n) * generator.uniform(1, 50, (n, 1)).astype(np.float32) for n in (300, 20))
+    expected, rows = NearestNeighbors(n_neighbors=9, algorithm="brute").fit(bank.astype(np.float64)).kneighbors(asked)
+    found = Neighbours(bank, unit=False).search(asked, 9)
+    np.testing.assert_array_equal(found.indices, rows)
+    np.testing.assert_allclose(found.distances, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_a_quicker_search_finds_nearly_what_the_exact_one_does(method: Method) -> None:
+    if method == "approximate":
+        pytest.importorskip("faiss")
+    bank, asked = steep(4000), steep(300, seed=1)
+    exact, found = Neighbours(bank).search(asked, 16), Neighbours(bank, method=method).search(asked, 16)
+    same = exact.indices == found.indices
+    assert same.all(axis=1).mean() > 0.98
+    np.testing.assert_array_equal(found.distances[same], exact.distances[same])
+    assert (found.distances >= exact.distances).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_search_finds_as_many_as_there_are(method: Method) -> None:
+    if method == "approximate":
+        pytest.importorskip("faiss")
+    bank = unit(9, 3)
+    found = Neighbours(bank, method=method).search(unit(5, 3, seed=1), 9)
+    np.testing.assert_array_equal(np.sort(found.indices, axis=1), np.broadcast_to(np.arange(9), (5, 9)))
+
+
+def test_without_faiss_the_approximate_search_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UsageError, match=r'pip install "clip-guard\[ann\]"'):
+        Neighbours(unit(5), method="approximate")
+
+
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_a_mapped_bank_stays_mapped(method: Method, tmp_path: Path) -> None:
+    bank, asked = steep(500), steep(3, seed=1)
+    bank.tofile(tmp_path / "bank")
+    mapped = np.memmap(tmp_path / "bank", np.float32, "r", shape=bank.shape)
+    searcher = Neighbours(mapped, method=method)
+    # Nothing that a caller sees tells a copy from a map, except the memory it takes.
+    assert np.shares_memory(searcher._bank, mapped)
+    np.testing.assert_array_equal(searcher.search(asked, 4).distances, Neighbours(bank).search(asked, 4).distances)
+
+
+def test_no_queries_find_nothing() -> None:
+    found = Neighbours(unit(3)).search(np.empty((0, 24), np.float32), 2)
+    assert found.distances.shape == found.indices.shape == (0, 2)
+
+
+@pytest.mark.parametrize("k", [0, -1, 6])
+def test_a_k_out_of_range_is_refused(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k = {k} needs a bank of at least"):
+        Neighbours(unit(5)).search(unit(1), k)
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_a_k_that_is_not_among_the_others_is_refused(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k = {k} among the others"):
+        Neighbours(unit(5)).within(k)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_a_bank_that_is_not_normalised_is_refused(value: float) -> None:
+    bank = unit(5)
+    bank[3] *= value
+    with pytest.raises(ValueError, match="L2-normalised"):
+        Neighbours(bank)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_a_bank_that_is_not_finite_is_refused(value: float, *, normalised: bool) -> None:
+    bank = unit(5)
+    bank[3] = value
+    with pytest.raises(ValueError, match="finite"):
+        Neighbours(bank, unit=normalised)
+
+
+@pytest.mark.parametrize("shape", [(24,), (0, 24), (2, 3, 24), (3, 0)])
+def test_a_bank_that_is_no_matrix_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="a bank is a matrix"):
+        Neighbours(np.ones(shape, np.float32))
+
+
+@pytest.mark.parametrize("shape", [(24,), (2, 23), (1, 2, 24)])
+def test_queries_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="cannot be compared with a bank of 24"):
+        Neighbours(unit(5)).search(np.ones(shape, np.float32), 1)
+
+
+def test_a_query_that_is_not_finite_is_refused() -> None:
+    asked = unit(2)
+    asked[1, 3] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        Neighbours(unit(5)).search(asked, 1)
+
+
+# Values on a coarse grid, so that ties are the rule.
+@given(st.integers(1, 400), st.integers(1, 5), st.integers(0, 2**32 - 1), st.data())
+@settings(max_examples=100, deadline=None)
+def test_no_row_among_the_largest_is_left_out(size: int, columns: int, seed: int, data: st.DataObject) -> None:
+    values = np.random.default_rng(seed).integers(0, 30, (size, columns)).astype(np.float32)
+    count = data.draw(st.integers(1, size))
+    for column, rows in enumerate(largest(values, count)):
+        bound = np.sort(values[:, column])[-count]
+        assert set(np.flatnonzero(values[:, column] >= bound)) <= set(rows.tolist())
+        assert (np.diff(rows) > 0).all()
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 40])
+def test_products_are_inner_products(count: int) -> None:
+    bank, asked = unit(1500), unit(count, seed=1)
+    np.testing.assert_allclose(products(bank, asked), bank.astype(np.float64) @ asked.T, atol=1e-6)
