@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from guard.errors import UsageError
 from guard.screening.products import largest, products
 
 Embeddings = NDArray[np.float32]
@@ -17,6 +18,9 @@ _BLOCK_BYTES = 64 * 2**20
 _CHECKED_ROWS = 4096
 """Rows of a bank that are looked at, and of candidates that are measured, at a time."""
 _NORM_TOLERANCE = 1e-3
+_PROBES, _PROBED_NEIGHBOUR, _LEAST_RECALL = 512, 16, 0.99
+"""A method other than the exact one must find the 16th neighbour of 99 % of so many rows. A decision depends on the
+neighbour only near the threshold, so that of decisions fewer than one in a thousand differ."""
 _ROUNDING = 4e-6
 """How far a float32 product of unit vectors may be from the exact one; a bound for 1024 dimensions."""
 
@@ -59,6 +63,7 @@ class Neighbours:
 
     Raises:
         ValueError: The bank is not a finite matrix of unit vectors.
+        UsageError: The method misses too many neighbours of this bank's own rows: its spectrum is too flat.
         MissingDependencyError: The approximate search needs faiss, which is not installed.
     """
 
@@ -68,7 +73,25 @@ class Neighbours:
         if not unit and method != "exact":
             raise ValueError(f"the {method} search takes unit vectors only")
         self._bank = np.ascontiguousarray(bank, dtype=np.float32)
-        self._finder = _finder(self._bank, method, _checked_lengths(self._bank, unit=unit))
+        exact = _Exact(self._bank, _checked_lengths(self._bank, unit=unit))
+        self._finder: Finder = exact
+        if method != "exact":
+            self._finder = _finder(self._bank, method)
+            self._check_recall(method, exact)
+
+    def _check_recall(self, method: Method, exact: Finder) -> None:
+        """Refuse a method that would decide otherwise; it does not notice by itself."""
+        k = min(_PROBED_NEIGHBOUR + 1, self.size)
+        probes = self._bank[np.linspace(0, self.size - 1, min(_PROBES, self.size)).astype(int)]
+        found = self.search(probes, k).distances[:, -1]
+        proposed, self._finder = self._finder, exact
+        right = float(np.mean(found == self.search(probes, k).distances[:, -1]))
+        self._finder = proposed
+        if right < _LEAST_RECALL:
+            raise UsageError(
+                f"the {method} search finds the right {k - 1}th neighbour of only {right:.0%} of this bank's rows; "
+                "search it with the exact method"
+            )
 
     @property
     def dimension(self) -> int:
@@ -156,9 +179,7 @@ class _Exact:
         return largest(closeness, k, slack)
 
 
-def _finder(bank: Embeddings, method: Method, lengths: NDArray[np.float32]) -> Finder:
-    if method == "exact":
-        return _Exact(bank, lengths)
+def _finder(bank: Embeddings, method: Method) -> Finder:
     if method == "compressed":
         from guard.screening.compressed import Compressed
 

@@ -120,8 +120,6 @@ def test_vectors_of_any_length_are_compared_by_distance_and_not_by_angle() -> No
 
 @pytest.mark.parametrize("method", METHODS[1:])
 def test_a_quicker_search_finds_nearly_what_the_exact_one_does(method: Method) -> None:
-    if method == "approximate":
-        pytest.importorskip("faiss")
     bank, asked = steep(4000), steep(300, seed=1)
     exact, found = Neighbours(bank).search(asked, 16), Neighbours(bank, method=method).search(asked, 16)
     same = exact.indices == found.indices
@@ -132,8 +130,6 @@ def test_a_quicker_search_finds_nearly_what_the_exact_one_does(method: Method) -
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_search_finds_as_many_as_there_are(method: Method) -> None:
-    if method == "approximate":
-        pytest.importorskip("faiss")
     bank = unit(9, 3)
     found = Neighbours(bank, method=method).search(unit(5, 3, seed=1), 9)
     np.testing.assert_array_equal(np.sort(found.indices, axis=1), np.broadcast_to(np.arange(9), (5, 9)))
@@ -225,3 +221,8 @@ def test_no_row_among_the_largest_is_left_out(size: int, columns: int, seed: int
 def test_products_are_inner_products(count: int) -> None:
     bank, asked = unit(1500), unit(count, seed=1)
     np.testing.assert_allclose(products(bank, asked), bank.astype(np.float64) @ asked.T, atol=1e-6)
+
+
+def test_a_bank_whose_spectrum_is_too_flat_for_the_compressed_search_is_refused() -> None:
+    with pytest.raises(UsageError, match="search it with the exact method"):
+        Neighbours(unit(5000, 128), method="compressed")
