@@ -3,7 +3,8 @@
 python -m benchmarks.screening ZOO --measured FILE [--models PATTERN] [--budget BUDGET] [--large FOLDER]
 
 For each backdoored model on which vetting reconstructs a trigger. `--large` names a folder of images for banks of
-1,000, 10,000 and 50,000, searched with the first model. Each model is a line of FILE; what it holds is not made again. Then benchmarks/results/screening-NAME.md is written.
+1,000, 10,000 and 50,000, searched with the first model. Each model is a line of FILE; what it holds is not made again.
+Then benchmarks/results/screening-NAME.md is written.
 """
 
 import argparse
@@ -105,6 +106,14 @@ def _measure(subject: Subject, large: Path | None) -> dict[str, Any]:
     targets = [attack.target for attack in subject.attacks]
     genuine = np.isin(judged.scores.classes, targets)
     row["genuine"] = [int(judged.flags[genuine].sum()), int(genuine.sum())]
+    each = profiles.calibrate(bare, subject.classifier, images, ALPHAS[0], per_class=True).detector()
+    again = each.judge(requests).flags
+    row["per_class"] = {
+        "genuine": [int(again[genuine].sum()), int(genuine.sum())],
+        "alarms": [int(again.sum()), len(again)],
+        "detected": [int(each.judge(triggered).flags.sum()), len(triggered)],
+        "classes": len(each.own_threshold),
+    }
     row["corrupted"] = {}
     for name, change in CORRUPTIONS.items():
         changed = embed(_changed(subject.pixels.requests, change))
@@ -174,15 +183,22 @@ def _survives_restart(profile: Profile, detector: Detector, requests: Floats) ->
 
 
 def _watched(detector: Detector, clean: Floats, other: Floats, share: float) -> list[Any]:
-    """The first alarm of each kind in a stream of which a share is `other`: images until then, or None."""
+    """The first alarm of each kind in a stream of which a share is `other`: images until then, or None.
+
+    Clean images come in random order, and again once all have come; without others, once only: a few hundred images
+    that come again and again have a rate of their own.
+    """
     generator, monitor = np.random.default_rng(0), Monitor(detector.streams())
     parts = [detector.observations(detector.screen.score_samples(part)) for part in (clean, other)]
+    waiting: list[list[int]] = [[], []]
     first: dict[str, int | None] = {"attack": None, "drift": None}
-    for place in range(1, STREAM + 1):
-        part = parts[int(generator.random() < share)]
-        for alarm in monitor.observe(part[int(generator.integers(len(part)))]):
+    for place in range(1, (STREAM if share else len(clean)) + 1):
+        which = int(generator.random() < share)
+        waiting[which] = waiting[which] or generator.permutation(len(parts[which])).tolist()
+        for alarm in monitor.observe(parts[which][waiting[which].pop()]):
             first[alarm.kind] = first[alarm.kind] or place
-        if share and any(first.values()) and place >= 2 * max(place_ or 0 for place_ in first.values()):
+        raised = [value for value in first.values() if value]
+        if raised and place >= 2 * max(raised):
             break
     return [first["attack"], first["drift"]]
 
@@ -276,7 +292,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         "",
         "A share of all images given to `guard calibrate` carries the attacker's trigger.",
         "",
-        "| poisoned | α | triggered flagged | clean flagged | poisoned images left out | clean ones left out, per model |",
+        "| poisoned | α | triggered flagged | clean flagged | poisoned images left out | clean ones, per model |",
         "| --- " * 6 + "|",
     ]
     for place, share in enumerate(POISON):
@@ -297,8 +313,11 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for alpha in ALPHAS:
         parts = [part for row in found for part in row["splits"] if part and part["alpha"] == alpha]
-        means = [np.mean([part[key] for part in parts]) for key in ("mean", "expected", "spread", "lawful")]
-        lines.append(f"| {alpha} | {len(parts)} | " + " | ".join(f"{value:.3%}" for value in means) + " |")
+        means = [
+            sum(part[key] for part in parts) / max(1, len(parts)) for key in ("mean", "expected", "spread", "lawful")
+        ]
+        if parts:
+            lines.append(f"| {alpha} | {len(parts)} | " + " | ".join(f"{value:.3%}" for value in means) + " |")
     same = sum(row["restart"] for row in found)
     lines += [
         "",
@@ -326,6 +345,12 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         "| --- " * 4 + "|",
     ]
     lines.append(f"| genuine images of the target class | {_pooled(row['genuine'] for row in found)} | – | – |")
+    for key, label in (
+        ("genuine", "the same, thresholds per class"),
+        ("alarms", "all clean ones, thresholds per class"),
+        ("detected", "triggered ones, thresholds per class"),
+    ):
+        lines.append(f"| {label} | {_pooled(row['per_class'][key] for row in found)} | – | – |")
     for name in CORRUPTIONS:
         parts = [row["corrupted"][name] for row in found]
         lines.append(
@@ -334,11 +359,13 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         )
     for mixed in ("0", *map(str, SHARES)):
         parts = [row["streams"][mixed] for row in found]
-        lines.append(
-            f"| {float(mixed):.0%} triggered | – | {_when(part[0] for part in parts)} | {_when(part[1] for part in parts)} |"
-        )
-    lines += ["", f"Alarms of the stream monitor: in how many of the models, after how many images (median); streams of at "
-              f"most {STREAM:,} images, run length 10⁷."]  # fmt: skip
+        label = "clean, each image once" if mixed == "0" else f"{float(mixed):.0%} triggered"
+        lines.append(f"| {label} | – | {_when(part[0] for part in parts)} | {_when(part[1] for part in parts)} |")
+    note = (
+        "Alarms of the stream monitor: in how many of the models, after how many images (median); streams of at most "
+        f"{STREAM:,} images, run length 10⁷. Streams of corrupted images hold nothing else."
+    )
+    lines += ["", note]
     return "\n".join(lines) + "\n"
 
 
