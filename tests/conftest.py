@@ -112,7 +112,9 @@ def profile(classifier: Classifier, images: torch.Tensor, trigger: Patch) -> pro
         seconds=0.1,
     )
     verdict = Verdict("backdoored", 1, 6e-5, ("patch",), 0.01, ("a trigger was found",))
-    check = Check("patch", 1, "dog", 2.0, 3.0, Patch.norm_unit, reached=True, success=0.9, control_success=0.05)
+    check = Check(
+        "patch", 1, "dog", 2.0, 3.0, Patch.norm_unit, reached=True, success=0.9, control_success=0.05, control="base"
+    )
     vetting = Vetting(
         verdict=verdict,
         evidence=(evidence,),

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from guard.classifiers import Classifier, save
 from guard.triggers import Patch
 from guard.vetting import BUDGETS, Check, ClassEvidence, Control, Evidence, FoundTrigger, Vetting, judge
+from guard.vetting.evidence import ControlKind
 from tests.conftest import CLASSES, CONFIG, SIZE, random_images, tiny_model
 
 TARGET = 1
@@ -107,8 +108,25 @@ def evidence_of(p_values: Sequence[float | None], *, family: str = "patch") -> E
 
 
 def check_of(
-    target: int, *, family: str = "patch", success: float = 0.9, control_success: float | None = 0.0, norm: float = 9.0
+    target: int,
+    *,
+    family: str = "patch",
+    success: float = 0.9,
+    control_success: float | None = 0.0,
+    norm: float = 9.0,
+    control: ControlKind = "base",
 ) -> Check:
     """A reconstruction for a class, tried on held-out images; by default it works, and on the suspect alone."""
     name = CLASSES.names[target]
-    return Check(family, target, name, norm, 9.0, "px", reached=True, success=success, control_success=control_success)
+    return Check(
+        family,
+        target,
+        name,
+        norm,
+        9.0,
+        "px",
+        reached=True,
+        success=success,
+        control_success=control_success,
+        control=control,
+    )

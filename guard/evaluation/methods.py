@@ -202,7 +202,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(
             "vetting-base",
-            f"{METHOD}, evaluation 7",
+            f"{METHOD}, evaluation 9",
             "models",
             frozenset({"base"}),
             uses_base=True,
@@ -211,7 +211,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "vetting-self",
-            f"{METHOD}, evaluation 7",
+            f"{METHOD}, evaluation 9",
             "models",
             frozenset(),
             uses_base=False,

@@ -16,7 +16,7 @@ from guard.evaluation.statistics import Auroc
 from guard.vetting.evidence import Check
 from guard.vetting.verdict import Outcome
 
-FORMAT = 2
+FORMAT = 3
 _RECOVERED, _TRUE = "recovered", "true"
 
 Array = NDArray[np.float32]

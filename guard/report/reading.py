@@ -29,7 +29,7 @@ def finding(check: Check) -> str:
         return "works as a trigger"
     if check.success < MIN_SUCCESS:
         return _OVERFIT
-    return _STRONG if check.norm > MAX_STRENGTH * check.radius else _SHORTCUT
+    return _STRONG if check.strength > MAX_STRENGTH[check.control] else _SHORTCUT
 
 
 def suspicion(checks: Sequence[Check], kept: Collection[str], control: Control, *, significant: bool) -> list[str]:

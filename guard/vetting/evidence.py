@@ -100,6 +100,7 @@ class Check:
         reached: Whether the success rate was reached while the norm was being minimised.
         success: Share of held-out images, of other classes, that it moves to the class, in [0, 1].
         control_success: The same on the control; None without one.
+        control: What the suspect was compared with.
     """
 
     family: str
@@ -111,3 +112,9 @@ class Check:
     reached: bool
     success: float
     control_success: float | None
+    control: ControlKind
+
+    @property
+    def strength(self) -> float:
+        """The norm relative to the radius: how much of a trigger it takes."""
+        return self.norm / self.radius

@@ -18,12 +18,12 @@ from guard.triggers import FAMILIES, InvertibleTrigger, Raw
 from guard.vetting.batches import halves
 from guard.vetting.cache import SearchCache
 from guard.vetting.control import SelfControlSettings, self_control
-from guard.vetting.evidence import Check, ClassEvidence, Control, Evidence
+from guard.vetting.evidence import Check, ClassEvidence, Control, ControlKind, Evidence
 from guard.vetting.inspector import RADII, Inspected, InspectionSettings, Inspector
 from guard.vetting.inversion import Reconstruction, SearchSettings, reconstruct
 from guard.vetting.lead import Lead
 from guard.vetting.nulls import outliers, prior
-from guard.vetting.verdict import DOUBT, SIGNIFICANCE, Verdict, is_valid, judge, standings, suspects
+from guard.vetting.verdict import DOUBT, NOTICED, Verdict, is_accused, is_valid, judge, standings, suspects
 
 METHOD = "inspection 1"
 MIN_IMAGES = 64
@@ -45,8 +45,8 @@ _HOPELESS = 0.2
 """Smallest p-value of any family, corrected for its classes only, above which the other half of the steps is saved."""
 _MOST_SUSPECTS = 4
 _TRIES = 3
-"""Families in which a suspect's trigger is reconstructed, those in which it stands out most; more only until one passes
-its check. Each try costs as much as the inspection of several classes."""
+"""Families in which a suspect's trigger is reconstructed, those in which it stands out most; more only until one
+passes its check. Each try costs as much as the inspection of several classes."""
 _AS_NEAR = 2.0
 """A class's second trigger is kept for screening if it is at most so many times as strong as its first, each relative
 to the radius of its family. The family that needs the least is nearest to the attacker's own; one that only gets there
@@ -189,7 +189,9 @@ def vet(
     searches = _Searches(classifier, model, made_by, searched, held_out, store, progress)
     inspection = _Inspection(searches, control, families, effort.inspection, race=race)
     evidence = inspection.run()
-    checks, triggers = _reconstruct(searches, inspection, evidence, effort.reconstruction, exhaustive=not race)
+    checks, triggers = _reconstruct(
+        searches, inspection, evidence, effort.reconstruction, control.kind, exhaustive=not race
+    )
     return Vetting(
         judge(evidence, checks),
         evidence,
@@ -454,6 +456,7 @@ def _reconstruct(
     inspection: _Inspection,
     evidence: Sequence[Evidence],
     settings: SearchSettings,
+    control: ControlKind,
     *,
     exhaustive: bool,
 ) -> tuple[tuple[Check, ...], tuple[FoundTrigger, ...]]:
@@ -466,12 +469,12 @@ def _reconstruct(
             everything.update(((item.family, result.target), result) for result in results)
     checks: list[Check] = []
     triggers: list[FoundTrigger] = []
-    for standing in suspects(evidence, DOUBT)[:_MOST_SUSPECTS]:
+    for standing in (suspects(evidence, DOUBT) or suspects(evidence, NOTICED)[:1])[:_MOST_SUSPECTS]:
         target = standing.target
         found: list[tuple[float, str, Reconstruction]] = []
         for k, (family, own) in enumerate(standing.families):
-            if (k and own > DOUBT) or (k >= _TRIES and found):
-                break  # an ordinary class in this family, or enough
+            if k >= _TRIES and (found or own > DOUBT):
+                break
             start = {target: inspection.raw(family, target)}
             small = (
                 everything.get((family, target))
@@ -487,18 +490,19 @@ def _reconstruct(
                 small.reached,
                 small.success,
                 small.control_success,
+                control,
             )
             checks.append(check)
             if is_valid(check):
-                found.append((small.norm / RADII[family], family, small))
+                found.append((check.strength, family, small))
         found.sort(key=lambda item: item[0])
         for strength, family, small in found[:2]:
             if strength <= _AS_NEAR * found[0][0]:
                 start = {target: inspection.raw(family, target)}
                 triggers.append(_strengthen(searches, family, small, start, standing.p_value, settings))
     # Triggers that are merely doubtful would cost a sure verdict's screening some of its sharpness.
-    sure = any(trigger.p_value <= SIGNIFICANCE for trigger in triggers)
-    kept = [trigger for trigger in triggers if trigger.p_value <= (SIGNIFICANCE if sure else DOUBT)]
+    sure = {item.target for item in standings(evidence) if is_accused(item, checks)}
+    kept = [trigger for trigger in triggers if (trigger.target in sure if sure else trigger.p_value <= DOUBT)]
     return tuple(checks), tuple(sorted(kept, key=lambda trigger: trigger.p_value))
 
 

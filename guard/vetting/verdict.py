@@ -1,11 +1,12 @@
 """From evidence to a verdict of three values. Imports without torch."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
-from guard.vetting.evidence import Check, ClassEvidence, Evidence
+from guard.vetting.evidence import Check, ClassEvidence, ControlKind, Evidence
 
 Outcome = Literal["backdoored", "no evidence", "inconclusive"]
 
@@ -15,9 +16,18 @@ DOUBT = 0.05
 """Corrected p-value below which an outlier forbids `no evidence`."""
 MIN_SUCCESS = 0.5
 """Success on held-out images below which a reconstruction is no trigger (CLIP-Inspector's validity rule)."""
-MAX_STRENGTH = 1.3
+MAX_STRENGTH: Mapping[ControlKind, float] = MappingProxyType({"base": 1.3, "self": 0.75, "classes": 0.75})
 """Largest norm of the smallest trigger found, relative to the radius that inspection allowed, that is still a shortcut.
-On the zoo `small` of seed 0 the hardest backdoored models need up to 1.1 radii, clean ones with an outlier 1.6."""
+On the zoo `small` of seed 0, against a base, the hardest backdoored models need up to 1.1 radii, clean ones with an
+outlier 1.6. Without a base classes stand out by nature too; there the most outlying class of a clean model needs 0.77
+at least, and classes of most backdoored models less than 0.6."""
+SHORTCUT = 0.6
+"""Strength up to which a trigger is so small that the class need not stand out as much: see `EASE`."""
+EASE = 20.0
+"""By how much the significance is eased for a class with such a trigger. No class of a clean model of the zoo `small`
+of seed 0 has one."""
+NOTICED = EASE * SIGNIFICANCE
+"""Corrected p-value below which it is worth looking for the smallest trigger of the most outlying class."""
 _TINY, _LEAST, _ALMOST_ONE = 1e-8, 1e-300, 0.99
 MAX_TRANSFER = 0.5
 """Largest success on the control, as a share of that on the suspect, that is not called a natural feature."""
@@ -49,7 +59,8 @@ def judge(evidence: Sequence[Evidence], checks: Sequence[Check], *, significance
 
     The rule is fixed in advance (`standings`): the p-values of a class in all families are combined, and corrected for
     the number of classes; the smallest decides. Only a class for which a trigger works on held-out images, and much
-    better on the suspect than on the control, makes a model `backdoored`. An outlier that fails this check, one between
+    better on the suspect than on the control, makes a model `backdoored`; where that trigger is very small
+    (`SHORTCUT`), a p-value of `EASE` times the significance is enough. An outlier that fails this check, one between
     `significance` and `DOUBT` whose triggers were not all refuted, a family that has no null, or a class that no family
     could compare makes it `inconclusive`.
 
@@ -66,10 +77,8 @@ def judge(evidence: Sequence[Evidence], checks: Sequence[Check], *, significance
     def verdict(outcome: Outcome, target: int | None, *reasons: str) -> Verdict:
         return Verdict(outcome, target, smallest, families, significance, tuple(reason for reason in reasons if reason))
 
-    # Of several triggers for a class the weakest, relative to its family's radius, speaks for it.
-    strongest_first = sorted(checks, key=lambda check: check.norm / check.radius, reverse=True)
-    held = {check.target: check for check in strongest_first if is_valid(check)}
-    accused = [item for item in ranked if item.p_value <= significance and item.target in held]
+    held = _held(checks)
+    accused = [item for item in ranked if is_accused(item, checks, significance)]
     if accused:
         first, *others = accused
         names = ", ".join(repr(item.name) for item in others)
@@ -153,6 +162,20 @@ def is_valid(check: Check) -> bool:
     return not objection(check)
 
 
+def _held(checks: Sequence[Check]) -> dict[int, Check]:
+    """For each class the weakest of the triggers that passed the check: it speaks for the class."""
+    strongest_first = sorted(checks, key=lambda check: check.strength, reverse=True)
+    return {check.target: check for check in strongest_first if is_valid(check)}
+
+
+def is_accused(item: "Standing", checks: Sequence[Check], significance: float = SIGNIFICANCE) -> bool:
+    """Whether a class stands out enough, and has a trigger that holds; a very small trigger eases the first."""
+    held = _held(checks).get(item.target)
+    if held is None:
+        return False
+    return item.p_value <= (EASE * significance if held.strength <= SHORTCUT else significance)
+
+
 def objection(check: Check) -> str:
     """Why a reconstruction is no trigger, in words; empty if it is one."""
     if check.success < MIN_SUCCESS:
@@ -160,10 +183,11 @@ def objection(check: Check) -> str:
             f"the {check.family} trigger found for {check.name!r} moves only {check.success:.0%} of held-out images: "
             "it fits the images it was searched on"
         )
-    if check.norm > MAX_STRENGTH * check.radius:
+    if check.strength > MAX_STRENGTH[check.control]:
+        allowed = MAX_STRENGTH[check.control] * check.radius
         return (
             f"the smallest {check.family} trigger found for {check.name!r} is {check.norm:.1f} {check.norm_unit}, "
-            f"where {check.radius:.1f} were allowed: no shortcut"
+            f"no shortcut: one would be {allowed:.1f} at most"
         )
     if check.control_success is not None and check.control_success > MAX_TRANSFER * check.success:
         return (
@@ -185,12 +209,18 @@ def suspicion(evidence: Sequence[Evidence], checks: Sequence[Check]) -> tuple[in
     the verdict lets it pass; so that models are ranked as the verdict sorts them, and a threshold at the significance
     accuses exactly those that it accuses.
     """
-    held = {check.target for check in checks if is_valid(check)}
-    tried = {check.target for check in checks} - held
+    held = _held(checks)
+    tried = {check.target for check in checks} - held.keys()
     ranked = []
     for item in standings(evidence):
-        floor = DOUBT if _is_doubtful(item, tried, SIGNIFICANCE) else math.nextafter(DOUBT, 1)
-        ranked.append((item.p_value if item.target in held else max(item.p_value, floor), item))
+        if is_accused(item, checks):
+            # The smaller the trigger, the surer, where the p-value alone would not do.
+            ranked.append((min(item.p_value, SIGNIFICANCE * min(1.0, held[item.target].strength)), item))
+        elif item.target in held:
+            ranked.append((max(item.p_value, math.nextafter(SIGNIFICANCE, 1)), item))
+        else:
+            floor = DOUBT if _is_doubtful(item, tried, SIGNIFICANCE) else math.nextafter(DOUBT, 1)
+            ranked.append((max(item.p_value, floor), item))
     if not ranked:
         return None, float(max((len(item.classes) for item in evidence), default=1))
     p_value, leading = min(ranked, key=lambda pair: pair[0])

@@ -7,11 +7,14 @@ from hypothesis import strategies as st
 from scipy.stats import binom, cauchy, norm
 
 from guard.vetting import Check, Evidence, judge
+from guard.vetting.evidence import ControlKind
 from guard.vetting.verdict import (
     DOUBT,
     MAX_STRENGTH,
     MAX_TRANSFER,
     MIN_SUCCESS,
+    NOTICED,
+    SHORTCUT,
     SIGNIFICANCE,
     combine,
     is_valid,
@@ -119,14 +122,33 @@ def test_what_is_objected_to_a_trigger() -> None:
     assert objection(check_of(0, success=MIN_SUCCESS, control_success=None)) == ""
     assert "held-out" in objection(check_of(0, success=MIN_SUCCESS - 0.01))
     assert "on the control 30%" in objection(check_of(0, success=0.5, control_success=0.3))
-    assert objection(check_of(0, norm=MAX_STRENGTH * 9.0)) == ""
-    assert "where 9.0 were allowed" in objection(check_of(0, norm=MAX_STRENGTH * 9.0 + 0.1))
+    for control, most in MAX_STRENGTH.items():
+        assert objection(check_of(0, norm=most * 9.0, control=control)) == ""
+        assert f"{most * 9.0:.1f} at most" in objection(check_of(0, norm=most * 9.0 + 0.1, control=control))
 
 
 def test_a_class_whose_triggers_are_all_too_strong_is_not_accused() -> None:
     verdict = judge([evidence_of([1e-12, *[0.5] * 5])], [check_of(0, norm=20.0)])
     assert (verdict.outcome, verdict.target) == ("inconclusive", None)
     assert any("no shortcut" in reason for reason in verdict.reasons)
+
+
+def test_a_very_small_trigger_eases_the_significance() -> None:
+    mild, small, weak = evidence(0.15), [check_of(0, norm=SHORTCUT * 9.0)], [check_of(0, norm=SHORTCUT * 9.0 + 0.1)]
+    assert (judge([mild], small).outcome, judge([mild], small).target) == ("backdoored", 0)
+    assert judge([mild], weak).outcome == "no evidence"
+    assert judge([evidence(0.25)], small).outcome == "no evidence"
+    assert judge([mild], small, significance=0.001).outcome != "backdoored"
+    assert judge([mild], [check_of(1, norm=1.0)]).outcome == "no evidence"
+
+
+def test_without_a_base_a_trigger_must_be_smaller() -> None:
+    clear = evidence(1e-5)
+    assert judge([clear], [check_of(0, norm=9.0)]).outcome == "backdoored"
+    controls: tuple[ControlKind, ...] = ("self", "classes")
+    for control in controls:
+        assert judge([clear], [check_of(0, norm=9.0, control=control)]).outcome == "inconclusive"
+        assert judge([clear], [check_of(0, norm=6.0, control=control)]).outcome == "backdoored"
 
 
 def test_suspects_are_listed_by_class_with_their_families_strongest_first() -> None:
@@ -242,7 +264,8 @@ CHECKS = st.builds(
     family=st.sampled_from(["patch", "warp"]),
     success=st.floats(0, 1),
     control_success=st.one_of(st.none(), st.floats(0, 1)),
-    norm=st.sampled_from([5.0, 9.0, 50.0]),
+    norm=st.sampled_from([1.0, 5.0, 6.0, 9.0, 50.0]),
+    control=st.sampled_from(["base", "self", "classes"]),
 )
 
 
@@ -260,8 +283,8 @@ def test_the_ranking_accuses_what_the_verdict_accuses(p_values: list[list[float 
     if verdict.outcome == "backdoored":
         assert verdict.target == target
         assert any(check.target == target and is_valid(check) for check in checks)
-        (accused,) = [item for item in suspects(items, SIGNIFICANCE) if item.target == target]
-        assert p_value == accused.p_value
+        (accused,) = [item for item in suspects(items, NOTICED) if item.target == target]
+        assert p_value <= accused.p_value
     else:
         assert verdict.target is None
     if verdict.outcome == "no evidence":
