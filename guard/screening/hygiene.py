@@ -39,13 +39,14 @@ def triggered(
         k: Which neighbour distances are taken to.
 
     Returns:
-        Row → the trigger that it matches. Nothing where the other classes have too few images to compare with.
+        Row → the trigger that it matches.
     """
     classes, own = predict(clean, head), np.arange(len(clean))
     kept = ~np.isin(classes, [target for target, _ in stamped.values()])
-    if not stamped or kept.sum() <= k:
+    if not stamped:
         return {}
-    whitening = Whitening.fit(clean[kept], classes[kept])
+    others = kept if kept.sum() > k else np.ones_like(kept)
+    whitening = Whitening.fit(clean[others], classes[others])
     moved = whitening(clean)
     for target, bank in stamped.values():
         distances = last_of_others(Neighbours(whitening(bank)), moved, k, own)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from guard.vetting import BUDGETS
@@ -60,6 +61,13 @@ def test_vet_calibrate_export_and_what_they_print(
     exported = guard("export", model_directory, "--images", image_folder, "--out", tmp_path / "exported", "--json")
     assert exported.returncode == 0, exported.stderr
     assert json.loads(exported.stdout)["agreement"] == 1.0
+
+    np.save(tmp_path / "traffic.npy", np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32))
+    again = guard("calibrate", out, "--embeddings", tmp_path / "traffic.npy", "--alpha", "0.1", "--per-class")
+    assert again.returncode == 0, again.stderr
+    assert "for alpha = 0.1, from 133 clean scores" in again.stdout
+    refused(guard("calibrate", out), 2, "one of --images and --embeddings")
+    assert guard("calibrate", out, "--images", image_folder, "--alpha", "0.05").returncode == 0
 
     too_strict = guard("calibrate", out, "--images", image_folder, "--alpha", "0.001")
     refused(too_strict, 2, "needs at least 999 calibration images, there are 120")

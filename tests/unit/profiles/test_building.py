@@ -7,10 +7,10 @@ import torch
 
 from guard import profiles
 from guard.classifiers import Classifier
-from guard.errors import ProfileError
+from guard.errors import EmbeddingsError, ProfileError, UsageError
 from guard.profiles import Profile
 from guard.profiles.profile import Array
-from guard.triggers import FAMILIES
+from guard.triggers import FAMILIES, Patch
 from tests.conftest import SIZE
 
 
@@ -37,6 +37,72 @@ def test_without_groups_each_image_is_one(profile: Profile, classifier: Classifi
         for groups in (None, torch.arange(len(images)))
     )
     assert plain == grouped
+
+
+def test_images_that_carry_a_trigger_are_left_out_and_named(
+    profile: Profile, classifier: Classifier, images: torch.Tensor, trigger: Patch
+) -> None:
+    # The untrained model sends stamped images to a class of its own choice.
+    target = int(classifier.predict(classifier.embed(trigger.stamp(images))).mode().values)
+    records = tuple(replace(record, target=target) for record in profile.document.triggers)
+    profile = replace(profile, document=replace(profile.document, triggers=records))
+    poisoned, rows = images.clone(), [3, 77, 150, 303, 444]
+    poisoned[rows] = trigger.stamp(images[rows])
+    names = [f"{place:04}.png" for place in range(len(images))]
+    clean, other = (
+        profiles.calibrate(profile, classifier, part, 0.05, names=names).document.calibration
+        for part in (images, poisoned)
+    )
+    assert clean
+    assert other
+    found = {item.image: item for item in other.left_out}
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).argsort()
+    kept_out = {names[row] for row in rows if order[row] >= len(images) - other.held_out}
+    assert {names[row] for row in rows} - kept_out <= set(found)
+    assert {found[names[row]].trigger for row in rows if names[row] in found} == {"patch-1"}
+    assert len(found) - (len(rows) - len(kept_out)) <= len(clean.left_out) + 2
+    assert other.reference + sum(item.part == "bank" for item in other.left_out) == round(0.4 * len(images))
+    assert other.threshold.size + sum(item.part == "calibration" for item in other.left_out) == round(0.4 * len(images))
+
+
+def test_embeddings_alone_replace_the_threshold_and_need_banks(
+    profile: Profile, classifier: Classifier, images: torch.Tensor
+) -> None:
+    embeddings = classifier.embed(images).numpy()
+    again = profiles.calibrate_embeddings(profile, embeddings, 0.01, per_class=True)
+    assert again.reference
+    assert profile.reference
+    assert again.reference.banks is profile.reference.banks
+    record = again.document.calibration
+    assert record
+    assert (record.threshold.alpha, record.per_class) == (0.01, True)
+    assert record.threshold.size + record.held_out + len(record.left_out) == len(images)
+    bare = Profile(replace(profile.document, calibration=None), profile.triggers)
+    with pytest.raises(ProfileError, match="calibrate it with images once"):
+        profiles.calibrate_embeddings(bare, embeddings, 0.01)
+    with pytest.raises(UsageError, match="at least 999"):
+        profiles.calibrate_embeddings(profile, embeddings, 0.001)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "cannot read"),
+        (b"\x80\x04 a pickle", "no NumPy file"),
+        (np.zeros((3, 15), np.float32), r"floats of shape \[N, 16\]"),
+        (np.zeros((3, 16), np.int64), "floats of shape"),
+        (np.full((3, 16), np.nan, np.float32), "not finite"),
+        (np.array([{}, {}]), "no NumPy file"),
+    ],
+)
+def test_a_file_that_holds_no_embeddings_is_refused(content: object, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "embeddings.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, np.asarray(content))
+    with pytest.raises(EmbeddingsError, match=reason):
+        profiles.read_embeddings(path, 16)
 
 
 def with_triggers(profile: Profile, triggers: dict[str, dict[str, Array]]) -> Profile:
