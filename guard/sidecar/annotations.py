@@ -16,7 +16,9 @@ def annotate(response: ModelInferResponse, outcome: Outcome, mode: Mode) -> None
 
     Parameters carry the whole request: its decision, its smallest p-value, the alpha up to which
     an image is flagged. A reply to more than one image
-    also gets the outputs `guard_decision` (BYTES [N]), `guard_score` and `guard_p_value` (FP32 [N]).
+    also gets the outputs `guard_decision` (BYTES [N]), `guard_score` and `guard_p_value` (FP32 [N]), raw if its own
+    outputs are, else typed; unless its raw contents and its outputs differ in number, so that a client could not tell
+    which belong together.
     """
     parameters = response.parameters
     parameters[DECISION].string_param = outcome.decision
@@ -33,8 +35,8 @@ def annotate(response: ModelInferResponse, outcome: Outcome, mode: Mode) -> None
         parameters[TRIGGER].string_param = outcome.triggers[worst]
     if outcome.withdrawn:
         parameters[WITHDRAWN].int64_param = outcome.withdrawn
-    if len(outcome.scores) > 1:
-        raw = bool(response.raw_output_contents)
+    raw = bool(response.raw_output_contents)
+    if len(outcome.scores) > 1 and (not raw or len(response.raw_output_contents) == len(response.outputs)):
         decisions = [(Decision.FLAG if flag else Decision.PASS).encode() for flag in outcome.flags]
         add_output(response, DECISION, decisions, raw=raw)
         add_output(response, SCORE, outcome.scores, raw=raw)

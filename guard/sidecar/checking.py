@@ -4,7 +4,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
+from threading import Semaphore
 from typing import TypeVar
 
 import numpy as np
@@ -39,8 +41,12 @@ class Inference:
     outcome: Outcome
 
 
+class OverloadedError(Exception):
+    """Every worker is busy, and as many requests wait as may."""
+
+
 class Checker:
-    """Screens requests with one profile, on a bounded pool of threads.
+    """Screens requests with one profile, on a bounded pool of threads with a bounded queue.
 
     numpy, Pillow and ONNX Runtime release the interpreter while they work, so that the event loop keeps serving.
 
@@ -58,6 +64,7 @@ class Checker:
         self.watch = Watch(profile, self._detector, model, settings, metrics)
         self._model, self._settings, self._metrics = model, settings, metrics
         self._pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="guard")
+        self._room = Semaphore(settings.workers + settings.queue)
 
     def close(self) -> None:
         """Let running work end and take no more."""
@@ -69,6 +76,7 @@ class Checker:
 
         Raises:
             RequestError: The request cannot be served, whatever the failure policy.
+            OverloadedError: There is no worker for it.
         """
         return await self._run(lambda: self._infer(request))
 
@@ -81,7 +89,29 @@ class Checker:
         return await self._bounded(lambda: self._score(embeddings, request, None))
 
     async def _run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        """Run on the pool.
+
+        What nobody waits for any more is skipped when its turn comes, and has its place in the queue until then.
+        """
+        if not self._room.acquire(blocking=False):
+            raise OverloadedError
+        wanted = True
+
+        def run() -> T:
+            try:
+                if not wanted:
+                    raise TimeoutError
+                return work()
+            finally:
+                self._room.release()
+
+        try:
+            # The context tells the log which request this is.
+            running = asyncio.get_running_loop().run_in_executor(self._pool, copy_context().run, run)
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            wanted = False
+            raise
 
     async def _bounded(self, work: Callable[[], Outcome]) -> Outcome:
         """Run within the time limit; whatever goes wrong becomes `unchecked` with its reason, never `pass`."""
@@ -91,6 +121,8 @@ class Checker:
             return await asyncio.wait_for(self._run(work), self._settings.timeout)
         except TimeoutError:
             return Outcome.unchecked(Reason.TIMEOUT)
+        except OverloadedError:
+            return Outcome.unchecked(Reason.OVERLOADED)
         except RequestError as error:
             return Outcome.unchecked(Reason.INPUT_UNREADABLE, str(error))
         except Exception:

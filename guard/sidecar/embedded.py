@@ -8,7 +8,7 @@ from guard import __version__
 from guard.classifiers import ExportedClassifier
 from guard.errors import RequestError
 from guard.sidecar.annotations import annotate
-from guard.sidecar.checking import Checker
+from guard.sidecar.checking import Checker, OverloadedError
 from guard.sidecar.inference_pb2 import (
     ModelInferRequest,
     ModelInferResponse,
@@ -27,7 +27,7 @@ from guard.sidecar.metrics import Metrics
 from guard.sidecar.policy import Mode, Outcome, Reason
 from guard.sidecar.service import Context, InferenceService, Metadata, Method, RefusedError
 from guard.sidecar.settings import Settings
-from guard.sidecar.tensors import add_output
+from guard.sidecar.tensors import add_output, uses_shared_memory
 from guard.sidecar.watch import Request
 
 VERSION = "1"
@@ -65,8 +65,20 @@ class EmbeddedService(InferenceService):
         del data, context
         message = request.message
         self._check_name(message.model_name, message.model_version)
+        if uses_shared_memory(message):
+            raise RefusedError(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "guard: a tensor lies in shared memory, which this server does not have",
+                reason=Reason.SHARED_MEMORY,
+            )
         wanted = self._wanted(message)
-        result = await self.checker.infer(request)
+        try:
+            result = await self.checker.infer(request)
+        except OverloadedError as error:
+            # One pass would have given answer and decision: there is nothing to serve, whatever the policy.
+            raise RefusedError(
+                grpc.StatusCode.UNAVAILABLE, "guard: too many requests wait to be answered", reason=Reason.OVERLOADED
+            ) from error
         response = ModelInferResponse(model_name=message.model_name, model_version=VERSION, id=message.id)
         raw = bool(message.raw_input_contents)
         if LOGITS in wanted:
@@ -83,8 +95,8 @@ class EmbeddedService(InferenceService):
         for output in request.outputs:
             if output.name not in {LOGITS, LABEL}:
                 raise RequestError(f"there is no output {output.name!r}; the model has {LOGITS!r} and {LABEL!r}")
-            if unsupported := {"classification", "shared_memory_region"} & set(output.parameters):
-                raise RequestError(f"output {output.name!r}: {min(unsupported)} is not supported")
+            if "classification" in output.parameters:
+                raise RequestError(f"output {output.name!r}: classification is not supported")
         return {output.name for output in request.outputs} or {LOGITS, LABEL}
 
     def _check_name(self, name: str, version: str) -> None:

@@ -12,6 +12,7 @@ from guard import __version__
 from guard.evidence import Drop
 from guard.profiles import Profile
 from guard.screening import Alarm
+from guard.sidecar import logs
 from guard.sidecar.policy import Decision, FailurePolicy, Mode, Outcome, Reason
 
 STAGES = ("decode", "inference", "screening")
@@ -60,6 +61,9 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self._tls_failures = Counter(
+            "guard_tls_reload_failures", "Changed TLS files that were not taken.", registry=self.registry
+        )
         self.active = Gauge("guard_active_requests", "Requests in progress.", registry=self.registry)
         self.ready = Gauge("guard_ready", "1 if inference requests can be served.", registry=self.registry)
         self._scores = Histogram(
@@ -105,6 +109,7 @@ class Metrics:
             self._images.labels(model, decision)
         for reason in Reason:
             self._unchecked.labels(model, reason)
+        self._refused.labels(model, "RESOURCE_EXHAUSTED")
         for kind in ("attack", "drift"):
             self._alarms.labels(model, kind)
         for drop in Drop:
@@ -152,7 +157,8 @@ class Metrics:
             seconds: From request to reply.
         """
         self._requests.labels(self._model, outcome.decision, self._mode).inc()
-        self._requests_seconds.labels(self._model).observe(seconds)
+        exemplar = _exemplar()
+        self._requests_seconds.labels(self._model).observe(seconds, exemplar)
         if outcome.reason is not None:
             self._unchecked.labels(self._model, outcome.reason).inc()
         if outcome.scores is None or outcome.flags is None:
@@ -162,7 +168,7 @@ class Metrics:
         self._images.labels(self._model, Decision.FLAG).inc(flagged)
         self._images.labels(self._model, Decision.PASS).inc(len(outcome.flags) - flagged)
         for score in outcome.scores:
-            self._scores.labels(self._model).observe(float(score))
+            self._scores.labels(self._model).observe(float(score), exemplar)
         for row in np.flatnonzero(outcome.flags):
             if outcome.triggers[row]:
                 self._flagged.labels(self._model, outcome.triggers[row]).inc()
@@ -179,6 +185,10 @@ class Metrics:
     def evidence_dropped(self, reason: Drop, number: int) -> None:
         """Count records that are lost."""
         self._evidence_dropped.labels(reason).inc(number)
+
+    def tls_reload_failed(self) -> None:
+        """Count changed TLS files that were not taken."""
+        self._tls_failures.inc()
 
     @property
     def alarmed(self) -> bool:
@@ -199,6 +209,12 @@ class Metrics:
     def refused(self, code: str) -> None:
         """Count a refused request; the codes are gRPC's seventeen."""
         self._refused.labels(self._model, code).inc()
+
+
+def _exemplar() -> dict[str, str] | None:
+    """The trace of the current request, which OpenMetrics shows beside the bucket that it fell into."""
+    trace = logs.origin().trace_id
+    return {"trace_id": trace} if trace else None
 
 
 def _score_buckets(profile: Profile) -> tuple[float, ...]:

@@ -48,6 +48,10 @@ class Reason(StrEnum):
     ERROR = "error"
     INPUT_UNREADABLE = "input_unreadable"
     MODEL_UNKNOWN = "model_unknown"
+    OVERLOADED = "overloaded"
+    PROTOCOL_UNKNOWN = "protocol_unknown"
+    REPLY_UNMATCHED = "reply_unmatched"
+    SHARED_MEMORY = "shared_memory"
     TIMEOUT = "timeout"
     UPSTREAM_FAILED = "upstream_failed"
 
@@ -61,11 +65,21 @@ _CLOSED: dict[Reason, tuple[grpc.StatusCode, str]] = {
     Reason.ERROR: (grpc.StatusCode.UNAVAILABLE, "the request could not be checked: internal error"),
     Reason.INPUT_UNREADABLE: (grpc.StatusCode.INVALID_ARGUMENT, "the input could not be checked"),
     Reason.MODEL_UNKNOWN: (grpc.StatusCode.FAILED_PRECONDITION, "there is no profile of this model"),
-    Reason.UPSTREAM_FAILED: (grpc.StatusCode.UNAVAILABLE, "the upstream server did not answer"),
+    Reason.OVERLOADED: (grpc.StatusCode.UNAVAILABLE, "too many requests wait to be checked"),
+    Reason.PROTOCOL_UNKNOWN: (
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "this is an inference in a protocol that cannot be checked",
+    ),
+    Reason.REPLY_UNMATCHED: (
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "the reply could not be matched to a request of the stream, so it could not be checked",
+    ),
+    Reason.SHARED_MEMORY: (grpc.StatusCode.FAILED_PRECONDITION, "what lies in shared memory could not be checked"),
     Reason.TIMEOUT: (grpc.StatusCode.UNAVAILABLE, "the request could not be checked in time"),
+    Reason.UPSTREAM_FAILED: (grpc.StatusCode.UNAVAILABLE, "the upstream server did not answer"),
 }
 """Under `closed`: UNAVAILABLE where a retry may help, other codes where it will not. `disabled` is never
-refused: the operator switched screening off."""
+refused: the operator switched screening off. docs/failures.md has the table for readers; a test compares the two."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,11 @@ class Outcome:
     def unchecked(cls, reason: Reason, detail: str = "") -> "Outcome":
         """Guard could not decide."""
         return cls(Decision.UNCHECKED, reason, detail)
+
+    @property
+    def severity(self) -> int:
+        """Of two outcomes that a reply may have, the one with more holds: flag, then unchecked, then pass."""
+        return (Decision.PASS, Decision.UNCHECKED, Decision.FLAG).index(self.decision)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from time import perf_counter
 from typing import TypeAlias
 
 import grpc
 
 from guard.errors import RequestError
+from guard.sidecar import logs
 from guard.sidecar.annotations import trailers
 from guard.sidecar.checking import Checker
 from guard.sidecar.inference_pb2 import ModelInferRequest
@@ -22,6 +23,7 @@ from guard.sidecar.watch import Request, trace_id
 SERVICE = "inference.GRPCInferenceService"
 Context: TypeAlias = grpc.aio.ServicerContext
 Method = Callable[[bytes, Context], Awaitable[bytes]]
+StreamMethod = Callable[[AsyncIterator[bytes], Context], Awaitable[None]]
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 log = logging.getLogger(__name__)
@@ -65,11 +67,12 @@ class InferenceService(ABC):
         """The handlers by method name, `ModelInfer` apart."""
 
     @abstractmethod
-    async def infer(self, data: bytes, request: Request, context: Context) -> tuple[bytes, Outcome, Metadata]:
+    async def infer(self, data: bytes, request: Request, context: Context) -> tuple[bytes, Outcome | None, Metadata]:
         """Answer one request.
 
         Returns:
-            The reply, annotated if the mode says so; the outcome; trailing metadata to pass on.
+            The reply, annotated if the mode says so; the outcome, or None if it is still to come, decides nothing and
+            is counted elsewhere; trailing metadata to pass on.
 
         Raises:
             RequestError: The request is malformed.
@@ -83,63 +86,117 @@ class InferenceService(ABC):
     async def model_infer(self, data: bytes, context: Context) -> bytes:
         """`ModelInfer`: answer, decide, count."""
         started = perf_counter()
-        outcome, images = Outcome.unchecked(Reason.ERROR), 1
+        outcome: Outcome | None = Outcome.unchecked(Reason.ERROR)
+        images = 1
         self.metrics.active.inc()
         try:
-            request = parse_request(data)
-            images = _count_images(request, self.settings.max_batch)
-            origin = Request(request, trace_id(dict(context.invocation_metadata() or ())))
-            reply, outcome, trailing = await self.infer(data, origin, context)
-            context.set_trailing_metadata(self._enforce(outcome, trailing))
+            request = self.parse(data, context)
+            images = count_images(request.message, self.settings.input)
+            reply, outcome, trailing = await self._answer(data, request, context)
+            if outcome is not None:
+                self.enforce(outcome, trailing)
+                trailing = (*trailing, *self.tags(outcome))
+            context.set_trailing_metadata(trailing)
         except asyncio.CancelledError:
             outcome = Outcome.unchecked(Reason.CANCELLED)
             raise
-        except RequestError as error:
-            outcome = Outcome.unchecked(Reason.INPUT_UNREADABLE)
-            message = f"guard: {error}"[:MAX_MESSAGE]
-            raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, message) from error
         except RefusedError as error:
             if error.reason is not None:
                 outcome = Outcome.unchecked(error.reason)
+            if outcome is not None:
+                error.trailing = (*error.trailing, *self.tags(outcome))
             raise
         finally:
             self.metrics.active.dec()
-            self.metrics.observe(outcome, images, perf_counter() - started)
+            if outcome is not None:
+                self.observe(outcome, images, started)
         return reply
 
-    def _enforce(self, outcome: Outcome, trailing: Metadata) -> Metadata:
-        """Refuse what the policy refuses; the trailing metadata of what it serves."""
-        tags = () if self.settings.mode is Mode.SHADOW else trailers(outcome)
+    def observe(self, outcome: Outcome, images: int, started: float) -> None:
+        """Count an outcome; what a client claims to have sent counts up to the limit."""
+        self.metrics.observe(outcome, min(images, self.settings.max_batch), perf_counter() - started)
+
+    def parse(self, data: bytes, context: Context) -> Request:
+        """Read a request, and name it in the log.
+
+        Raises:
+            RefusedError: The bytes are none.
+        """
+        try:
+            message = parse_request(data)
+        except RequestError as error:
+            raise _malformed(error) from error
+        request = Request(message, trace_id(dict(context.invocation_metadata() or ())))
+        logs.follow(message.id, request.trace_id)
+        return request
+
+    async def _answer(self, data: bytes, request: Request, context: Context) -> tuple[bytes, Outcome | None, Metadata]:
+        try:
+            return await self.infer(data, request, context)
+        except RequestError as error:
+            raise _malformed(error) from error
+
+    def enforce(self, outcome: Outcome, trailing: Metadata = ()) -> None:
+        """Refuse what the policy refuses.
+
+        Raises:
+            RefusedError: This is refused; with the trailing metadata that was to go with the reply.
+        """
         if refused := refusal(outcome, self.settings.mode, self.settings.on_failure):
-            raise RefusedError(refused.code, refused.message, trailing=(*trailing, *tags))
-        return (*trailing, *tags)
+            raise RefusedError(refused.code, refused.message, trailing=trailing, reason=outcome.reason)
+
+    def tags(self, outcome: Outcome) -> Metadata:
+        """What trailing metadata say of an outcome."""
+        return () if self.settings.mode is Mode.SHADOW else trailers(outcome)
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """The gRPC handlers of the service."""
         methods = {**self.methods(), "ModelInfer": self.model_infer}
         return grpc.method_handlers_generic_handler(
-            SERVICE,
-            {name: grpc.unary_unary_rpc_method_handler(self._guarded(method)) for name, method in methods.items()},
+            SERVICE, {name: self.unary(method) for name, method in methods.items()}
         )
 
-    def _guarded(self, method: Method) -> Method:
-        """Where refusals become gRPC status, and an unexpected error INTERNAL: no traceback reaches a client."""
+    def unary(self, method: Method) -> grpc.RpcMethodHandler:
+        """A handler of one message each way.
+
+        This is where refusals become gRPC status, and an unexpected error INTERNAL: no traceback reaches a client.
+        """
 
         async def call(data: bytes, context: Context) -> bytes:
             try:
                 return await method(data, context)
-            except RefusedError as error:
-                self.metrics.refused(error.code.name)
-                await context.abort(error.code, error.message, error.trailing)
-            except Exception:
-                log.exception("a request failed")
-                await context.abort(grpc.StatusCode.INTERNAL, "guard: internal error")
+            except Exception as error:  # noqa: BLE001 - it is logged where it ends
+                await self._end(error, context)
             raise AssertionError("abort always raises")
 
-        return call
+        return grpc.unary_unary_rpc_method_handler(call)
+
+    def stream(self, method: StreamMethod) -> grpc.RpcMethodHandler:
+        """A handler of any number of messages each way; it also serves calls of one message."""
+
+        async def call(requests: AsyncIterator[bytes], context: Context) -> None:
+            try:
+                await method(requests, context)
+            except Exception as error:  # noqa: BLE001 - as above
+                await self._end(error, context)
+
+        return grpc.stream_stream_rpc_method_handler(call)
+
+    async def _end(self, error: Exception, context: Context) -> None:
+        if isinstance(error, RefusedError):
+            self.metrics.refused(error.code.name)
+            await context.abort(error.code, error.message, error.trailing)
+        log.error("a request failed", exc_info=error)
+        await context.abort(grpc.StatusCode.INTERNAL, "guard: internal error")
 
 
-def _count_images(request: ModelInferRequest, most: int) -> int:
-    """How many images a request says that it carries, for counting those that were not checked."""
-    rows = request.inputs[0].shape[0] if request.inputs and request.inputs[0].shape else 1
-    return min(max(rows, 1), most)
+def _malformed(error: RequestError) -> RefusedError:
+    message = f"guard: {error}"[:MAX_MESSAGE]
+    return RefusedError(grpc.StatusCode.INVALID_ARGUMENT, message, reason=Reason.INPUT_UNREADABLE)
+
+
+def count_images(request: ModelInferRequest, name: str) -> int:
+    """How many images a request says that it carries in the input of that name, or else in its first one."""
+    tensor = next((tensor for tensor in request.inputs if tensor.name == name), None)
+    tensor = tensor or (request.inputs[0] if request.inputs else None)
+    return max(int(tensor.shape[0]), 1) if tensor is not None and tensor.shape else 1

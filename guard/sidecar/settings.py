@@ -7,6 +7,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from guard.errors import UsageError
+from guard.sidecar.addresses import socket_path, split_address
 from guard.sidecar.policy import FailurePolicy, Mode
 
 
@@ -26,7 +27,15 @@ class Settings(BaseSettings):
     model: Path | None = None
     """What `guard export` wrote."""
     upstream: str | None = None
-    """HOST:PORT of the inference server to forward to."""
+    """HOST:PORT or unix:PATH of the inference server to forward to."""
+    upstream_tls: str | None = None
+    """TLS towards it: `system` for the machine's certificate authorities, or a PEM file of some; None: no TLS."""
+    upstream_certificate: Path | None = None
+    """PEM certificate that guard shows it."""
+    upstream_key: Path | None = None
+    """PEM private key of that."""
+    upstream_server_name: str | None = Field(default=None, min_length=1)
+    """Name that its certificate must carry, if not the host of its address."""
     embedding_output: str | None = None
     """Name of the upstream output that carries the image embedding."""
     name: str = Field(default="classifier", min_length=1, max_length=128)
@@ -34,9 +43,17 @@ class Settings(BaseSettings):
     input: str = Field(default="image", min_length=1)
     """Name of the input tensor that carries the images."""
     listen: str = "127.0.0.1:8001"
-    """HOST:PORT for inference; port 0 lets the system choose."""
+    """HOST:PORT or unix:PATH for inference; port 0 lets the system choose."""
+    socket_mode: str = Field(default="600", pattern="^0?[0-7]{3}$")
+    """Who may connect to a Unix socket, as the mode of its file, in octal."""
+    tls_certificate: Path | None = None
+    """PEM certificate chain of the inference port; with it, the port takes TLS only."""
+    tls_key: Path | None = None
+    """PEM private key of that, without a password."""
+    tls_client_ca: Path | None = None
+    """PEM certificate authorities of clients; with it, a client without a certificate is turned away."""
     metrics: str = "127.0.0.1:8002"
-    """HOST:PORT for Prometheus."""
+    """HOST:PORT for `/metrics`, `/healthz` and `/readyz`, over plain HTTP."""
     mode: Mode = Mode.TAG
     """What a decision does."""
     failure_policy: FailurePolicy | None = None
@@ -75,12 +92,32 @@ class Settings(BaseSettings):
     """Threads that decode, embed and screen."""
     drain: float = Field(default=10.0, ge=0)
     """Seconds that running requests are given after SIGTERM."""
+    drain_delay: float = Field(default=0.0, ge=0, le=3600)
+    """Seconds between SIGTERM and that: requests are still taken, while whoever sends them learns of the end."""
+    loop: Literal["auto", "asyncio", "uvloop"] = "auto"
+    """Event loop; auto: uvloop if it is installed."""
+    log_format: Literal["json", "text"] | None = None
+    """Form of the log on standard error; default: text on a terminal, else JSON."""
+    version: str | None = Field(default=None, min_length=1, max_length=128)
+    """Version of the upstream model that the profile is of; a request for another one is of an unknown model."""
+    stream_dialect: Literal["auto", "triton", "mlserver"] = "auto"
+    """What the messages of `ModelStreamInfer` look like; auto: seen from the replies of the upstream server."""
+    allow_model_control: bool = False
+    """Whether clients may load and unload models of the upstream server; never such that they send themselves."""
+    queue: int = Field(default=256, ge=0)
+    """Most requests that wait for a worker; more are not checked, and the failure policy decides."""
 
-    @field_validator("listen", "metrics", "upstream")
+    @field_validator("listen", "upstream")
     @classmethod
     def _address(cls, value: str | None) -> str | None:
-        if value is not None:
+        if value is not None and socket_path(value) is None:
             split_address(value)
+        return value
+
+    @field_validator("metrics")
+    @classmethod
+    def _tcp_address(cls, value: str) -> str:
+        split_address(value)
         return value
 
     @model_validator(mode="after")
@@ -99,6 +136,20 @@ class Settings(BaseSettings):
             raise ValueError("--sample and --thumbnails are kept in a folder; give one with --state")
         if self.second_looks and self.model is None:
             raise ValueError("--second-looks needs --model: a second look embeds changed images")
+        return self
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("--tls-certificate and --tls-key go together")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("--tls-client-ca needs --tls-certificate and --tls-key")
+        if (self.upstream_certificate is None) != (self.upstream_key is None):
+            raise ValueError("--upstream-certificate and --upstream-key go together")
+        if self.upstream_tls is None and (self.upstream_certificate or self.upstream_server_name):
+            raise ValueError("--upstream-certificate and --upstream-server-name need --upstream-tls")
+        if self.upstream_tls is not None and self.upstream is None:
+            raise ValueError("--upstream-tls is of the connection to a server; give --upstream too")
         return self
 
     @property
@@ -149,15 +200,3 @@ class Settings(BaseSettings):
         except OSError as error:
             raise UsageError(f"cannot read {config}: {error.strerror}") from error
         return merged
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """HOST:PORT as a pair; `[::1]:80` for IPv6.
-
-    Raises:
-        ValueError: It is not of that form.
-    """
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65_535:
-        raise ValueError(f"{address!r} is not HOST:PORT")
-    return host.removeprefix("[").removesuffix("]"), int(port)

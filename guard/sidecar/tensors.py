@@ -27,6 +27,17 @@ def parse_request(data: bytes) -> ModelInferRequest:
         raise RequestError("the message is not a ModelInferRequest") from error
 
 
+SHARED_MEMORY = "shared_memory_region"
+"""The parameter of a tensor that lies in shared memory (an extension of Triton's)."""
+
+
+def uses_shared_memory(request: ModelInferRequest) -> bool:
+    """Whether an input comes from, or an output goes to, memory that guard does not see."""
+    return any(SHARED_MEMORY in tensor.parameters for tensor in request.inputs) or any(
+        SHARED_MEMORY in tensor.parameters for tensor in request.outputs
+    )
+
+
 def find_input(request: ModelInferRequest, name: str) -> tuple[InputTensor, bytes | None]:
     """The input tensor with the images, and its raw contents if the request uses the raw form.
 
@@ -45,7 +56,7 @@ def find_input(request: ModelInferRequest, name: str) -> tuple[InputTensor, byte
         raise RequestError(f"the input {name!r} is there more than once")
     for index, tensor in enumerate(request.inputs):
         if tensor.name == name or len(request.inputs) == 1:
-            if "shared_memory_region" in tensor.parameters:
+            if SHARED_MEMORY in tensor.parameters:
                 raise RequestError(f"input {tensor.name!r} lies in shared memory, which guard cannot see")
             if raw and tensor.HasField("contents"):
                 raise RequestError(f"input {tensor.name!r} has both raw and typed contents")

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from guard.sidecar.settings import Settings
 log = logging.getLogger(__name__)
 
 TRAFFIC_FILE = "traffic.npy"
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?P<trace>(?!0{32})[0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 Floats = NDArray[np.float32]
 
 
@@ -288,6 +290,8 @@ def input_digest(request: ModelInferRequest, row: int, name: str) -> str:
             size = len(raw) // rows
             return hashlib.sha256(memoryview(raw)[row * size : (row + 1) * size]).hexdigest()
         values = np.array(tensor.contents.fp32_contents, np.float32)
+        if not values.size:
+            return ""
         size = len(values) // rows
         return hashlib.sha256(values[row * size : (row + 1) * size].tobytes()).hexdigest()
     return ""
@@ -303,6 +307,6 @@ def _digest_of_element(raw: bytes, row: int) -> str:
 
 
 def trace_id(metadata: Mapping[str, str | bytes]) -> str:
-    """The trace of a W3C `traceparent`, or ""."""
-    parts = str(metadata.get("traceparent", "")).split("-")
-    return parts[1] if len(parts) >= 4 and len(parts[1]) == 32 else ""
+    """The trace of a W3C `traceparent`, or ""; a client may send anything there."""
+    found = _TRACEPARENT.match(str(metadata.get("traceparent", "")))
+    return found["trace"] if found else ""

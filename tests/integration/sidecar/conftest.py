@@ -6,15 +6,12 @@ import select
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import numpy as np
@@ -27,19 +24,14 @@ from guard.demo.traffic import scrape
 from guard.sidecar.inference_pb2 import (
     ModelInferRequest,
     ModelInferResponse,
-    ModelMetadataResponse,
-    ModelReadyResponse,
-    ServerLiveResponse,
-    ServerMetadataResponse,
-    ServerReadyResponse,
 )
 from guard.sidecar.service import SERVICE
-from guard.sidecar.tensors import add_output, float_images
+from guard.testing import Call, InferenceServer
+from guard.testing import Fault as Fault  # noqa: PLC0414 - for the tests of this folder
 from guard.triggers import Patch
 from tests.conftest import random_images
 
 WAIT_SECONDS = 60
-METHODS = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer")
 Floats = NDArray[np.float32]
 Pairs = tuple[tuple[str, str | bytes], ...]
 
@@ -219,124 +211,35 @@ def connected(address: str) -> Iterator[Client]:
         client.channel.close()
 
 
-@dataclass
-class Received:
-    method: str
-    data: bytes
-    metadata: Pairs
-    remaining: float | None
-
-
-@dataclass
-class Fault:
-    code: grpc.StatusCode
-    details: str
-    trailing: Pairs = ()
-
-
-@dataclass
-class Upstream:
-    """An Open Inference Protocol server that records what arrives.
+class Upstream(InferenceServer):
+    """The server behind a sidecar: the small classifier, asked for its class scores only.
 
     Attributes:
         classify: Computes its answers.
-        received: Every call, in order.
-        answer: From the bytes of a ModelInferRequest to those of the reply.
-        fault: Returned instead of an answer, if set.
-        initial: Metadata before the answer.
-        trailing: Metadata after it.
-        open: While cleared, calls wait.
-        cancelled: Set when a waiting call ends before its answer.
     """
 
-    classify: ExportedClassifier
-    received: list[Received] = field(default_factory=list)
-    answer: Callable[[bytes], bytes] | None = None
-    fault: Fault | None = None
-    initial: Pairs = ()
-    trailing: Pairs = ()
-    ready: bool = True
-    open: threading.Event = field(default_factory=threading.Event)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    address: str = ""
+    def __init__(self, classify: ExportedClassifier) -> None:
+        super().__init__(lambda inputs: {"logits": self._outputs(inputs)["logits"]}, name="upstream")
+        self.classify = classify
+        self._both = InferenceServer(self._outputs)
 
-    def reset(self) -> None:
-        self.received.clear()
-        self.answer = self.fault = None
-        self.initial = self.trailing = ()
-        self.ready = True
-        self.open.set()
-        self.cancelled.clear()
-
-    def inferences(self) -> list[Received]:
+    def inferences(self) -> list[Call]:
         return [call for call in self.received if call.method == "ModelInfer"]
 
-    @contextmanager
-    def running(self, port: int = 0) -> Iterator["Upstream"]:
-        self.reset()
-        server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
-        handlers = {name: grpc.unary_unary_rpc_method_handler(partial(self._handle, name)) for name in METHODS}
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-        self.address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
-        server.start()
-        try:
-            yield self
-        finally:
-            self.open.set()
-            server.stop(0).wait()
+    def running(self, port: int = 0) -> Self:
+        self.address = f"127.0.0.1:{port}"
+        return self
 
-    def _handle(self, method: str, data: bytes, context: Any) -> bytes:
-        remaining = context.time_remaining()
-        # gRPC's servers say 292 billion years where there is no deadline.
-        self.received.append(
-            Received(method, data, pairs(context.invocation_metadata()), remaining if remaining < 1e9 else None)
-        )
-        if method != "ModelInfer":
-            canned: bytes = self._canned(method).SerializeToString()
-            return canned
-        context.add_callback(self._ended)
-        assert self.open.wait(WAIT_SECONDS)
-        if self.fault is not None:
-            context.set_trailing_metadata(self.fault.trailing)
-            context.abort(self.fault.code, self.fault.details)
-        context.send_initial_metadata(self.initial)
-        context.set_trailing_metadata(self.trailing)
-        return (self.answer or self.logits)(data)
-
-    def _ended(self) -> None:
-        if not self.open.is_set():
-            self.cancelled.set()
-            self.open.set()
-
-    def _canned(self, method: str) -> Any:
-        return {
-            "ServerLive": ServerLiveResponse(live=True),
-            "ServerReady": ServerReadyResponse(ready=self.ready),
-            "ModelReady": ModelReadyResponse(ready=True),
-            "ServerMetadata": ServerMetadataResponse(name="upstream", version="7"),
-            "ModelMetadata": ModelMetadataResponse(name="classifier", platform="fake"),
-        }[method]
-
-    def _run(self, data: bytes) -> tuple[ModelInferRequest, Floats, Floats]:
-        request = ModelInferRequest.FromString(data)
-        size = self.classify.preprocessing.size
-        images = float_images(request.inputs[0], request.raw_input_contents[0], (3, size, size), 256)
-        return request, *self.classify.run(images)
+    def _outputs(self, inputs: Mapping[str, Floats]) -> dict[str, Floats]:
+        embeddings, logits = self.classify.run(inputs["image"])
+        return {"logits": logits, "embedding": embeddings}
 
     def logits(self, data: bytes) -> bytes:
-        request, _, logits = self._run(data)
-        response = ModelInferResponse(model_name=request.model_name, id=request.id)
-        add_output(response, "logits", logits, raw=True)
-        return response.SerializeToString()
+        return self.respond(data)
 
     def with_embedding(self, data: bytes) -> bytes:
         """All outputs, or those that the request lists, in its order."""
-        request, embeddings, logits = self._run(data)
-        response = ModelInferResponse(model_name=request.model_name, id=request.id)
-        known = {"logits": logits, "embedding": embeddings}
-        for name in [output.name for output in request.outputs] or list(known):
-            add_output(response, name, known[name], raw=True)
-        return response.SerializeToString()
+        return self._both.respond(data)
 
 
 @pytest.fixture(scope="session")

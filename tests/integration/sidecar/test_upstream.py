@@ -361,7 +361,34 @@ def test_shadow_mode_leaves_the_bytes_of_the_reply_alone(
     with launch(*arguments) as sidecar, connected(sidecar.address) as client:
         request = infer_request(clean[:3]).SerializeToString()
         assert client.infer(request).data == upstream.answer(request)
-        assert sidecar.metric("guard_images_total", model="classifier", decision="pass") > 0
+        eventually(
+            lambda: sidecar.metric("guard_images_total", model="classifier", decision="pass") > 0,
+            "the check, for which the reply does not wait",
+        )
+
+
+def test_shadow_mode_strips_the_embedding_and_checks_it_all_the_same(
+    launch: Launcher, served_profile: Path, upstream: Upstream, clean: Floats
+) -> None:
+    upstream.answer = upstream.with_embedding
+    arguments = ("--upstream", upstream.address, "--embedding-output", "embedding", "--profile", served_profile)
+    request = infer_request(clean[:1])
+    request.outputs.add(name="logits")
+    with launch(*arguments, "--mode", "shadow") as sidecar, connected(sidecar.address) as client:
+        reply = client.infer(request)
+        assert reply.outputs == ["logits"]
+        assert not reply.response.parameters
+        eventually(
+            lambda: (
+                sidecar.metric("guard_images_total", model="classifier", decision="unchecked") == 0
+                and sum(
+                    sidecar.metric("guard_images_total", model="classifier", decision=found)
+                    for found in ("pass", "flag")
+                )
+                == 1
+            ),
+            "the check",
+        )
 
 
 def health(client: Client, service: str) -> Any:

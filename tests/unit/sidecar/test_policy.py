@@ -1,4 +1,6 @@
 import itertools
+import re
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -13,6 +15,10 @@ CODES = {
     Reason.ERROR: grpc.StatusCode.UNAVAILABLE,
     Reason.INPUT_UNREADABLE: grpc.StatusCode.INVALID_ARGUMENT,
     Reason.MODEL_UNKNOWN: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.OVERLOADED: grpc.StatusCode.UNAVAILABLE,
+    Reason.PROTOCOL_UNKNOWN: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.REPLY_UNMATCHED: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.SHARED_MEMORY: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.TIMEOUT: grpc.StatusCode.UNAVAILABLE,
     Reason.UPSTREAM_FAILED: grpc.StatusCode.UNAVAILABLE,
 }
@@ -42,6 +48,16 @@ def test_what_could_not_be_checked_follows_the_failure_policy_in_every_mode(
         assert refused is not None
         assert refused.code is CODES[reason]
         assert refused.message.startswith("guard: ")
+
+
+def test_the_documented_table_is_the_one_in_force() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "failures.md").read_text(encoding="utf-8")
+    table = text.partition("## In front of an upstream server")[2].partition("##")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", table, re.MULTILINE))
+    expected = {reason.value: "served" if code is None else code.name for reason, code in CODES.items()}
+    # There is no reply of guard's own to fall back from.
+    expected["upstream_failed"] = "its error"
+    assert rows == expected
 
 
 def test_every_reason_but_disabled_is_refused_under_closed() -> None:

@@ -3,9 +3,10 @@ from typing import Any
 
 import pytest
 
+from guard.cli.serve import serve
 from guard.errors import UsageError
 from guard.sidecar import FailurePolicy, Mode, Settings
-from guard.sidecar.settings import split_address
+from guard.sidecar.addresses import socket_path, split_address
 
 MINIMUM: dict[str, Any] = {"profile": Path("profile"), "model": Path("model")}
 
@@ -97,6 +98,41 @@ def test_addresses_are_split(address: str, parts: tuple[str, int]) -> None:
     assert split_address(address) == parts
 
 
+def test_a_unix_socket_is_an_address_for_inference_and_not_for_http() -> None:
+    settings = Settings.load(None, listen="unix:/run/guard.sock", upstream="unix:models.sock", **MINIMUM)
+    assert socket_path(settings.listen) == Path("/run/guard.sock")
+    assert socket_path(settings.metrics) is None
+    assert "metrics: " in refused(**MINIMUM, metrics="unix:/run/guard.sock")
+    for path in ("", 108 * "x", 54 * "é"):
+        assert "107 bytes" in refused(**MINIMUM, listen=f"unix:{path}")
+
+
+@pytest.mark.parametrize("mode", ["660", "0660"])
+def test_the_mode_of_a_socket_is_octal(mode: str) -> None:
+    assert int(Settings.load(None, socket_mode=mode, **MINIMUM).socket_mode, 8) == 0o660
+    assert refused(**MINIMUM, socket_mode="rw").startswith("socket_mode: ")
+
+
+@pytest.mark.parametrize(
+    ("values", "hint"),
+    [
+        ({"tls_certificate": "c"}, "--tls-certificate and --tls-key go together"),
+        ({"tls_key": "k"}, "--tls-certificate and --tls-key go together"),
+        ({"tls_client_ca": "a"}, "--tls-client-ca needs --tls-certificate"),
+        ({"upstream_tls": "system"}, "give --upstream too"),
+        ({"upstream": "h:1", "upstream_server_name": "n"}, "need --upstream-tls"),
+        ({"upstream": "h:1", "upstream_certificate": "c", "upstream_key": "k"}, "need --upstream-tls"),
+        ({"upstream": "h:1", "upstream_tls": "a", "upstream_key": "k"}, "--upstream-key go together"),
+    ],
+)
+def test_half_of_tls_is_refused_with_the_other_half(values: dict[str, Any], hint: str) -> None:
+    assert hint in refused(**MINIMUM, **values)
+
+
+def test_every_setting_is_an_option_of_the_command() -> None:
+    assert set(Settings.model_fields) <= {parameter.name for parameter in serve.params}
+
+
 @pytest.mark.parametrize(
     ("values", "hint"),
     [
@@ -143,6 +179,8 @@ def test_a_missing_profile_is_refused_by_name() -> None:
         ("max_concurrent", 0),
         ("workers", 0),
         ("drain", -1),
+        ("drain_delay", -1),
+        ("log_format", "xml"),
         ("drain", float("nan")),
         ("name", ""),
         ("input", ""),

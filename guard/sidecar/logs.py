@@ -1,0 +1,90 @@
+"""The log: a line for each event, as JSON or as text, with the request that it belongs to and never what is in that."""
+
+import json
+import logging
+import sys
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+_LONGEST_ID = 128
+"""Characters of a client's request id that are written."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The request that is being worked on.
+
+    Attributes:
+        request_id: As the client gave it, or "".
+        trace_id: Of the trace that it belongs to, or "".
+    """
+
+    request_id: str = ""
+    trace_id: str = ""
+
+
+_NONE = Origin()
+_origin: ContextVar[Origin] = ContextVar("origin", default=_NONE)
+
+
+def follow(request_id: str, trace_id: str) -> None:
+    """Name the request that this task works on from now on; gRPC gives each call a task of its own."""
+    _origin.set(Origin(request_id[:_LONGEST_ID], trace_id))
+
+
+def origin() -> Origin:
+    """The request that this task, or this thread on its behalf, works on."""
+    return _origin.get()
+
+
+def configure(form: Literal["json", "text"] | None) -> None:
+    """Send the log of the process to standard error.
+
+    Args:
+        form: None for text on a terminal and JSON elsewhere.
+    """
+    handler = logging.StreamHandler()
+    as_text = sys.stderr.isatty() if form is None else form == "text"
+    handler.setFormatter(TextFormatter() if as_text else JsonFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.captureWarnings(capture=True)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: `time`, `level`, `logger`, `message`; `request_id`, `trace_id`, `exception` if any."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        known = origin()
+        line = {
+            "time": _time(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            "request_id": known.request_id,
+            "trace_id": known.trace_id,
+            "exception": self.formatException(record.exc_info) if record.exc_info else "",
+        }
+        return json.dumps({key: value for key, value in line.items() if value}, ensure_ascii=False)
+
+
+class TextFormatter(logging.Formatter):
+    """The same for a person to read; a traceback takes lines of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, and a traceback."""
+        known = origin()
+        ids = [
+            f"{name}={value!r}"
+            for name, value in (("request_id", known.request_id), ("trace_id", known.trace_id))
+            if value
+        ]
+        text = f"{_time(record)} {record.levelname} {record.name}: {record.getMessage()}"
+        text += f" [{' '.join(ids)}]" if ids else ""
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def _time(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

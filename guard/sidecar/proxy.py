@@ -1,0 +1,204 @@
+"""Calls that pass through to the upstream server: messages as bytes; metadata, deadline and status as they are."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from guard.sidecar.inference_pb2 import ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse
+from guard.sidecar.policy import Reason
+from guard.sidecar.service import SERVICE, Context, Metadata, RefusedError
+from guard.sidecar.settings import Settings
+from guard.sidecar.tls import upstream_channel
+
+UNARY = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer")
+"""The methods that are known to take and return one message."""
+_HOP = frozenset({"user-agent", "te", "content-type", "grpc-accept-encoding", "grpc-encoding", "grpc-timeout"})
+"""Metadata that belongs to one hop and is not passed on."""
+_PROBE_SECONDS = 2.0
+_ENDED = (grpc.aio.AioRpcError, asyncio.InvalidStateError)
+"""What writing to a call raises whose status is known already."""
+
+
+class Replies:
+    """The way back of a stream to its client, for more than one writer: gRPC takes one thing at a time.
+
+    Args:
+        context: Of the client's call.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._lock, self._begun = asyncio.Lock(), False
+
+    async def begin(self, initial: Metadata) -> None:
+        """Send initial metadata, unless a message went out before them."""
+        async with self._lock:
+            if not self._begun:
+                self._begun = True
+                await self._context.send_initial_metadata(initial)
+
+    async def send(self, message: bytes) -> None:
+        """Send a message."""
+        async with self._lock:
+            self._begun = True
+            await self._context.write(message)
+
+
+class Proxy:
+    """The connection to the upstream server.
+
+    Args:
+        settings: With an upstream.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        if settings.upstream is None:
+            raise ValueError("a proxy needs an upstream")
+        self._address = settings.upstream
+        self._channel = upstream_channel(
+            settings,
+            options=[
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", settings.max_message_bytes),
+                # A server that restarts is found again within seconds, not after gRPC's default of two minutes.
+                ("grpc.max_reconnect_backoff_ms", 2000),
+                ("grpc.initial_reconnect_backoff_ms", 200),
+            ],
+        )
+        self._unary = {f"/{SERVICE}/{name}": self._channel.unary_unary(f"/{SERVICE}/{name}") for name in UNARY}
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._channel.close()
+
+    async def ready(self) -> bool:
+        """Whether the upstream server says that it is ready."""
+        try:
+            reply = await self._ask("ServerReady", ServerReadyRequest().SerializeToString())
+            return bool(ServerReadyResponse.FromString(reply).ready)
+        except (grpc.aio.AioRpcError, DecodeError):
+            return False
+
+    async def server_name(self) -> str:
+        """What the upstream server calls itself; "" if it does not say."""
+        try:
+            return str(ServerMetadataResponse.FromString(await self._ask("ServerMetadata", b"")).name)
+        except (grpc.aio.AioRpcError, DecodeError):
+            return ""
+
+    async def _ask(self, name: str, data: bytes) -> bytes:
+        reply: bytes = await self._unary[f"/{SERVICE}/{name}"](data, timeout=_PROBE_SECONDS)
+        return reply
+
+    async def unary(self, path: str, data: bytes, context: Context) -> tuple[bytes, Metadata]:
+        """One message there and one back.
+
+        gRPC's asynchronous calls of this kind read initial metadata and reply in one go, so that is how they arrive.
+
+        Returns:
+            The reply and the trailing metadata.
+
+        Raises:
+            RefusedError: The call ended with an error.
+        """
+        method = self._unary.get(path) or self._channel.unary_unary(path)
+        call = method(data, metadata=_passed_on(context.invocation_metadata()), timeout=context.time_remaining())
+        try:
+            reply: bytes = await call
+        except grpc.aio.AioRpcError as error:
+            raise self._refused(error) from error
+        if initial := _passed_on(await call.initial_metadata()):
+            await context.send_initial_metadata(initial)
+        return reply, _passed_on(await call.trailing_metadata())
+
+    def stream(self, path: str, context: Context) -> grpc.aio.StreamStreamCall:
+        """Open a call for any number of messages each way; `carry` moves them."""
+        metadata = _passed_on(context.invocation_metadata())
+        return self._channel.stream_stream(path)(metadata=metadata, timeout=context.time_remaining())
+
+    async def relay(self, path: str, requests: AsyncIterator[bytes], context: Context) -> Metadata:
+        """A call of any arity, unread: one message is a stream of one.
+
+        Returns:
+            The trailing metadata.
+
+        Raises:
+            RefusedError: The call ended with an error.
+        """
+        call, replies = self.stream(path, context), Replies(context)
+
+        async def upwards() -> None:
+            async for message in requests:
+                await call.write(message)
+            await call.done_writing()
+
+        async def downwards() -> None:
+            while (reply := await call.read()) is not grpc.aio.EOF:
+                await replies.send(reply)
+
+        return await self.carry(call, replies, upwards, downwards)
+
+    async def carry(
+        self,
+        call: grpc.aio.StreamStreamCall,
+        replies: Replies,
+        upwards: Callable[[], Awaitable[None]],
+        downwards: Callable[[], Awaitable[None]],
+    ) -> Metadata:
+        """Move the messages of a stream until the upstream server ends it.
+
+        Args:
+            call: Upstream.
+            replies: To the client.
+            upwards: Writes to the call until the client has no more.
+            downwards: Reads from it until there is no more.
+
+        Returns:
+            The trailing metadata.
+
+        Raises:
+            RefusedError: The call ended with an error.
+        """
+
+        async def up() -> None:
+            with suppress(*_ENDED):
+                await upwards()
+
+        async def down() -> None:
+            initial = _passed_on(await call.initial_metadata())
+            if initial or not call.done():
+                # A client may wait for it before it says anything.
+                await replies.begin(initial)
+            await downwards()
+
+        tasks = [asyncio.ensure_future(up()), asyncio.ensure_future(down())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                tasks[0].result()
+            await tasks[1]
+        except grpc.aio.AioRpcError as error:
+            raise self._refused(error) from error
+        finally:
+            for task in tasks:
+                task.cancel()
+            call.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return _passed_on(await call.trailing_metadata())
+
+    def _refused(self, error: grpc.aio.AioRpcError) -> RefusedError:
+        """An error of the upstream server, for the client."""
+        details = error.details() or ""
+        # The upstream server may itself say UNAVAILABLE, over a connection that stands.
+        lost = self._channel.get_state() is not grpc.ChannelConnectivity.READY
+        if error.code() is grpc.StatusCode.UNAVAILABLE and lost:
+            details = f"guard: the upstream server {self._address} cannot be reached ({details})"
+        trailing = _passed_on(error.trailing_metadata())
+        return RefusedError(error.code(), details, trailing=trailing, reason=Reason.UPSTREAM_FAILED)
+
+
+def _passed_on(metadata: grpc.aio.Metadata | Metadata | None) -> Metadata:
+    return tuple((key, value) for key, value in metadata or () if key not in _HOP)

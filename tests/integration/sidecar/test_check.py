@@ -1,0 +1,140 @@
+"""`guard serve --check` looks at everything that a start needs, and serves nothing."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guard import profiles
+from guard.classifiers.digest import ClassifierDigest
+from guard.evidence import EVIDENCE_FILE
+from guard.profiles import Profile
+from guard.sidecar import Settings, Status, preflight
+from tests.integration.sidecar.conftest import (
+    WAIT_SECONDS,
+    Launcher,
+    Upstream,
+    environment,
+    free_port,
+    refused_start,
+)
+
+
+def findings(**values: Any) -> dict[str, tuple[Status, str, int]]:
+    """By subject; on ports that are free."""
+    settings = Settings.load(None, **{"listen": "127.0.0.1:0", "metrics": "127.0.0.1:0", **values})
+    return {found.subject: (found.status, found.detail, found.exit_code) for found in preflight(settings)}
+
+
+def failed(found: dict[str, tuple[Status, str, int]]) -> dict[str, int]:
+    return {subject: code for subject, (status, _, code) in found.items() if status is Status.FAILED}
+
+
+def check(*arguments: str | Path) -> tuple[int, str, str]:
+    command = [sys.executable, "-m", "guard", "serve", "--check", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=WAIT_SECONDS, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_sidecar_that_could_serve_is_code_0_and_nothing_is_written(
+    exported: Path, served_profile: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    ports = ("--listen", f"127.0.0.1:{free_port()}", "--metrics", f"127.0.0.1:{free_port()}")
+    arguments = ("--model", exported, "--profile", served_profile, "--state", state, *ports)
+    code, table, errors = check(*arguments)
+    assert (code, errors) == (0, "")
+    subjects = ["profile", "calibration", "model", "digest", "loop", "listen", "metrics", "state"]
+    assert [line.split()[1] for line in table.splitlines()] == subjects
+    code, text, _ = check(*arguments, "--json")
+    document = json.loads(text)
+    assert (code, document["ready"]) == (0, True)
+    assert [found["subject"] for found in document["findings"]] == subjects
+    assert not state.exists()
+
+
+def test_every_failure_is_named_and_the_first_gives_the_code(
+    exported: Path, served_profile: Path, tmp_path: Path, launch: Launcher
+) -> None:
+    with launch("--model", exported, "--profile", served_profile) as sidecar:
+        taken = ("--listen", sidecar.address, "--metrics", str(sidecar.announced["metrics"]))
+        code, text, errors = check("--model", tmp_path, "--profile", served_profile, *taken, "--json")
+    assert (code, errors) == (4, "")
+    document = json.loads(text)
+    assert document["ready"] is False
+    status = {found["subject"]: found["status"] for found in document["findings"]}
+    assert [subject for subject, found in status.items() if found == "failed"] == ["model", "listen", "metrics"]
+
+
+def test_a_configuration_that_is_wrong_is_one_line_and_code_2(served_profile: Path) -> None:
+    code, lines = refused_start("--check", "--profile", served_profile)
+    assert (code, len(lines)) == (2, 1)
+    assert "--model" in lines[0]
+
+
+def test_a_profile_of_another_model_fails_the_digest(exported: Path, profile: Profile, tmp_path: Path) -> None:
+    parts = {**profile.document.model.parts, "weights": "0" * 64}
+    other = replace(profile.document.model, parts=parts, digest=ClassifierDigest(parts).root)
+    profiles.write(replace(profile, document=replace(profile.document, model=other)), tmp_path / "other", report="")
+    assert failed(findings(model=exported, profile=tmp_path / "other")) == {"digest": 4}
+
+
+def test_a_profile_without_calibration_fails_and_one_that_is_missing_hides_nothing_else(
+    exported: Path, profile: Profile, tmp_path: Path
+) -> None:
+    fresh = Profile(replace(profile.document, calibration=None), profile.triggers)
+    profiles.write(fresh, tmp_path / "fresh", report="")
+    assert failed(findings(model=exported, profile=tmp_path / "fresh")) == {"calibration": 4}
+    found = findings(model=exported, profile=tmp_path / "absent")
+    assert failed(found) == {"profile": 4}
+    assert found["model"][0] is Status.OK
+    assert "digest" not in found
+
+
+def test_state_and_certificates_that_cannot_be_used_fail(exported: Path, served_profile: Path, tmp_path: Path) -> None:
+    (tmp_path / EVIDENCE_FILE).write_bytes(b"no database" * 100)
+    values = {"model": exported, "profile": served_profile}
+    assert failed(findings(**values, state=tmp_path)) == {"state": 4}
+    assert failed(findings(**values, state=tmp_path / EVIDENCE_FILE / "inside")) == {"state": 2}
+    absent = tmp_path / "absent.pem"
+    assert failed(findings(**values, tls_certificate=absent, tls_key=absent)) == {"tls": 2}
+    tls = {"upstream": "127.0.0.1:9", "upstream_tls": str(absent)}
+    assert failed(findings(**values, **tls)) == {"upstream": 2}
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_an_upstream_server_is_asked_whether_it_is_ready(
+    exported: Path, served_profile: Path, upstream: Upstream, *, ready: bool
+) -> None:
+    upstream.ready = ready
+    status, detail, _ = findings(model=exported, profile=served_profile, upstream=upstream.address)["upstream"]
+    assert status is (Status.OK if ready else Status.WARNING)
+    assert upstream.address in detail
+
+
+def test_an_upstream_server_that_does_not_answer_is_a_warning(exported: Path, served_profile: Path) -> None:
+    found = findings(model=exported, profile=served_profile, upstream=f"127.0.0.1:{free_port()}")
+    assert found["upstream"][0] is Status.WARNING
+    assert "UNAVAILABLE" in found["upstream"][1]
+    assert failed(found) == {}
+
+
+def test_a_loop_that_is_not_installed_fails_only_if_it_was_asked_for(
+    exported: Path, served_profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvloop", None)  # as if it were not there
+    values = {"model": exported, "profile": served_profile}
+    assert findings(**values)["loop"] == (Status.OK, "asyncio", 0)
+    found = findings(**values, loop="uvloop")
+    assert failed(found) == {"loop": 2}
+    assert "clip-guard[uvloop]" in found["loop"][1]
+
+
+def test_json_is_for_the_check(exported: Path, served_profile: Path) -> None:
+    code, lines = refused_start("--model", exported, "--profile", served_profile, "--json")
+    assert (code, len(lines)) == (2, 1)
+    assert "--check" in lines[0]
