@@ -31,18 +31,20 @@ class Replies:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._lock, self._begun = asyncio.Lock(), False
+        self.idle = asyncio.Lock()
+        """Held while something is written. What is cancelled then leaves a call that cannot be ended any more."""
+        self._begun = False
 
     async def begin(self, initial: Metadata) -> None:
         """Send initial metadata, unless a message went out before them."""
-        async with self._lock:
+        async with self.idle:
             if not self._begun:
                 self._begun = True
                 await self._context.send_initial_metadata(initial)
 
     async def send(self, message: bytes) -> None:
         """Send a message."""
-        async with self._lock:
+        async with self.idle:
             self._begun = True
             await self._context.write(message)
 
@@ -183,9 +185,10 @@ class Proxy:
         except grpc.aio.AioRpcError as error:
             raise self._refused(error) from error
         finally:
-            for task in tasks:
-                task.cancel()
             call.cancel()
+            async with replies.idle:
+                for task in tasks:
+                    task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         return _passed_on(await call.trailing_metadata())
 
