@@ -111,7 +111,7 @@ def test_metadata_passes_both_ways_with_repeated_and_binary_keys(client: Client,
     server.trailing = (("cost", "3"), ("cost", "4"), ("end-bin", BINARY[::-1]))
     call = client.channel.stream_stream(ECHO)(iter([b"x"]), metadata=sent, timeout=WAIT_SECONDS)
     assert list(call) == [b"x", b"1"]
-    arrived = server.received[-1].metadata
+    arrived = next(each for each in reversed(server.received) if each.method == ECHO).metadata
     assert [pair for pair in arrived if pair in sent] == list(sent)
     # One of each that belongs to the hop: the proxy's own, not the client's beside it.
     assert len([key for key, _ in arrived if key == "user-agent"]) == 1
@@ -191,7 +191,7 @@ def test_messages_up_to_the_limit_pass_and_larger_ones_do_not(sidecar: Sidecar, 
 def test_another_service_of_the_server_is_reached(client: Client, server: InferenceServer) -> None:
     path = "/inference.model_repository.ModelRepositoryService/RepositoryIndex"
     client.channel.unary_unary(path)(b"", timeout=WAIT_SECONDS)
-    assert server.received[-1].method == path
+    assert path in [each.method for each in server.received]
 
 
 def test_a_method_that_the_server_does_not_have_is_unimplemented(client: Client, server: InferenceServer) -> None:  # noqa: ARG001
