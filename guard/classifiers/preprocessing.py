@@ -86,6 +86,13 @@ class Preprocessing:
         normalised: Pixels = (scaled - mean) / std
         return normalised
 
+    def restore(self, normalised: Pixels) -> Pixels:
+        """The inverse of `normalise`: float32 pixels, in [0, 1] if these were."""
+        mean = np.asarray(self.mean, np.float32)[:, None, None]
+        std = np.asarray(self.std, np.float32)[:, None, None]
+        pixels: Pixels = normalised * std + mean
+        return pixels
+
     def __call__(self, image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> Pixels:
         """The tower's input for one image: float32, shape [3, size, size]; raises as `pixels` does."""
         return self.normalise(self.pixels(image, max_pixels=max_pixels))

@@ -92,9 +92,6 @@ class Watch:
         document, model = self._profile.document, self._model
         if model is None:
             raise ValueError("a second look needs a model")
-        mean, std = (
-            np.array(part, np.float32).reshape(3, 1, 1) for part in (model.preprocessing.mean, model.preprocessing.std)
-        )
         triggers = {
             record.id: FoundTrigger(record.family, record.target, self._profile.triggers[record.id])
             for record in document.triggers
@@ -102,7 +99,7 @@ class Watch:
         try:
             return SecondLook(
                 triggers,
-                embed=lambda images: model.run(((images - mean) / std).astype(np.float32)),
+                embed=lambda images: model.run(model.preprocessing.normalise(images)),
                 p_values=lambda embeddings: self._detector.judge(embeddings).p_values,
                 classes=document.model.classes.names,
                 alpha=self._detector.alpha,
@@ -122,27 +119,23 @@ class Watch:
         Returns:
             The flags, without those that the second look withdrew.
         """
-        pixels = None if images is None or self._model is None else self._pixels(images)
+        flagged = np.flatnonzero(found.flags).tolist()
+        pixels: dict[int, Floats] = {}
+        if images is not None and self._model is not None and (self._second_look or self._settings.thumbnails):
+            pixels = {row: self._model.preprocessing.restore(images[row]) for row in flagged}
         looks: dict[int, SecondLookResult] = {}
-        for row in np.flatnonzero(found.flags).tolist():
-            if self._second_look is not None and pixels is not None:
-                looks[row] = self._second_look.look(pixels[row], self._trigger(found, row) or None)
+        if self._second_look is not None:
+            for row, image in pixels.items():
+                looks[row] = self._second_look.look(image, self._trigger(found, row) or None)
                 self._metrics.second_look(looks[row].outcome)
         flags = found.flags.copy()
         flags[[row for row, look in looks.items() if look.outcome == "withdrawn"]] = False
         self._observe(found)
         if self._writer is not None:
-            for row in np.flatnonzero(found.flags).tolist():
-                self._writer.record(self._record(found, row, bool(flags[row]), request, pixels, looks.get(row)))
+            for row in flagged:
+                kept = bool(flags[row])
+                self._writer.record(self._record(found, row, kept, request, pixels.get(row), looks.get(row)))
         return flags
-
-    def _pixels(self, images: Floats) -> Floats:
-        """The images as they were before normalisation, in [0, 1]."""
-        if self._model is None:
-            raise ValueError("only a model of its own knows how images are normalised")
-        preprocessing = self._model.preprocessing
-        mean, std = (np.array(part, np.float32).reshape(3, 1, 1) for part in (preprocessing.mean, preprocessing.std))
-        return (images * std + mean).astype(np.float32)
 
     def _trigger(self, found: Judgement, row: int) -> str:
         index = int(found.scores.triggers[row])
@@ -176,14 +169,14 @@ class Watch:
         row: int,
         flagged: bool,  # noqa: FBT001 - handed through
         request: Request,
-        pixels: Floats | None,
+        image: Floats | None,
         look: SecondLookResult | None,
     ) -> Record:
         trigger, document = self._trigger(found, row), self._profile.document
         calibration = document.calibration
         small = None
-        if self._settings.thumbnails and pixels is not None:
-            array = (pixels[row].clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
+        if self._settings.thumbnails and image is not None:
+            array = (image.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
             small = thumbnail(Image.fromarray(np.ascontiguousarray(array)))
         return Record(
             request.message.id,
