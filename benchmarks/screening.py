@@ -106,7 +106,7 @@ def _measure(subject: Subject, large: Path | None) -> dict[str, Any]:
     targets = [attack.target for attack in subject.attacks]
     genuine = np.isin(judged.scores.classes, targets)
     row["genuine"] = [int(judged.flags[genuine].sum()), int(genuine.sum())]
-    each = profiles.calibrate(bare, subject.classifier, images, ALPHAS[0], per_class=True).detector()
+    each = _detector(profile, ALPHAS[0], per_class=True)
     again = each.judge(requests).flags
     row["per_class"] = {
         "genuine": [int(again[genuine].sum()), int(genuine.sum())],
@@ -134,21 +134,28 @@ def _poisoned(
     rows = generator.choice(len(images), round(share * len(images)), replace=False)
     for attack, part in zip(subject.attacks, np.array_split(rows, len(subject.attacks)), strict=True):
         poisoned[part] = attack.trigger.stamp(images[part])
-    result: dict[str, Any] = {"share": share}
+    profile = profiles.calibrate(bare, subject.classifier, poisoned, ALPHAS[0])
+    record = profile.document.calibration
+    left_out = {int(item.image) for item in record.left_out} if record else set()
+    clean_left_out = len(left_out - set(rows.tolist()))
+    result: dict[str, Any] = {
+        "share": share,
+        "left_out": [len(left_out & set(rows.tolist())), len(rows), clean_left_out],
+    }
     for alpha in ALPHAS:
-        profile = profiles.calibrate(bare, subject.classifier, poisoned, alpha, names=_names(len(images)))
-        detector, record = profile.detector(), profile.document.calibration
-        left_out = {int(item.image) for item in record.left_out} if record else set()
+        detector = _detector(profile, alpha)
         result[str(alpha)] = {
             "detected": [int(detector.judge(triggered).flags.sum()), len(triggered)],
             "alarms": [int(detector.judge(requests).flags.sum()), len(requests)],
         }
-        result["left_out"] = [len(left_out & set(rows.tolist())), len(rows), len(left_out - set(rows.tolist()))]
     return result
 
 
-def _names(count: int) -> list[str]:
-    return [str(place) for place in range(count)]
+def _detector(profile: Profile, alpha: float, *, per_class: bool = False) -> Detector:
+    """The same banks and clean scores at another false-alarm rate, on the whole or per class."""
+    if profile.reference is None:
+        raise AssertionError("calibration leaves a reference")
+    return Detector(profile.detector().screen, profile.reference.clean, alpha, per_class=per_class)
 
 
 def _splits(profile: Profile, detector: Detector, requests: Floats, alpha: float) -> dict[str, float]:
@@ -157,13 +164,11 @@ def _splits(profile: Profile, detector: Detector, requests: Floats, alpha: float
     if reference is None:
         raise AssertionError("calibration leaves a reference")
     pool = np.concatenate([reference.clean.values, detector.screen.score_samples(requests).values])
-    behind, generator, rates = len(pool) // 2, np.random.default_rng(0), []
+    behind = len(pool) // 2
     rank = int(alpha * (behind + 1) + 1e-9)
     if rank < 1:
         return {}
-    for _ in range(SPLITS):
-        order = generator.permutation(pool)
-        rates.append(float((order[behind:] > np.sort(order[:behind])[-rank]).mean()))
+    rates = _rates(pool, rank)
     law = betabinom(len(pool) - behind, rank, behind + 1 - rank)
     size = len(pool) - behind
     return {
@@ -173,6 +178,15 @@ def _splits(profile: Profile, detector: Detector, requests: Floats, alpha: float
         "expected": float(law.mean()) / size,
         "lawful": float(law.std()) / size,
     }
+
+
+def _rates(pool: Floats, rank: int) -> list[float]:
+    """False-alarm rates over random halves of clean scores: a threshold from one, the rate on the other."""
+    behind, generator, rates = len(pool) // 2, np.random.default_rng(0), []
+    for _ in range(SPLITS):
+        order = generator.permutation(pool)
+        rates.append(float((order[behind:] > np.sort(order[:behind])[-rank]).mean()))
+    return rates
 
 
 def _survives_restart(profile: Profile, detector: Detector, requests: Floats) -> bool:
@@ -226,11 +240,7 @@ def _large(
         )
         screen = Screen(banks)
         pool = np.concatenate([screen.score_samples(part).values for part in (kept, requests)])
-        behind, generator, rates = len(pool) // 2, np.random.default_rng(0), []
-        rank = int(ALPHAS[0] * (behind + 1) + 1e-9)
-        for _ in range(SPLITS):
-            order = generator.permutation(pool)
-            rates.append(float((order[behind:] > np.sort(order[:behind])[-rank]).mean()))
+        rates = _rates(pool, int(ALPHAS[0] * (len(pool) // 2 + 1) + 1e-9))
         detector = Detector(screen, screen.score_samples(kept), ALPHAS[1])
         hits = detector.judge(triggered).flags
         results.append(
