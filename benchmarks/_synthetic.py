@@ -1,0 +1,119 @@
+"""A tower with random weights, and a calibrated profile without a vetting: embeddings are drawn, not computed."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from guard import __version__, profiles
+from guard.classifiers import ClassList
+from guard.profiles import CalibrationRecord, Document, ModelRecord, Profile, Reference, TriggerRecord
+from guard.profiles.profile import SCHEMA, VettingRecord
+from guard.screening import Banks, Detector, Screen, default_k, threshold
+from guard.vetting.evidence import Control
+from guard.vetting.verdict import Verdict
+
+Floats = NDArray[np.float32]
+
+TOWER, SIDE, WIDTH = "ViT-B-32", 224, 512
+ALPHA = 0.001
+_PARITY_IMAGES = 256
+_BEHIND, _HELD_OUT = 2000, 500
+_TRIGGERS = ("patch-1", "patch-2")
+
+
+class World:
+    """Embeddings as spread out as some given ones.
+
+    Args:
+        around: Shape [N, D].
+    """
+
+    def __init__(self, around: Floats) -> None:
+        self._mean = around.mean(0)
+        self._spread = (around - self._mean) / np.sqrt(len(around))
+        self._noise = 0.05 * float(self._spread.std())
+
+    def draw(self, count: int, generator: np.random.Generator) -> Floats:
+        """Unit vectors, shape [count, D]: normal with the same mean and covariance, and a little in each direction."""
+        values = self._mean + generator.normal(size=(count, len(self._spread))) @ self._spread
+        return unit(values + self._noise * generator.normal(size=(count, len(self._mean))))
+
+
+def unit(values: NDArray[np.floating]) -> Floats:
+    """The same, L2-normalised."""
+    normalised: Floats = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    return normalised
+
+
+def write_profile(directory: Path, model: ModelRecord, world: World, rows: int, *, seed: int = 0) -> Profile:
+    """Write a profile with two triggers.
+
+    Args:
+        directory: The profile's folder.
+        model: Which model it is of.
+        world: Where clean embeddings come from. Those of a trigger are drawn halfway to a point of its own.
+        rows: In each bank.
+        seed: Of the draws.
+    """
+    generator, classes = np.random.default_rng(seed), len(model.classes.names)
+    clean = world.draw(rows, generator)
+    targets = unit(generator.normal(size=(len(_TRIGGERS), model.embedding)))
+    stamped = {name: unit(clean + target) for name, target in zip(_TRIGGERS, targets, strict=True)}
+    head = unit(world.draw(classes, generator)).T
+    banks = Banks.fit(clean, stamped, np.ascontiguousarray(head), k=default_k(rows, classes))
+    screen = Screen(banks)
+    scores = screen.score_samples(world.draw(_BEHIND, generator))
+    alarms = int(Detector(screen, scores, ALPHA).judge(world.draw(_HELD_OUT, generator)).flags.sum())
+    calibration = CalibrationRecord(
+        banks.k,
+        banks.tails,
+        banks.whitening.shrinkage,
+        threshold(scores.values, ALPHA),
+        per_class=False,
+        reference=rows,
+        held_out=_HELD_OUT,
+        false_alarms=alarms,
+        left_out=(),
+        seed=seed,
+    )
+    verdict = Verdict("backdoored", 0, 1e-4, ("patch",), 0.01, ("this profile is made up",))
+    vetting = VettingRecord(verdict, (), (), {}, (0, 0), Control("classes", None, None, 0), "cpu", 0.0, 0)
+    records = tuple(TriggerRecord(name, "patch", k, 1.0, "pixels", 1.0, 1e-4, ()) for k, name in enumerate(_TRIGGERS))
+    document = Document(SCHEMA, __version__, "2026-01-01T00:00:00Z", model, vetting, records, calibration, {})
+    pixels = (3, model.preprocessing.size, model.preprocessing.size)
+    tensors = {name: {"mask": np.ones((1, *pixels[1:]), np.float32), "pattern": np.zeros(pixels, np.float32)}
+               for name in _TRIGGERS}  # fmt: skip
+    profile = Profile(document, tensors, Reference(banks, scores))
+    profiles.write(profile, directory, report="")
+    return profile
+
+
+def export_tower(weights: Path, directory: Path, classes: ClassList, *, seed: int = 0) -> ModelRecord:
+    """Export open_clip's ViT-B-32 with random weights.
+
+    Args:
+        weights: Where the model is written before.
+        directory: What `guard serve` takes.
+        classes: Of its head.
+        seed: Of the weights.
+    """
+    import open_clip
+    import torch
+
+    from guard.classifiers import export, load, save
+
+    torch.manual_seed(seed)
+    config = {"model_cfg": open_clip.get_model_config(TOWER), "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    save(weights, open_clip.create_model(TOWER), config, classes)
+    classifier = load(str(weights), device="cpu")
+    images = np.stack([image(row) for row in range(_PARITY_IMAGES)])
+    export(classifier, directory, torch.from_numpy((images * 32 + 128).clip(0, 255).astype(np.uint8)))
+    digest = classifier.digest
+    return ModelRecord("random weights", digest.root, digest.parts, classes, classifier.preprocessing, WIDTH)
+
+
+def image(seed: int) -> Floats:
+    """A random image of large squares, normalised, shape [3, SIDE, SIDE]."""
+    coarse = np.random.default_rng(seed).normal(size=(3, 7, 7))
+    return np.kron(coarse, np.ones((SIDE // 7, SIDE // 7))).astype(np.float32)

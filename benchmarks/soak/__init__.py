@@ -1,0 +1,1 @@
+"""Hours of a sidecar in minutes: a mixture of good and bad requests, and restarts under load."""

@@ -1,0 +1,50 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks._turns import Estimate
+
+ROOT = Path(__file__).parents[3]
+TARGETS = {
+    "direct",
+    "bytes-only proxy",
+    "guard, unread",
+    "shadow",
+    "tag",
+    "block",
+    "shadow, no screening",
+    "tag, no screening",
+}
+
+
+def test_every_kind_of_proxy_is_compared_with_a_direct_call_and_a_bare_proxy(tmp_path: Path) -> None:
+    tiny = ["--requests", "10", "--seconds", "0.05", "--bank", "200"]
+    command = [sys.executable, "-m", "benchmarks.sidecar_cost", "--parts", "proxy", *tiny, "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+    found: dict[str, list[list[str]]] = {}
+    for line in (tmp_path / "sidecar-cost.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] in TARGETS:
+            found.setdefault(cells[0], []).append(cells[1:])
+    assert found.keys() == TARGETS
+    for name, rows in found.items():
+        assert len(rows) == 2, "one row for each size of request"
+        for p50, p95, added, _, rate in rows:
+            assert 0 < float(p50) <= float(p95)
+            assert float(rate) > 0
+            # A way round the proxy would add nothing.
+            assert (float(added) > 0) == (name != "direct")
+
+
+def test_an_estimate_has_an_interval_that_narrows_with_more_rounds() -> None:
+    values = np.random.default_rng(0).normal(5.0, 1.0, 1000)
+
+    few, many = (Estimate.of(lambda rows: float(values[rows].mean()), count) for count in (20, 1000))
+
+    assert many.low < 5.0 < many.high
+    assert many.value == pytest.approx(values.mean())
+    assert many.high - many.low < (few.high - few.low) / 3
