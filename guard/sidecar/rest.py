@@ -1,0 +1,66 @@
+"""Whether an inference server speaks REST at a port, told by a few GETs."""
+
+import json
+from collections.abc import Mapping
+from contextlib import closing, suppress
+from http.client import HTTPConnection, HTTPException
+from typing import Any
+
+_SECONDS = 2.0
+_MOST_BYTES = 2**16
+
+
+def fetch(host: str, port: int, path: str) -> tuple[int, bytes] | None:
+    """Status and beginning of the body of a GET over plain HTTP; None if there is none."""
+    with closing(HTTPConnection(host, port, timeout=_SECONDS)) as connection, suppress(OSError, HTTPException):
+        connection.request("GET", path, headers={"Connection": "close"})
+        response = connection.getresponse()
+        return response.status, response.read(_MOST_BYTES)
+    return None
+
+
+def speaks(host: str, port: int) -> bool:
+    """Whether an inference server answers there over REST."""
+    for path, fits in _REST.items():
+        reply = fetch(host, port, path)
+        if reply is None:
+            return False
+        status, body = reply
+        if fits(status, _parsed(body)):
+            return True
+    return False
+
+
+def _parsed(body: bytes) -> Any:  # noqa: ANN401 - any JSON
+    """A body of JSON; an empty one is an empty object, and one of anything else a text."""
+    try:
+        return json.loads(body) if body.strip() else {}
+    except (ValueError, RecursionError):
+        return ""
+
+
+def _is_server(status: int, document: Any) -> bool:  # noqa: ANN401 - as above
+    """The metadata of an Open Inference Protocol server."""
+    return status == 200 and isinstance(document, Mapping) and {"name", "version"} <= set(document)
+
+
+def _is_live(status: int, document: Any) -> bool:  # noqa: ANN401 - as above
+    """Its liveness: Triton's body is empty, MLServer's may be null, KServe's says `live`."""
+    return status == 200 and (document in ({}, None) or (isinstance(document, Mapping) and "live" in document))
+
+
+def _is_models(status: int, document: Any) -> bool:  # noqa: ANN401 - as above
+    """The list of models of KServe's first protocol; TensorFlow Serving has none, and says so in its own words."""
+    if not isinstance(document, Mapping):
+        return False
+    return (status == 200 and isinstance(document.get("models"), list)) or str(document.get("error")).startswith(
+        "Malformed request: GET /v1/models"
+    )
+
+
+def _is_ping(status: int, document: Any) -> bool:  # noqa: ANN401 - as above
+    """TorchServe's health."""
+    return status == 200 and isinstance(document, Mapping) and document.get("status") == "Healthy"
+
+
+_REST = {"/v2": _is_server, "/v2/health/live": _is_live, "/v1/models": _is_models, "/ping": _is_ping}
