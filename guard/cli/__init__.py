@@ -8,6 +8,7 @@ from guard import __version__
 from guard.cli.attack import attack
 from guard.cli.calibrate import calibrate
 from guard.cli.demo import demo
+from guard.cli.doctor import doctor
 from guard.cli.evaluate import evaluate
 from guard.cli.export import export
 from guard.cli.log import log
@@ -32,7 +33,7 @@ def cli() -> None:
     """
 
 
-for command in (vet, calibrate, export, serve, log, triggers, attack, evaluate, demo):
+for command in (vet, calibrate, export, serve, log, triggers, attack, evaluate, doctor, demo):
     cli.add_command(command)
 
 

@@ -3,10 +3,13 @@
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import click
+
+from guard.findings import Finding
 
 
 class Console:
@@ -51,3 +54,10 @@ class Console:
         if is_dataclass(document) and not isinstance(document, type):
             document = asdict(document)
         click.echo(json.dumps(document, indent=2, ensure_ascii=False) if self._as_json else text)
+
+    def findings(self, found: Sequence[Finding], verdict: Mapping[str, bool]) -> None:
+        """Print what was found, a line each; as JSON after a verdict on the whole."""
+        rows = [{"subject": each.subject, "status": each.status, "detail": each.detail} for each in found]
+        width = max([11, *(len(each.subject) for each in found)])
+        lines = [f"{each.status:7}  {each.subject:{width}}  {each.detail}" for each in found]
+        self.result({**verdict, "findings": rows}, "\n".join(lines))

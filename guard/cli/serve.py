@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 @click.option("--embedding-output", metavar="NAME", help="Upstream output that carries the embedding.")
 @click.option("--name", help="Model name in requests.  [default: classifier]")
 @click.option("--input", help="Name of the input tensor.  [default: image]")
+@click.option("--processes", type=int, help="Processes that share the port.  [default: 1]")
+@click.option("--admin", metavar="ADDRESS", help="For guard's own service.  [default: it is not served]")
 @click.option("--listen", metavar="ADDRESS", help="For inference.  [default: 127.0.0.1:8001]")
 @click.option("--socket-mode", metavar="OCTAL", help="Mode of its file, if it is a Unix socket.  [default: 600]")
 @click.option("--tls-certificate", type=options.PATH, help="Take TLS only, with this certificate chain.")
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     type=click.Choice(["exact", "compressed", "approximate"]),
     help="How banks are searched; the others save time in large banks.  [default: exact]",
 )
+@click.option("--alpha", type=float, help="False-alarm rate.  [default: that of the calibration]")
+@click.option("--checked-share", type=float, help="Share of requests that guard embeds and checks.  [default: 1]")
 @click.option("--state", type=options.PATH, help="Folder for evidence log and monitor state.  [default: none is kept]")
 @click.option("--thumbnails/--no-thumbnails", default=None, help="Keep small pictures of flagged images there.")
 @click.option("--evidence-rows", type=int, help="Most records in the evidence log.  [default: 100000]")
@@ -118,12 +122,5 @@ def _check(settings: "Settings", console: Console) -> int:
 
     findings = preflight(settings)
     code = next((finding.exit_code for finding in findings if finding.exit_code), 0)
-    lines = [f"{finding.status:7}  {finding.subject:11}  {finding.detail}" for finding in findings]
-    document = {
-        "ready": code == 0,
-        "findings": [
-            {"subject": finding.subject, "status": finding.status, "detail": finding.detail} for finding in findings
-        ],
-    }
-    console.result(document, "\n".join(lines))
+    console.findings(findings, {"ready": code == 0})
     return code

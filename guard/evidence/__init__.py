@@ -1,13 +1,19 @@
 """The log of what was flagged, for a person to review.
 
-A sidecar writes it (`EvidenceWriter`), `guard log` reads it (`EvidenceLog`). Imports without torch, jinja2 and pyarrow.
+A sidecar writes it (`EvidenceWriter`), `guard log` reads it (`EvidenceLog`). Imports without torch, jinja2 and pyarrow;
+and without SQLAlchemy, as long as nothing is written or read: a sidecar that keeps no log starts sooner.
 """
 
-from guard.evidence.exporting import export
-from guard.evidence.page import record_page
-from guard.evidence.reading import EvidenceLog
-from guard.evidence.records import EVIDENCE_FILE, EvidenceError, Filter, Record, thumbnail
-from guard.evidence.writer import Drop, EvidenceWriter
+from typing import TYPE_CHECKING
+
+from guard._lazy import lazy
+from guard.evidence.records import EVIDENCE_FILE, Drop, EvidenceError, Filter, Record, thumbnail
+
+if TYPE_CHECKING:
+    from guard.evidence.exporting import export
+    from guard.evidence.page import record_page
+    from guard.evidence.reading import EvidenceLog
+    from guard.evidence.writer import EvidenceWriter
 
 __all__ = [
     "EVIDENCE_FILE",
@@ -21,3 +27,8 @@ __all__ = [
     "record_page",
     "thumbnail",
 ]
+
+__getattr__ = lazy(
+    __name__,
+    {"EvidenceLog": "reading", "EvidenceWriter": "writer", "export": "exporting", "record_page": "page"},
+)

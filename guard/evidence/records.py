@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from itertools import islice
 from typing import Any
 
@@ -33,6 +34,22 @@ _TEXTS = tuple(name for name in COLUMNS if name not in {"id", "image", "p_value"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _AGO = re.compile(r"(\d{1,9})([smhdw])", re.ASCII)
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+class Drop(StrEnum):
+    """Why a record is lost."""
+
+    CLOSED = "closed"
+    """It came after the end."""
+    DAMAGED = "damaged"
+    """The file is damaged, or is another one now."""
+    DISK_FULL = "disk_full"
+    ERROR = "error"
+    """Anything else; the log of the process says what."""
+    LOCKED = "locked"
+    """Another program holds the file."""
+    QUEUE_FULL = "queue_full"
+    """More came than could be written."""
 
 
 class EvidenceError(GuardError):

@@ -6,7 +6,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from time import monotonic
@@ -16,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from guard.errors import UsageError
 from guard.evidence import store
-from guard.evidence.records import EvidenceError, Record
+from guard.evidence.records import Drop, EvidenceError, Record
 
 log = logging.getLogger(__name__)
 
@@ -26,22 +25,6 @@ _PRUNE_ROWS, _PRUNE_SECONDS = 256, 600.0
 """The limits are enforced after this many records, or this long, whichever comes first."""
 _FIRST_DELAY, _MAX_DELAY = 0.5, 30.0
 """Seconds before a failed transaction is tried again, doubled each time."""
-
-
-class Drop(StrEnum):
-    """Why a record is lost."""
-
-    CLOSED = "closed"
-    """It came after the end."""
-    DAMAGED = "damaged"
-    """The file is damaged, or is another one now."""
-    DISK_FULL = "disk_full"
-    ERROR = "error"
-    """Anything else; the log of the process says what."""
-    LOCKED = "locked"
-    """Another program holds the file."""
-    QUEUE_FULL = "queue_full"
-    """More came than could be written."""
 
 
 _REASONS = {

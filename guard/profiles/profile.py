@@ -215,21 +215,24 @@ class Profile:
                 "vet this model, or give the one that was vetted"
             )
 
-    def detector(self, method: Method = "exact") -> Detector:
+    def detector(self, method: Method = "exact", alpha: float | None = None) -> Detector:
         """What decides about requests.
 
         Args:
             method: How neighbours are found.
+            alpha: False-alarm rate, in (0, 1); None for that of the calibration.
 
         Raises:
             ProfileError: The profile was not calibrated.
+            UsageError: The calibration had too few images for alpha.
             MissingDependencyError: The method needs a library that is not installed.
         """
         if self.reference is None or self.document.calibration is None:
             raise ProfileError("the profile has no reference bank yet; run guard calibrate on it")
         calibration = self.document.calibration
         screen = Screen(self.reference.banks, method=method)
-        return Detector(screen, self.reference.clean, calibration.threshold.alpha, per_class=calibration.per_class)
+        rate = calibration.threshold.alpha if alpha is None else alpha
+        return Detector(screen, self.reference.clean, rate, per_class=calibration.per_class)
 
     def class_name(self, index: int) -> str:
         """Name of a class."""

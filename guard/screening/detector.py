@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.screening.conformal import Conformal, p_values
+from guard.screening.conformal import Conformal, Threshold, p_values, threshold
 from guard.screening.monitor import Stream
 from guard.screening.neighbours import Embeddings
 from guard.screening.screen import DENSITY, Scores, Screen, match
@@ -40,6 +40,9 @@ class Detector:
         alpha: False-alarm rate, in (0, 1).
         per_class: Whether the rate shall hold for each predicted class, not only on the whole.
 
+    Attributes:
+        threshold: On the whole, where classes have none of their own.
+
     Raises:
         UsageError: There are too few clean scores for alpha.
     """
@@ -47,6 +50,7 @@ class Detector:
     def __init__(self, screen: Screen, clean: Scores, alpha: float, *, per_class: bool = False) -> None:
         self.screen, self.alpha, self.per_class = screen, alpha, per_class
         self.size = len(clean.values)
+        self.threshold: Threshold = threshold(clean.values, alpha)
         self._conformal = Conformal(clean.values, alpha, clean.classes if per_class else None)
         self._parts = {name: np.sort(values) for name, values in clean.parts.items()}
         density = clean.parts[DENSITY]

@@ -1,5 +1,6 @@
 """Where a sidecar listens and what it calls: HOST:PORT, or a Unix socket as `unix:PATH`."""
 
+import ipaddress
 import os
 import socket
 from contextlib import suppress
@@ -23,6 +24,19 @@ def split_address(address: str) -> tuple[str, int]:
     if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65_535:
         raise ValueError(f"{address!r} is not HOST:PORT")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a HOST:PORT is of the loopback interface; a name other than `localhost` is taken not to be.
+
+    Raises:
+        ValueError: It is not of that form.
+    """
+    host, _ = split_address(address)
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def socket_path(address: str) -> Path | None:

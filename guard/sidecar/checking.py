@@ -3,11 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from dataclasses import dataclass
-from threading import Semaphore
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,16 +11,19 @@ from numpy.typing import NDArray
 from guard.classifiers import ExportedClassifier, Preprocessing, decode
 from guard.errors import ImageError, RequestError
 from guard.profiles import Profile
+from guard.screening import Detector
 from guard.sidecar.inference_pb2 import ModelInferRequest
-from guard.sidecar.metrics import Metrics
+from guard.sidecar.metrics import ModelMetrics
 from guard.sidecar.policy import Decision, Outcome, Reason
-from guard.sidecar.settings import Settings
+from guard.sidecar.reservoir import Reservoir
+from guard.sidecar.routes import Request
+from guard.sidecar.settings import ModelSettings
 from guard.sidecar.tensors import encoded_images, find_input, float_images
-from guard.sidecar.watch import Request, Watch
+from guard.sidecar.watch import Shared, Watch
+from guard.sidecar.workers import OverloadedError
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Floats = NDArray[np.float32]
 
 
@@ -41,35 +40,45 @@ class Inference:
     outcome: Outcome
 
 
-class OverloadedError(Exception):
-    """Every worker is busy, and as many requests wait as may."""
-
-
 class Checker:
-    """Screens requests with one profile, on a bounded pool of threads with a bounded queue.
-
-    numpy, Pillow and ONNX Runtime release the interpreter while they work, so that the event loop keeps serving.
+    """Screens the requests of one model with one profile.
 
     Args:
         profile: Calibrated.
+        detector: Of the profile.
         model: The exported classifier; None where the embeddings come from the upstream server.
-        settings: Of the sidecar.
-        metrics: Measured into.
+        settings: Of the model.
+        metrics: Of the model.
+        shared: What the models of a sidecar have in common.
+        sample: Of the model's traffic, if one is kept.
+
+    Attributes:
+        profile: As given.
+        model: As given.
+        metrics: As given.
+        watch: What follows its decisions.
     """
 
     def __init__(
-        self, profile: Profile, model: ExportedClassifier | None, settings: Settings, metrics: Metrics
+        self,
+        profile: Profile,
+        detector: Detector,
+        model: ExportedClassifier | None,
+        settings: ModelSettings,
+        metrics: ModelMetrics,
+        shared: Shared,
+        sample: Reservoir | None,
     ) -> None:
-        self._detector = profile.detector(settings.neighbours)
-        self.watch = Watch(profile, self._detector, model, settings, metrics)
-        self._model, self._settings, self._metrics = model, settings, metrics
-        self._pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="guard")
-        self._room = Semaphore(settings.workers + settings.queue)
+        self.profile, self.model, self.metrics = profile, model, metrics
+        self._detector = detector
+        self.watch = Watch(profile, detector, model, settings, metrics, shared, sample)
+        self._input, self._limits, self._workers = settings.input, shared.settings, shared.workers
+        metrics.describe(profile, detector)
 
-    def close(self) -> None:
-        """Let running work end and take no more."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self.watch.close()
+    @property
+    def alpha(self) -> float:
+        """p-value up to which an image is flagged."""
+        return self._detector.alpha
 
     async def infer(self, request: Request) -> Inference:
         """Classify and screen in one pass (embedded mode).
@@ -78,7 +87,7 @@ class Checker:
             RequestError: The request cannot be served, whatever the failure policy.
             OverloadedError: There is no worker for it.
         """
-        return await self._run(lambda: self._infer(request))
+        return await self._workers.run(lambda: self._infer(request))
 
     async def check_request(self, request: Request) -> Outcome:
         """Embed and screen the input of a request that goes to an upstream server."""
@@ -88,37 +97,13 @@ class Checker:
         """Screen embeddings that the upstream server computed."""
         return await self._bounded(lambda: self._score(embeddings, request, None))
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        """Run on the pool.
-
-        What nobody waits for any more is skipped when its turn comes, and has its place in the queue until then.
-        """
-        if not self._room.acquire(blocking=False):
-            raise OverloadedError
-        wanted = True
-
-        def run() -> T:
-            try:
-                if not wanted:
-                    raise TimeoutError
-                return work()
-            finally:
-                self._room.release()
-
-        try:
-            # The context tells the log which request this is.
-            running = asyncio.get_running_loop().run_in_executor(self._pool, copy_context().run, run)
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            wanted = False
-            raise
-
     async def _bounded(self, work: Callable[[], Outcome]) -> Outcome:
         """Run within the time limit; whatever goes wrong becomes `unchecked` with its reason, never `pass`."""
-        if not self._settings.screening:
+        if not self._limits.screening:
             return Outcome.unchecked(Reason.DISABLED)
         try:
-            return await asyncio.wait_for(self._run(work), self._settings.timeout)
+            async with asyncio.timeout(self._limits.timeout):
+                return await self._workers.run(work)
         except TimeoutError:
             return Outcome.unchecked(Reason.TIMEOUT)
         except OverloadedError:
@@ -130,13 +115,13 @@ class Checker:
             return Outcome.unchecked(Reason.ERROR)
 
     def _infer(self, request: Request) -> Inference:
-        if self._model is None:
+        if self.model is None:
             raise RuntimeError("this sidecar has no model of its own")
-        with self._metrics.stage("decode"):
-            images = self._images(request.message, self._model)
-        with self._metrics.stage("inference"):
-            embeddings, logits = self._model.run(images)
-        if not self._settings.screening:
+        with self.metrics.stage("decode"):
+            images = self._images(request.message, self.model)
+        with self.metrics.stage("inference"):
+            embeddings, logits = self.model.run(images)
+        if not self._limits.screening:
             return Inference(logits, Outcome.unchecked(Reason.DISABLED))
         try:
             return Inference(logits, self._score(embeddings, request, images))
@@ -148,8 +133,8 @@ class Checker:
             return Inference(logits, Outcome.unchecked(Reason.ERROR))
 
     def _images(self, request: ModelInferRequest, model: ExportedClassifier) -> Floats:
-        tensor, raw = find_input(request, self._settings.input)
-        preprocessing, limit = model.preprocessing, self._settings.max_batch
+        tensor, raw = find_input(request, self._input)
+        preprocessing, limit = model.preprocessing, self._limits.max_batch
         if tensor.datatype != "BYTES":
             return float_images(tensor, raw, (3, preprocessing.size, preprocessing.size), limit)
         try:
@@ -158,11 +143,11 @@ class Checker:
             raise RequestError(f"input {tensor.name!r}: {error}") from error
 
     def _decode(self, file: bytes, preprocessing: Preprocessing) -> Floats:
-        limit = self._settings.max_pixels
+        limit = self._limits.max_pixels
         return preprocessing(decode(file, max_pixels=limit), max_pixels=limit)
 
     def _score(self, embeddings: Floats, request: Request, images: Floats | None) -> Outcome:
-        with self._metrics.stage("screening"):
+        with self.metrics.stage("screening"):
             found = self._detector.judge(embeddings)
         names = self._detector.screen.triggers
         flags = self.watch.follow(found, request, images)

@@ -5,10 +5,8 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 
 from guard import __version__
-from guard.classifiers import ExportedClassifier
 from guard.errors import RequestError
 from guard.sidecar.annotations import annotate
-from guard.sidecar.checking import Checker, OverloadedError
 from guard.sidecar.inference_pb2 import (
     ModelInferRequest,
     ModelInferResponse,
@@ -23,32 +21,29 @@ from guard.sidecar.inference_pb2 import (
     ServerReadyRequest,
     ServerReadyResponse,
 )
-from guard.sidecar.metrics import Metrics
-from guard.sidecar.policy import Mode, Outcome, Reason
+from guard.sidecar.models import Served
+from guard.sidecar.policy import MAX_MESSAGE, Mode, Outcome, Reason
+from guard.sidecar.routes import Request
 from guard.sidecar.service import Context, InferenceService, Metadata, Method, RefusedError
-from guard.sidecar.settings import Settings
 from guard.sidecar.tensors import add_output, uses_shared_memory
-from guard.sidecar.watch import Request
+from guard.sidecar.workers import OverloadedError
 
-VERSION = "1"
 LOGITS, LABEL = "logits", "label"
 
 
 class EmbeddedService(InferenceService):
-    """Serves an exported classifier.
+    """Serves exported classifiers.
 
     Inputs: one tensor, FP32 [N, 3, H, W] (preprocessed) or BYTES [N] (JPEG, PNG or WebP files). Outputs: `logits`
     FP32 [N, C] and `label` BYTES [N]. The embedding is not an output: it would help an attacker to stay near the bank.
     """
 
-    def __init__(self, settings: Settings, checker: Checker, metrics: Metrics, model: ExportedClassifier) -> None:
-        super().__init__(settings, checker, metrics)
-        self._model = model
-        self._labels = [name.encode() for name in model.classes.names]
-
     async def ready(self) -> bool:
-        """Always: the model was loaded before the port was opened."""
+        """Always: the models were loaded before the port was opened."""
         return True
+
+    async def close(self) -> None:
+        """Nothing runs on the side."""
 
     def methods(self) -> dict[str, Method]:
         """The five that answer from memory."""
@@ -64,7 +59,10 @@ class EmbeddedService(InferenceService):
         """Classify and screen."""
         del data, context
         message = request.message
-        self._check_name(message.model_name, message.model_version)
+        served = self._find(message.model_name, message.model_version)
+        checker = request.route.checker
+        if checker is None or checker.model is None:
+            raise ValueError("a model that is found has a checker, and here a model")
         if uses_shared_memory(message):
             raise RefusedError(
                 grpc.StatusCode.INVALID_ARGUMENT,
@@ -73,20 +71,21 @@ class EmbeddedService(InferenceService):
             )
         wanted = self._wanted(message)
         try:
-            result = await self.checker.infer(request)
+            result = await checker.infer(request)
         except OverloadedError as error:
             # One pass would have given answer and decision: there is nothing to serve, whatever the policy.
             raise RefusedError(
                 grpc.StatusCode.UNAVAILABLE, "guard: too many requests wait to be answered", reason=Reason.OVERLOADED
             ) from error
-        response = ModelInferResponse(model_name=message.model_name, model_version=VERSION, id=message.id)
+        response = ModelInferResponse(model_name=message.model_name, model_version=served.version, id=message.id)
         raw = bool(message.raw_input_contents)
         if LOGITS in wanted:
             add_output(response, LOGITS, result.logits, raw=raw)
         if LABEL in wanted:
-            add_output(response, LABEL, [self._labels[i] for i in np.argmax(result.logits, axis=1)], raw=raw)
-        if self.settings.mode is not Mode.SHADOW:
-            annotate(response, result.outcome, self.settings.mode)
+            names = checker.model.classes.names
+            add_output(response, LABEL, [names[i].encode() for i in np.argmax(result.logits, axis=1)], raw=raw)
+        if served.settings.mode is not Mode.SHADOW:
+            annotate(response, result.outcome, served.settings.mode)
         return response.SerializeToString(), result.outcome, ()
 
     @staticmethod
@@ -99,11 +98,12 @@ class EmbeddedService(InferenceService):
                 raise RequestError(f"output {output.name!r}: classification is not supported")
         return {output.name for output in request.outputs} or {LOGITS, LABEL}
 
-    def _check_name(self, name: str, version: str) -> None:
-        if name != self.settings.name or version not in {"", VERSION}:
-            served = f"{self.settings.name!r} (version {VERSION})"
-            message = f"guard: there is no model {name[:128]!r} here; {served} is served"
-            raise RefusedError(grpc.StatusCode.NOT_FOUND, message, reason=Reason.MODEL_UNKNOWN)
+    def _find(self, name: str, version: str) -> Served:
+        if (served := self.models.find(name, version)) is not None:
+            return served
+        names = ", ".join(f"{served.settings.name!r} (version {served.version})" for served in self.models.served[:8])
+        message = f"guard: there is no model {name[:128]!r} of version {version[:128]!r} here; {names} is served"
+        raise RefusedError(grpc.StatusCode.NOT_FOUND, message[:MAX_MESSAGE], reason=Reason.MODEL_UNKNOWN)
 
     async def _server_live(self, data: bytes, _: Context) -> bytes:
         _parse(ServerLiveRequest(), data)
@@ -116,7 +116,7 @@ class EmbeddedService(InferenceService):
     async def _model_ready(self, data: bytes, _: Context) -> bytes:
         request = ModelReadyRequest()
         _parse(request, data)
-        self._check_name(request.name, request.version)
+        self._find(request.name, request.version)
         return ModelReadyResponse(ready=True).SerializeToString()
 
     async def _server_metadata(self, data: bytes, _: Context) -> bytes:
@@ -126,18 +126,21 @@ class EmbeddedService(InferenceService):
     async def _model_metadata(self, data: bytes, _: Context) -> bytes:
         request = ModelMetadataRequest()
         _parse(request, data)
-        self._check_name(request.name, request.version)
-        tensor, size = ModelMetadataResponse.TensorMetadata, self._model.preprocessing.size
+        served = self._find(request.name, request.version)
+        settings, model = served.settings, served.checker.model
+        if model is None:
+            raise ValueError("a model that guard serves itself is loaded")
+        tensor, size = ModelMetadataResponse.TensorMetadata, model.preprocessing.size
         return ModelMetadataResponse(
-            name=self.settings.name,
-            versions=[VERSION],
+            name=settings.name,
+            versions=[each.version for each in self.models.served if each.settings.name == settings.name],
             platform="onnxruntime_onnx",
-            inputs=[tensor(name=self.settings.input, datatype="FP32", shape=[-1, 3, size, size])],
+            inputs=[tensor(name=settings.input, datatype="FP32", shape=[-1, 3, size, size])],
             outputs=[
-                tensor(name=LOGITS, datatype="FP32", shape=[-1, len(self._labels)]),
+                tensor(name=LOGITS, datatype="FP32", shape=[-1, len(model.classes.names)]),
                 tensor(name=LABEL, datatype="BYTES", shape=[-1]),
             ],
-            properties={"guard_input_files": f"{self.settings.input} may also be BYTES [-1]: JPEG, PNG or WebP files"},
+            properties={"guard_input_files": f"{settings.input} may also be BYTES [-1]: JPEG, PNG or WebP files"},
         ).SerializeToString()
 
 

@@ -2,30 +2,38 @@
 
 import asyncio
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
-from socketserver import ThreadingMixIn
+from pathlib import Path
+from socketserver import TCPServer, ThreadingMixIn
+from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from typing import TYPE_CHECKING, Any, Protocol, Self
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from grpc_health.v1 import health, health_pb2
 from prometheus_client import make_wsgi_app
+from prometheus_client.registry import Collector
 
 from guard.errors import UsageError
-from guard.sidecar.addresses import split_address
+from guard.sidecar.addresses import socket_path, split_address
+from guard.sidecar.exposition import FAMILIES, encoded
 from guard.sidecar.metrics import Metrics
 from guard.sidecar.service import SERVICE
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-_LOOP_SECONDS = 5.0
+LOOP_SECONDS = 5.0
 """After which an event loop that does not answer counts as dead."""
 _CLIENT_SECONDS = 10
 """That a client of the HTTP port may take for its request."""
+_CHUNK, _LONGEST_ANSWER = 2**16, 2**24
+"""Bytes of another process's answer: that are read at once, and in all."""
+_STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
 _States = health_pb2.HealthCheckResponse
 
 
@@ -64,29 +72,52 @@ class Health:
         await self.servicer.enter_graceful_shutdown()
 
 
+class Exposed(Protocol):
+    """What has metrics."""
+
+    @property
+    def registry(self) -> Collector:
+        """Shown at `/metrics`."""
+
+
+class Readiness(Protocol):
+    """What knows whether inference requests are served."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why they are not; None if they are."""
+
+
 class ProbeServer:
     """The HTTP port: `/metrics`, `/healthz` (the process lives) and `/readyz` (requests are served).
 
     It has threads of its own, so that neither waits for the other: a slow scrape for requests, or requests for it.
 
     Args:
-        address: HOST:PORT; port 0 lets the system choose.
+        address: HOST:PORT, where port 0 lets the system choose; or unix:PATH, whose folder decides who may ask.
         metrics: Shown at `/metrics`.
         health: Shown at `/readyz`.
         alive: Whether the process lives.
 
+    Attributes:
+        address: With the port that it has.
+
     Raises:
-        UsageError: The port is taken or the address not of this machine.
+        UsageError: The port is taken, or the address not of this machine; or the socket cannot be made.
     """
 
-    def __init__(self, address: str, metrics: Metrics, health: Health, alive: Callable[[], bool]) -> None:
-        host, port = split_address(address)
+    def __init__(self, address: str, metrics: Exposed, health: Readiness, alive: Callable[[], bool]) -> None:
+        self._socket = socket_path(address)
         try:
-            self._server = make_server(host, port, _application(metrics, health, alive), _server(host), _Handler)
+            self._server = _listen(address)
         except OSError as error:
-            raise UsageError(f"cannot serve metrics on {address}: {error.strerror}") from error
-        shown = f"[{host}]" if ":" in host else host
-        self.address = f"{shown}:{self._server.server_port}"
+            raise UsageError(f"cannot serve metrics on {address}: {error.strerror or error}") from error
+        self._server.set_app(_application(metrics.registry, health, alive))
+        self.address = address
+        if self._socket is None:
+            host, _ = split_address(address)
+            shown = f"[{host}]" if ":" in host else host
+            self.address = f"{shown}:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
         self._thread.start()
 
@@ -99,9 +130,47 @@ class ProbeServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        if self._socket is not None:
+            self._socket.unlink(missing_ok=True)
 
 
-def loop_answers(loop: asyncio.AbstractEventLoop, seconds: float = _LOOP_SECONDS) -> bool:
+def probe(path: Path, target: str, *, seconds: float, accept: str = "*/*") -> tuple[int, bytes]:
+    """Ask the `ProbeServer` of another process that listens at a Unix socket.
+
+    Args:
+        path: Its socket.
+        target: `/metrics`, `/healthz` or `/readyz`.
+        seconds: That the whole answer may take.
+        accept: Form that is asked for.
+
+    Returns:
+        The status and the body.
+
+    Raises:
+        OSError: Nobody answers, or not in time; TimeoutError is one.
+        ValueError: The answer is none of HTTP, or is longer than 16 MiB.
+    """
+    deadline, answer = monotonic() + seconds, bytearray()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(seconds)
+        connection.connect(str(path))
+        # HTTP 1.0: the end of the connection is the end of the answer.
+        connection.sendall(f"GET {target} HTTP/1.0\r\nAccept: {accept}\r\n\r\n".encode())
+        while part := connection.recv(_CHUNK):
+            answer += part
+            if len(answer) > _LONGEST_ANSWER:
+                raise ValueError(f"the answer of {path} is longer than {_LONGEST_ANSWER} bytes")
+            if (left := deadline - monotonic()) <= 0:
+                raise TimeoutError(f"{path} did not answer within {seconds:g} s")
+            connection.settimeout(left)
+    head, _, body = bytes(answer).partition(b"\r\n\r\n")
+    found = _STATUS.match(head)
+    if found is None:
+        raise ValueError(f"the answer of {path} is none of HTTP")
+    return int(found[1]), body
+
+
+def loop_answers(loop: asyncio.AbstractEventLoop, seconds: float = LOOP_SECONDS) -> bool:
     """Whether an event loop, asked from another thread, runs what it is given."""
     answered = threading.Event()
     try:
@@ -111,21 +180,23 @@ def loop_answers(loop: asyncio.AbstractEventLoop, seconds: float = _LOOP_SECONDS
     return answered.wait(seconds)
 
 
-def _application(metrics: Metrics, health: Health, alive: Callable[[], bool]) -> "WSGIApplication":
-    exposition = make_wsgi_app(metrics.registry)
+def _application(registry: Collector, health: Readiness, alive: Callable[[], bool]) -> "WSGIApplication":
+    exposition = make_wsgi_app(registry)
 
     def answer(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         path = environ.get("PATH_INFO")
         if environ["REQUEST_METHOD"] != "GET":
             status, body = HTTPStatus.METHOD_NOT_ALLOWED, {"error": "only GET is answered"}
+        elif path == "/metrics" and environ.get("HTTP_ACCEPT") == FAMILIES:
+            start_response("200 OK", [("Content-Type", FAMILIES)])
+            return [encoded(registry)]
         elif path == "/metrics":
             shown: Iterable[bytes] = exposition(environ, start_response)
             return shown
         elif path == "/healthz":
-            lives = alive()
-            status, body = _status(lives), _state("alive", None if lives else "the event loop does not answer")
+            status, body = _state("alive", None if alive() else "the event loop does not answer")
         elif path == "/readyz":
-            status, body = _status(health.reason is None), _state("ready", health.reason)
+            status, body = _state("ready", health.reason)
         else:
             status, body = HTTPStatus.NOT_FOUND, {"error": "there are /metrics, /healthz and /readyz"}
         start_response(f"{status.value} {status.phrase}", [("Content-Type", "application/json")])
@@ -134,20 +205,10 @@ def _application(metrics: Metrics, health: Health, alive: Callable[[], bool]) ->
     return answer
 
 
-def _status(good: bool) -> HTTPStatus:  # noqa: FBT001 - a private helper of one argument
-    return HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE
-
-
-def _state(name: str, reason: str | None) -> dict[str, Any]:
-    return {name: reason is None} | ({} if reason is None else {"reason": reason})
-
-
-def _server(host: str) -> type[WSGIServer]:
-    class Server(ThreadingMixIn, WSGIServer):
-        daemon_threads = True
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-
-    return Server
+def _state(name: str, reason: str | None) -> tuple[HTTPStatus, dict[str, Any]]:
+    if reason is None:
+        return HTTPStatus.OK, {name: True}
+    return HTTPStatus.SERVICE_UNAVAILABLE, {name: False, "reason": reason}
 
 
 class _Handler(WSGIRequestHandler):
@@ -155,3 +216,34 @@ class _Handler(WSGIRequestHandler):
 
     def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 - the base class's name
         """Not a line for each probe."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _UnixServer(_Server):
+    address_family = socket.AF_UNIX
+
+    def server_bind(self) -> None:
+        """Without the host name and the port that the base class takes from an address."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = "localhost", 0
+        self.setup_environ()
+
+    def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
+        """With an address of the client, which the handler shows."""
+        connection, _ = super().get_request()
+        return connection, ("", 0)
+
+
+def _listen(address: str) -> WSGIServer:
+    path = socket_path(address)
+    if path is not None:
+        return _UnixServer(str(path), _Handler)  # type: ignore[arg-type] # the base class is of host and port
+    host, port = split_address(address)
+    return (_Server6 if ":" in host else _Server)((host, port), _Handler)

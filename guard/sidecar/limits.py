@@ -1,8 +1,9 @@
 """Back-pressure: more requests than a sidecar can work on are refused at once, not queued."""
 
+import asyncio
 import inspect
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 import grpc
@@ -11,6 +12,8 @@ from guard.sidecar.metrics import Metrics
 
 SPARE = 64
 """Calls that the server takes beyond the limit, so that probes are answered, and refusals counted, when it is full."""
+_QUIET_SECONDS, _MOST_QUIET_SECONDS = 0.2, 2.0
+"""Without a call, after which none is on its way; and that this is waited for at most."""
 Method = Callable[[Any, grpc.aio.ServicerContext], Any]
 
 
@@ -29,6 +32,24 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
     def __init__(self, handlers: grpc.GenericRpcHandler, most: int, metrics: Metrics) -> None:
         self._handlers, self._most, self._metrics = handlers, most, metrics
         self._running = 0
+        self._holding, self._released = False, asyncio.Event()
+        self._came = asyncio.Event()
+
+    async def hold(self) -> None:
+        """Take no more calls: they wait until `release`; those that run go on. Returns when no more seem to come."""
+        self._holding = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_MOST_QUIET_SECONDS):
+                while True:
+                    self._came.clear()
+                    try:
+                        await asyncio.wait_for(self._came.wait(), _QUIET_SECONDS)
+                    except TimeoutError:
+                        return
+
+    def release(self) -> None:
+        """Let those that wait end, with UNAVAILABLE."""
+        self._released.set()
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         """The handler of a call, counted."""
@@ -59,6 +80,11 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     @asynccontextmanager
     async def _slot(self, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+        if self._holding:
+            self._came.set()
+            await self._released.wait()
+            self._metrics.refused(grpc.StatusCode.UNAVAILABLE.name)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "guard: this sidecar is shutting down; try another one")
         if self._running >= self._most:
             self._metrics.refused(grpc.StatusCode.RESOURCE_EXHAUSTED.name)
             message = f"guard: {self._most} requests are being answered, and no more are taken; try again later"

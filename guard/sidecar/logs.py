@@ -39,21 +39,31 @@ def origin() -> Origin:
     return _origin.get()
 
 
-def configure(form: Literal["json", "text"] | None) -> None:
+def configure(form: Literal["json", "text"] | None, process: int | None = None) -> None:
     """Send the log of the process to standard error.
 
     Args:
         form: None for text on a terminal and JSON elsewhere.
+        process: Which of several processes on one port this is; None if it is the only one.
     """
     handler = logging.StreamHandler()
     as_text = sys.stderr.isatty() if form is None else form == "text"
-    handler.setFormatter(TextFormatter() if as_text else JsonFormatter())
+    handler.setFormatter((TextFormatter if as_text else JsonFormatter)(process))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line: `time`, `level`, `logger`, `message`; `request_id`, `trace_id`, `exception` if any."""
+class _Formatter(logging.Formatter):
+    def __init__(self, process: int | None = None) -> None:
+        super().__init__()
+        self._process = process
+
+
+class JsonFormatter(_Formatter):
+    """One JSON object a line: `time`, `level`, `logger`, `message`; the rest if there is any.
+
+    That is `process` (of several), `request_id`, `trace_id`, `exception`.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
@@ -63,6 +73,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            "process": "" if self._process is None else str(self._process),
             "request_id": known.request_id,
             "trace_id": known.trace_id,
             "exception": self.formatException(record.exc_info) if record.exc_info else "",
@@ -70,7 +81,7 @@ class JsonFormatter(logging.Formatter):
         return json.dumps({key: value for key, value in line.items() if value}, ensure_ascii=False)
 
 
-class TextFormatter(logging.Formatter):
+class TextFormatter(_Formatter):
     """The same for a person to read; a traceback takes lines of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -78,8 +89,12 @@ class TextFormatter(logging.Formatter):
         known = origin()
         ids = [
             f"{name}={value!r}"
-            for name, value in (("request_id", known.request_id), ("trace_id", known.trace_id))
-            if value
+            for name, value in (
+                ("process", self._process),
+                ("request_id", known.request_id or None),
+                ("trace_id", known.trace_id or None),
+            )
+            if value is not None
         ]
         text = f"{_time(record)} {record.levelname} {record.name}: {record.getMessage()}"
         text += f" [{' '.join(ids)}]" if ids else ""

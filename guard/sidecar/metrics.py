@@ -11,133 +11,165 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from guard import __version__
 from guard.evidence import Drop
 from guard.profiles import Profile
-from guard.screening import Alarm
+from guard.screening import Alarm, Detector
 from guard.sidecar import logs
 from guard.sidecar.policy import Decision, FailurePolicy, Mode, Outcome, Reason
+from guard.sidecar.settings import ModelSettings
 
 STAGES = ("decode", "inference", "screening")
+UNKNOWN = "(unknown)"
+"""Stands for every model that guard has no profile of."""
+_MODEL = ("model", "version")
 _P_VALUES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
+_SCORES = (-2.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 16.0, 24.0, 32.0)
+"""Scores of all models are tails of an exponential law, in the same units."""
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
 class Metrics:
-    """The metrics of one sidecar, in a registry of their own.
+    """The metrics of one sidecar, in a registry of their own; those of a model are written through `of`.
 
-    Args:
-        model: Name under which the model is served.
-        mode: In force.
-        on_failure: In force.
-        profile: Of the served model.
+    Attributes:
+        registry: What is exposed.
+        active: Requests in progress.
+        ready: 1 if inference requests can be served.
+        evidence_trouble: 1 while the evidence log cannot be written.
     """
 
-    def __init__(self, model: str, mode: Mode, on_failure: FailurePolicy, profile: Profile) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._model = model
-        self._requests = Counter(
-            "guard_requests", "Inference requests by decision.", ["model", "decision", "mode"], registry=self.registry
+        Info("guard_build", "Version of guard.", registry=self.registry).info({"version": __version__})
+        self.active = self._gauge("guard_active_requests", "Requests in progress.")
+        self.ready = self._gauge("guard_ready", "1 if inference requests can be served.")
+        self.evidence_trouble = self._gauge("guard_evidence_trouble", "1 while the evidence log cannot be written.")
+        self._refused = self._counter("guard_refused", "Requests refused, by gRPC code.", "code")
+        self._tls_failures = self._counter("guard_tls_reload_failures", "Changed TLS files that were not taken.")
+        self._evidence_dropped = self._counter(
+            "guard_evidence_dropped", "Records that the evidence log lost, by reason.", "reason"
         )
-        self._mode = mode
-        self._images = Counter("guard_images", "Images by decision.", ["model", "decision"], registry=self.registry)
-        self._unchecked = Counter(
-            "guard_unchecked", "Requests that could not be checked.", ["model", "reason"], registry=self.registry
+        self.requests = self._counter("guard_requests", "Inference requests by decision.", *_MODEL, "decision", "mode")
+        self.images = self._counter("guard_images", "Images by decision.", *_MODEL, "decision")
+        self.unchecked = self._counter("guard_unchecked", "Requests that could not be checked.", *_MODEL, "reason")
+        self.flagged = self._counter("guard_flagged_trigger", "Flagged images by matched trigger.", *_MODEL, "trigger")
+        self.second_looks = self._counter("guard_second_looks", "Second looks at flagged images.", *_MODEL, "outcome")
+        self.alarms = self._counter("guard_alarms", "Alarms that the stream monitor raised.", *_MODEL, "kind")
+        self.alarm = self._gauge(
+            "guard_alarm", "1 while the stream monitor's alarm is up, by kind and stream.", *_MODEL, "kind", "stream"
         )
-        self._refused = Counter(
-            "guard_refused", "Requests refused, by gRPC code.", ["model", "code"], registry=self.registry
+        self.request_seconds = self._histogram(
+            "guard_request_duration_seconds", "Time from request to reply.", _SECONDS, *_MODEL
         )
-        self._flagged = Counter(
-            "guard_flagged_trigger", "Flagged images by matched trigger.", ["model", "trigger"], registry=self.registry
+        self.stage_seconds = self._histogram(
+            "guard_check_duration_seconds", "Time in each stage of a request.", _SECONDS, *_MODEL, "stage"
         )
-        self._duration = Histogram(
-            "guard_check_duration_seconds",
-            "Time in each stage of a request.",
-            ["model", "stage"],
-            buckets=_SECONDS,
-            registry=self.registry,
+        self.scores = self._histogram(
+            "guard_score", "Score of each image; larger is more suspicious.", _SCORES, *_MODEL
         )
-        self._requests_seconds = Histogram(
-            "guard_request_duration_seconds",
-            "Time from request to reply.",
-            ["model"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self._tls_failures = Counter(
-            "guard_tls_reload_failures", "Changed TLS files that were not taken.", registry=self.registry
-        )
-        self.active = Gauge("guard_active_requests", "Requests in progress.", registry=self.registry)
-        self.ready = Gauge("guard_ready", "1 if inference requests can be served.", registry=self.registry)
-        self._scores = Histogram(
-            "guard_score",
-            "Score of each image; larger is more suspicious. A bucket ends at the threshold.",
-            ["model"],
-            buckets=_score_buckets(profile),
-            registry=self.registry,
-        )
-        self._p_values = Histogram(
+        self.p_values = self._histogram(
             "guard_p_value",
             "p-value of each image. Clean traffic fills the buckets in proportion to their width.",
-            ["model"],
-            buckets=_P_VALUES,
-            registry=self.registry,
+            _P_VALUES,
+            *_MODEL,
         )
-        self._alarm = Gauge(
-            "guard_alarm",
-            "1 while the stream monitor's alarm is up, by kind and stream.",
-            ["model", "kind", "stream"],
-            registry=self.registry,
+        self.model = Info("guard_model", "A served model and its verdict.", _MODEL, registry=self.registry)
+        self.alpha = self._gauge("guard_alpha_ratio", "p-value up to which an image is flagged.", *_MODEL)
+        self.threshold = self._gauge("guard_threshold", "Score above which an image is flagged.", *_MODEL)
+        self.reference = self._gauge("guard_reference_size", "Embeddings in the reference bank.", *_MODEL)
+        self.reloads = self._counter("guard_profile_reloads", "Changed profiles that were taken.", *_MODEL)
+        self.reload_failures = self._counter(
+            "guard_profile_reload_failures", "Changed profiles that were not taken.", *_MODEL
         )
-        self._alarms = Counter(
-            "guard_alarms", "Alarms that the stream monitor raised.", ["model", "kind"], registry=self.registry
+        self.stale = self._gauge(
+            "guard_profile_stale", "1 while the profile on disk is not the one in use, because it is broken.", *_MODEL
         )
-        self._second_looks = Counter(
-            "guard_second_looks", "Second looks at flagged images.", ["model", "outcome"], registry=self.registry
-        )
-        self._evidence_dropped = Counter(
-            "guard_evidence_dropped",
-            "Records that the evidence log lost, by reason.",
-            ["reason"],
-            registry=self.registry,
-        )
-        self.evidence_trouble = Gauge(
-            "guard_evidence_trouble", "1 while the evidence log cannot be written.", registry=self.registry
-        )
-        self._up: set[tuple[str, str]] = set()
-        self._describe(profile, on_failure)
-        # Created now, so that "none so far" reads 0 and not "no data".
-        for decision in Decision:
-            self._requests.labels(model, decision, mode)
-            self._images.labels(model, decision)
-        for reason in Reason:
-            self._unchecked.labels(model, reason)
-        self._refused.labels(model, "RESOURCE_EXHAUSTED")
-        for kind in ("attack", "drift"):
-            self._alarms.labels(model, kind)
+        # Created now, here and below, so that "none so far" reads 0 and not "no data".
+        self._refused.labels("RESOURCE_EXHAUSTED")
         for drop in Drop:
             self._evidence_dropped.labels(drop)
-        for stage in STAGES:
-            self._duration.labels(model, stage)
-        for trigger in profile.document.triggers:
-            self._flagged.labels(model, trigger.id)
 
-    def _describe(self, profile: Profile, on_failure: FailurePolicy) -> None:
-        document, calibration = profile.document, profile.document.calibration
-        Info("guard_build", "Version of guard.", registry=self.registry).info({"version": __version__})
-        Info("guard_model", "The served model and its verdict.", registry=self.registry).info(
+    def of(self, settings: ModelSettings) -> "ModelMetrics":
+        """The metrics of a model that has a profile."""
+        return ModelMetrics(self, settings.name, settings.version or "", settings.mode, settings.on_failure)
+
+    def of_unknown(self, settings: ModelSettings) -> "ModelMetrics":
+        """The metrics of all models that have none."""
+        return ModelMetrics(self, UNKNOWN, "", settings.mode, settings.on_failure)
+
+    def refused(self, code: str) -> None:
+        """Count a refused request; the codes are gRPC's seventeen."""
+        self._refused.labels(code).inc()
+
+    def evidence_dropped(self, reason: Drop, number: int) -> None:
+        """Count records that are lost."""
+        self._evidence_dropped.labels(reason).inc(number)
+
+    def tls_reload_failed(self) -> None:
+        """Count changed TLS files that were not taken."""
+        self._tls_failures.inc()
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+
+class ModelMetrics:
+    """What is counted for one model. Series are looked up once, since a look-up costs more than counting.
+
+    Args:
+        all_: Of the sidecar.
+        name: Label `model`.
+        version: Label `version`; "" where the configuration names none.
+        mode: In force.
+        on_failure: In force.
+    """
+
+    def __init__(self, all_: Metrics, name: str, version: str, mode: Mode, on_failure: FailurePolicy) -> None:
+        self._all, self._name = all_, (name, version)
+        self._mode, self._on_failure = mode, on_failure
+        self._requests = {decision: all_.requests.labels(*self._name, decision, mode) for decision in Decision}
+        self._images = {decision: all_.images.labels(*self._name, decision) for decision in Decision}
+        self._unchecked = {reason: all_.unchecked.labels(*self._name, reason) for reason in Reason}
+        self._stages = {stage: all_.stage_seconds.labels(*self._name, stage) for stage in STAGES}
+        self._seconds = all_.request_seconds.labels(*self._name)
+        self._triggers: dict[str, Counter] = {}
+        self._up: set[tuple[str, str]] = set()
+        if name == UNKNOWN:
+            return
+        self._scores = all_.scores.labels(*self._name)
+        self._p_values = all_.p_values.labels(*self._name)
+        self._alarms = {kind: all_.alarms.labels(*self._name, kind) for kind in ("attack", "drift")}
+        self._reloads, self._failures = all_.reloads.labels(*self._name), all_.reload_failures.labels(*self._name)
+        self._stale = all_.stale.labels(*self._name)
+
+    def describe(self, profile: Profile, detector: Detector) -> None:
+        """Say what the model is screened with, at the start and after its profile was reloaded."""
+        document = profile.document
+        self._all.model.labels(*self._name).info(
             {
-                "model": self._model,
                 "digest": document.model.digest,
                 "verdict": document.vetting.verdict.outcome,
                 "mode": self._mode,
-                "failure_policy": on_failure,
+                "failure_policy": self._on_failure,
             }
         )
-        if calibration is not None:
-            for name, text, value in (
-                ("guard_alpha_ratio", "False-alarm rate that the threshold was set for.", calibration.threshold.alpha),
-                ("guard_threshold", "Score above which an image is flagged.", calibration.threshold.value),
-                ("guard_reference_size", "Embeddings in the reference bank.", calibration.reference),
-            ):
-                Gauge(name, text, ["model"], registry=self.registry).labels(self._model).set(value)
+        self._all.alpha.labels(*self._name).set(detector.alpha)
+        self._all.threshold.labels(*self._name).set(detector.threshold.value)
+        if document.calibration is not None:
+            self._all.reference.labels(*self._name).set(document.calibration.reference)
+        found = {trigger.id for trigger in document.triggers}
+        for gone in self._triggers.keys() - found:
+            self._all.flagged.remove(*self._name, gone)
+        self._triggers = {trigger: self._all.flagged.labels(*self._name, trigger) for trigger in found}
+
+    def reloaded(self, *, taken: bool) -> None:
+        """Count a changed profile, and whether it is in use now."""
+        (self._reloads if taken else self._failures).inc()
+        self._stale.set(int(not taken))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -146,7 +178,7 @@ class Metrics:
         try:
             yield
         finally:
-            self._duration.labels(self._model, name).observe(perf_counter() - started)
+            self._stages[name].observe(perf_counter() - started)
 
     def observe(self, outcome: Outcome, images: int, seconds: float) -> None:
         """Count a finished request.
@@ -156,39 +188,32 @@ class Metrics:
             images: How many it carried, as far as known.
             seconds: From request to reply.
         """
-        self._requests.labels(self._model, outcome.decision, self._mode).inc()
+        self._requests[outcome.decision].inc()
         exemplar = _exemplar()
-        self._requests_seconds.labels(self._model).observe(seconds, exemplar)
+        self._seconds.observe(seconds, exemplar)
         if outcome.reason is not None:
-            self._unchecked.labels(self._model, outcome.reason).inc()
+            self._unchecked[outcome.reason].inc()
         if outcome.scores is None or outcome.flags is None:
-            self._images.labels(self._model, Decision.UNCHECKED).inc(images)
+            self._images[Decision.UNCHECKED].inc(images)
             return
         flagged = int(outcome.flags.sum())
-        self._images.labels(self._model, Decision.FLAG).inc(flagged)
-        self._images.labels(self._model, Decision.PASS).inc(len(outcome.flags) - flagged)
+        self._images[Decision.FLAG].inc(flagged)
+        self._images[Decision.PASS].inc(len(outcome.flags) - flagged)
         for score in outcome.scores:
-            self._scores.labels(self._model).observe(float(score), exemplar)
+            self._scores.observe(float(score), exemplar)
         for row in np.flatnonzero(outcome.flags):
-            if outcome.triggers[row]:
-                self._flagged.labels(self._model, outcome.triggers[row]).inc()
+            # The profile that named it may be gone by now.
+            if matched := self._triggers.get(outcome.triggers[row]):
+                matched.inc()
 
     def p_values(self, values: NDArray[np.float64]) -> None:
         """Count p-values of images."""
         for value in values:
-            self._p_values.labels(self._model).observe(float(value))
+            self._p_values.observe(float(value))
 
     def second_look(self, outcome: str) -> None:
         """Count a second look; outcomes are four."""
-        self._second_looks.labels(self._model, outcome).inc()
-
-    def evidence_dropped(self, reason: Drop, number: int) -> None:
-        """Count records that are lost."""
-        self._evidence_dropped.labels(reason).inc(number)
-
-    def tls_reload_failed(self) -> None:
-        """Count changed TLS files that were not taken."""
-        self._tls_failures.inc()
+        self._all.second_looks.labels(*self._name, outcome).inc()
 
     @property
     def alarmed(self) -> bool:
@@ -199,31 +224,15 @@ class Metrics:
         """Show which alarms are up, and count new ones. Streams are as many as triggers and classes, at most."""
         up: set[tuple[str, str]] = {(alarm.kind, alarm.stream) for alarm in active}
         for kind, stream in self._up - up:
-            self._alarm.labels(self._model, kind, stream).set(0)
+            self._all.alarm.labels(*self._name, kind, stream).set(0)
         for kind, stream in up:
-            self._alarm.labels(self._model, kind, stream).set(1)
+            self._all.alarm.labels(*self._name, kind, stream).set(1)
         self._up = up
         for alarm in raised:
-            self._alarms.labels(self._model, alarm.kind).inc()
-
-    def refused(self, code: str) -> None:
-        """Count a refused request; the codes are gRPC's seventeen."""
-        self._refused.labels(self._model, code).inc()
+            self._alarms[alarm.kind].inc()
 
 
 def _exemplar() -> dict[str, str] | None:
     """The trace of the current request, which OpenMetrics shows beside the bucket that it fell into."""
     trace = logs.origin().trace_id
     return {"trace_id": trace} if trace else None
-
-
-def _score_buckets(profile: Profile) -> tuple[float, ...]:
-    """Buckets at quantiles of the calibration scores, the threshold, and steps above it."""
-    if profile.reference is None or profile.document.calibration is None:
-        return (0.0, 1.0)
-    scores, value = profile.reference.clean.values, profile.document.calibration.threshold.value
-    spread = max(float(scores.std()), 1e-3)
-    quantiles = np.quantile(scores, [0.01, 0.1, 0.5, 0.9, 0.99])
-    return tuple(
-        sorted({round(float(edge), 6) for edge in [*quantiles, value, *(value + spread * np.array([1, 2, 4, 8]))]})
-    )

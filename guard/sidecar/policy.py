@@ -48,6 +48,7 @@ class Reason(StrEnum):
     ERROR = "error"
     INPUT_UNREADABLE = "input_unreadable"
     MODEL_UNKNOWN = "model_unknown"
+    NOT_SAMPLED = "not_sampled"
     OVERLOADED = "overloaded"
     PROTOCOL_UNKNOWN = "protocol_unknown"
     REPLY_UNMATCHED = "reply_unmatched"
@@ -78,8 +79,9 @@ _CLOSED: dict[Reason, tuple[grpc.StatusCode, str]] = {
     Reason.TIMEOUT: (grpc.StatusCode.UNAVAILABLE, "the request could not be checked in time"),
     Reason.UPSTREAM_FAILED: (grpc.StatusCode.UNAVAILABLE, "the upstream server did not answer"),
 }
-"""Under `closed`: UNAVAILABLE where a retry may help, other codes where it will not. `disabled` is never
-refused: the operator switched screening off. docs/failures.md has the table for readers; a test compares the two."""
+"""Under `closed`: UNAVAILABLE where a retry may help, other codes where it will not. `disabled` and
+`not_sampled` are never refused: the operator asked for them. docs/failures.md has the table for readers; a test
+compares the two."""
 
 
 @dataclass(frozen=True)

@@ -2,73 +2,28 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from guard import profiles
+from guard import evidence
 from guard.classifiers import ExportedClassifier
-from guard.errors import GuardError, ProfileError, UsageError
-from guard.evidence import EVIDENCE_FILE, EvidenceLog
-from guard.profiles import Profile
+from guard.errors import GuardError, UsageError
+from guard.evidence import EVIDENCE_FILE
+from guard.findings import Finding, Status
 from guard.sidecar.addresses import check_free
 from guard.sidecar.inference_pb2 import ServerReadyRequest, ServerReadyResponse
+from guard.sidecar.loading import match, read_profile
 from guard.sidecar.loops import loop_factory
 from guard.sidecar.service import SERVICE
-from guard.sidecar.settings import Settings
+from guard.sidecar.settings import ModelSettings, Settings
 from guard.sidecar.tls import name_options, server_certificates, upstream_credentials
 
+if TYPE_CHECKING:
+    from guard.profiles import Profile
+
 UPSTREAM_SECONDS = 3.0
-
-
-class Status(StrEnum):
-    """Of one finding."""
-
-    OK = "ok"
-    WARNING = "warning"
-    """It does not keep a sidecar from starting."""
-    FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was looked at, and how it is.
-
-    Attributes:
-        subject: What was looked at.
-        status: How it is.
-        detail: In words.
-        exit_code: That a start would end with for this, 0 unless it failed.
-    """
-
-    subject: str
-    status: Status
-    detail: str
-    exit_code: int = 0
-
-
-def load(settings: Settings) -> tuple[Profile, ExportedClassifier | None]:
-    """The profile, and the exported model if there is one; they are of the same classifier.
-
-    Raises:
-        ProfileError: The profile is missing, damaged, or of another model.
-        ModelError: The exported model is missing or damaged.
-    """
-    profile = profiles.read(settings.profile)
-    model = ExportedClassifier(settings.model) if settings.model else None
-    if model is not None:
-        _match(profile, model, settings)
-    return profile, model
-
-
-def _match(profile: Profile, model: ExportedClassifier, settings: Settings) -> None:
-    if model.digest != profile.document.model.digest:
-        raise ProfileError(
-            f"the profile {settings.profile} is of another model than {settings.model}: vet and calibrate the model "
-            "that was exported, or export the one that was vetted"
-        )
 
 
 def preflight(settings: Settings) -> tuple[Finding, ...]:
@@ -77,17 +32,20 @@ def preflight(settings: Settings) -> tuple[Finding, ...]:
     Whether the upstream server answers is a warning at most: a sidecar starts before it.
     """
     checks = _Checks(settings)
+    of_models = [
+        (f"{subject} {each.label}" if settings.models else subject, check)
+        for each in settings.served
+        for subject, check in _ModelChecks(each).all()
+    ]
     found = (
         _look(subject, check)
         for subject, check in (
-            ("profile", checks.profile),
-            ("calibration", checks.calibration),
-            ("model", checks.model),
-            ("digest", checks.digest),
+            *of_models,
             ("loop", checks.loop),
             ("tls", checks.tls),
             ("listen", checks.listen),
             ("metrics", checks.metrics),
+            ("admin", checks.admin),
             ("state", checks.state),
             ("upstream", checks.upstream),
         )
@@ -110,16 +68,25 @@ def _look(subject: str, check: Callable[[], str | None]) -> Finding | None:
     return None if detail is None else Finding(subject, Status.OK, detail)
 
 
-class _Checks:
+class _ModelChecks:
     """Each method looks at one thing: it says how it is, None if there is nothing to look at, or raises."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ModelSettings) -> None:
         self._settings = settings
         self._profile: Profile | None = None
         self._model: ExportedClassifier | None = None
 
+    def all(self) -> tuple[tuple[str, Callable[[], str | None]], ...]:
+        """The checks, in their order."""
+        return (
+            ("profile", self.profile),
+            ("calibration", self.calibration),
+            ("model", self.model),
+            ("digest", self.digest),
+        )
+
     def profile(self) -> str:
-        self._profile = profiles.read(self._settings.profile)
+        self._profile = read_profile(self._settings)
         outcome = self._profile.document.vetting.verdict.outcome
         if outcome == "backdoored":
             raise _DoubtError("the model is vetted as backdoored; repair it, screening is for the time until then")
@@ -128,7 +95,7 @@ class _Checks:
     def calibration(self) -> str | None:
         if self._profile is None:
             return None
-        return f"alpha {self._profile.detector(self._settings.neighbours).alpha:g}"
+        return f"alpha {self._profile.detector(self._settings.neighbours, self._settings.alpha).alpha:g}"
 
     def model(self) -> str | None:
         if self._settings.model is None:
@@ -139,8 +106,15 @@ class _Checks:
     def digest(self) -> str | None:
         if self._profile is None or self._model is None:
             return None
-        _match(self._profile, self._model, self._settings)
+        match(self._profile, self._model, self._settings)
         return "the profile is of this model"
+
+
+class _Checks:
+    """The same, of what is not of one model."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
 
     def loop(self) -> str:
         return "asyncio" if loop_factory(self._settings.loop) is None else "uvloop"
@@ -159,6 +133,11 @@ class _Checks:
         check_free(self._settings.metrics)
         return f"{self._settings.metrics} is free"
 
+    def admin(self) -> str | None:
+        for address in self._settings.admin_addresses:
+            check_free(address)
+        return None if self._settings.admin is None else f"{', '.join(self._settings.admin_addresses)} is free"
+
     def state(self) -> str | None:
         folder = self._settings.state
         if folder is None:
@@ -168,7 +147,7 @@ class _Checks:
             raise UsageError(f"cannot write to {folder}")
         if not (folder / EVIDENCE_FILE).exists():
             return f"{folder} can be written"
-        return f"{folder} holds {EvidenceLog(folder / EVIDENCE_FILE).count()} records"
+        return f"{folder} holds {evidence.EvidenceLog(folder / EVIDENCE_FILE).count()} records"
 
     def upstream(self) -> str | None:
         address = self._settings.upstream

@@ -17,6 +17,8 @@ UNARY = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMeta
 """The methods that are known to take and return one message."""
 _HOP = frozenset({"user-agent", "te", "content-type", "grpc-accept-encoding", "grpc-encoding", "grpc-timeout"})
 """Metadata that belongs to one hop and is not passed on."""
+_BROKEN_OFF = "Internal error from Core"
+"""What gRPC's asynchronous client says of a stream whose connection broke while it wrote (grpc/grpc#36066)."""
 _PROBE_SECONDS = 2.0
 _ENDED = (grpc.aio.AioRpcError, asyncio.InvalidStateError)
 """What writing to a call raises whose status is known already."""
@@ -194,13 +196,15 @@ class Proxy:
 
     def _refused(self, error: grpc.aio.AioRpcError) -> RefusedError:
         """An error of the upstream server, for the client."""
-        details = error.details() or ""
+        code, details = error.code(), error.details() or ""
         # The upstream server may itself say UNAVAILABLE, over a connection that stands.
         lost = self._channel.get_state() is not grpc.ChannelConnectivity.READY
-        if error.code() is grpc.StatusCode.UNAVAILABLE and lost:
+        if code is grpc.StatusCode.INTERNAL and details == _BROKEN_OFF:
+            code, lost = grpc.StatusCode.UNAVAILABLE, True
+        if code is grpc.StatusCode.UNAVAILABLE and lost:
             details = f"guard: the upstream server {self._address} cannot be reached ({details})"
         trailing = _passed_on(error.trailing_metadata())
-        return RefusedError(error.code(), details, trailing=trailing, reason=Reason.UPSTREAM_FAILED)
+        return RefusedError(code, details, trailing=trailing, reason=Reason.UPSTREAM_FAILED)
 
 
 def _passed_on(metadata: grpc.aio.Metadata | Metadata | None) -> Metadata:

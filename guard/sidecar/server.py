@@ -6,29 +6,35 @@ import logging
 import os
 import signal
 import sys
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
+from functools import partial
+from time import perf_counter
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from guard.classifiers import ExportedClassifier
 from guard.errors import UsageError
-from guard.profiles import Profile
-from guard.sidecar import reflection
+from guard.sidecar import logs, reflection
 from guard.sidecar.addresses import check_free, remove_stale, socket_path, split_address
-from guard.sidecar.checking import Checker
+from guard.sidecar.admin import AdminServer
 from guard.sidecar.embedded import EmbeddedService
+from guard.sidecar.evidence import Evidence
 from guard.sidecar.health import Health, ProbeServer, loop_answers
 from guard.sidecar.limits import SPARE, Limited
 from guard.sidecar.loops import loop_factory
 from guard.sidecar.metrics import Metrics
-from guard.sidecar.preflight import load
+from guard.sidecar.models import Models, Served
+from guard.sidecar.processes import Worker, supervise
 from guard.sidecar.service import InferenceService
 from guard.sidecar.settings import Settings
 from guard.sidecar.tls import Certificates, server_certificates
 from guard.sidecar.upstream import UpstreamService
+from guard.sidecar.watch import Shared
+from guard.sidecar.workers import Workers
 
-READINESS_SECONDS = 1.0
+WATCH_SECONDS = 1.0
+"""Between two looks at the upstream server, and at what lies on disk."""
 SAVE_SECONDS = 60.0
 """How often the state of monitor and sample is kept, besides at the end."""
 log = logging.getLogger(__name__)
@@ -43,67 +49,97 @@ def serve(settings: Settings) -> None:
         UsageError: A port is taken, or certificates cannot be used.
         MissingDependencyError: uvloop was asked for and is not installed.
     """
+    if settings.processes > 1:
+        supervise(
+            partial(_work, settings=settings),
+            count=settings.processes,
+            listen=settings.listen,
+            metrics=settings.metrics,
+        )
+        return
     with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
         runner.run(_serve(settings))
 
 
-async def _serve(settings: Settings) -> None:
-    profile, model = load(settings)
-    metrics = Metrics(settings.name, settings.mode, settings.on_failure, profile)
-    certificates = server_certificates(settings, metrics.tls_reload_failed)
-    health, loop = Health(metrics), asyncio.get_running_loop()
-    service = _service(settings, profile, model, metrics)
-    try:
-        server = _server(settings, service, health, metrics)
-        listening = _bind(server, settings, certificates)
-        with ProbeServer(settings.metrics, metrics, health, lambda: loop_answers(loop)) as probes:
-            stopping = _on_signal()
-            await server.start()
-            _announce(settings, profile, listening, probes.address)
-            watcher = asyncio.ensure_future(_watch(service, health, certificates, settings))
-            stopped = asyncio.ensure_future(stopping.wait())
-            await asyncio.wait({watcher, stopped}, return_when=asyncio.FIRST_COMPLETED)
+def _work(worker: Worker, *, settings: Settings) -> None:
+    """One of several processes."""
+    logs.configure(settings.log_format, worker.index)
+    with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
+        runner.run(_serve(settings, worker))
+
+
+async def _serve(settings: Settings, worker: Worker | None = None) -> None:
+    metrics = Metrics()
+    process = None if worker is None else worker.index
+    async with AsyncExitStack() as stack:
+        shared = Shared(settings, Workers(settings.workers, settings.queue), Evidence(settings, metrics), process)
+        stack.callback(shared.close)
+        models = Models(shared, metrics)
+        stack.callback(models.save)
+        # Before the state is kept, what runs on the side ends.
+        stack.callback(shared.workers.close)
+        service = (EmbeddedService if settings.upstream is None else UpstreamService)(settings, models, metrics)
+        stack.push_async_callback(service.close)
+        certificates = server_certificates(settings, metrics.tls_reload_failed)
+        health, loop = Health(metrics), asyncio.get_running_loop()
+        probes = stack.enter_context(
+            ProbeServer(
+                settings.metrics if worker is None else worker.probes, metrics, health, lambda: loop_answers(loop)
+            )
+        )
+        limited = Limited(service.handlers(), settings.max_concurrent, metrics)
+        server = _server(settings, limited, health, shared_port=worker is not None)
+        admin = None
+        if settings.admin is not None:
+            admin = (await stack.enter_async_context(AdminServer(shared, models, health, metrics))).address
+        listening = _bind(server, settings, certificates, None if worker is None else worker.listen)
+        stopping = _on_signal() if worker is None else worker.stopping()
+        await server.start()
+        _announce(settings, models, listening, probes.address, admin, worker)
+        watchers = [
+            asyncio.ensure_future(watcher)
+            for watcher in (_keep_ready(service, health), _keep_fresh(models, certificates))
+        ]
+        stopped = asyncio.ensure_future(stopping.wait())
+        await asyncio.wait({*watchers, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        for watcher in watchers:
             watcher.cancel()
-            await _drain(server, health, settings, stopping)
+        await _drain(server, limited, health, settings, stopping)
+        for watcher in watchers:
             with suppress(asyncio.CancelledError):
                 await watcher  # raises what it ended with, if it did not end by being cancelled
-    finally:
-        await service.close()
 
 
-def _service(
-    settings: Settings, profile: Profile, model: ExportedClassifier | None, metrics: Metrics
-) -> InferenceService:
-    checker = Checker(profile, model, settings, metrics)
-    if settings.upstream is None and model is not None:
-        return EmbeddedService(settings, checker, metrics, model)
-    try:
-        return UpstreamService(settings, checker, metrics)
-    except UsageError:
-        checker.close()
-        raise
-
-
-def _server(settings: Settings, service: InferenceService, health: Health, metrics: Metrics) -> grpc.aio.Server:
+def _server(settings: Settings, limited: Limited, health: Health, *, shared_port: bool) -> grpc.aio.Server:
     server = grpc.aio.server(
         maximum_concurrent_rpcs=settings.max_concurrent + SPARE,
         options=[
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", settings.max_message_bytes),
             # Without this a second sidecar on the same port would start, and take half of the requests.
-            ("grpc.so_reuseport", 0),
+            ("grpc.so_reuseport", int(shared_port)),
         ],
     )
-    server.add_generic_rpc_handlers((Limited(service.handlers(), settings.max_concurrent, metrics),))
+    server.add_generic_rpc_handlers((limited,))
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     reflection.enable(server)
     return server
 
 
-def _bind(server: grpc.aio.Server, settings: Settings, certificates: Certificates | None) -> str:
-    """Open the inference port; the address that it has then."""
-    address, path = settings.listen, socket_path(settings.listen)
-    check_free(address)
+def _bind(
+    server: grpc.aio.Server, settings: Settings, certificates: Certificates | None, shared: str | None = None
+) -> str:
+    """Open the inference port; the address that it has then.
+
+    Args:
+        server: That is to listen.
+        settings: Of the sidecar.
+        certificates: For TLS.
+        shared: The address, where the port is one that several processes have.
+    """
+    address, path = shared or settings.listen, socket_path(settings.listen)
+    if shared is None:
+        check_free(address)
     if path is not None:
         remove_stale(path)
     # A socket is nobody else's from its first moment.
@@ -125,31 +161,49 @@ def _bind(server: grpc.aio.Server, settings: Settings, certificates: Certificate
     return f"{host}:{port}"
 
 
-def _announce(settings: Settings, profile: Profile, listening: str, metrics: str) -> None:
+def _announce(
+    settings: Settings, models: Models, listening: str, metrics: str, admin: str | None, worker: Worker | None
+) -> None:
     """One line of JSON on standard output: what serves where, for people and for whoever started this process."""
-    calibration = profile.document.calibration
-    verdict = profile.document.vetting.verdict
     line = {
         "event": "serving",
         "listen": listening,
         "tls": "none" if settings.tls_certificate is None else "mutual" if settings.tls_client_ca else "server",
         "metrics": metrics,
+        "admin": admin,
         "loop": type(asyncio.get_running_loop()).__module__.partition(".")[0],
-        "model": settings.name,
-        "digest": profile.document.model.digest,
-        "verdict": verdict.outcome,
+        "upstream": settings.upstream,
+        "models": [_description(served) for served in models.served],
+    }
+    if worker is not None:
+        worker.announce(line)
+        if worker.index:
+            return
+    else:
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
+    for served in models.served:
+        verdict = served.checker.profile.document.vetting.verdict
+        if verdict.outcome == "backdoored":
+            log.warning(
+                "the model %s is vetted as backdoored (class %r); it is served because screening was asked for, "
+                "repair it",
+                served.settings.label,
+                served.checker.profile.class_name(verdict.target or 0),
+            )
+
+
+def _description(served: Served) -> dict[str, Any]:
+    settings, document = served.settings, served.checker.profile.document
+    return {
+        "name": settings.name,
+        "version": served.version,
+        "digest": document.model.digest,
+        "verdict": document.vetting.verdict.outcome,
         "mode": settings.mode,
         "failure_policy": settings.on_failure,
-        "alpha": calibration.threshold.alpha if calibration else None,
-        "upstream": settings.upstream,
+        "alpha": served.checker.alpha,
     }
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
-    if verdict.outcome == "backdoored":
-        log.warning(
-            "this model is vetted as backdoored (class %r); it is served because screening was asked for, repair it",
-            profile.class_name(verdict.target or 0),
-        )
 
 
 def _on_signal() -> asyncio.Event:
@@ -160,7 +214,9 @@ def _on_signal() -> asyncio.Event:
     return stopping
 
 
-async def _drain(server: grpc.aio.Server, health: Health, settings: Settings, again: asyncio.Event) -> None:
+async def _drain(
+    server: grpc.aio.Server, limited: Limited, health: Health, settings: Settings, again: asyncio.Event
+) -> None:
     """Say first that no more should come, take what comes until that is known, then let what runs end."""
     await health.drain()
     if settings.drain_delay:
@@ -169,28 +225,40 @@ async def _drain(server: grpc.aio.Server, health: Health, settings: Settings, ag
         with suppress(TimeoutError):
             await asyncio.wait_for(again.wait(), settings.drain_delay)
     log.info("draining for up to %g s", settings.drain)
-    await server.stop(settings.drain)
+    # gRPC answers CANCELLED to what it has received and not handed over yet when it stops (grpc/grpc#41785), which no
+    # client tries again. So everything is taken over first, and held: clients wait, and soon nothing more comes. Once
+    # their connections are ended, they are told to try again, and do so elsewhere.
+    await limited.hold()
+    stopping = asyncio.ensure_future(server.stop(settings.drain))
+    await asyncio.sleep(0)
+    limited.release()
+    await stopping
 
 
-async def _watch(
-    service: InferenceService, health: Health, certificates: Certificates | None, settings: Settings
-) -> None:
-    """Keep readiness true, certificates fresh and state on disk."""
-    loop = asyncio.get_running_loop()
-    kept, known = loop.time(), False
+async def _keep_ready(service: InferenceService, health: Health) -> None:
+    """Say at any time whether requests are served."""
+    upstream, known = service.settings.upstream, False
     while True:
-        if loop.time() - kept >= SAVE_SECONDS:
-            await asyncio.to_thread(service.checker.watch.save)
-            kept = loop.time()
-        if certificates is not None:
-            await asyncio.to_thread(certificates.refresh)
         ready = await service.ready()
-        reason = None if ready else f"the upstream server {settings.upstream} is not ready"
+        reason = None if ready else f"the upstream server {upstream} is not ready"
         if reason != health.reason:
             await health.tell(reason)
             if reason is not None:
                 log.warning("%s; requests get UNAVAILABLE", reason)
             elif known:
-                log.info("the upstream server %s is ready", settings.upstream)
+                log.info("the upstream server %s is ready", upstream)
             known = True
-        await asyncio.sleep(READINESS_SECONDS)
+        await asyncio.sleep(WATCH_SECONDS)
+
+
+async def _keep_fresh(models: Models, certificates: Certificates | None) -> None:
+    """Read again what changes on disk, and keep state there."""
+    kept = perf_counter()
+    while True:
+        await asyncio.sleep(WATCH_SECONDS)
+        if certificates is not None:
+            await asyncio.to_thread(certificates.refresh)
+        await models.refresh()
+        if perf_counter() - kept >= SAVE_SECONDS:
+            await asyncio.to_thread(models.save)
+            kept = perf_counter()

@@ -12,13 +12,14 @@ import grpc
 from guard.errors import RequestError
 from guard.sidecar import logs
 from guard.sidecar.annotations import trailers
-from guard.sidecar.checking import Checker
-from guard.sidecar.inference_pb2 import ModelInferRequest
+from guard.sidecar.inference_pb2 import ModelInferRequest, ModelInferResponse
 from guard.sidecar.metrics import Metrics
+from guard.sidecar.models import Models
 from guard.sidecar.policy import MAX_MESSAGE, Mode, Outcome, Reason, refusal
+from guard.sidecar.routes import Request, Route
 from guard.sidecar.settings import Settings
 from guard.sidecar.tensors import parse_request
-from guard.sidecar.watch import Request, trace_id
+from guard.sidecar.watch import trace_id
 
 SERVICE = "inference.GRPCInferenceService"
 Context: TypeAlias = grpc.aio.ServicerContext
@@ -51,16 +52,20 @@ class InferenceService(ABC):
 
     Args:
         settings: Of the sidecar.
-        checker: Screens the requests.
+        models: What screens the requests.
         metrics: Counted into.
     """
 
-    def __init__(self, settings: Settings, checker: Checker, metrics: Metrics) -> None:
-        self.settings, self.checker, self.metrics = settings, checker, metrics
+    def __init__(self, settings: Settings, models: Models, metrics: Metrics) -> None:
+        self.settings, self.models, self.metrics = settings, models, metrics
 
     @abstractmethod
     async def ready(self) -> bool:
         """Whether inference requests can be served now."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let what runs on the side end."""
 
     @abstractmethod
     def methods(self) -> dict[str, Method]:
@@ -79,23 +84,19 @@ class InferenceService(ABC):
             RefusedError: It is answered with a status.
         """
 
-    async def close(self) -> None:
-        """Release what the service holds."""
-        self.checker.close()
-
     async def model_infer(self, data: bytes, context: Context) -> bytes:
         """`ModelInfer`: answer, decide, count."""
         started = perf_counter()
         outcome: Outcome | None = Outcome.unchecked(Reason.ERROR)
-        images = 1
+        request, images = None, 1
         self.metrics.active.inc()
         try:
             request = self.parse(data, context)
-            images = count_images(request.message, self.settings.input)
+            images = count_images(request.message, request.route.settings.input)
             reply, outcome, trailing = await self._answer(data, request, context)
             if outcome is not None:
-                self.enforce(outcome, trailing)
-                trailing = (*trailing, *self.tags(outcome))
+                self.enforce(outcome, request.route, trailing)
+                trailing = (*trailing, *self.tags(outcome, request.route))
             context.set_trailing_metadata(trailing)
         except asyncio.CancelledError:
             outcome = Outcome.unchecked(Reason.CANCELLED)
@@ -104,20 +105,24 @@ class InferenceService(ABC):
             if error.reason is not None:
                 outcome = Outcome.unchecked(error.reason)
             if outcome is not None:
-                error.trailing = (*error.trailing, *self.tags(outcome))
+                error.trailing = (*error.trailing, *self.tags(outcome, self._route(request)))
             raise
         finally:
             self.metrics.active.dec()
             if outcome is not None:
-                self.observe(outcome, images, started)
+                self.observe(outcome, self._route(request), images, started)
         return reply
 
-    def observe(self, outcome: Outcome, images: int, started: float) -> None:
+    def _route(self, request: Request | None) -> Route:
+        """What holds for a request that may be none."""
+        return self.models.unknown if request is None else request.route
+
+    def observe(self, outcome: Outcome, route: Route, images: int, started: float) -> None:
         """Count an outcome; what a client claims to have sent counts up to the limit."""
-        self.metrics.observe(outcome, min(images, self.settings.max_batch), perf_counter() - started)
+        route.metrics.observe(outcome, min(images, self.settings.max_batch), perf_counter() - started)
 
     def parse(self, data: bytes, context: Context) -> Request:
-        """Read a request, and name it in the log.
+        """Read a request, find what holds for it, and name it in the log.
 
         Raises:
             RefusedError: The bytes are none.
@@ -126,7 +131,8 @@ class InferenceService(ABC):
             message = parse_request(data)
         except RequestError as error:
             raise _malformed(error) from error
-        request = Request(message, trace_id(dict(context.invocation_metadata() or ())))
+        route = self.models.route(message.model_name, message.model_version)
+        request = Request(message, route, trace_id(dict(context.invocation_metadata() or ())))
         logs.follow(message.id, request.trace_id)
         return request
 
@@ -136,18 +142,20 @@ class InferenceService(ABC):
         except RequestError as error:
             raise _malformed(error) from error
 
-    def enforce(self, outcome: Outcome, trailing: Metadata = ()) -> None:
-        """Refuse what the policy refuses.
+    @staticmethod
+    def enforce(outcome: Outcome, route: Route, trailing: Metadata = ()) -> None:
+        """Refuse what the policy of a model refuses.
 
         Raises:
             RefusedError: This is refused; with the trailing metadata that was to go with the reply.
         """
-        if refused := refusal(outcome, self.settings.mode, self.settings.on_failure):
+        if refused := refusal(outcome, route.settings.mode, route.settings.on_failure):
             raise RefusedError(refused.code, refused.message, trailing=trailing, reason=outcome.reason)
 
-    def tags(self, outcome: Outcome) -> Metadata:
+    @staticmethod
+    def tags(outcome: Outcome, route: Route) -> Metadata:
         """What trailing metadata say of an outcome."""
-        return () if self.settings.mode is Mode.SHADOW else trailers(outcome)
+        return () if route.settings.mode is Mode.SHADOW else trailers(outcome)
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """The gRPC handlers of the service."""
@@ -183,6 +191,10 @@ class InferenceService(ABC):
         return grpc.stream_stream_rpc_method_handler(call)
 
     async def _end(self, error: Exception, context: Context) -> None:
+        if context.done():
+            # The client went away, so that nothing can be written to it; that is not a fault of guard's.
+            log.debug("a call ended before it was answered", exc_info=error)
+            raise asyncio.CancelledError
         if isinstance(error, RefusedError):
             self.metrics.refused(error.code.name)
             await context.abort(error.code, error.message, error.trailing)
@@ -200,3 +212,11 @@ def count_images(request: ModelInferRequest, name: str) -> int:
     tensor = next((tensor for tensor in request.inputs if tensor.name == name), None)
     tensor = tensor or (request.inputs[0] if request.inputs else None)
     return max(int(tensor.shape[0]), 1) if tensor is not None and tensor.shape else 1
+
+
+def confirm(outcome: Outcome, response: ModelInferResponse | None, request: Request) -> Outcome:
+    """The same outcome, unless the reply is of another version of the model than the profile."""
+    version = request.route.settings.version
+    if version is None or response is None or response.model_version in {"", version}:
+        return outcome
+    return max(outcome, Outcome.unchecked(Reason.MODEL_UNKNOWN), key=lambda each: each.severity)

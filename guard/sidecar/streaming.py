@@ -11,11 +11,12 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from guard.sidecar.dialects import FINAL, Dialect, StreamDialect, error_reply, opened
-from guard.sidecar.inference_pb2 import ModelInferRequest, ModelInferResponse
+from guard.sidecar.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
 from guard.sidecar.policy import FailurePolicy, Mode, Outcome, Reason
 from guard.sidecar.proxy import Replies
-from guard.sidecar.service import Context, RefusedError, count_images
-from guard.sidecar.watch import Request
+from guard.sidecar.routes import Request, Route
+from guard.sidecar.service import Context, RefusedError, confirm, count_images
+from guard.sidecar.tensors import with_output
 
 if TYPE_CHECKING:
     from guard.sidecar.upstream import UpstreamService
@@ -34,17 +35,21 @@ class _Sent:
 
     Attributes:
         request: Without contents.
-        hide: Whether the embedding was added to its outputs.
+        hide: Output that was added to those that it lists, if any.
         check: Its outcome, if that does not come from the reply.
+        since: When it came.
         answered: Whether its last reply is there, as far as that can be told.
         error: What it is answered with, instead of being forwarded, as soon as its turn comes.
+        counted: Whether its outcome was counted; where there is a check, that does it.
     """
 
     request: Request
-    hide: bool
+    hide: str | None
     check: asyncio.Future[Outcome] | None
+    since: float
     answered: bool = False
     error: bytes | None = None
+    counted: bool = False
 
     @property
     def id(self) -> str:
@@ -80,13 +85,28 @@ class Stream:
     ) -> None:
         self.call, self.replies = call, Replies(context)
         self._service, self._dialect, self._context = service, dialect, context
-        settings = service.settings
-        self._check_first = settings.mode is Mode.BLOCK or settings.on_failure is FailurePolicy.CLOSED
-        self._unread = service.embeds and settings.mode is Mode.SHADOW and settings.version is None
-        """Whether nothing depends on the replies."""
+        self._unread = service.models.unknown.settings.mode is Mode.SHADOW and all(
+            _ignores_replies(served.route) for served in service.models.served
+        )
+        """Whether nothing depends on the replies, whatever model they are of."""
         self._sent: deque[_Sent] = deque(maxlen=_REMEMBERED)
-        self._several = self._hidden = False
+        self._several, self._hidden = False, set[str]()
+        self.route = service.models.unknown
+        """Of the request that came last."""
         self._room, self._flushing = asyncio.Semaphore(_AHEAD), asyncio.Lock()
+
+    def give_up(self, reason: Reason) -> None:
+        """Count the requests that the end of the stream leaves without a reply."""
+        for sent in self._sent:
+            self._count(sent, reason)
+
+    def _count(self, sent: _Sent, reason: Reason) -> None:
+        """Count a request that was not checked; unless it was, or its check counts it."""
+        if not sent.counted and sent.check is None and sent.error is None:
+            sent.counted = True
+            route = sent.request.route
+            images = count_images(sent.request.message, route.settings.input)
+            self._service.observe(Outcome.unchecked(reason), route, images, sent.since)
 
     async def upwards(self, requests: AsyncIterator[bytes]) -> None:
         """Check and forward the requests, in their order.
@@ -126,47 +146,54 @@ class Stream:
         try:
             request = service.parse(data, self._context)
         except RefusedError as error:
-            service.observe(Outcome.unchecked(error.reason or Reason.ERROR), 1, started)
+            service.observe(Outcome.unchecked(error.reason or Reason.ERROR), service.models.unknown, 1, started)
             return error
-        message, check = request.message, None
-        if (known := service.beforehand(message)) is not None:
-            service.observe(known, count_images(message, service.settings.input), started)
+        message, route, check = request.message, request.route, None
+        self.route = route
+        if (known := service.beforehand(request)) is not None:
+            service.observe(known, route, count_images(message, route.settings.input), started)
             check = asyncio.get_running_loop().create_future()
             check.set_result(known)
-        elif service.embeds:
+        elif route.embeds:
             check = service.start_check(request, service.check_request(request))
         return _Sent(
-            Request(_without_contents(message), request.trace_id),
-            hide=known is None and service.wants_embedding(message),
+            Request(_without_contents(message), route, request.trace_id),
+            hide=service.to_hide(request) if known is None else None,
             check=check,
+            since=started,
         )
 
     async def _forward(self, data: bytes, sent: _Sent | RefusedError) -> None:
         if isinstance(sent, RefusedError):
-            nothing = _Sent(Request(ModelInferRequest()), hide=False, check=None)
+            request = Request(ModelInferRequest(), self._service.models.unknown)
+            nothing = _Sent(request, hide=None, check=None, since=perf_counter())
             await self._answer(nothing, sent, Outcome.unchecked(sent.reason or Reason.ERROR))
             return
-        if sent.check is not None and self._check_first:
+        if sent.check is not None and _checks_first(sent.request.route):
             outcome = await sent.check
             try:
-                self._service.enforce(outcome)
+                self._service.enforce(outcome, sent.request.route)
             except RefusedError as error:
                 await self._answer(sent, error, outcome)
                 return
-        self._hidden |= sent.hide
         if not self._unread:
+            if len(self._sent) == _REMEMBERED:
+                self._count(self._sent[0], Reason.REPLY_UNMATCHED)
             self._sent.append(sent)
-        await self.call.write(self._service.with_embedding(data) if sent.hide else data)
+        if sent.hide is not None:
+            self._hidden.add(sent.hide)
+            data = with_output(data, sent.hide)
+        await self.call.write(data)
 
     async def _answer(self, sent: _Sent, error: RefusedError, outcome: Outcome) -> None:
         """Refuse a request that is not forwarded."""
-        sent.error = await self._refused(sent, error, outcome, await self._dialect.ask())
+        sent.error = await self._refused(sent.request, error, outcome, await self._dialect.ask())
         self._sent.append(sent)
         await self._flush()
 
     async def _refused(
         self,
-        sent: _Sent | None,
+        request: Request,
         error: RefusedError,
         outcome: Outcome,
         dialect: Dialect | None,
@@ -179,10 +206,10 @@ class Stream:
         """
         metadata = self._context.invocation_metadata() or ()
         if dialect is not Dialect.TRITON or any(pair == (_STATUS_HEADER, "true") for pair in map(tuple, metadata)):
-            error.trailing = (*error.trailing, *self._service.tags(outcome))
+            error.trailing = (*error.trailing, *self._service.tags(outcome, request.route))
             raise error
         self._service.metrics.refused(error.code.name)
-        message = ModelInferRequest() if sent is None else sent.request.message
+        message = request.message
         return error_reply(error.message, model=message.model_name, request_id=message.id, like=like)
 
     async def downwards(self) -> None:
@@ -217,16 +244,33 @@ class Stream:
         found = self._match(response, dialect)
         if response is not None and not response.outputs and not response.raw_output_contents:
             # An error, or the mere end of several replies: no answer.
+            if found and isinstance(envelope, ModelStreamInferResponse) and envelope.error_message:
+                self._count(found[0], Reason.UPSTREAM_FAILED)
             return reply
-        outcome = self._service.confirm(await self._outcome(response, found), response)
+        outcome = await self._outcome(response, found)
+        request = max((sent.request for sent in found), key=_strictness, default=None) or self._stray(response)
+        outcome = confirm(outcome, response, request)
+        if response is not None:
+            guess = request.route
+            self._service.models.settle(request, response.model_version)
+            if request.route is not guess:
+                # It was checked by the profile of another version; the rules of the one that answered hold.
+                outcome = max(outcome, Outcome.unchecked(Reason.MODEL_UNKNOWN), key=lambda each: each.severity)
         try:
-            self._service.enforce(outcome)
+            self._service.enforce(outcome, request.route)
         except RefusedError as error:
-            return await self._refused(found[0] if found else None, error, outcome, dialect, response)
-        hide = any(sent.hide for sent in found) if found else self._hidden
-        if envelope is None or response is None or not self._service.edit(response, outcome, hide=hide):
+            return await self._refused(request, error, outcome, dialect, response)
+        hide = {sent.hide for sent in found if sent.hide} if found else self._hidden
+        if envelope is None or response is None or not self._service.edit(response, request, outcome, hide):
             return reply
         return envelope.SerializeToString()
+
+    def _stray(self, response: ModelInferResponse | None) -> Request:
+        """A reply that belongs to no request is treated as one of the model that it names."""
+        models, name = self._service.models, "" if response is None else response.model_name
+        route = models.unknown if response is None else models.route(name, response.model_version)
+        only = models.served[0].route if len(models.served) == 1 else models.unknown
+        return Request(ModelInferRequest(), only if route is models.unknown else route)
 
     def _match(self, response: ModelInferResponse | None, dialect: Dialect | None) -> list[_Sent]:
         """The requests that a reply may belong to."""
@@ -250,14 +294,34 @@ class Stream:
         checks = [sent.check for sent in found if sent.check is not None]
         if checks:
             return max([await check for check in checks], key=lambda outcome: outcome.severity)
-        started, name = perf_counter(), self._service.settings.input
-        images = {count_images(sent.request.message, name) for sent in found}
-        if len(images) == 1:
-            outcome = await self._service.check_reply(response, found[0].request)
+        started, requests = perf_counter(), [sent.request for sent in found]
+        images = {count_images(request.message, request.route.settings.input) for request in requests}
+        if len(images) == 1 and len({request.route.checker for request in requests}) == 1:
+            outcome = await self._service.check_reply(response, requests[0])
+            route = requests[0].route
         else:
-            outcome = Outcome.unchecked(Reason.REPLY_UNMATCHED)
-        self._service.observe(outcome, max(images, default=1), started)
+            outcome, route = Outcome.unchecked(Reason.REPLY_UNMATCHED), self._stray(response).route
+        if found:
+            found[0].counted = True
+        self._service.observe(outcome, route, max(images, default=1), started)
         return outcome
+
+
+def _strictness(request: Request) -> tuple[bool, bool]:
+    """Of the requests that a reply may belong to, whose rules hold."""
+    settings = request.route.settings
+    return settings.mode is Mode.BLOCK, settings.on_failure is FailurePolicy.CLOSED
+
+
+def _checks_first(route: Route) -> bool:
+    """Whether a request may be refused, so that it is checked before it is forwarded."""
+    return route.settings.mode is Mode.BLOCK or route.settings.on_failure is FailurePolicy.CLOSED
+
+
+def _ignores_replies(route: Route) -> bool:
+    """Whether nothing depends on the replies to requests of a model."""
+    settings = route.settings
+    return route.embeds and settings.mode is Mode.SHADOW and settings.version is None
 
 
 def _without_contents(message: ModelInferRequest) -> ModelInferRequest:

@@ -183,11 +183,19 @@ def float_output(response: ModelInferResponse, name: str) -> NDArray[np.float32]
     return None
 
 
-def remove_output(response: ModelInferResponse, name: str) -> None:
-    """Take an output out of a reply, with its raw contents."""
+def remove_output(response: ModelInferResponse, name: str) -> bool:
+    """Take an output out of a reply, with its raw contents; whether it was there."""
     for index, tensor in enumerate(response.outputs):
         if tensor.name == name:
             del response.outputs[index]
             if index < len(response.raw_output_contents):
                 del response.raw_output_contents[index]
-            return
+            return True
+    return False
+
+
+def with_output(data: bytes, name: str) -> bytes:
+    """A request with one more output in its list: two messages one after the other are one, merged."""
+    asked = ModelInferRequest()
+    asked.outputs.add(name=name)
+    return data + asked.SerializeToString()

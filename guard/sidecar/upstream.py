@@ -1,8 +1,9 @@
 """Upstream mode: everything passes through; of inferences, requests are read and replies annotated or withheld."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from functools import partial
+from random import SystemRandom
 from time import perf_counter
 
 import grpc
@@ -10,17 +11,26 @@ from google.protobuf.message import DecodeError
 
 from guard.sidecar import bypass
 from guard.sidecar.annotations import annotate
-from guard.sidecar.checking import Checker
 from guard.sidecar.dialects import StreamDialect
-from guard.sidecar.inference_pb2 import ModelInferRequest, ModelInferResponse
+from guard.sidecar.inference_pb2 import ModelInferResponse
 from guard.sidecar.metrics import Metrics
-from guard.sidecar.policy import FailurePolicy, Mode, Outcome, Reason
+from guard.sidecar.models import Models
+from guard.sidecar.policy import Mode, Outcome, Reason
 from guard.sidecar.proxy import UNARY, Proxy
-from guard.sidecar.service import SERVICE, Context, InferenceService, Metadata, Method, count_images
+from guard.sidecar.routes import Request
+from guard.sidecar.service import (
+    SERVICE,
+    Context,
+    InferenceService,
+    Metadata,
+    Method,
+    RefusedError,
+    confirm,
+    count_images,
+)
 from guard.sidecar.settings import Settings
 from guard.sidecar.streaming import Stream
-from guard.sidecar.tensors import float_output, remove_output, uses_shared_memory
-from guard.sidecar.watch import Request
+from guard.sidecar.tensors import float_output, remove_output, uses_shared_memory, with_output
 
 _INFER, _STREAM = f"/{SERVICE}/ModelInfer", f"/{SERVICE}/ModelStreamInfer"
 _OWN = ("grpc.health.", "grpc.reflection.", "guard.")
@@ -35,11 +45,11 @@ class UpstreamService(InferenceService):
     any number of messages each way; `bypass` lists those that do not.
     """
 
-    def __init__(self, settings: Settings, checker: Checker, metrics: Metrics) -> None:
-        super().__init__(settings, checker, metrics)
+    def __init__(self, settings: Settings, models: Models, metrics: Metrics) -> None:
+        super().__init__(settings, models, metrics)
         self._proxy = Proxy(settings)
-        self.embeds = settings.embedding_output is None
-        """Whether guard embeds images itself."""
+        self._draw = SystemRandom().random
+        """Decides which requests are checked; without a seed, so that nobody can know."""
         self._checks: set[asyncio.Task[Outcome]] = set()
         self._dialect = StreamDialect(settings.stream_dialect, self._proxy)
         self._handlers = {
@@ -55,7 +65,6 @@ class UpstreamService(InferenceService):
     async def close(self) -> None:
         """Let the checks on the side end, and close the connection too."""
         await asyncio.gather(*self._checks, return_exceptions=True)
-        await super().close()
         await self._proxy.close()
 
     def methods(self) -> dict[str, Method]:
@@ -95,90 +104,110 @@ class UpstreamService(InferenceService):
         return await self._forward(path, data, context)
 
     async def _register(self, path: str, data: bytes, context: Context) -> bytes:
-        self.enforce(Outcome.unchecked(Reason.SHARED_MEMORY))
+        self.enforce(Outcome.unchecked(Reason.SHARED_MEMORY), self.models.unknown)
         return await self._forward(path, data, context)
 
     async def _other_protocol(self, path: str, requests: AsyncIterator[bytes], context: Context) -> None:
         started, outcome = perf_counter(), Outcome.unchecked(Reason.PROTOCOL_UNKNOWN)
         try:
-            self.enforce(outcome)
+            self.enforce(outcome, self.models.unknown)
             await self._relay(path, requests, context)
         finally:
-            self.metrics.observe(outcome, 1, perf_counter() - started)
+            self.observe(outcome, self.models.unknown, 1, started)
 
     async def _model_stream_infer(self, requests: AsyncIterator[bytes], context: Context) -> None:
         self.metrics.active.inc()
+        stream = Stream(self, self._dialect, self._proxy.stream(_STREAM, context), context)
+        reason = Reason.UPSTREAM_FAILED
         try:
-            stream = Stream(self, self._dialect, self._proxy.stream(_STREAM, context), context)
             trailing = await self._proxy.carry(
                 stream.call, stream.replies, lambda: stream.upwards(requests), stream.downwards
             )
             context.set_trailing_metadata(trailing)
+        except asyncio.CancelledError:
+            reason = Reason.CANCELLED
+            raise
+        except RefusedError as error:
+            if error.reason is Reason.UPSTREAM_FAILED:
+                error.trailing = (*error.trailing, *self.tags(Outcome.unchecked(error.reason), stream.route))
+            else:
+                reason = Reason.CANCELLED
+            raise
         finally:
+            stream.give_up(reason)
             self.metrics.active.dec()
 
     async def infer(self, data: bytes, request: Request, context: Context) -> tuple[bytes, Outcome | None, Metadata]:
         """Forward and screen; side by side where guard embeds the image itself."""
-        if (known := self.beforehand(request.message)) is not None:
+        if (known := self.beforehand(request)) is not None:
             # Refused before the upstream server works on it; or served as it is.
-            self.enforce(known)
-            reply, trailing = await self._proxy.unary(_INFER, data, context)
-            return self._finish(reply, _parsed(reply), known, trailing)
-        # In that case nothing depends on the outcome, and the reply does not wait for it.
-        aside = self.settings.mode is Mode.SHADOW and self.settings.on_failure is FailurePolicy.OPEN
-        if not self.embeds:
-            hide = self.wants_embedding(request.message)
-            reply, trailing = await self._proxy.unary(_INFER, self.with_embedding(data) if hide else data, context)
-            response = _parsed(reply)
-            if not aside:
-                return self._finish(reply, response, await self.check_reply(response, request), trailing, hide=hide)
+            self.enforce(known, request.route)
+            reply, response, trailing = await self._ask(data, request, context)
+            return self._finish(reply, response, request, known, trailing)
+        if not request.route.embeds:
+            hide = self.to_hide(request)
+            data = data if hide is None else with_output(data, hide)
+            reply, response, trailing = await self._ask(data, request, context)
+            if not request.route.settings.aside:
+                outcome = await self.check_reply(response, request)
+                return self._finish(reply, response, request, outcome, trailing, hide)
             self.start_check(request, self.check_reply(response, request))
-            return (self._without_embedding(reply) if hide else reply), None, trailing
-        if aside:
+            return (reply if hide is None else _without(reply, hide)), None, trailing
+        if request.route.settings.aside and self.models.settled(request):
+            # Nothing depends on the outcome, and the reply does not wait for it.
             self.start_check(request, self.check_request(request))
             reply, trailing = await self._proxy.unary(_INFER, data, context)
             return reply, None, trailing
-        check = asyncio.ensure_future(self.check_request(request))
+        guess, check = request.route, asyncio.ensure_future(self.check_request(request))
         try:
-            reply, trailing = await self._proxy.unary(_INFER, data, context)
-            return self._finish(reply, _parsed(reply), await check, trailing)
+            reply, response, trailing = await self._ask(data, request, context)
+            if (route := request.route) is not guess:
+                # Another version answered than the one that was taken.
+                check.cancel()
+                again = self.check_request(request) if route.embeds else self.check_reply(response, request)
+                check = asyncio.ensure_future(again)
+            return self._finish(reply, response, request, await check, trailing)
         finally:
             check.cancel()
 
-    def _model_of(self, message: ModelInferRequest) -> Checker | None:
-        """What screens the requests of a model; None if guard has no profile of it."""
-        known = message.model_name == self.settings.name and message.model_version in {"", self.settings.version}
-        return self.checker if known else None
+    async def _ask(
+        self, data: bytes, request: Request, context: Context
+    ) -> tuple[bytes, ModelInferResponse | None, Metadata]:
+        """Forward a request, and take the version that answers it; the reply as bytes and as a message."""
+        reply, trailing = await self._proxy.unary(_INFER, data, context)
+        response = _parsed(reply)
+        if response is not None:
+            self.models.settle(request, response.model_version)
+        return reply, response, trailing
 
-    def beforehand(self, message: ModelInferRequest) -> Outcome | None:
-        """The outcome of a request that cannot be checked, as far as that is known before it is forwarded."""
-        if self._model_of(message) is None:
+    def beforehand(self, request: Request) -> Outcome | None:
+        """The outcome of a request that is not checked, as far as that is known before it is forwarded."""
+        if request.route.checker is None:
             return Outcome.unchecked(Reason.MODEL_UNKNOWN)
-        if uses_shared_memory(message):
+        if uses_shared_memory(request.message):
             return Outcome.unchecked(Reason.SHARED_MEMORY)
+        share = request.route.settings.checked_share
+        # Where the version is open, another share may hold, or none.
+        if share < 1 and self.models.settled(request) and self._draw() >= share:
+            return Outcome.unchecked(Reason.NOT_SAMPLED)
         return None
 
-    def wants_embedding(self, message: ModelInferRequest) -> bool:
-        """Whether the client listed outputs without the one that guard needs."""
-        name = self.settings.embedding_output
-        return name is not None and bool(message.outputs) and all(output.name != name for output in message.outputs)
-
-    def with_embedding(self, data: bytes) -> bytes:
-        """The same request with that output in its list: two messages one after the other are one, merged."""
-        asked = ModelInferRequest()
-        asked.outputs.add(name=self.settings.embedding_output)
-        return data + asked.SerializeToString()
+    @staticmethod
+    def to_hide(request: Request) -> str | None:
+        """The output that guard needs and the client did not list, if it lists any; it does not get it."""
+        name, outputs = request.route.settings.embedding_output, request.message.outputs
+        return name if outputs and all(output.name != name for output in outputs) else None
 
     def start_check(self, request: Request, checking: Coroutine[None, None, Outcome]) -> asyncio.Task[Outcome]:
         """Check a request on the side; the outcome is counted as soon as it is there, whoever waits for it."""
-        started, images = perf_counter(), count_images(request.message, self.settings.input)
+        started, images = perf_counter(), count_images(request.message, request.route.settings.input)
 
         async def check() -> Outcome:
             outcome = Outcome.unchecked(Reason.CANCELLED)
             try:
                 outcome = await checking
             finally:
-                self.observe(outcome, images, started)
+                self.observe(outcome, request.route, images, started)
             return outcome
 
         task = asyncio.ensure_future(check())
@@ -186,14 +215,17 @@ class UpstreamService(InferenceService):
         task.add_done_callback(self._checks.discard)
         return task
 
-    async def check_request(self, request: Request) -> Outcome:
+    @staticmethod
+    async def check_request(request: Request) -> Outcome:
         """Embed and screen the images of a request."""
-        checker = self._model_of(request.message)
+        checker = request.route.checker
         return Outcome.unchecked(Reason.MODEL_UNKNOWN) if checker is None else await checker.check_request(request)
 
     async def check_reply(self, response: ModelInferResponse | None, request: Request) -> Outcome:
         """Screen the embeddings in a reply; None for one that cannot be read."""
-        checker, name = self._model_of(request.message), self.settings.embedding_output
+        if response is not None:
+            self.models.settle(request, response.model_version)
+        checker, name = request.route.checker, request.route.settings.embedding_output
         if checker is None or name is None:
             return Outcome.unchecked(Reason.MODEL_UNKNOWN)
         if not self.settings.screening:
@@ -202,53 +234,40 @@ class UpstreamService(InferenceService):
         if embeddings is None:
             return Outcome.unchecked(Reason.EMBEDDING_MISSING, f"FP32 output {name!r}")
         rows = 1 if embeddings.ndim == 1 else len(embeddings)
-        images = count_images(request.message, self.settings.input)
+        images = count_images(request.message, request.route.settings.input)
         if embeddings.ndim > 1 and rows != images:
             # An image without an embedding would go unscreened.
             return Outcome.unchecked(Reason.EMBEDDING_MISSING, f"{rows} embeddings for {images} images")
         outcome = await checker.check_embeddings(embeddings.reshape(rows, -1), request)
         if outcome.reason is Reason.INPUT_UNREADABLE:
             return Outcome.unchecked(Reason.EMBEDDING_MISSING, outcome.detail)
-        return self.confirm(outcome, response)
+        return confirm(outcome, response, request)
 
-    def confirm(self, outcome: Outcome, response: ModelInferResponse | None) -> Outcome:
-        """The same outcome, unless the reply is of another version of the model than the profile."""
-        version = self.settings.version
-        if version is None or response is None or response.model_version in {"", version}:
-            return outcome
-        return max(outcome, Outcome.unchecked(Reason.MODEL_UNKNOWN), key=lambda each: each.severity)
-
-    def edit(self, response: ModelInferResponse, outcome: Outcome, *, hide: bool) -> bool:
-        """Annotate a reply, and take out an output that the client did not ask for.
+    @staticmethod
+    def edit(response: ModelInferResponse, request: Request, outcome: Outcome, hide: Iterable[str]) -> bool:
+        """Annotate a reply, and take out outputs that the client did not ask for.
 
         Returns:
             Whether there was anything to do; if not, the bytes of the reply are still good.
         """
-        if hide and self.settings.embedding_output is not None:
-            remove_output(response, self.settings.embedding_output)
-        if self.settings.mode is not Mode.SHADOW:
-            annotate(response, outcome, self.settings.mode)
-        return hide or self.settings.mode is not Mode.SHADOW
-
-    def _without_embedding(self, reply: bytes) -> bytes:
-        response = _parsed(reply)
-        if response is None or self.settings.embedding_output is None:
-            return reply
-        remove_output(response, self.settings.embedding_output)
-        return response.SerializeToString()
+        hidden = [name for name in hide if remove_output(response, name)]
+        tag = request.route.settings.mode is not Mode.SHADOW
+        if tag:
+            annotate(response, outcome, request.route.settings.mode)
+        return bool(hidden) or tag
 
     def _finish(
         self,
         reply: bytes,
         response: ModelInferResponse | None,
+        request: Request,
         outcome: Outcome,
         trailing: Metadata,
-        *,
-        hide: bool = False,
+        hide: str | None = None,
     ) -> tuple[bytes, Outcome, Metadata]:
         """The reply as the client gets it; bytes that are no reply pass as they are."""
-        outcome = self.confirm(outcome, response)
-        if response is not None and self.edit(response, outcome, hide=hide):
+        outcome = confirm(outcome, response, request)
+        if response is not None and self.edit(response, request, outcome, () if hide is None else (hide,)):
             reply = response.SerializeToString()
         return reply, outcome, trailing
 
@@ -267,3 +286,12 @@ def _parsed(reply: bytes) -> ModelInferResponse | None:
         return ModelInferResponse.FromString(reply)
     except DecodeError:
         return None
+
+
+def _without(reply: bytes, name: str) -> bytes:
+    """A reply without one of its outputs, read once more: the first reading is still being checked."""
+    response = _parsed(reply)
+    if response is None:
+        return reply
+    remove_output(response, name)
+    return response.SerializeToString()

@@ -14,49 +14,68 @@ from PIL import Image
 
 from guard.classifiers import ExportedClassifier
 from guard.errors import GuardError, UsageError
-from guard.evidence import EVIDENCE_FILE, EvidenceWriter, Record, thumbnail
+from guard.evidence import Record, thumbnail
 from guard.profiles import Profile, write_embeddings
 from guard.screening import Alarm, Detector, Judgement, Monitor
 from guard.screening.second_look import FoundTrigger, SecondLook, SecondLookResult
+from guard.sidecar.evidence import Evidence
 from guard.sidecar.inference_pb2 import ModelInferRequest
-from guard.sidecar.metrics import Metrics
+from guard.sidecar.metrics import ModelMetrics
 from guard.sidecar.policy import Decision
-from guard.sidecar.settings import Settings
+from guard.sidecar.reservoir import Reservoir
+from guard.sidecar.routes import Request
+from guard.sidecar.settings import ModelSettings, Settings
+from guard.sidecar.workers import Workers
 
 log = logging.getLogger(__name__)
 
-TRAFFIC_FILE = "traffic.npy"
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?P<trace>(?!0{32})[0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Request:
-    """Where images came from.
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What the models of a sidecar have in common.
 
     Attributes:
-        message: The request.
-        trace_id: Of the trace that it belongs to, or "".
+        settings: Of the sidecar.
+        workers: That decode, embed and screen.
+        evidence: Where records go.
+        process: Which of several processes this is; None if it is the only one.
     """
 
-    message: ModelInferRequest
-    trace_id: str = ""
+    settings: Settings
+    workers: Workers
+    evidence: Evidence
+    process: int | None = None
+
+    def close(self) -> None:
+        """Let running work end, and write what waits."""
+        self.workers.close()
+        if not self.evidence.close():
+            log.warning("some records could not be written to the evidence log")
+
+    def state_file(self, stem: str, suffix: str) -> Path | None:
+        """A file in the folder for state, of this process alone; None if there is no folder."""
+        folder, own = self.settings.state, "" if self.process is None else f".{self.process}"
+        return None if folder is None else folder / f"{stem}{own}{suffix}"
 
 
 class Watch:
     """Everything that guard does with a decision besides answering; safe to use from many threads.
 
     Args:
-        profile: Of the served model.
+        profile: Of the model.
         detector: Its detector.
         model: The exported classifier; None where embeddings come from the upstream server, and nothing can be looked
             at again.
-        settings: Of the sidecar.
-        metrics: Counted into.
+        settings: Of the model.
+        metrics: Of the model.
+        shared: What the models have in common.
+        sample: Of the model's traffic, if one is kept.
 
     Raises:
-        EvidenceError: The evidence log is damaged or no evidence log.
-        UsageError: The state cannot be read or written.
+        UsageError: The monitor's state cannot be read.
     """
 
     def __init__(
@@ -64,29 +83,30 @@ class Watch:
         profile: Profile,
         detector: Detector,
         model: ExportedClassifier | None,
-        settings: Settings,
-        metrics: Metrics,
+        settings: ModelSettings,
+        metrics: ModelMetrics,
+        shared: Shared,
+        sample: Reservoir | None,
     ) -> None:
         self._profile, self._detector, self._model = profile, detector, model
-        self._settings, self._metrics = settings, metrics
+        self._settings, self._metrics, self._shared = settings, metrics, shared
         self._targets = {record.id: profile.class_name(record.target) for record in profile.document.triggers}
         self._lock = threading.Lock()
         streams = detector.streams()
-        self._monitor = Monitor(streams, run_length=settings.run_length) if streams else None
-        self._sample = Reservoir(settings.sample, detector.screen.dimension) if settings.sample else None
+        # Each process sees a share of the images; together they shall raise no more false alarms than one.
+        run_length = shared.settings.run_length * shared.settings.processes
+        self._monitor = Monitor(streams, run_length=run_length) if streams else None
+        self.sample = sample
         self._second_look = self._looks() if settings.second_looks and model is not None else None
-        self._writer: EvidenceWriter | None = None
-        if settings.state is not None:
-            self._restore(settings.state)
-            self._writer = EvidenceWriter(
-                settings.state / EVIDENCE_FILE,
-                max_rows=settings.evidence_rows,
-                max_bytes=settings.evidence_bytes,
-                max_age_days=settings.evidence_days,
-                on_drop=metrics.evidence_dropped,
-            )
-            writer = self._writer
-            metrics.evidence_trouble.set_function(lambda: float(writer.trouble is not None))
+        self._state = shared.state_file(f"monitor-{self._calibration()}", ".json")
+        if self._monitor is not None and self._state is not None and self._state.exists():
+            self._monitor.load(self._state)
+            metrics.alarms(self._monitor.active, ())
+
+    def _calibration(self) -> str:
+        """Names the state of the monitor: p-values of another calibration, or another model's, mean something else."""
+        parts = (self._settings.label, *sorted(self._profile.document.files.values()))
+        return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
     def _looks(self) -> SecondLook:
         document, model = self._profile.document, self._model
@@ -108,6 +128,17 @@ class Watch:
         except ValueError as error:
             raise UsageError(f"the profile is damaged: {error}") from error
 
+    @property
+    def threshold(self) -> float:
+        """Score above which an image is flagged, where its class has no threshold of its own."""
+        return self._detector.threshold.value
+
+    @property
+    def alarms(self) -> tuple[Alarm, ...]:
+        """Those that are up; may wait for a moment while the state is kept."""
+        with self._lock:
+            return () if self._monitor is None else self._monitor.active
+
     def follow(self, found: Judgement, request: Request, images: Floats | None) -> NDArray[np.bool_]:
         """Look again, watch, note.
 
@@ -121,7 +152,7 @@ class Watch:
         """
         flagged = np.flatnonzero(found.flags).tolist()
         pixels: dict[int, Floats] = {}
-        if images is not None and self._model is not None and (self._second_look or self._settings.thumbnails):
+        if images is not None and self._model is not None and (self._second_look or self._shared.settings.thumbnails):
             pixels = {row: self._model.preprocessing.restore(images[row]) for row in flagged}
         looks: dict[int, SecondLookResult] = {}
         if self._second_look is not None:
@@ -131,10 +162,10 @@ class Watch:
         flags = found.flags.copy()
         flags[[row for row, look in looks.items() if look.outcome == "withdrawn"]] = False
         self._observe(found)
-        if self._writer is not None:
+        if self._shared.evidence.wanted:
             for row in flagged:
                 kept = bool(flags[row])
-                self._writer.record(self._record(found, row, kept, request, pixels.get(row), looks.get(row)))
+                self._shared.evidence.record(self._record(found, row, kept, request, pixels.get(row), looks.get(row)))
         return flags
 
     def _trigger(self, found: Judgement, row: int) -> str:
@@ -145,8 +176,8 @@ class Watch:
         self._metrics.p_values(found.p_values)
         observed = self._detector.observations(found.scores)
         with self._lock:
-            if self._sample is not None:
-                self._sample.add(found.scores.embeddings)
+            if self.sample is not None:
+                self.sample.add(found.scores.embeddings)
             if self._monitor is None:
                 return
             raised = [alarm for row in observed for alarm in self._monitor.observe(row)]
@@ -173,14 +204,13 @@ class Watch:
         look: SecondLookResult | None,
     ) -> Record:
         trigger, document = self._trigger(found, row), self._profile.document
-        calibration = document.calibration
         small = None
-        if self._settings.thumbnails and image is not None:
+        if self._shared.settings.thumbnails and image is not None:
             array = (image.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
             small = thumbnail(Image.fromarray(np.ascontiguousarray(array)))
         return Record(
             request.message.id,
-            self._settings.name,
+            self._settings.label,
             document.model.digest,
             row,
             Decision.FLAG if flagged else Decision.PASS,
@@ -193,7 +223,7 @@ class Watch:
                 "score": float(found.scores.values[row]),
                 **{name: float(values[row]) for name, values in found.scores.parts.items()},
             },
-            thresholds={} if calibration is None else {"score": calibration.threshold.value},
+            thresholds={"score": self._detector.threshold.value},
             trigger=trigger,
             target=self._targets.get(trigger, ""),
             second_look="" if look is None else look.outcome,
@@ -202,69 +232,20 @@ class Watch:
             thumbnail=small,
         )
 
-    def _state_file(self, folder: Path) -> Path:
-        """One for each calibration: p-values of another mean something else."""
-        digest = hashlib.sha256("".join(sorted(self._profile.document.files.values())).encode()).hexdigest()
-        return folder / f"monitor-{digest[:16]}.json"
-
-    def _restore(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot write to {folder}: {error.strerror}") from error
-        file = self._state_file(folder)
-        if self._monitor is not None and file.exists():
-            self._monitor.load(file)
-            self._metrics.alarms(self._monitor.active, ())
-
     def save(self) -> None:
         """Keep the monitor's state and the sample, if there is a place for them; trouble is logged, not raised."""
-        if self._settings.state is None:
+        traffic = self._shared.state_file(f"traffic-{self._settings.label}", ".npy")
+        if self._state is None or traffic is None:
             return
         try:
             with self._lock:
                 if self._monitor is not None:
-                    self._monitor.save(self._state_file(self._settings.state))
-                sample = None if self._sample is None else self._sample.embeddings.copy()
+                    self._monitor.save(self._state)
+                sample = None if self.sample is None else self.sample.embeddings.copy()
             if sample is not None and len(sample):
-                write_embeddings(self._settings.state / TRAFFIC_FILE, sample)
+                write_embeddings(traffic, sample)
         except (OSError, GuardError) as error:
-            log.warning("the state in %s cannot be written: %s", self._settings.state, error)
-
-    def close(self) -> None:
-        """Write what waits."""
-        self.save()
-        if self._writer is not None and not self._writer.close():
-            log.warning("some records could not be written to the evidence log")
-
-
-class Reservoir:
-    """A uniform sample of a stream of embeddings (Vitter's algorithm R), flagged ones included.
-
-    Leaving flagged ones out would make the next threshold too low.
-
-    Args:
-        size: Most embeddings that are kept.
-        dimension: Length of an embedding.
-        seed: Of the draws.
-    """
-
-    def __init__(self, size: int, dimension: int, *, seed: int = 0) -> None:
-        self._kept = np.empty((size, dimension), np.float32)
-        self._seen, self._generator = 0, np.random.default_rng(seed)
-
-    @property
-    def embeddings(self) -> Floats:
-        """The sample, shape [n, D]."""
-        return self._kept[: min(self._seen, len(self._kept))]
-
-    def add(self, embeddings: Floats) -> None:
-        """Take in some, shape [N, D]."""
-        for embedding in embeddings:
-            place = self._seen if self._seen < len(self._kept) else int(self._generator.integers(self._seen + 1))
-            if place < len(self._kept):
-                self._kept[place] = embedding
-            self._seen += 1
+            log.warning("the state in %s cannot be written: %s", self._state.parent, error)
 
 
 def input_digest(request: ModelInferRequest, row: int, name: str) -> str:

@@ -15,4 +15,17 @@ def test_the_example_configuration_is_valid_and_shows_the_defaults() -> None:
 
 def test_the_example_configuration_names_every_setting() -> None:
     names = re.findall(r"^#? ?(\w+) = ", EXAMPLE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(names) == sorted(Settings.model_fields)
+    assert sorted([*names, "models"]) == sorted(Settings.model_fields)
+
+
+def test_the_example_of_several_models_is_valid(tmp_path: Path) -> None:
+    text = EXAMPLE.read_text(encoding="utf-8")
+    top, _, models = text.partition("# [[models]]")
+    alone = re.sub(r"^(profile|name) = .*$", "", top, flags=re.MULTILINE)
+    own = tmp_path / "guard.toml"
+    own.write_text(
+        f"{alone}upstream = '127.0.0.1:9000'\n[[models]]{models.replace('# ', ' ').replace('#', ' ')}", "utf-8"
+    )
+    pets, signs = Settings.load(own).served
+    assert (pets.name, pets.version, pets.mode, pets.alpha) == ("pets", "3", "block", 0.001)
+    assert (signs.mode, signs.model, signs.embedding_output) == ("tag", None, "image_embeds")

@@ -58,6 +58,8 @@ class Sidecar:
         return self.errors.read_text(encoding="utf-8")
 
     def metric(self, name: str, **labels: str) -> float:
+        if "model" in labels:
+            labels = {"version": "", **labels}
         wanted = {f'{key}="{value}"' for key, value in labels.items()}
         for line in scrape(str(self.announced["metrics"]), (name,)):
             series, _, value = line.rpartition(" ")

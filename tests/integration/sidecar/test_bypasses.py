@@ -12,6 +12,7 @@ from tritonclient.utils import InferenceServerException
 
 from guard.classifiers import ExportedClassifier
 from guard.sidecar.inference_pb2 import ModelInferRequest, RepositoryModelLoadRequest
+from guard.sidecar.metrics import UNKNOWN
 from guard.testing import InferenceServer
 from tests.integration.sidecar.conftest import (
     WAIT_SECONDS,
@@ -112,7 +113,7 @@ def test_an_unmodified_client_is_told_so(closed: Sidecar, server: InferenceServe
     refusal = pytest.raises(InferenceServerException, match="models are not loaded")
     with triton.InferenceServerClient(closed.address) as connection, refusal:
         connection.load_model("classifier", config="{}", files={"file:1/model.onnx": b"anything"})
-    assert closed.metric("guard_refused_total", model="classifier", code="PERMISSION_DENIED") >= 1
+    assert closed.metric("guard_refused_total", code="PERMISSION_DENIED") >= 1
     assert not reached(server, "RepositoryModelLoad")
 
 
@@ -216,7 +217,7 @@ def test_other_inference_protocols_are_refused_under_closed_and_counted_under_op
     assert not reached(server, TORCHSERVE)
     assert call(open_client, TORCHSERVE, b"x") == b"x"
     eventually(
-        lambda: opened.metric("guard_unchecked_total", model="classifier", reason="protocol_unknown") == 1, "counting"
+        lambda: opened.metric("guard_unchecked_total", model=UNKNOWN, reason="protocol_unknown") == 1, "counting"
     )
 
 

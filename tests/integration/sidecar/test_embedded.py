@@ -97,9 +97,10 @@ def png_header(width: int, height: int) -> bytes:
 
 def test_it_announces_itself_in_one_line(sidecar: Sidecar) -> None:
     assert sidecar.announced["event"] == "serving"
-    assert sidecar.announced["mode"] == "tag"
-    assert sidecar.announced["failure_policy"] == "closed"
-    assert sidecar.announced["verdict"] == "backdoored"
+    (model,) = sidecar.announced["models"]
+    assert (model["name"], model["version"], model["mode"], model["failure_policy"], model["verdict"]) == (
+        "classifier", "1", "tag", "closed", "backdoored",
+    )  # fmt: skip
 
 
 def test_the_five_methods_beside_inference_answer(tritons: Any) -> None:
@@ -393,7 +394,7 @@ def test_an_unknown_method_is_unimplemented(client: Client) -> None:
 def test_refusals_are_counted_by_code(client: Client, sidecar: Sidecar, clean: Floats) -> None:
     def counts() -> list[float]:
         return [
-            sidecar.metric("guard_refused_total", model="classifier", code="INVALID_ARGUMENT"),
+            sidecar.metric("guard_refused_total", code="INVALID_ARGUMENT"),
             sidecar.metric("guard_unchecked_total", model="classifier", reason="input_unreadable"),
             sidecar.metric("guard_requests_total", model="classifier", decision="unchecked", mode="tag"),
         ]

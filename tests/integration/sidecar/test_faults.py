@@ -15,7 +15,9 @@ import pytest
 from numpy.typing import NDArray
 
 from guard.classifiers import ExportedClassifier
+from guard.sidecar import Reason
 from guard.sidecar.inference_pb2 import ModelInferRequest
+from guard.sidecar.metrics import UNKNOWN
 from guard.testing import InferenceServer
 from tests.integration.sidecar.conftest import (
     WAIT_SECONDS,
@@ -211,7 +213,8 @@ def test_a_fault_is_answered_as_documented(
 ) -> None:
     server.reset()
     sidecar, code = sidecars[source, policy], EXPECTED[name, source][POLICIES.index(policy)]
-    before = sidecar.metric("guard_unchecked_total", model="classifier", reason=name)
+    model = UNKNOWN if name == "model_unknown" else "classifier"
+    before = sidecar.metric("guard_unchecked_total", model=model, reason=name)
     with connected(sidecar.address) as client:
         with fault(name, faults, server, client, clean) as request:
             if code is None:
@@ -225,9 +228,7 @@ def test_a_fault_is_answered_as_documented(
                 assert "broken on purpose" not in error.details()
                 trailing = dict(pairs(error.trailing_metadata()))
         assert (trailing["guard-decision"], trailing["guard-reason"]) == ("unchecked", name)
-        eventually(
-            lambda: sidecar.metric("guard_unchecked_total", model="classifier", reason=name) == before + 1, "counting"
-        )
+        eventually(lambda: sidecar.metric("guard_unchecked_total", model=model, reason=name) == before + 1, "counting")
         # And the next request is fine.
         server.reset()
         eventually(lambda: decided(client, clean), "the fault ending")
@@ -247,12 +248,7 @@ def test_every_unchecked_request_has_one_reason(
 ) -> None:
     """In the figures too: as many requests without a decision as there are reasons."""
     sidecar = sidecars[source, policy]
-    requests = {
-        decision: sidecar.metric("guard_requests_total", model="classifier", decision=decision, mode="tag")
-        for decision in ("pass", "flag", "unchecked")
-    }
-    unchecked = [
-        sidecar.metric("guard_unchecked_total", model="classifier", reason=reason)
-        for reason in {fault for fault, _ in EXPECTED} | {"cancelled", "disabled", "reply_unmatched"}
-    ]
-    assert requests["unchecked"] == sum(unchecked)
+    for model in ("classifier", UNKNOWN):
+        requests = sidecar.metric("guard_requests_total", model=model, decision="unchecked", mode="tag")
+        unchecked = [sidecar.metric("guard_unchecked_total", model=model, reason=reason) for reason in Reason]
+        assert requests == sum(unchecked)

@@ -122,7 +122,7 @@ def test_a_full_sidecar_refuses_at_once_counts_it_and_still_answers_probes(
         ThreadPoolExecutor(2) as callers,
     ):
         eventually(lambda: readiness(sidecar)[0] == 200, "readiness")
-        refused = {"model": "classifier", "code": "RESOURCE_EXHAUSTED"}
+        refused = {"code": "RESOURCE_EXHAUSTED"}
         assert sidecar.metric("guard_refused_total", **refused) == 0
         upstream.open.clear()
         running = [callers.submit(client.infer, request) for _ in range(2)]

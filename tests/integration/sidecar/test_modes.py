@@ -71,7 +71,7 @@ def test_shadow_mode_counts_and_leaves_the_reply_as_it_is(shadow: Sidecar, flagg
     assert shadow.metric("guard_images_total", model="classifier", decision="pass") == before["pass"] + 2
     assert shadow.metric("guard_requests_total", model="classifier", decision="flag", mode="shadow") == 2
     assert shadow.metric("guard_flagged_trigger_total", model="classifier", trigger="patch-1") == 2
-    assert shadow.announced["failure_policy"] == "open"
+    assert shadow.announced["models"][0]["failure_policy"] == "open"
 
 
 def test_block_mode_refuses_and_names_the_rows(block: Sidecar, flagged: Floats, passed: Floats) -> None:
@@ -86,7 +86,7 @@ def test_block_mode_refuses_and_names_the_rows(block: Sidecar, flagged: Floats, 
         error = client.refused(infer_request(batch))
         assert error.code() is grpc.StatusCode.PERMISSION_DENIED
         assert error.details().endswith("(image 1, 3 of the batch)")
-    assert block.metric("guard_refused_total", model="classifier", code="PERMISSION_DENIED") == 2
+    assert block.metric("guard_refused_total", code="PERMISSION_DENIED") == 2
 
 
 def test_block_mode_serves_and_tags_what_passes(block: Sidecar, passed: Floats) -> None:

@@ -11,7 +11,8 @@ from guard.classifiers import Classifier, ExportedClassifier
 from guard.evidence import EVIDENCE_FILE, EvidenceLog, Filter
 from guard.profiles import Profile
 from guard.sidecar.inference_pb2 import ModelInferRequest
-from guard.sidecar.watch import TRAFFIC_FILE, Reservoir, input_digest
+from guard.sidecar.reservoir import Reservoir
+from guard.sidecar.watch import input_digest
 from tests.conftest import CLASSES, random_images
 from tests.integration.sidecar.conftest import Floats, Launcher, Sidecar, connected, infer_request, refused_start
 
@@ -123,7 +124,7 @@ def test_a_sample_of_the_traffic_sets_a_new_threshold(
         connected(running.address) as client,
     ):
         client.infer(infer_request(images))
-    embeddings = profiles.read_embeddings(tmp_path / "state" / TRAFFIC_FILE, 16)
+    embeddings = profiles.read_embeddings(tmp_path / "state" / "traffic-classifier.npy", 16)
     assert embeddings.shape == (80, 16)
     known = {tuple(row) for row in classifier.embed(random_images(100, seed=9)).numpy().round(3).tolist()}
     assert {tuple(row) for row in embeddings.round(3).tolist()} <= known

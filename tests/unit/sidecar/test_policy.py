@@ -15,6 +15,7 @@ CODES = {
     Reason.ERROR: grpc.StatusCode.UNAVAILABLE,
     Reason.INPUT_UNREADABLE: grpc.StatusCode.INVALID_ARGUMENT,
     Reason.MODEL_UNKNOWN: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.NOT_SAMPLED: None,
     Reason.OVERLOADED: grpc.StatusCode.UNAVAILABLE,
     Reason.PROTOCOL_UNKNOWN: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.REPLY_UNMATCHED: grpc.StatusCode.FAILED_PRECONDITION,
@@ -22,6 +23,7 @@ CODES = {
     Reason.TIMEOUT: grpc.StatusCode.UNAVAILABLE,
     Reason.UPSTREAM_FAILED: grpc.StatusCode.UNAVAILABLE,
 }
+ASKED_FOR = {Reason.DISABLED, Reason.NOT_SAMPLED}
 
 
 def checked(*flags: bool) -> Outcome:
@@ -60,9 +62,9 @@ def test_the_documented_table_is_the_one_in_force() -> None:
     assert rows == expected
 
 
-def test_every_reason_but_disabled_is_refused_under_closed() -> None:
+def test_every_reason_is_refused_under_closed_but_what_the_operator_asked_for() -> None:
     assert set(CODES) == set(Reason)
-    assert [reason for reason, code in CODES.items() if code is None] == [Reason.DISABLED]
+    assert {reason for reason, code in CODES.items() if code is None} == ASKED_FOR
 
 
 @pytest.mark.parametrize(("reason", "mode"), list(itertools.product(Reason, Mode)))
@@ -70,7 +72,7 @@ def test_under_closed_nothing_unchecked_is_served_as_pass(reason: Reason, mode: 
     outcome = Outcome.unchecked(reason)
     served = refusal(outcome, mode, FailurePolicy.CLOSED) is None
     assert outcome.decision is Decision.UNCHECKED
-    assert not served or reason is Reason.DISABLED
+    assert not served or reason in ASKED_FOR
 
 
 @pytest.mark.parametrize(("mode", "policy"), list(itertools.product(Mode, FailurePolicy)))

@@ -130,7 +130,7 @@ def test_half_of_tls_is_refused_with_the_other_half(values: dict[str, Any], hint
 
 
 def test_every_setting_is_an_option_of_the_command() -> None:
-    assert set(Settings.model_fields) <= {parameter.name for parameter in serve.params}
+    assert set(Settings.model_fields) - {"models"} <= {parameter.name for parameter in serve.params}
 
 
 @pytest.mark.parametrize(
@@ -203,3 +203,150 @@ def test_the_default_failure_policy_is_open_in_shadow_mode_only(mode: str, polic
 @pytest.mark.parametrize("policy", list(FailurePolicy))
 def test_a_failure_policy_that_is_given_holds_in_every_mode(mode: Mode, policy: FailurePolicy) -> None:
     assert Settings.load(None, mode=mode, failure_policy=policy, **MINIMUM).on_failure is policy
+
+
+def entries(directory: Path, *models: str, top: str = "") -> Path:
+    return toml(directory, top + "".join(f"\n[[models]]\n{model}" for model in models))
+
+
+def test_a_model_takes_from_the_top_level_what_its_entry_does_not_say(tmp_path: Path) -> None:
+    top = 'upstream = "h:1"\nmode = "shadow"\nalpha = 0.01\nembedding_output = "e"\ninput = "pixels"\n'
+    config = entries(
+        tmp_path, 'name = "a"\nprofile = "p"', 'name = "b"\nprofile = "q"\nmode = "block"\nalpha = 0.1', top=top
+    )
+    settings = Settings.load(config, input="files")
+    first, second = settings.served
+    assert (first.name, first.profile, first.mode, first.alpha) == ("a", Path("p"), Mode.SHADOW, 0.01)
+    assert (second.name, second.profile, second.mode, second.alpha) == ("b", Path("q"), Mode.BLOCK, 0.1)
+    assert (first.embedding_output, first.input, second.input) == ("e", "files", "files")
+    # The default failure policy follows the mode that the entry has.
+    assert (first.on_failure, second.on_failure) == (FailurePolicy.OPEN, FailurePolicy.CLOSED)
+
+
+def test_a_failure_policy_at_the_top_level_holds_for_a_model_with_a_mode_of_its_own(tmp_path: Path) -> None:
+    top = 'model = "m"\nmode = "shadow"\nfailure_policy = "closed"\n'
+    config = entries(
+        tmp_path, 'name = "a"\nprofile = "p"', 'name = "b"\nprofile = "p"\nfailure_policy = "open"', top=top
+    )
+    assert [each.on_failure for each in Settings.load(config).served] == [FailurePolicy.CLOSED, FailurePolicy.OPEN]
+
+
+@pytest.mark.parametrize(("top", "own"), [("model", "embedding_output"), ("embedding_output", "model")])
+def test_a_models_own_source_of_embeddings_replaces_the_other(tmp_path: Path, top: str, own: str) -> None:
+    models = (f'name = "a"\nprofile = "p"\n{own} = "own"', 'name = "b"\nprofile = "p"')
+    first, second = Settings.load(entries(tmp_path, *models, top=f'upstream = "h:1"\n{top} = "top"\n')).served
+    assert (str(getattr(first, own)), getattr(first, top)) == ("own", None)
+    assert (getattr(second, own), str(getattr(second, top))) == (None, "top")
+
+
+def test_without_entries_the_top_level_is_the_one_model() -> None:
+    (only,) = Settings.load(None, version="7", alpha=0.5, **MINIMUM).served
+    assert (only.name, only.version, only.label, only.alpha) == ("classifier", "7", "classifier@7", 0.5)
+
+
+def test_two_versions_of_one_name_and_one_without_are_three_models_before_an_upstream_server(tmp_path: Path) -> None:
+    models = [f'name = "a/b"\nprofile = "p"\n{more}' for more in ("", 'version = "1"', 'version = "2"')]
+    settings = Settings.load(entries(tmp_path, *models, top='upstream = "h:1"\nmodel = "m"\n'))
+    assert [each.label for each in settings.served] == ["a%2Fb", "a%2Fb@1", "a%2Fb@2"]
+
+
+@pytest.mark.parametrize("name", ["name", "version", "profile"])
+def test_what_each_model_has_for_itself_is_refused_at_the_top_level(tmp_path: Path, name: str) -> None:
+    config = entries(tmp_path, 'name = "a"\nprofile = "p"', top='model = "m"\n')
+    assert Settings.load(config).served[0].name == "a"
+    assert f"with [[models]], {name} is given for each of them" in refused(config, **{name: "x"})
+
+
+@pytest.mark.parametrize(
+    ("models", "hint"),
+    [
+        (['name = "a"\nprofile = "p"', 'profile = "p"'], "[[models]] number 2 has no name"),
+        (['name = "a"\nprofile = "p"', 'name = "b"'], "model b: --profile is required"),
+        (['name = "a"\nprofile = "p"\nembedding_output = "e"'], "model a: give --model"),
+        (['name = "a"\nprofile = "p"', 'name = "a"\nprofile = "q"'], "model a is listed twice"),
+        (['name = "a"\nprofile = "p"\nversion = "2"'] * 2, "model a@2 is listed twice"),
+        # Guard calls the version of a model without one "1" where it serves it itself.
+        (['name = "a"\nprofile = "p"', 'name = "a"\nprofile = "p"\nversion = "1"'], "model a@1 is listed twice"),
+        (['name = "a"\nprofile = "p"', 'name = "b"\nprofile = "p"\nmodee = "tag"'], "models.2.modee: "),
+        (['name = "a"\nprofile = "p"\nalpha = 1.0'], "models.1.alpha: "),
+        (['name = "a"\nprofile = "p"\nprocesses = 2'], "models.1.processes: "),
+        (['name = ""\nprofile = "p"'], "models.1.name: "),
+    ],
+)
+def test_an_entry_that_cannot_be_served_is_refused_by_its_name_or_number(
+    tmp_path: Path, models: list[str], hint: str
+) -> None:
+    assert refused(entries(tmp_path, *models, top='model = "m"\n')).startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("more", "hint"),
+    [
+        ("", "with --upstream give one source of embeddings"),
+        ('model = "m"\nembedding_output = "e"', "with --upstream give one source of embeddings"),
+        ('embedding_output = "e"\nsecond_looks = 1', "--second-looks needs --model"),
+        ('model = "m"\nmode = "block"\nchecked_share = 0.5', "--checked-share is for"),
+        ('embedding_output = "e"\nchecked_share = 0.5', "--checked-share is for"),
+    ],
+)
+def test_an_entry_that_is_half_configured_is_refused_by_its_name(tmp_path: Path, more: str, hint: str) -> None:
+    whole = 'name = "a"\nprofile = "p"\nmodel = "m"'
+    config = entries(tmp_path, whole, f'name = "b"\nversion = "2"\nprofile = "p"\n{more}', top='upstream = "h:1"\n')
+    assert refused(config).startswith(f"model b@2: {hint}")
+
+
+def test_models_may_come_from_the_environment_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = entries(tmp_path, 'name = "file"\nprofile = "p"', top='model = "m"\n')
+    monkeypatch.setenv(
+        "GUARD_MODELS", '[{"name": "a", "profile": "p"}, {"name": "b", "profile": "q", "mode": "block"}]'
+    )
+    assert [(each.name, each.mode) for each in Settings.load(config).served] == [("a", Mode.TAG), ("b", Mode.BLOCK)]
+
+
+@pytest.mark.parametrize("value", ["[{", "models", '[{"name": "a" "profile": "p"}]'])
+def test_models_from_the_environment_that_are_no_json_are_refused_by_the_variable(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("GUARD_MODELS", value)
+    assert refused(model="m").startswith("GUARD_MODELS is not valid JSON: ")
+
+
+@pytest.mark.parametrize("value", ['{"name": "a"}', '"a"', '["a"]', '[{"name": "a", "profil": "p"}]'])
+def test_models_from_the_environment_of_another_form_are_refused_by_place(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("GUARD_MODELS", value)
+    assert refused(model="m").startswith("models")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model": "m"},
+        {"upstream": "h:1", "embedding_output": "e"},
+        {"upstream": "h:1", "model": "m", "mode": "block"},
+    ],
+)
+def test_a_checked_share_is_refused_where_it_saves_nothing_or_leaves_blocking_to_chance(values: dict[str, Any]) -> None:
+    assert Settings.load(None, profile="p", checked_share=1.0, **values).checked_share == 1
+    assert "--checked-share is for a model that guard embeds" in refused(profile="p", checked_share=0.99, **values)
+
+
+@pytest.mark.parametrize("mode", ["shadow", "tag"])
+def test_a_checked_share_is_accepted_beside_an_upstream_server(mode: str) -> None:
+    assert Settings.load(None, upstream="h:1", checked_share=0.1, mode=mode, **MINIMUM).served[0].checked_share == 0.1
+
+
+@pytest.mark.parametrize("name", ["alpha", "checked_share"])
+@pytest.mark.parametrize("value", [0, -0.1, 1.1, float("nan"), "half"])
+def test_a_rate_that_is_none_is_refused_by_name(name: str, value: object) -> None:
+    assert refused(**{**MINIMUM, "upstream": "h:1", name: value}).startswith(f"{name}: ")
+
+
+def test_alpha_is_below_one() -> None:
+    assert refused(**MINIMUM, alpha=1).startswith("alpha: ")
+
+
+def test_several_processes_cannot_share_a_unix_socket() -> None:
+    assert Settings.load(None, processes=2, listen="0.0.0.0:8001", **MINIMUM).processes == 2
+    assert "--listen needs HOST:PORT" in refused(**MINIMUM, processes=2, listen="unix:/run/guard.sock")
