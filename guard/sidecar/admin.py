@@ -5,7 +5,6 @@ For operators: what it tells would help an attacker who is a client of the infer
 
 import asyncio
 import math
-import os
 from datetime import UTC, datetime
 from types import MappingProxyType, TracebackType
 from typing import Self
@@ -15,15 +14,15 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from guard import __version__
-from guard.errors import UsageError
 from guard.evidence import Record
 from guard.evidence.records import clean
 from guard.sidecar import sidecar_pb2 as messages
-from guard.sidecar.addresses import check_free, remove_stale, socket_path
+from guard.sidecar.addresses import socket_path
 from guard.sidecar.health import Health
 from guard.sidecar.metrics import Metrics
 from guard.sidecar.models import Models, Served
 from guard.sidecar.policy import Decision, FailurePolicy, Mode
+from guard.sidecar.ports import open_port
 from guard.sidecar.service import Context
 from guard.sidecar.tls import server_certificates
 from guard.sidecar.watch import Shared
@@ -90,7 +89,11 @@ class AdminServer:
         self._server = grpc.aio.server(maximum_concurrent_rpcs=_CALLS, options=_OPTIONS)
         self._server.add_generic_rpc_handlers((_Service(shared, models, health, metrics).handlers(),))
         _serve_about(self._server, health)
-        self.address = _bind(self._server, shared)
+        settings = shared.settings
+        address = settings.admin_addresses[shared.process or 0]
+        # Of its own: `Certificates` hands each renewal out once.
+        certificates = server_certificates(settings) if socket_path(address) is None else None
+        self.address = open_port(self._server, address, certificates, socket_mode=settings.socket_mode)
 
     async def __aenter__(self) -> Self:
         await self._server.start()
@@ -107,34 +110,6 @@ def _serve_about(server: grpc.aio.Server, state: Health) -> None:
     """Health and reflection."""
     health_pb2_grpc.add_HealthServicer_to_server(state.servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-
-
-def _bind(server: grpc.aio.Server, shared: Shared) -> str:
-    """Open the port; the address that it has then."""
-    settings = shared.settings
-    address = settings.admin_addresses[shared.process or 0]
-    path, certificates = socket_path(address), None
-    check_free(address)
-    if path is None:
-        # Of its own: `Certificates` hands each renewal out once.
-        certificates = server_certificates(settings)
-    else:
-        remove_stale(path)
-    # A socket is nobody else's from its first moment.
-    before = os.umask(0o177)
-    try:
-        if certificates is None:
-            port = server.add_insecure_port(address)
-        else:
-            port = server.add_secure_port(address, certificates.credentials())
-    except RuntimeError as error:
-        raise UsageError(f"cannot listen on {address}: gRPC cannot open it") from error
-    finally:
-        os.umask(before)
-    if path is None:
-        return f"{address.rpartition(':')[0]}:{port}"
-    path.chmod(int(settings.socket_mode, 8))
-    return address
 
 
 class _Service:

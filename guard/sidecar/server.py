@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import os
 import signal
 import sys
 from contextlib import AsyncExitStack, suppress
@@ -14,9 +13,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from guard.errors import UsageError
 from guard.sidecar import logs, reflection
-from guard.sidecar.addresses import check_free, remove_stale, socket_path, split_address
 from guard.sidecar.admin import AdminServer
 from guard.sidecar.embedded import EmbeddedService
 from guard.sidecar.evidence import Evidence
@@ -25,6 +22,7 @@ from guard.sidecar.limits import SPARE, Limited
 from guard.sidecar.loops import loop_factory
 from guard.sidecar.metrics import Metrics
 from guard.sidecar.models import Models, Served
+from guard.sidecar.ports import open_port
 from guard.sidecar.processes import Worker, supervise
 from guard.sidecar.service import InferenceService
 from guard.sidecar.settings import Settings
@@ -92,7 +90,10 @@ async def _serve(settings: Settings, worker: Worker | None = None) -> None:
         admin = None
         if settings.admin is not None:
             admin = (await stack.enter_async_context(AdminServer(shared, models, health, metrics))).address
-        listening = _bind(server, settings, certificates, None if worker is None else worker.listen)
+        address = settings.listen if worker is None else worker.listen
+        listening = open_port(
+            server, address, certificates, socket_mode=settings.socket_mode, shared=worker is not None
+        )
         stopping = _on_signal() if worker is None else worker.stopping()
         await server.start()
         _announce(settings, models, listening, probes.address, admin, worker)
@@ -124,41 +125,6 @@ def _server(settings: Settings, limited: Limited, health: Health, *, shared_port
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     reflection.enable(server)
     return server
-
-
-def _bind(
-    server: grpc.aio.Server, settings: Settings, certificates: Certificates | None, shared: str | None = None
-) -> str:
-    """Open the inference port; the address that it has then.
-
-    Args:
-        server: That is to listen.
-        settings: Of the sidecar.
-        certificates: For TLS.
-        shared: The address, where the port is one that several processes have.
-    """
-    address, path = shared or settings.listen, socket_path(settings.listen)
-    if shared is None:
-        check_free(address)
-    if path is not None:
-        remove_stale(path)
-    # A socket is nobody else's from its first moment.
-    before = os.umask(0o177) if path is not None else None
-    try:
-        if certificates is None:
-            port = server.add_insecure_port(address)
-        else:
-            port = server.add_secure_port(address, certificates.credentials())
-    except RuntimeError as error:
-        raise UsageError(f"cannot listen on {address}: gRPC cannot open it") from error
-    finally:
-        if before is not None:
-            os.umask(before)
-    if path is not None:
-        path.chmod(int(settings.socket_mode, 8))
-        return address
-    host, _ = split_address(address)
-    return f"{host}:{port}"
 
 
 def _announce(

@@ -301,6 +301,10 @@ def versions(
             {"name": name, "version": version, **own, **source}
             for name, source in sources.items()
             for version, own in rules.items()
+        ]
+        + [
+            {"name": "mixed", "model": exported, **rules["2"]},
+            {"name": "mixed", "model": exported, "version": "1", **rules["1"]},
         ],
         upstream=running_upstream.address,
         mode="shadow",
@@ -377,7 +381,7 @@ def test_without_a_version_the_reply_says_whose_rules_hold(
     assert checked(versions, name, "1") == before["1"] + 2
 
 
-@both
+@pytest.mark.parametrize("name", ["reading", "embedding", "mixed"])
 def test_a_stream_without_versions_is_not_a_way_around_the_rules_of_the_version_that_answers(
     versions: Sidecar, preferring: Callable[[str], None], flagged: Floats, passed: Floats, name: str
 ) -> None:
@@ -389,7 +393,7 @@ def test_a_stream_without_versions_is_not_a_way_around_the_rules_of_the_version_
     assert replies["0"].error_message
     assert not replies["0"].infer_response.outputs
     # Of what guard embeds, it no longer has the image when the reply says which version it is.
-    assert bool(replies["1"].error_message) is (name == "embedding")
+    assert bool(replies["1"].error_message) is (name != "reading")
 
 
 @both
