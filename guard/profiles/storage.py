@@ -26,7 +26,8 @@ REPORT_FILE = "report.html"
 _MAX_DOCUMENT_BYTES = 256 * 2**20
 _MAX_TENSOR_BYTES = 8 * 2**30
 _MAX_HEADER_BYTES = 16 * 2**20
-_HASH_BLOCK = 2**20
+MAPPED_BYTES = 2**28
+"""A larger file of banks is mapped into memory, and read where it is searched."""
 _STAMPED = "stamped."
 _WHITENING, _BANK, _CLEAN = ("mean", "matrix", "head"), "reference", ("values", "parts", "triggers", "classes")
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
@@ -168,40 +169,47 @@ def _reference_tensors(reference: Reference) -> dict[str, NDArray[Any]]:
     return {name: np.ascontiguousarray(values) for name, values in tensors.items()}
 
 
-def _check_file(path: Path, document: Document) -> None:
-    """Make sure that a file is the one that the document names; read in blocks, since it may be large."""
+def _contents(path: Path, document: Document) -> NDArray[np.uint8]:
+    """The bytes of a file, which is the one that the document names.
+
+    They are read into memory, so that what was checked is what is used, whatever becomes of the file. Only larger ones
+    than `MAPPED_BYTES` are mapped instead; who writes into a mapped file under a running sidecar changes what it uses,
+    and who shortens it ends it. guard replaces files by a rename, which does neither.
+    """
     try:
-        if path.stat().st_size > _MAX_TENSOR_BYTES:
+        size = path.stat().st_size
+        if size > _MAX_TENSOR_BYTES:
             raise ProfileError(f"{path} is larger than {_MAX_TENSOR_BYTES} bytes")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if size > MAPPED_BYTES:
+            data: NDArray[np.uint8] = np.memmap(path, np.uint8, "r")
+        else:
+            data = np.frombuffer(path.read_bytes(), np.uint8)
     except OSError as error:
         raise ProfileError(f"cannot read {path}: {error.strerror}; the profile is not whole") from error
-    if digest != document.files.get(path.name):
+    if hashlib.sha256(data.data).hexdigest() != document.files.get(path.name):
         raise ProfileError(f"{path} is damaged, or of another profile: its SHA-256 is not the one in {DOCUMENT_FILE}")
+    return data
 
 
-def _mapped(path: Path) -> dict[str, NDArray[Any]]:
-    """The tensors of a safetensors file, mapped into memory: banks are read when they are searched.
+def _views(path: Path, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    """The tensors in a safetensors file, none of them copied.
 
     The library checks the header, and copies what it returns; the offsets are therefore taken from the header here.
     """
     try:
         with safe_open(path, framework="numpy") as file:
             names = list(file.keys())
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > _MAX_HEADER_BYTES:
-                raise ProfileError(f"{path} is damaged: its header has {length} bytes")
-            header = json.loads(file.read(length))
+        length = int.from_bytes(data[:8].tobytes(), "little")
+        if length > _MAX_HEADER_BYTES:
+            raise ProfileError(f"{path} is damaged: its header has {length} bytes")
+        header = json.loads(data[8 : 8 + length].tobytes())
         tensors: dict[str, NDArray[Any]] = {}
         for name in names:
             entry = header[name]
             if entry["dtype"] not in _DTYPES:
                 raise ProfileError(f"{path} is damaged: {name} is {entry['dtype']}, not one of {', '.join(_DTYPES)}")
-            shape, dtype, start = tuple(entry["shape"]), _DTYPES[entry["dtype"]], 8 + length + entry["data_offsets"][0]
-            empty = 0 in shape
-            tensors[name] = np.empty(shape, dtype) if empty else np.memmap(path, dtype, "r", start, shape)
+            start, end = (8 + length + int(offset) for offset in entry["data_offsets"])
+            tensors[name] = data[start:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ProfileError(f"{path} is damaged: {error}") from error
     except OSError as error:
@@ -210,9 +218,8 @@ def _mapped(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _read_tensors(path: Path, document: Document) -> dict[str, Array]:
-    _check_file(path, document)
     tensors = {}
-    for name, values in _mapped(path).items():
+    for name, values in _views(path, _contents(path, document)).items():
         if values.dtype != np.float32:
             raise ProfileError(f"{path} is damaged: {name} is {values.dtype}, not float32")
         if not np.isfinite(values).all():
@@ -222,8 +229,7 @@ def _read_tensors(path: Path, document: Document) -> dict[str, Array]:
 
 
 def _read_reference(path: Path, document: Document, calibration: CalibrationRecord) -> Reference:
-    _check_file(path, document)
-    tensors = _mapped(path)
+    tensors = _views(path, _contents(path, document))
     triggers = [trigger.id for trigger in document.triggers]
     expected = {*_WHITENING, _BANK, *_CLEAN, *(_STAMPED + name for name in triggers)}
     if set(tensors) != expected:

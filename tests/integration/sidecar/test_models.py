@@ -651,6 +651,18 @@ def test_a_profile_that_is_replaced_is_taken_between_two_requests_and_a_broken_o
     assert len(profiles.read_embeddings(changing.folder / "state" / "traffic-a.npy", 16)) == len(sent.replies)
 
 
+def test_a_bank_that_is_written_over_in_place_ends_nothing(changing: Changing, passed: Floats) -> None:
+    file = changing.profile / "reference.safetensors"
+    whole = file.read_bytes()
+    with connected(changing.sidecar.address) as client:
+        for data, counts in ((b"", (0, 1, 1)), (whole, (1, 1, 0))):
+            # As `cp` does it: the same file, shortened first.
+            file.write_bytes(data)
+            assert client.infer(infer_request(passed[:1], model_name="a")).decision == "pass"
+            changing.look()
+            assert changing.counts() == counts
+
+
 def test_a_profile_that_is_gone_for_a_while_stays_in_use(changing: Changing, passed: Floats) -> None:
     away = changing.folder / "away"
     changing.profile.rename(away)

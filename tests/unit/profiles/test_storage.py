@@ -16,7 +16,7 @@ from guard import profiles
 from guard.classifiers import Classifier
 from guard.classifiers.digest import PARTS, ClassifierDigest, sha256
 from guard.errors import ProfileError, UsageError
-from guard.profiles import Profile
+from guard.profiles import Profile, storage
 from guard.profiles.profile import SCHEMA
 
 DOCUMENT, TRIGGERS, REFERENCE = "profile.json", "triggers.safetensors", "reference.safetensors"
@@ -83,12 +83,25 @@ def test_a_profile_is_read_as_it_was_written(profile: Profile, profile_directory
     np.testing.assert_array_equal(again.p_values, judged.p_values)
 
 
-def test_a_bank_is_mapped_and_not_copied(profile_directory: Path) -> None:
+def test_a_large_bank_is_mapped_and_not_copied(profile_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "MAPPED_BYTES", 0)
     reference = profiles.read(profile_directory).reference
     assert reference is not None
     for bank in (reference.banks.reference, *reference.banks.stamped.values()):
         assert isinstance(bank, np.memmap)
         assert not bank.flags.writeable
+
+
+def test_a_bank_outlives_its_file(profile_directory: Path) -> None:
+    reference = profiles.read(profile_directory).reference
+    assert reference is not None
+    before = [bank.copy() for bank in reference.banks.stamped.values()]
+    with (profile_directory / REFERENCE).open("r+b") as file:
+        file.truncate(0)
+    for bank, old in zip(reference.banks.stamped.values(), before, strict=True):
+        np.testing.assert_array_equal(bank, old)
+        assert not bank.flags.writeable
+        assert bank.flags.aligned
 
 
 def test_tensors_that_are_too_large_are_not_read(profile_directory: Path) -> None:
