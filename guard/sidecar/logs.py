@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
+_GRPC, _GONE = "grpc._cython.cygrpc", "ExecuteBatchError raised in core by servicer method"
 _LONGEST_ID = 128
 """Characters of a client's request id that are written."""
 
@@ -47,6 +48,8 @@ def configure(form: Literal["json", "text"] | None, process: int | None = None) 
         process: Which of several processes on one port this is; None if it is the only one.
     """
     handler = logging.StreamHandler()
+    # gRPC reports a client that went away while it was answered as an error, with a traceback of its own code.
+    handler.addFilter(lambda record: not (record.name == _GRPC and _GONE in record.getMessage()))
     as_text = sys.stderr.isatty() if form is None else form == "text"
     handler.setFormatter((TextFormatter if as_text else JsonFormatter)(process))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

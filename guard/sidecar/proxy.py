@@ -20,6 +20,8 @@ _HOP = frozenset({"user-agent", "te", "content-type", "grpc-accept-encoding", "g
 _BROKEN_OFF = "Internal error from Core"
 """What gRPC's asynchronous client says of a stream whose connection broke while it wrote (grpc/grpc#36066)."""
 _PROBE_SECONDS = 2.0
+_END_SECONDS = 1.0
+"""That what reads from a cancelled call is given to end by itself."""
 _ENDED = (grpc.aio.AioRpcError, asyncio.InvalidStateError)
 """What writing to a call raises whose status is known already."""
 
@@ -110,8 +112,13 @@ class Proxy:
         """
         method = self._unary.get(path) or self._channel.unary_unary(path)
         call = method(data, metadata=_passed_on(context.invocation_metadata()), timeout=context.time_remaining())
+        waiting = asyncio.ensure_future(call)
+        waiting.add_done_callback(_forgotten)
         try:
-            reply: bytes = await call
+            reply: bytes = await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            _cancel(call)
+            raise
         except grpc.aio.AioRpcError as error:
             raise self._refused(error) from error
         if initial := _passed_on(await call.initial_metadata()):
@@ -179,6 +186,7 @@ class Proxy:
             await downwards()
 
         tasks = [asyncio.ensure_future(up()), asyncio.ensure_future(down())]
+        ending = tasks[1:]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if tasks[0].done():
@@ -186,8 +194,13 @@ class Proxy:
             await tasks[1]
         except grpc.aio.AioRpcError as error:
             raise self._refused(error) from error
+        except asyncio.CancelledError:
+            # The client is gone, so that reading from it ends as well.
+            ending = tasks
+            raise
         finally:
-            call.cancel()
+            _cancel(call)
+            await asyncio.wait(ending, timeout=_END_SECONDS)
             async with replies.idle:
                 for task in tasks:
                     task.cancel()
@@ -205,6 +218,21 @@ class Proxy:
             details = f"guard: the upstream server {self._address} cannot be reached ({details})"
         trailing = _passed_on(error.trailing_metadata())
         return RefusedError(code, details, trailing=trailing, reason=Reason.UPSTREAM_FAILED)
+
+
+def _cancel(call: grpc.aio.Call) -> None:
+    """Cancel a call, such that what waits for it ends by itself.
+
+    The public way also cancels the tasks that wait for gRPC; their operations are then never taken back from it, and
+    about 1 kB is lost with each cancelled or late call (measured with grpcio 1.85.1 and a bare proxy).
+    """
+    call._cancel("guard: nobody waits for the reply any more")  # noqa: SLF001 - as said
+
+
+def _forgotten(waiting: asyncio.Future[bytes]) -> None:
+    """Nobody is told how a call ended that was given up."""
+    if not waiting.cancelled():
+        waiting.exception()
 
 
 def _passed_on(metadata: grpc.aio.Metadata | Metadata | None) -> Metadata:
