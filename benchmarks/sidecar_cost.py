@@ -147,6 +147,7 @@ class Run:
                     "shadow": ("shadow",),
                     "tag": ("tag",),
                     "block": ("block",),
+                    "tag, compressed": ("tag", "--neighbours", "compressed"),
                     "shadow, no screening": ("shadow", "--no-screening"),
                     "tag, no screening": ("tag", "--no-screening"),
                 }.items()
@@ -245,7 +246,7 @@ def _metric(line: Mapping[str, Any], prefix: str) -> float:
 
 def _scoring(line: Mapping[str, Any]) -> tuple[float, float]:
     """Seconds of scoring so far, and how often."""
-    labels = '{model="classifier",stage="screening"}'
+    labels = '{model="classifier",stage="screening",version=""}'
     total, count = (_metric(line, f"guard_check_duration_seconds_{kind}{labels}") for kind in ("sum", "count"))
     return total, count
 
@@ -258,7 +259,7 @@ def _proxy_table(times: Mapping[str, Times], rates: Mapping[str, Times]) -> list
         if name not in {"direct", "bytes-only proxy"}:
             estimate = Estimate.of(lambda r: float(np.median(added[r]) / np.median(bare[r])), len(bare))  # noqa: B023
             ratio = f"{estimate} |"
-            if name in {"shadow", "tag", "block"}:
+            if name in {"shadow", "tag", "tag, compressed", "block"}:
                 verdicts.append(
                     f"- {name}: {estimate.value:.2f} × what the bytes-only proxy adds; at most {MAX_ADDED}: "
                     f"{_met(estimate.value <= MAX_ADDED)}"
