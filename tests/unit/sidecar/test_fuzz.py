@@ -32,6 +32,7 @@ from guard.sidecar.tensors import (
     uses_shared_memory,
 )
 from guard.sidecar.watch import input_digest
+from tests.damage import damaged
 
 EXAMPLES = int(os.environ.get("GUARD_FUZZ_EXAMPLES", "300"))
 SIZE, MAX_BATCH, MAX_PIXELS = 8, 4, 4096
@@ -78,26 +79,6 @@ CHANGES = st.lists(
     min_size=1,
     max_size=8,
 )
-
-
-def damaged(data: bytes, changes: list[tuple[str, int, int]], *, near: int) -> bytes:
-    """Data with some changes, most of them within its first bytes: there is the structure."""
-    changed = bytearray(data)
-    for index, (kind, position, value) in enumerate(changes):
-        if not changed:
-            break
-        at = position % (len(changed) if index % 2 else min(near, len(changed)))
-        if kind == "set":
-            changed[at] = value
-        elif kind == "flip":
-            changed[at] ^= 1 << value
-        elif kind == "cut":
-            del changed[at : at + value]
-        elif kind == "repeat":
-            changed[at:at] = changed[at : at + value]
-        else:
-            del changed[max(at, 1) :]
-    return bytes(changed)
 
 
 def read_request(data: bytes) -> None:

@@ -1,0 +1,27 @@
+"""Messages and files that were damaged on purpose."""
+
+
+def damaged(data: bytes, changes: list[tuple[str, int, int]], *, near: int) -> bytes:
+    """Data with some changes, most of them within its first bytes: there is the structure.
+
+    Args:
+        data: Whole.
+        changes: What is done, where, and a value: `set` a byte, `flip` a bit, `cut` or `repeat` bytes, `end` there.
+        near: How many bytes are the first.
+    """
+    changed = bytearray(data)
+    for index, (kind, position, value) in enumerate(changes):
+        if not changed:
+            break
+        at = position % (len(changed) if index % 2 else min(near, len(changed)))
+        if kind == "set":
+            changed[at] = value
+        elif kind == "flip":
+            changed[at] ^= 1 << value
+        elif kind == "cut":
+            del changed[at : at + value]
+        elif kind == "repeat":
+            changed[at:at] = changed[at : at + value]
+        else:
+            del changed[max(at, 1) :]
+    return bytes(changed)
