@@ -329,7 +329,7 @@ def _imported(profile: Path, model: Path) -> str:
     """Which packages of training a process has loaded that is as far as a sidecar before it opens its ports."""
     program = (
         "import json, sys\nfrom pathlib import Path\nfrom guard.sidecar import Settings, serve\n"
-        "import guard.sidecar.server\nfrom guard.sidecar.preflight import load\n"
+        "import guard.sidecar.server\nfrom guard.sidecar.loading import load\n"
         "profile, _ = load(Settings(profile=Path(sys.argv[1]), model=Path(sys.argv[2])))\nprofile.detector()\n"
         "print(json.dumps(sorted({'torch', 'open_clip', 'sklearn', 'matplotlib', 'onnxscript'} & set(sys.modules))))"
     )
