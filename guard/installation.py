@@ -64,8 +64,7 @@ def packages() -> tuple[Finding, ...]:
     """Python, and the packages that guard's own metadata ask for, by part: `serving`, and each extra.
 
     A package that an extra lacks is no fault, one of another version than asked for is a warning. A fault of the
-    serving part is a failure, as are two builds of ONNX Runtime. Versions are compared by `packaging`, which ONNX
-    Runtime depends on.
+    serving part is a failure, as are two builds of ONNX Runtime.
     """
     return (*_requirements(), *_twins())
 

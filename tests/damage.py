@@ -1,5 +1,19 @@
 """Messages and files that were damaged on purpose."""
 
+import io
+
+import numpy as np
+from PIL import Image
+
+
+def encoded(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray((np.arange(20 * 24 * 3) % 251).astype(np.uint8).reshape(20, 24, 3)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+FILES = [encoded(kind) for kind in ("PNG", "JPEG", "WEBP")]
+
 
 def damaged(data: bytes, changes: list[tuple[str, int, int]], *, near: int) -> bytes:
     """Data with some changes, most of them within its first bytes: there is the structure.

@@ -182,11 +182,11 @@ class Settings(ModelSettings, BaseSettings):
             raise ValueError(f"with [[models]], {min(alone)} is given for each of them, not at the top level")
         if unnamed := [index for index, each in enumerate(self.models) if "name" not in each.model_fields_set]:
             raise ValueError(f"[[models]] number {unnamed[0] + 1} has no name")
-        for each in self.served:
+        served, default = self.served, OWN_VERSION if self.upstream is None else None
+        for each in served:
             self._check_model(each, f"model {each.label}: ")
-        default = OWN_VERSION if self.upstream is None else None
-        known = [(each.name, each.version or default) for each in self.served]
-        if twice := [each.label for index, each in enumerate(self.served) if known[index] in known[:index]]:
+        known = [(each.name, each.version or default) for each in served]
+        if twice := [each.label for index, each in enumerate(served) if known[index] in known[:index]]:
             raise ValueError(f"model {twice[0]} is listed twice")
         return self
 

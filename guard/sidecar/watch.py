@@ -50,8 +50,7 @@ class Shared:
     process: int | None = None
 
     def close(self) -> None:
-        """Let running work end, and write what waits."""
-        self.workers.close()
+        """Write what waits."""
         if not self.evidence.close():
             log.warning("some records could not be written to the evidence log")
 

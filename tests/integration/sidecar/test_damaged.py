@@ -3,7 +3,6 @@
 GUARD_FUZZ_EXAMPLES sets how many are sent; the default is for continuous integration.
 """
 
-import io
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +10,10 @@ from pathlib import Path
 
 import grpc
 import numpy as np
-from PIL import Image
 
 from guard.sidecar.inference_pb2 import ModelInferRequest
 from guard.sidecar.tensors import pack_bytes
-from tests.damage import damaged
+from tests.damage import FILES, damaged
 from tests.integration.sidecar.conftest import WAIT_SECONDS, Floats, Launcher, Sidecar, connected, infer_request
 
 EXAMPLES = int(os.environ.get("GUARD_FUZZ_EXAMPLES", "600"))
@@ -24,15 +22,6 @@ CHANGES = ("set", "flip", "cut", "repeat", "end")
 ANSWERS = {"OK", "INVALID_ARGUMENT", "NOT_FOUND"}
 MOST_MEMORY = 64 * 2**20
 """That may come on top once the sidecar is warm."""
-
-
-def encoded(kind: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray((np.arange(20 * 24 * 3) % 251).astype(np.uint8).reshape(20, 24, 3)).save(buffer, kind)
-    return buffer.getvalue()
-
-
-FILES = [encoded(kind) for kind in ("PNG", "JPEG", "WEBP")]
 
 
 def of_files(*files: bytes, raw: bool = True) -> bytes:

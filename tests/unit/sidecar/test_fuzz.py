@@ -3,7 +3,6 @@
 GUARD_FUZZ_EXAMPLES sets the number of examples of each test; the default is for continuous integration.
 """
 
-import io
 import os
 import tracemalloc
 from collections.abc import Callable
@@ -13,7 +12,6 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from guard.classifiers import Preprocessing, decode
 from guard.errors import ImageError, RequestError
@@ -32,7 +30,7 @@ from guard.sidecar.tensors import (
     uses_shared_memory,
 )
 from guard.sidecar.watch import input_digest
-from tests.damage import damaged
+from tests.damage import FILES, damaged
 
 EXAMPLES = int(os.environ.get("GUARD_FUZZ_EXAMPLES", "300"))
 SIZE, MAX_BATCH, MAX_PIXELS = 8, 4, 4096
@@ -41,15 +39,6 @@ MOST_BYTES = 32 * 2**20
 quick = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 IMAGES = np.linspace(-1, 1, 2 * 3 * SIZE * SIZE, dtype=np.float32).reshape(2, 3, SIZE, SIZE)
 PREPROCESSING = Preprocessing(SIZE, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-
-
-def encoded(kind: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray((np.arange(20 * 24 * 3) % 251).astype(np.uint8).reshape(20, 24, 3)).save(buffer, kind)
-    return buffer.getvalue()
-
-
-FILES = [encoded(kind) for kind in ("PNG", "JPEG", "WEBP")]
 
 
 def request(datatype: str, *, raw: bool) -> bytes:
