@@ -147,7 +147,6 @@ class Run:
                     "shadow": ("shadow",),
                     "tag": ("tag",),
                     "block": ("block",),
-                    "tag, compressed": ("tag", "--neighbours", "compressed"),
                     "shadow, no screening": ("shadow", "--no-screening"),
                     "tag, no screening": ("tag", "--no-screening"),
                 }.items()
@@ -259,7 +258,7 @@ def _proxy_table(times: Mapping[str, Times], rates: Mapping[str, Times]) -> list
         if name not in {"direct", "bytes-only proxy"}:
             estimate = Estimate.of(lambda r: float(np.median(added[r]) / np.median(bare[r])), len(bare))  # noqa: B023
             ratio = f"{estimate} |"
-            if name in {"shadow", "tag", "tag, compressed", "block"}:
+            if name in {"shadow", "tag", "block"}:
                 verdicts.append(
                     f"- {name}: {estimate.value:.2f} × what the bytes-only proxy adds; at most {MAX_ADDED}: "
                     f"{_met(estimate.value <= MAX_ADDED)}"

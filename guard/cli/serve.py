@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--neighbours",
-    type=click.Choice(["exact", "compressed", "approximate"]),
-    help="How banks are searched; the others save time in large banks.  [default: exact]",
+    type=click.Choice(["exact", "approximate"]),
+    help="How banks are searched; approximate saves time in very large ones.  [default: exact]",
 )
 @click.option("--alpha", type=float, help="False-alarm rate.  [default: that of the calibration]")
 @click.option("--checked-share", type=float, help="Share of requests that guard embeds and checks.  [default: 1]")

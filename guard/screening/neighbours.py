@@ -1,4 +1,4 @@
-"""Nearest neighbours in a fixed bank. numpy only, unless the approximate search is asked for."""
+"""Nearest neighbours in a fixed bank."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from guard.errors import UsageError
 from guard.screening.products import largest, products
+from guard.screening.quantised import Quantised, is_exact
 
 Embeddings = NDArray[np.float32]
-Method = Literal["exact", "compressed", "approximate"]
+Method = Literal["exact", "approximate"]
 
 _BLOCK_BYTES = 64 * 2**20
 """Largest intermediate matrix of products."""
@@ -21,6 +22,8 @@ _NORM_TOLERANCE = 1e-3
 _PROBES, _PROBED_NEIGHBOUR, _LEAST_RECALL = 512, 16, 0.99
 """A method other than the exact one must find the 16th neighbour of 99 % of so many rows. A decision depends on the
 neighbour only near the threshold, so that of decisions fewer than one in a thousand differ."""
+_QUANTISED_BYTES = 2**23
+"""Size of a bank from which it pays to make products of 8-bit codes first: 4,096 × 512 numbers."""
 _ROUNDING = 4e-6
 """How far a float32 product of unit vectors may be from the exact one; a bound for 1024 dimensions."""
 
@@ -55,10 +58,10 @@ class Neighbours:
     Args:
         bank: Shape [N, D], L2-normalised, float32 in row order. Not copied: a memory-mapped one stays mapped, and none
             may be changed.
-        method: `exact` reads the whole bank for each query. `compressed` reads a quarter of that and misses a neighbour
-            now and then; how often depends on the spectrum of the bank, and with a flat one, as whitening makes it,
-            nearly always (docs/decisions/0006-neighbours.md). `approximate` asks an index of the faiss library, which
-            holds a copy of the bank at 8 bits per number.
+        method: `exact` misses none. It reads a copy of the bank at 8 bits per number first, if the bank is large and
+            the machine multiplies them exactly, and else the bank itself. `approximate` asks an index of the faiss
+            library, which holds such a copy too, does not read all of it, and misses a neighbour now and then; with a
+            flat spectrum, as whitening makes it, nearly always (docs/decisions/0006-neighbours.md).
         unit: Whether vectors must have length 1; without it, any finite ones are taken by the exact method.
 
     Raises:
@@ -73,10 +76,14 @@ class Neighbours:
         if not unit and method != "exact":
             raise ValueError(f"the {method} search takes unit vectors only")
         self._bank = np.ascontiguousarray(bank, dtype=np.float32)
-        exact = _Exact(self._bank, _checked_lengths(self._bank, unit=unit))
+        lengths = _checked_lengths(self._bank, unit=unit)
+        quantised = unit and self._bank.nbytes >= _QUANTISED_BYTES and is_exact()
+        exact = Quantised(self._bank, lengths) if quantised else _Exact(self._bank, lengths)
         self._finder: Finder = exact
-        if method != "exact":
-            self._finder = _finder(self._bank, method)
+        if method == "approximate":
+            from guard.screening.approximate import Approximate
+
+            self._finder = Approximate(self._bank)
             self._check_recall(method, exact)
 
     def _check_recall(self, method: Method, exact: Finder) -> None:
@@ -177,16 +184,6 @@ class _Exact:
         # Half a square of the bank's and a product with the query round alike.
         slack = self._rounding * (self._rounding / _ROUNDING + np.linalg.norm(queries, axis=1)).astype(np.float32)
         return largest(closeness, k, slack)
-
-
-def _finder(bank: Embeddings, method: Method) -> Finder:
-    if method == "compressed":
-        from guard.screening.compressed import Compressed
-
-        return Compressed(bank)
-    from guard.screening.approximate import Approximate
-
-    return Approximate(bank)
 
 
 def _checked_lengths(bank: Embeddings, *, unit: bool) -> NDArray[np.float32]:

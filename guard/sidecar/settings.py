@@ -45,8 +45,8 @@ class ModelSettings(BaseModel):
     """What happens when guard cannot decide; default: open in shadow mode, closed in the others."""
     alpha: float | None = Field(default=None, gt=0, lt=1)
     """p-value up to which an image is flagged, so the false-alarm rate; default: that of the calibration."""
-    neighbours: Literal["exact", "compressed", "approximate"] = "exact"
-    """How the banks are searched; the others trade a few decisions for time in large banks."""
+    neighbours: Literal["exact", "approximate"] = "exact"
+    """How the banks are searched; `approximate` trades a few decisions for time in very large banks."""
     second_looks: float = Field(default=0.0, ge=0, le=1e6)
     """Most flagged images per second that are looked at again, with their trigger undone; 0: none."""
     checked_share: float = Field(default=1.0, gt=0, le=1)

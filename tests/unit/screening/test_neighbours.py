@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
 from guard.errors import UsageError
+from guard.screening import approximate, quantised
 from guard.screening import neighbours as module
 from guard.screening.neighbours import Method, Neighbours
 from guard.screening.products import largest, products
 
 Floats = NDArray[np.float32]
-METHODS: tuple[Method, ...] = ("exact", "compressed", "approximate")
+METHODS: tuple[Method, ...] = ("exact", "approximate")
 
 
 def unit(count: int, dimension: int = 24, *, seed: int = 0) -> Floats:
@@ -32,6 +33,24 @@ def steep(count: int, dimension: int = 64, *, seed: int = 0) -> Floats:
     return normalised
 
 
+@pytest.fixture(params=[0, sys.maxsize], ids=["quantised", "in full"])
+def least_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Both ways in which the exact search goes about it, on banks that are small enough for a test."""
+    monkeypatch.setattr(module, "_QUANTISED_BYTES", request.param)
+    least: int = request.param
+    return least
+
+
+def quantised_and_in_full(bank: Floats, monkeypatch: pytest.MonkeyPatch) -> tuple[Neighbours, Neighbours]:
+    found = []
+    for least in (0, sys.maxsize):
+        monkeypatch.setattr(module, "_QUANTISED_BYTES", least)
+        found.append(Neighbours(bank))
+    assert isinstance(found[0]._finder, quantised.Quantised)
+    return found[0], found[1]
+
+
+@pytest.mark.usefixtures("least_bytes")
 @pytest.mark.parametrize("k", [1, 2, 7, 64, 700])
 @pytest.mark.parametrize("count", [1, 5, 50])
 def test_the_exact_search_finds_what_scikit_learn_finds(k: int, count: int) -> None:
@@ -54,6 +73,7 @@ def test_within_leaves_a_row_itself_out(k: int) -> None:
     np.testing.assert_allclose(found.distances, expected, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("least_bytes")
 def test_copies_lie_at_exactly_0_and_come_in_the_order_of_the_bank() -> None:
     few = unit(40, 512)
     bank = np.concatenate([few, few, few])
@@ -71,9 +91,9 @@ def test_within_a_bank_of_copies_all_distances_are_0_and_no_row_finds_itself(k: 
     assert all(len(set(row)) == k for row in found.indices.tolist())
 
 
-@pytest.mark.parametrize("method", METHODS[:2])
-def test_what_a_query_finds_does_not_depend_on_the_batch_it_comes_in(method: Method) -> None:
-    searcher, asked = Neighbours(steep(3000), method=method), steep(40, seed=1)
+@pytest.mark.usefixtures("least_bytes")
+def test_what_a_query_finds_does_not_depend_on_the_batch_it_comes_in() -> None:
+    searcher, asked = Neighbours(steep(3000)), steep(40, seed=1)
     together = searcher.search(asked, 16)
     for row in range(0, 40, 7):
         alone = searcher.search(asked[row : row + 1], 16)
@@ -118,10 +138,9 @@ def test_vectors_of_any_length_are_compared_by_distance_and_not_by_angle() -> No
     np.testing.assert_allclose(found.distances, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS[1:])
-def test_a_quicker_search_finds_nearly_what_the_exact_one_does(method: Method) -> None:
+def test_the_approximate_search_finds_nearly_what_the_exact_one_does() -> None:
     bank, asked = steep(4000), steep(300, seed=1)
-    exact, found = Neighbours(bank).search(asked, 16), Neighbours(bank, method=method).search(asked, 16)
+    exact, found = Neighbours(bank).search(asked, 16), Neighbours(bank, method="approximate").search(asked, 16)
     same = exact.indices == found.indices
     assert same.all(axis=1).mean() > 0.98
     np.testing.assert_array_equal(found.distances[same], exact.distances[same])
@@ -141,12 +160,12 @@ def test_without_faiss_the_approximate_search_says_what_to_install(monkeypatch: 
         Neighbours(unit(5), method="approximate")
 
 
-@pytest.mark.parametrize("method", METHODS[:2])
-def test_a_mapped_bank_stays_mapped(method: Method, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("least_bytes")
+def test_a_mapped_bank_stays_mapped(tmp_path: Path) -> None:
     bank, asked = steep(500), steep(3, seed=1)
     bank.tofile(tmp_path / "bank")
     mapped = np.memmap(tmp_path / "bank", np.float32, "r", shape=bank.shape)
-    searcher = Neighbours(mapped, method=method)
+    searcher = Neighbours(mapped)
     # Nothing that a caller sees tells a copy from a map, except the memory it takes.
     assert np.shares_memory(searcher._bank, mapped)
     np.testing.assert_array_equal(searcher.search(asked, 4).distances, Neighbours(bank).search(asked, 4).distances)
@@ -223,6 +242,100 @@ def test_products_are_inner_products(count: int) -> None:
     np.testing.assert_allclose(products(bank, asked), bank.astype(np.float64) @ asked.T, atol=1e-6)
 
 
-def test_a_bank_whose_spectrum_is_too_flat_for_the_compressed_search_is_refused() -> None:
+def test_a_bank_that_the_approximate_search_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(approximate, "_SEARCH_EFFORT", 32)
     with pytest.raises(UsageError, match="search it with the exact method"):
-        Neighbours(unit(5000, 128), method="compressed")
+        Neighbours(unit(3000, 512), method="approximate")
+
+
+BANKS = st.sampled_from(["flat", "steep", "clustered", "with copies", "sparse", "on a grid"])
+
+
+def made(kind: str, count: int, dimension: int, seed: int) -> Floats:
+    generator = np.random.default_rng(seed)
+    values = generator.normal(size=(count, dimension))
+    if kind == "steep":
+        values /= np.arange(1, dimension + 1)
+    if kind == "clustered":
+        values = values[:1] + 1e-4 * values
+    if kind == "with copies":
+        values[count // 2 :] = values[: count - count // 2]
+    if kind == "sparse":
+        values *= generator.random((count, dimension)) < 0.05
+        values[:, 0] += 1e-3
+    if kind == "on a grid":
+        values = np.rint(values) + (np.arange(dimension) == 0) * 0.5
+    found: Floats = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    return found
+
+
+@given(BANKS, BANKS, st.integers(1, 300), st.integers(1, 40), st.integers(0, 2**32 - 1), st.data())
+@settings(max_examples=150, deadline=None)
+def test_8_bit_products_leave_out_none_of_the_nearest(
+    kind: str, queries: str, size: int, dimension: int, seed: int, data: st.DataObject
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        fast, slow = quantised_and_in_full(made(kind, size, dimension, seed), monkeypatch)
+    k = data.draw(st.integers(1, size))
+    length = data.draw(st.sampled_from([0.0, 1e-6, 1.0]))
+    asked = made(queries, 7, dimension, seed + 1) * np.float32(length)
+    expected, found = slow.search(asked, k), fast.search(asked, k)
+    np.testing.assert_array_equal(found.distances, expected.distances)
+    np.testing.assert_array_equal(found.indices, expected.indices)
+
+
+@pytest.mark.parametrize("code", [128, -128, 127.5, 32511.5])
+def test_a_query_between_two_codes_is_not_misread(code: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = np.full((1, 512), code / 32512, np.float32)
+    asked[0, 0] = 1
+    asked /= np.linalg.norm(asked)
+    bank = np.concatenate([unit(200, 512), asked, -asked])
+    fast, slow = quantised_and_in_full(bank, monkeypatch)
+    for query in (asked, -asked):
+        np.testing.assert_array_equal(fast.search(query, 20).indices, slow.search(query, 20).indices)
+
+
+def test_a_bank_that_lies_close_together_leaves_few_rows_to_a_query_far_from_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    middle, asked = unit(1, 512, seed=1), unit(5, 512, seed=2)
+    bank = middle + 0.05 * unit(5000, 512)
+    bank /= np.linalg.norm(bank, axis=1, keepdims=True)
+    finder = quantised_and_in_full(bank, monkeypatch)[0]._finder
+    assert max(len(rows) for rows in finder.candidates(asked, 16)) < 200
+
+
+def test_8_bit_products_leave_few_rows_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = unit(5000, 512)
+    finder = quantised_and_in_full(bank, monkeypatch)[0]._finder
+    left = [len(rows) for rows in finder.candidates(unit(20, 512, seed=1), 16)]
+    assert max(left) < 200
+
+
+def test_a_bank_in_several_graphs_is_searched_like_one_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, asked = unit(700), unit(23, seed=1)
+    monkeypatch.setattr(module, "_QUANTISED_BYTES", 0)
+    whole = Neighbours(bank).search(asked, 9)
+    monkeypatch.setattr(quantised, "_SESSION_BYTES", 300 * 24)
+    monkeypatch.setattr(quantised, "_BLOCK_BYTES", 8 * 700 * 5)
+    monkeypatch.setattr(quantised, "_CODED_ROWS", 64)
+    parts = Neighbours(bank).search(asked, 9)
+    np.testing.assert_array_equal(parts.distances, whole.distances)
+    np.testing.assert_array_equal(parts.indices, whole.indices)
+
+
+def test_a_machine_that_multiplies_8_bit_codes_wrongly_is_noticed_and_not_relied_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = quantised._Products.__call__
+
+    def saturating(self: quantised._Products, queries: quantised.Codes) -> Floats:
+        return np.minimum(right(self, queries), np.float32(2**15 - 1))
+
+    monkeypatch.setattr(quantised._Products, "__call__", saturating)
+    monkeypatch.setattr(module, "_QUANTISED_BYTES", 0)
+    quantised.is_exact.cache_clear()
+    try:
+        assert not isinstance(Neighbours(unit(50))._finder, quantised.Quantised)
+    finally:
+        quantised.is_exact.cache_clear()
