@@ -289,7 +289,8 @@ def test_a_query_between_two_codes_is_not_misread(code: float, monkeypatch: pyte
     asked = np.full((1, 512), code / 32512, np.float32)
     asked[0, 0] = 1
     asked /= np.linalg.norm(asked)
-    bank = np.concatenate([unit(200, 512), asked, -asked])
+    bank = 0.1 * unit(200, 512) + np.linspace(-1, 1, 200)[:, None].astype(np.float32) / np.float32(512**0.5)
+    bank /= np.linalg.norm(bank, axis=1, keepdims=True)
     fast, slow = quantised_and_in_full(bank, monkeypatch)
     for query in (asked, -asked):
         np.testing.assert_array_equal(fast.search(query, 20).indices, slow.search(query, 20).indices)
