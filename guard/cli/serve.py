@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 )
 @click.option("--alpha", type=float, help="False-alarm rate.  [default: that of the calibration]")
 @click.option("--checked-share", type=float, help="Share of requests that guard embeds and checks.  [default: 1]")
+@click.option(
+    "--require-vetted/--no-require-vetted", default=None, help='Let nothing pass whose verdict is not "no evidence".'
+)
 @click.option("--state", type=options.PATH, help="Folder for evidence log and monitor state.  [default: none is kept]")
 @click.option("--thumbnails/--no-thumbnails", default=None, help="Keep small pictures of flagged images there.")
 @click.option("--evidence-rows", type=int, help="Most records in the evidence log.  [default: 100000]")

@@ -37,7 +37,7 @@ def annotate(response: ModelInferResponse, outcome: Outcome, mode: Mode) -> None
         parameters[WITHDRAWN].int64_param = outcome.withdrawn
     raw = bool(response.raw_output_contents)
     if len(outcome.scores) > 1 and (not raw or len(response.raw_output_contents) == len(response.outputs)):
-        decisions = [(Decision.FLAG if flag else Decision.PASS).encode() for flag in outcome.flags]
+        decisions = [(Decision.FLAG if flag else outcome.others).encode() for flag in outcome.flags]
         add_output(response, DECISION, decisions, raw=raw)
         add_output(response, SCORE, outcome.scores, raw=raw)
         add_output(response, P_VALUE, outcome.p_values.astype(np.float32), raw=raw)

@@ -57,6 +57,7 @@ class Checker:
         model: As given.
         metrics: As given.
         watch: What follows its decisions.
+        vetted: Whether a request may pass: the verdict on the model is good enough for the operator.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Checker:
         self._detector = detector
         self.watch = Watch(profile, detector, model, settings, metrics, shared, sample)
         self._input, self._limits, self._workers = settings.input, shared.settings, shared.workers
+        self.vetted = not settings.require_vetted or profile.document.vetting.verdict.outcome == "no evidence"
         metrics.describe(profile, detector)
 
     @property
@@ -152,7 +154,8 @@ class Checker:
         names = self._detector.screen.triggers
         flags = self.watch.follow(found, request, images)
         return Outcome(
-            Decision.FLAG if flags.any() else Decision.PASS,
+            Decision.FLAG if flags.any() else Decision.PASS if self.vetted else Decision.UNCHECKED,
+            None if self.vetted else Reason.MODEL_NOT_VETTED,
             scores=found.scores.values,
             flags=flags,
             p_values=found.p_values,

@@ -69,6 +69,8 @@ class EmbeddedService(InferenceService):
                 "guard: a tensor lies in shared memory, which this server does not have",
                 reason=Reason.SHARED_MEMORY,
             )
+        if request.route.unvetted is not None:
+            self.enforce(request.route.unvetted, request.route)
         wanted = self._wanted(message)
         try:
             result = await checker.infer(request)

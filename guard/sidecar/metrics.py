@@ -191,14 +191,14 @@ class ModelMetrics:
         self._requests[outcome.decision].inc()
         exemplar = _exemplar()
         self._seconds.observe(seconds, exemplar)
-        if outcome.reason is not None:
+        if outcome.decision is Decision.UNCHECKED and outcome.reason is not None:
             self._unchecked[outcome.reason].inc()
         if outcome.scores is None or outcome.flags is None:
             self._images[Decision.UNCHECKED].inc(images)
             return
         flagged = int(outcome.flags.sum())
         self._images[Decision.FLAG].inc(flagged)
-        self._images[Decision.PASS].inc(len(outcome.flags) - flagged)
+        self._images[outcome.others].inc(len(outcome.flags) - flagged)
         for score in outcome.scores:
             self._scores.observe(float(score), exemplar)
         for row in np.flatnonzero(outcome.flags):

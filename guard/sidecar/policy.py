@@ -47,6 +47,7 @@ class Reason(StrEnum):
     EMBEDDING_MISSING = "embedding_missing"
     ERROR = "error"
     INPUT_UNREADABLE = "input_unreadable"
+    MODEL_NOT_VETTED = "model_not_vetted"
     MODEL_UNKNOWN = "model_unknown"
     NOT_SAMPLED = "not_sampled"
     OVERLOADED = "overloaded"
@@ -65,6 +66,10 @@ _CLOSED: dict[Reason, tuple[grpc.StatusCode, str]] = {
     ),
     Reason.ERROR: (grpc.StatusCode.UNAVAILABLE, "the request could not be checked: internal error"),
     Reason.INPUT_UNREADABLE: (grpc.StatusCode.INVALID_ARGUMENT, "the input could not be checked"),
+    Reason.MODEL_NOT_VETTED: (
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "the vetting of this model did not end with the verdict `no evidence`",
+    ),
     Reason.MODEL_UNKNOWN: (grpc.StatusCode.FAILED_PRECONDITION, "there is no profile of this model"),
     Reason.OVERLOADED: (grpc.StatusCode.UNAVAILABLE, "too many requests wait to be checked"),
     Reason.PROTOCOL_UNKNOWN: (
@@ -90,7 +95,7 @@ class Outcome:
 
     Attributes:
         decision: `flag` if any image is flagged; `unchecked` if guard could not decide.
-        reason: Why it is `unchecked`.
+        reason: Why it is `unchecked`; or why it would be, were it not flagged.
         detail: More about the reason, safe to send to a client.
         scores: One per image, shape [N]; None if `unchecked`.
         flags: Which images are flagged, shape [N]; None if `unchecked`.
@@ -116,6 +121,11 @@ class Outcome:
     def unchecked(cls, reason: Reason, detail: str = "") -> "Outcome":
         """Guard could not decide."""
         return cls(Decision.UNCHECKED, reason, detail)
+
+    @property
+    def others(self) -> Decision:
+        """Of the images that are not flagged."""
+        return Decision.PASS if self.reason is None else Decision.UNCHECKED
 
     @property
     def severity(self) -> int:

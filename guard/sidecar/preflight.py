@@ -9,13 +9,14 @@ from google.protobuf.message import DecodeError
 
 from guard import evidence
 from guard.classifiers import ExportedClassifier
-from guard.errors import GuardError, UsageError
+from guard.errors import GuardError, ProfileError, UsageError
 from guard.evidence import EVIDENCE_FILE
 from guard.findings import Finding, Status
 from guard.sidecar.addresses import check_free
 from guard.sidecar.inference_pb2 import ServerReadyRequest, ServerReadyResponse
 from guard.sidecar.loading import match, read_profile
 from guard.sidecar.loops import loop_factory
+from guard.sidecar.policy import FailurePolicy
 from guard.sidecar.service import SERVICE
 from guard.sidecar.settings import ModelSettings, Settings
 from guard.sidecar.tls import name_options, server_certificates, upstream_credentials
@@ -88,6 +89,11 @@ class _ModelChecks:
     def profile(self) -> str:
         self._profile = read_profile(self._settings)
         outcome = self._profile.document.vetting.verdict.outcome
+        if self._settings.require_vetted and outcome != "no evidence":
+            found = f'require_vetted: the verdict on the model is "{outcome}", not "no evidence"'
+            if self._settings.on_failure is FailurePolicy.CLOSED:
+                raise ProfileError(f"{found}; every request would be refused")
+            raise _DoubtError(f"{found}; no request will pass")
         if outcome == "backdoored":
             raise _DoubtError("the model is vetted as backdoored; repair it, screening is for the time until then")
         return f"verdict: {outcome}"

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from guard.sidecar.inference_pb2 import ModelInferRequest
 from guard.sidecar.metrics import ModelMetrics
+from guard.sidecar.policy import FailurePolicy, Outcome, Reason
 from guard.sidecar.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -29,6 +30,13 @@ class Route:
     def embeds(self) -> bool:
         """Whether guard embeds the images itself."""
         return self.checker is not None and self.settings.embedding_output is None
+
+    @property
+    def unvetted(self) -> Outcome | None:
+        """The outcome of every request, where the verdict on the model is such that none is served."""
+        if self.checker is None or self.checker.vetted or self.settings.on_failure is FailurePolicy.OPEN:
+            return None
+        return Outcome.unchecked(Reason.MODEL_NOT_VETTED)
 
 
 @dataclass

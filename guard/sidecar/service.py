@@ -15,7 +15,7 @@ from guard.sidecar.annotations import trailers
 from guard.sidecar.inference_pb2 import ModelInferRequest, ModelInferResponse
 from guard.sidecar.metrics import Metrics
 from guard.sidecar.models import Models
-from guard.sidecar.policy import MAX_MESSAGE, Mode, Outcome, Reason, refusal
+from guard.sidecar.policy import MAX_MESSAGE, Decision, Mode, Outcome, Reason, refusal
 from guard.sidecar.routes import Request, Route
 from guard.sidecar.settings import Settings
 from guard.sidecar.tensors import parse_request
@@ -150,7 +150,8 @@ class InferenceService(ABC):
             RefusedError: This is refused; with the trailing metadata that was to go with the reply.
         """
         if refused := refusal(outcome, route.settings.mode, route.settings.on_failure):
-            raise RefusedError(refused.code, refused.message, trailing=trailing, reason=outcome.reason)
+            reason = outcome.reason if outcome.decision is Decision.UNCHECKED else None
+            raise RefusedError(refused.code, refused.message, trailing=trailing, reason=reason)
 
     @staticmethod
     def tags(outcome: Outcome, route: Route) -> Metadata:

@@ -51,6 +51,8 @@ class ModelSettings(BaseModel):
     """Most flagged images per second that are looked at again, with their trigger undone; 0: none."""
     checked_share: float = Field(default=1.0, gt=0, le=1)
     """Share of the requests that guard embeds and checks, drawn at random; the others are `unchecked`."""
+    require_vetted: bool = False
+    """Whether no request passes unless the model's vetting ended with `no evidence`; flagged ones stay flagged."""
 
     @property
     def on_failure(self) -> FailurePolicy:

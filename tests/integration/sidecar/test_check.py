@@ -57,6 +57,19 @@ def test_a_sidecar_that_could_serve_is_code_0_and_nothing_is_written(
     assert not state.exists()
 
 
+@pytest.mark.parametrize(
+    ("policy", "status", "told"),
+    [("closed", Status.FAILED, "every request would be refused"), ("open", Status.WARNING, "no request will pass")],
+)
+def test_a_verdict_that_is_not_good_enough_is_told_before_it_costs_requests(
+    exported: Path, served_profile: Path, policy: str, status: Status, told: str
+) -> None:
+    found = findings(model=exported, profile=served_profile, require_vetted=True, failure_policy=policy)["profile"]
+    assert found[0] is status
+    assert 'the verdict on the model is "backdoored"' in found[1]
+    assert told in found[1]
+
+
 def test_every_failure_is_named_and_the_first_gives_the_code(
     exported: Path, served_profile: Path, tmp_path: Path, launch: Launcher
 ) -> None:

@@ -15,14 +15,17 @@ import pytest
 from numpy.typing import NDArray
 
 from guard.classifiers import ExportedClassifier
+from guard.profiles import Profile
 from guard.sidecar import Reason
 from guard.sidecar.inference_pb2 import ModelInferRequest
 from guard.sidecar.metrics import UNKNOWN
+from guard.sidecar.tensors import unpack_bytes
 from guard.testing import InferenceServer
 from tests.integration.sidecar.conftest import (
     WAIT_SECONDS,
     Client,
     Floats,
+    Launcher,
     Sidecar,
     command,
     connected,
@@ -133,26 +136,34 @@ def faulty_sidecar(faults: Faults, log: Path, *arguments: str | Path) -> Iterato
         process.communicate()
 
 
+def source_arguments(source: str, server: InferenceServer, exported: Path) -> tuple[str | Path, ...]:
+    """Where the embeddings come from."""
+    return {
+        "embedded": ("--model", exported),
+        "tower": ("--upstream", server.address, "--model", exported),
+        "reading": ("--upstream", server.address, "--embedding-output", "embedding"),
+    }[source]
+
+
 @pytest.fixture(scope="module")
 def sidecars(
     faults: Faults, server: InferenceServer, exported: Path, served_profile: Path
 ) -> Iterator[dict[tuple[str, str], Sidecar]]:
     """One for each source of embeddings and each policy, with one worker and no queue."""
-    own: tuple[str | Path, ...] = ("--model", exported)
-    sources = {
-        "embedded": own,
-        "tower": ("--upstream", server.address, *own),
-        "reading": ("--upstream", server.address, "--embedding-output", "embedding"),
-    }
     common = ("--profile", served_profile, "--workers", "1", "--queue", "0", "--timeout", "0.5", "--drain", "0")
     with ExitStack() as stack:
         yield {
             (source, policy): stack.enter_context(
                 faulty_sidecar(
-                    faults, faults.folder / f"{source}-{policy}.log", *arguments, *common, "--failure-policy", policy
+                    faults,
+                    faults.folder / f"{source}-{policy}.log",
+                    *source_arguments(source, server, exported),
+                    *common,
+                    "--failure-policy",
+                    policy,
                 )
             )
-            for source, arguments in sources.items()
+            for source in SOURCES
             for policy in POLICIES
         }
 
@@ -232,6 +243,64 @@ def test_a_fault_is_answered_as_documented(
         # And the next request is fine.
         server.reset()
         eventually(lambda: decided(client, clean), "the fault ending")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_under_closed_no_request_reaches_a_model_that_vetting_did_not_clear(
+    launch: Launcher,
+    server: InferenceServer,
+    exported: Path,
+    served_profile: Path,
+    clean: Floats,
+    source: str,
+) -> None:
+    server.reset()
+    arguments = source_arguments(source, server, exported)
+    strict = ("--profile", served_profile, "--require-vetted", "--failure-policy", "closed")
+    with launch(*arguments, *strict) as sidecar, connected(sidecar.address) as client:
+        error = client.refused(infer_request(clean[:1]))
+        assert error.code() is Code.FAILED_PRECONDITION
+        assert "the vetting of this model did not end with the verdict" in error.details()
+        assert dict(pairs(error.trailing_metadata()))["guard-reason"] == "model_not_vetted"
+        assert not [call for call in server.received if call.method.endswith("ModelInfer")]
+        eventually(
+            lambda: sidecar.metric("guard_unchecked_total", model="classifier", reason="model_not_vetted") == 1,
+            "counting",
+        )
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_under_open_what_such_a_model_answers_is_screened_and_never_passes(
+    launch: Launcher,
+    server: InferenceServer,
+    exported: Path,
+    served_profile: Path,
+    profile: Profile,
+    classify: ExportedClassifier,
+    clean: Floats,
+    triggered: Floats,
+    source: str,
+) -> None:
+    server.reset()
+    images = np.concatenate([clean, triggered])
+    flags = profile.detector().judge(classify.run(images)[0]).flags
+    arguments = source_arguments(source, server, exported)
+    lenient = ("--profile", served_profile, "--require-vetted", "--failure-policy", "open", "--mode", "block")
+    with launch(*arguments, *lenient) as sidecar, connected(sidecar.address) as client:
+        reply = client.infer(infer_request(images[~flags][:2]))
+        assert (reply.decision, reply.parameter("guard_reason")) == ("unchecked", "model_not_vetted")
+        assert reply.parameter("guard_p_value") > 0
+        assert "logits" in reply.outputs
+        each = reply.response.raw_output_contents[reply.outputs.index("guard_decision")]
+        assert unpack_bytes(each) == [b"unchecked"] * 2
+        assert client.refused(infer_request(images[flags][:1])).code() is Code.PERMISSION_DENIED
+        eventually(
+            lambda: sidecar.metric("guard_requests_total", model="classifier", decision="flag", mode="block") == 1,
+            "counting",
+        )
+        assert sidecar.metric("guard_unchecked_total", model="classifier", reason="model_not_vetted") == 1
+        assert sidecar.metric("guard_images_total", model="classifier", decision="unchecked") == 2
+        assert sidecar.metric("guard_images_total", model="classifier", decision="pass") == 0
 
 
 def decided(client: Client, images: Floats) -> bool:
