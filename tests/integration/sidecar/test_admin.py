@@ -244,6 +244,36 @@ def test_an_address_that_others_can_reach_needs_certificates_of_clients(
             Operator(channel).status()
 
 
+def test_a_renewed_certificate_is_used_here_too(
+    launch: Launcher, exported: Path, served_profile: Path, tmp_path: Path
+) -> None:
+    old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
+    certificate, key = tmp_path / "tls.crt", tmp_path / "tls.key"
+
+    def put(authority: Authority) -> None:
+        pair = authority.issue("server")
+        certificate.write_bytes(pair.certificate.read_bytes())
+        key.write_bytes(pair.key.read_bytes())
+
+    def answers(to: Authority) -> bool:
+        credentials = grpc.ssl_channel_credentials(to.certificate.read_bytes())
+        options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
+        with grpc.secure_channel(f"localhost:{port}", credentials, options) as channel:
+            try:
+                return bool(Operator(channel).status().version)
+            except grpc.RpcError:
+                return False
+
+    put(old)
+    arguments = ("--model", exported, "--profile", served_profile, "--admin", "127.0.0.1:0")
+    with launch(*arguments, "--tls-certificate", certificate, "--tls-key", key) as sidecar:
+        port = sidecar.announced["admin"].rpartition(":")[2]
+        assert answers(old)
+        put(new)
+        eventually(lambda: answers(new), "the use of the renewed certificate")
+        assert not answers(old)
+
+
 def test_an_address_that_is_taken_stops_the_start_and_the_check_says_so(
     launch: Launcher, exported: Path, served_profile: Path
 ) -> None:
