@@ -19,7 +19,7 @@ from guard.errors import GuardError, UsageError
 
 __all__ = ["cli", "main"]
 
-EXAMINING = {"jinja2", "markupsafe", "matplotlib", "onnx", "onnxscript", "open_clip", "scipy", "sklearn", "torch"}
+EXAMINING = {"jinja2", "markupsafe", "matplotlib", "onnxscript", "open_clip", "scipy", "sklearn", "torch"}
 """Modules of the extra `vet`."""
 
 
