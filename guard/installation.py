@@ -53,6 +53,7 @@ session = onnxruntime.InferenceSession(
 )
 print(onnxruntime.__version__, session.get_providers()[0].removesuffix("ExecutionProvider"))
 """
+_SEARCH = "from guard.screening.quantised import is_exact; print(is_exact())"
 _TORCH = """
 import torch
 names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
@@ -79,11 +80,13 @@ def imports() -> Finding:
 
 
 def accelerators() -> tuple[Finding, ...]:
-    """What ONNX Runtime, and torch if it is installed, compute on. A CPU is as good a finding as a GPU.
+    """What ONNX Runtime, and torch if it is installed, compute on, and how banks are searched there.
 
-    A GPU that ONNX Runtime was built for and cannot use is a warning.
+    A CPU is as good a finding as a GPU. A GPU that ONNX Runtime was built for and cannot use is a warning.
     """
     found = [_onnxruntime()]
+    if found[0].status is not Status.FAILED:
+        found.append(_search())
     if torch_is_installed():
         answer = _run(_TORCH)
         if answer.error:
@@ -221,6 +224,16 @@ def _onnxruntime() -> Finding:
         f"{used}, although there is an NVIDIA GPU: its CUDA provider cannot be loaded{reason}; CUDA and cuDNN of the "
         "versions that it was built for must be where the dynamic linker looks",
     )
+
+
+def _search() -> Finding:
+    answer = _run(_SEARCH)
+    if answer.error:
+        return _failed("search", f"large banks cannot be searched: {answer.error}")
+    if answer.text == "True":
+        return Finding("search", Status.OK, "large banks are read at 8 bits per number")
+    detail = "this processor multiplies 8-bit numbers wrongly (x86 without VNNI), so that large banks are read in full"
+    return Finding("search", Status.OK, f"{detail}: decisions are the same, and take about four times as long")
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "decree",
-            "published threshold, evaluation 1",
+            "published threshold, evaluation 2",
             "models",
             frozenset(),
             uses_base=True,

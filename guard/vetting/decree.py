@@ -55,11 +55,11 @@ class DecreeSettings:
         seed: Of the start and the batches.
     """
 
-    steps: int = 100
-    batch: int = 32
+    steps: int = 70
+    batch: int = 12
     learning_rate: float = 0.7
     success: float = 0.99
-    check: int = 128
+    check: int = 64
     weight: float = 1.0
     factor: float = 1.1
     stall: int = 50

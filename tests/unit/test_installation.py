@@ -41,7 +41,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     """Puts a module where it is found first, by other processes only."""
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.syspath_prepend(str(tmp_path))
 
     def put(name: str, code: str) -> None:
         (tmp_path / f"{name}.py").write_text(code)
@@ -163,6 +163,27 @@ def test_an_empty_onnx_runtime_is_a_failure_and_a_broken_torch_a_warning(module:
     found = installation.accelerators()[0]
     assert (found.status, found.exit_code) == (Status.FAILED, 2)
     assert "has no attribute" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "told"),
+    [
+        ("True", Status.OK, "at 8 bits"),
+        ("False", Status.OK, "read in full"),
+        ("1 / 0", Status.FAILED, "ZeroDivisionError"),
+    ],
+)
+def test_how_large_banks_are_searched_on_this_machine_is_said(
+    answer: str, status: Status, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installation, "_SEARCH", f"print({answer})")
+    found = next(each for each in installation.accelerators() if each.subject == "search")
+    assert found.status is status
+    assert told in found.detail
+
+
+def test_the_search_that_is_tried_is_there() -> None:
+    assert installation._run(installation._SEARCH).text in {"True", "False"}
 
 
 def test_the_model_that_onnx_runtime_is_tried_with_runs() -> None:
