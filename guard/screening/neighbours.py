@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.errors import UsageError
-from guard.screening.products import largest, products
-from guard.screening.quantised import Quantised, is_exact
+from guard.screening.products import ROUNDING, largest, products
+from guard.screening.quantised import Quantised, largest_code
 
 Embeddings = NDArray[np.float32]
 Method = Literal["exact", "approximate"]
@@ -24,8 +24,6 @@ _PROBES, _PROBED_NEIGHBOUR, _LEAST_RECALL = 512, 16, 0.99
 neighbour only near the threshold, so that of decisions fewer than one in a thousand differ."""
 _QUANTISED_BYTES = 2**23
 """Size of a bank from which it pays to make products of 8-bit codes first: 4,096 × 512 numbers."""
-_ROUNDING = 4e-6
-"""How far a float32 product of unit vectors may be from the exact one; a bound for 1024 dimensions."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +57,9 @@ class Neighbours:
         bank: Shape [N, D], L2-normalised, float32 in row order. Not copied: a memory-mapped one stays mapped, and none
             may be changed.
         method: `exact` misses none. It reads a copy of the bank at 8 bits per number first, if the bank is large and
-            the machine multiplies them exactly, and else the bank itself. `approximate` asks an index of the faiss
-            library, which holds such a copy too, does not read all of it, and misses a neighbour now and then; with a
-            flat spectrum, as whitening makes it, nearly always (docs/decisions/0006-neighbours.md).
+            the machine multiplies such numbers exactly, and else the bank itself. `approximate` asks an index of the
+            faiss library, which holds such a copy too, does not read all of it, and misses a neighbour now and then;
+            with a flat spectrum, as whitening makes it, nearly always (docs/decisions/0006-neighbours.md).
         unit: Whether vectors must have length 1; without it, any finite ones are taken by the exact method.
 
     Raises:
@@ -77,8 +75,8 @@ class Neighbours:
             raise ValueError(f"the {method} search takes unit vectors only")
         self._bank = np.ascontiguousarray(bank, dtype=np.float32)
         lengths = _checked_lengths(self._bank, unit=unit)
-        quantised = unit and self._bank.nbytes >= _QUANTISED_BYTES and is_exact()
-        exact = Quantised(self._bank, lengths) if quantised else _Exact(self._bank, lengths)
+        top = largest_code() if unit and self._bank.nbytes >= _QUANTISED_BYTES else 0
+        exact = Quantised(self._bank, lengths, top) if top else _Exact(self._bank, lengths)
         self._finder: Finder = exact
         if method == "approximate":
             from guard.screening.approximate import Approximate
@@ -176,13 +174,13 @@ class _Exact:
     def __init__(self, bank: Embeddings, lengths: NDArray[np.float32]) -> None:
         self._bank = bank
         self._halves = (lengths**2 / 2)[:, None]
-        self._rounding = _ROUNDING * float(lengths.max())
+        self._rounding = ROUNDING * float(lengths.max())
 
     def candidates(self, queries: Embeddings, k: int) -> Sequence[NDArray[np.int64]]:
         closeness = products(self._bank, queries)
         closeness -= self._halves
         # Half a square of the bank's and a product with the query round alike.
-        slack = self._rounding * (self._rounding / _ROUNDING + np.linalg.norm(queries, axis=1)).astype(np.float32)
+        slack = self._rounding * (self._rounding / ROUNDING + np.linalg.norm(queries, axis=1)).astype(np.float32)
         return largest(closeness, k, slack)
 
 

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
 
+ROUNDING = 4e-6
+"""How far a float32 product of unit vectors may be from the exact one; a bound for 1024 dimensions."""
 _FEW = 4
 """Up to here one pass over the bank per query is quicker than a matrix product, which first repacks the bank."""
 _BLOCK_ROWS = 1024

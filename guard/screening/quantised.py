@@ -6,56 +6,55 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.screening.products import largest
+from guard.screening.products import ROUNDING, largest
 
 Floats = NDArray[np.float32]
 Codes = NDArray[np.uint8]
 
 _ZERO = 128
 """Code of 0 in a query."""
-_TOP = 127
-"""Largest code of a bank, which are signed."""
+_TOPS = (127, 63)
+"""Largest codes of a bank, which are signed: 8 bits, or 7 where more of them would not be multiplied exactly."""
 _LOW = 256
 """A query has two codes, of which the higher counts so much more: it shares the pass over the bank, and leaves only the
 bank's own rounding in the bound."""
-_HIGHEST = _TOP * _LOW
+_HIGHEST = 127 * _LOW
 _SESSION_BYTES = 2**26
 """Codes in one graph; a graph's file is limited to 2 GiB, and held twice while it is read."""
 _BLOCK_BYTES = 2**22
 """Products that are made before they are looked at; more of them leave the cache."""
 _CODED_ROWS = 4096
-_ROUNDING = 4e-6
-"""What float32 may lose in the bound, in what comes out of it, and in the distances that are measured later."""
 
 
 class Quantised:
     """Everything that could be among the k nearest, as 8-bit products tell it.
 
     Rows are ranked by their product with the query q, so also without the mean of the bank. What is left of a row is
-    s·c plus a rest of length r, with c of integers up to 127. A query has integers up to 32,512, so that its own rest
-    is hardly there. The products of integers are exact, so that those of rows are known within r·|q|. Where the k-th
-    largest lower bound lies above the upper bound of a row, that row is none of the k nearest; the others are measured.
-    Without the mean, a bank that lies close together has short rests: as many rows are left of it as of one that is
-    spread out. Of 10,000 random vectors of 512 numbers 50 are left for k = 16.
+    s·c plus a rest of length r, with c of integers up to 127 or 63. A query has integers up to 32,512, so that its own
+    rest is hardly there. The products of integers are exact, so that those of rows are known within r·|q|. Where the
+    k-th largest lower bound lies above the upper bound of a row, that row is none of the k nearest; the others are
+    measured. Without the mean, a bank that lies close together has short rests: as many rows are left of it as of one
+    that is spread out. Of 10,000 random vectors of 512 numbers 50 are left for k = 16.
 
     The products are ONNX Runtime's, on one thread, as a decision is.
 
     Args:
         bank: Unit vectors, shape [N, D]. Its codes take a quarter of its memory.
         lengths: What their lengths are exactly, shape [N].
+        top: The largest code; see `largest_code`.
     """
 
-    def __init__(self, bank: Floats, lengths: Floats) -> None:
+    def __init__(self, bank: Floats, lengths: Floats, top: int) -> None:
         self._size, self._dimension = bank.shape
         scales, self._rests = np.empty((2, self._size), np.float32)
         codes = np.empty(bank.shape, np.int8)
         mean = bank.mean(axis=0, dtype=np.float64).astype(np.float32)
         for start in range(0, self._size, _CODED_ROWS):
             rows = slice(start, start + _CODED_ROWS)
-            codes[rows], scales[rows], self._rests[rows] = _coded(bank[rows] - mean)
+            codes[rows], scales[rows], self._rests[rows] = _coded(bank[rows] - mean, top)
         self._longest = self._rests.max()
         # Rows are ranked by b·q, where the distance has b·q − |b|²/2: unit vectors differ in length by little.
-        self._slack = _ROUNDING + float(np.ptp(lengths**2 / 2))
+        self._slack = ROUNDING + float(np.ptp(lengths**2 / 2))
         step = max(1, _SESSION_BYTES // self._dimension)
         parts = (slice(start, start + step) for start in range(0, self._size, step))
         self._products = [_Products(codes[rows], scales[rows]) for rows in parts]
@@ -142,12 +141,16 @@ class _Products:
 
 
 @cache
-def is_exact() -> bool:
-    """Whether products of 8-bit codes are exact on this machine.
+def largest_code() -> int:
+    """The largest code of a bank whose products are exact on this machine; 0 if there is none.
 
-    x86 without VNNI adds pairs of products in 16 bits, and those of large codes do not fit.
+    x86 without VNNI adds pairs of products in 16 bits, where those of 8-bit codes do not fit, and of 7-bit ones do.
     """
-    codes = np.full((64, 64), _TOP, np.int8)
+    return next((top for top in _TOPS if _is_exact(top)), 0)
+
+
+def _is_exact(top: int) -> bool:
+    codes = np.full((64, 64), top, np.int8)
     codes[1::2] *= -1
     multiply = _Products(codes, np.ones(64, np.float32))
     for count in (1, 2, 16):
@@ -157,9 +160,9 @@ def is_exact() -> bool:
     return True
 
 
-def _coded(rows: Floats) -> tuple[NDArray[np.int8], Floats, Floats]:
+def _coded(rows: Floats, top: int) -> tuple[NDArray[np.int8], Floats, Floats]:
     """Codes, what a unit of them is worth, and the length of what they leave."""
     reach = np.abs(rows).max(axis=1)
-    scales = np.where(reach > 0, reach / np.float32(_TOP), np.float32(1))
+    scales = np.where(reach > 0, reach / np.float32(top), np.float32(1))
     codes = np.rint(rows / scales[:, None]).astype(np.int8)
     return codes, scales, np.linalg.norm(rows - codes * scales[:, None], axis=1)

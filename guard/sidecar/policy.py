@@ -97,13 +97,13 @@ class Outcome:
         decision: `flag` if any image is flagged; `unchecked` if guard could not decide.
         reason: Why it is `unchecked`; or why it would be, were it not flagged.
         detail: More about the reason, safe to send to a client.
-        scores: One per image, shape [N]; None if `unchecked`.
-        flags: Which images are flagged, shape [N]; None if `unchecked`.
-        p_values: How often a clean image scores as high, shape [N]; None if `unchecked`.
-        alpha: p-value up to which an image is flagged; None if `unchecked`.
+        scores: One per image, shape [N]; None if nothing was scored, as are all that follow from them.
+        flags: Which images are flagged, shape [N].
+        p_values: How often a clean image scores as high, shape [N].
+        alpha: p-value up to which an image is flagged.
         triggers: For each image, the id of the trigger that it matches best, or "".
         withdrawn: How many flags a second look took back.
-        classes: For each image, the index of the class that it is predicted as, shape [N]; None if `unchecked`.
+        classes: For each image, the index of the class that it is predicted as, shape [N].
     """
 
     decision: Decision
