@@ -17,7 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -158,16 +158,45 @@ class Run:
                 "guard, unread": Target(served["tag"]["listen"], "ModelMetadata"),
                 **{name: Target(line["listen"], settle=name == "shadow") for name, line in served.items()},
             }
-            for datatype, width in PAYLOADS.items():
-                size = 3 * SIDE * SIDE * width
-                message = _message(datatype, np.random.default_rng(self._seed).bytes(size))
-                client, before = Client(targets, [message], seed=self._seed), _scoring(served["tag"])
-                times = client.latency(self._requests)
-                seconds, count = (now - then for now, then in zip(_scoring(served["tag"]), before, strict=True))
-                rates = client.throughput(PROXY_BLOCKS, self._seconds, PROXY_CONCURRENCY)
-                lines += [f"### {size:,} bytes", ""]
-                lines += _proxy_table(times, rates) + _breakdown(times, 1000 * seconds / count)
+            for size, message in self._messages():
+                times, rates, score = self._turns(targets, message, served["tag"])
+                lines += [f"### {size:,} bytes", "", *_proxy_table(times, rates), *_breakdown(times, score)]
+        return lines + self._alone(profile, replies)
+
+    def _alone(self, profile: Path, replies: Path) -> list[str]:
+        """The same with one sidecar: above, the banks of five share the cache of the processor."""
+        lines = [
+            "## Proxy, one sidecar",
+            "",
+            "As above, without other sidecars whose banks share the processor's cache.",
+            "",
+        ]
+        with ExitStack() as stack:
+            upstream = stack.enter_context(hop("upstream", str(replies)))
+            arguments = ("--profile", str(profile), "--upstream", upstream, "--embedding-output", EMBEDDING)
+            served = stack.enter_context(sidecar(*arguments, "--mode", "tag"))
+            bare = stack.enter_context(hop("proxy", upstream))
+            targets = {"direct": Target(upstream), "bytes-only proxy": Target(bare), "tag": Target(served["listen"])}
+            for size, message in self._messages():
+                times, rates, score = self._turns(targets, message, served)
+                lines += [f"### {size:,} bytes", "", *_proxy_table(times, rates)]
+                lines += [f"Score: {score:.3f} ms (mean of the metric).", ""]
         return lines
+
+    def _messages(self) -> Iterator[tuple[int, bytes]]:
+        """Requests with one image, and the size of that."""
+        for datatype, width in PAYLOADS.items():
+            size = 3 * SIDE * SIDE * width
+            yield size, _message(datatype, np.random.default_rng(self._seed).bytes(size))
+
+    def _turns(
+        self, targets: Mapping[str, Target], message: bytes, tag: Mapping[str, Any]
+    ) -> tuple[dict[str, Times], dict[str, Times], float]:
+        """Latency and throughput of each target, and the milliseconds that a sidecar's scoring took meanwhile."""
+        client, before = Client(targets, [message], seed=self._seed), _scoring(tag)
+        times = client.latency(self._requests)
+        seconds, count = (now - then for now, then in zip(_scoring(tag), before, strict=True))
+        return times, client.throughput(PROXY_BLOCKS, self._seconds, PROXY_CONCURRENCY), 1000 * seconds / count
 
     def cold(self) -> list[str]:
         """From the start of the process to a 200 from /readyz."""
