@@ -75,14 +75,15 @@ class Neighbours:
             raise ValueError(f"the {method} search takes unit vectors only")
         self._bank = np.ascontiguousarray(bank, dtype=np.float32)
         lengths = _checked_lengths(self._bank, unit=unit)
-        top = largest_code() if unit and self._bank.nbytes >= _QUANTISED_BYTES else 0
-        exact = Quantised(self._bank, lengths, top) if top else _Exact(self._bank, lengths)
-        self._finder: Finder = exact
+        self._finder: Finder
         if method == "approximate":
             from guard.screening.approximate import Approximate
 
             self._finder = Approximate(self._bank)
-            self._check_recall(method, exact)
+            self._check_recall(method, _Exact(self._bank, lengths))
+            return
+        top = largest_code() if unit and self._bank.nbytes >= _QUANTISED_BYTES else 0
+        self._finder = Quantised(self._bank, lengths, top) if top else _Exact(self._bank, lengths)
 
     def _check_recall(self, method: Method, exact: Finder) -> None:
         """Refuse a method that would decide otherwise; it does not notice by itself."""

@@ -49,9 +49,13 @@ class Quantised:
         scales, self._rests = np.empty((2, self._size), np.float32)
         codes = np.empty(bank.shape, np.int8)
         mean = bank.mean(axis=0, dtype=np.float64).astype(np.float32)
+        self._furthest = np.float32(0)
         for start in range(0, self._size, _CODED_ROWS):
             rows = slice(start, start + _CODED_ROWS)
-            codes[rows], scales[rows], self._rests[rows] = _coded(bank[rows] - mean, top)
+            centred = bank[rows] - mean
+            codes[rows], scales[rows], self._rests[rows] = _coded(centred, top)
+            # What the codes stand for is no longer than a row with its rest; up to 2, opposite to the mean.
+            self._furthest = max(self._furthest, (np.linalg.norm(centred, axis=1) + self._rests[rows]).max())
         self._longest = self._rests.max()
         # Rows are ranked by b·q, where the distance has b·q − |b|²/2: unit vectors differ in length by little.
         self._slack = ROUNDING + float(np.ptp(lengths**2 / 2))
@@ -83,7 +87,7 @@ class Quantised:
         lengths = np.linalg.norm(queries, axis=1)
         rests = np.linalg.norm(queries - whole * units[:, None], axis=1)
         reaches = (lengths / units).astype(np.float32)
-        slacks = ((self._slack * np.maximum(lengths, 1) + 1.01 * rests) / units).astype(np.float32)
+        slacks = ((self._slack * np.maximum(lengths, 1) + self._furthest * rests) / units).astype(np.float32)
         return [self._selected(*each, k) for each in zip(closeness, reaches, slacks, strict=True)]
 
     def _selected(self, closeness: Floats, reach: np.float32, slack: np.float32, k: int) -> NDArray[np.int64]:

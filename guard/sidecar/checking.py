@@ -74,7 +74,7 @@ class Checker:
         self._detector = detector
         self.watch = Watch(profile, detector, model, settings, metrics, shared, sample)
         self._input, self._limits, self._workers = settings.input, shared.settings, shared.workers
-        self.vetted = not settings.require_vetted or profile.document.vetting.verdict.outcome == "no evidence"
+        self.vetted = settings.clears(profile.document.vetting.verdict.outcome)
         metrics.describe(profile, detector)
 
     @property

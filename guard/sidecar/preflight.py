@@ -89,7 +89,7 @@ class _ModelChecks:
     def profile(self) -> str:
         self._profile = read_profile(self._settings)
         outcome = self._profile.document.vetting.verdict.outcome
-        if self._settings.require_vetted and outcome != "no evidence":
+        if not self._settings.clears(outcome):
             found = f'require_vetted: the verdict on the model is "{outcome}", not "no evidence"'
             if self._settings.on_failure is FailurePolicy.CLOSED:
                 raise ProfileError(f"{found}; every request would be refused")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from guard.sidecar.inference_pb2 import ModelInferRequest
 from guard.sidecar.metrics import ModelMetrics
-from guard.sidecar.policy import FailurePolicy, Outcome, Reason
+from guard.sidecar.policy import Outcome, Reason, refusal
 from guard.sidecar.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -34,9 +34,10 @@ class Route:
     @property
     def unvetted(self) -> Outcome | None:
         """The outcome of every request, where the verdict on the model is such that none is served."""
-        if self.checker is None or self.checker.vetted or self.settings.on_failure is FailurePolicy.OPEN:
+        if self.checker is None or self.checker.vetted:
             return None
-        return Outcome.unchecked(Reason.MODEL_NOT_VETTED)
+        outcome = Outcome.unchecked(Reason.MODEL_NOT_VETTED)
+        return outcome if refusal(outcome, self.settings.mode, self.settings.on_failure) else None
 
 
 @dataclass

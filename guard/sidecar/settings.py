@@ -54,6 +54,10 @@ class ModelSettings(BaseModel):
     require_vetted: bool = False
     """Whether no request passes unless the model's vetting ended with `no evidence`; flagged ones stay flagged."""
 
+    def clears(self, verdict: str) -> bool:
+        """Whether requests may pass to a model with this verdict."""
+        return not self.require_vetted or verdict == "no evidence"
+
     @property
     def on_failure(self) -> FailurePolicy:
         """The failure policy, with the default applied."""

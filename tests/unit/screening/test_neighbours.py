@@ -248,7 +248,7 @@ def test_a_bank_that_the_approximate_search_cannot_serve_is_refused(monkeypatch:
         Neighbours(unit(3000, 512), method="approximate")
 
 
-BANKS = st.sampled_from(["flat", "steep", "clustered", "with copies", "sparse", "on a grid"])
+BANKS = st.sampled_from(["flat", "steep", "clustered", "lopsided", "with copies", "sparse", "on a grid"])
 
 
 def made(kind: str, count: int, dimension: int, seed: int) -> Floats:
@@ -258,6 +258,9 @@ def made(kind: str, count: int, dimension: int, seed: int) -> Floats:
         values /= np.arange(1, dimension + 1)
     if kind == "clustered":
         values = values[:1] + 1e-4 * values
+    if kind == "lopsided":
+        values = values[:1] + 0.05 * values
+        values[::7] *= -1
     if kind == "with copies":
         values[count // 2 :] = values[: count - count // 2]
     if kind == "sparse":
