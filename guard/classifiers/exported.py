@@ -137,6 +137,8 @@ def _session(path: Path, sha256: str, *, threads: int, gpu: bool) -> Any:  # noq
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # By default idle threads spin, each on a core that the rest of a sidecar and its neighbours could use.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if gpu and _has_gpu() else ["CPUExecutionProvider"]
     try:
         # From bytes, so that the file that was hashed is the file that runs, and external data cannot be followed.

@@ -1,6 +1,6 @@
 """Nearest neighbours in a fixed bank."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.errors import UsageError
-from guard.screening.products import ROUNDING, largest, products
+from guard.screening.products import ROUNDING, largest, products, squares
 from guard.screening.quantised import Quantised, largest_code
 
 Embeddings = NDArray[np.float32]
@@ -17,13 +17,13 @@ Method = Literal["exact", "approximate"]
 _BLOCK_BYTES = 64 * 2**20
 """Largest intermediate matrix of products."""
 _CHECKED_ROWS = 4096
-"""Rows of a bank that are looked at, and of candidates that are measured, at a time."""
+"""Rows of a bank that are looked at, at a time."""
 _NORM_TOLERANCE = 1e-3
 _PROBES, _PROBED_NEIGHBOUR, _LEAST_RECALL = 512, 16, 0.99
 """A method other than the exact one must find the 16th neighbour of 99 % of so many rows. A decision depends on the
 neighbour only near the threshold, so that of decisions fewer than one in a thousand differ."""
-_QUANTISED_BYTES = 2**23
-"""Size of a bank from which it pays to make products of 8-bit codes first: 4,096 × 512 numbers."""
+_QUANTISED_BYTES = 2**18
+"""Size of a bank from which it pays to make products of 8-bit codes first: 128 × 512 numbers."""
 
 
 @dataclass(frozen=True)
@@ -39,78 +39,90 @@ class Nearest:
     indices: NDArray[np.int64]
 
 
-class Finder(Protocol):
-    """What proposes the rows of a bank that are worth measuring."""
+Measured = Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]]
+"""For each bank squared distances to some rows, and which they are."""
 
-    def candidates(self, queries: Embeddings, k: int) -> Sequence[NDArray[np.int64]]:
-        """For each query at least k distinct rows, ascending."""
+
+class Finder(Protocol):
+    """What finds the rows of banks that are worth measuring, and measures them."""
+
+    def near(self, queries: Embeddings, k: int) -> Iterator[Measured]:
+        """For each query at least k distinct rows of each bank."""
 
 
 class Neighbours:
-    """A bank of unit vectors, and the search in it.
+    """A bank of unit vectors, or several that are asked together, and the search in them.
 
     Every method proposes candidates by a cheap product, and then measures their distance as the norm of a difference:
     2 − 2·cos loses all digits where vectors coincide. A distance therefore does not depend on the method, nor on which
     queries come in one batch; a copy of a bank row lies at distance 0.
 
     Args:
-        bank: Shape [N, D], L2-normalised, float32 in row order. Not copied: a memory-mapped one stays mapped, and none
-            may be changed.
-        method: `exact` misses none. It reads a copy of the bank at 8 bits per number first, if the bank is large and
-            the machine multiplies such numbers exactly, and else the bank itself. `approximate` asks an index of the
-            faiss library, which holds such a copy too, does not read all of it, and misses a neighbour now and then;
-            with a flat spectrum, as whitening makes it, nearly always (docs/decisions/0006-neighbours.md).
+        banks: All of one shape [N, D], L2-normalised, float32 in row order. Not copied: a memory-mapped one stays
+            mapped, and none may be changed.
+        method: `exact` misses none. It reads a copy of the bank at 8 bits per number first, unless the bank is tiny
+            or the machine does not multiply such numbers exactly; then it reads the bank itself. `approximate` asks an
+            index of the faiss library, which holds such a copy too, does not read all of it, and misses a neighbour now
+            and then; with a flat spectrum, as whitening makes it, nearly always (docs/decisions/0006-neighbours.md).
         unit: Whether vectors must have length 1; without it, any finite ones are taken by the exact method.
 
     Raises:
-        ValueError: The bank is not a finite matrix of unit vectors.
+        ValueError: A bank is not a finite matrix of unit vectors, or they differ in shape.
         UsageError: The method misses too many neighbours of this bank's own rows: its spectrum is too flat.
         MissingDependencyError: The approximate search needs faiss, which is not installed.
     """
 
-    def __init__(self, bank: Embeddings, *, method: Method = "exact", unit: bool = True) -> None:
-        if bank.ndim != 2 or not bank.size:
-            raise ValueError(f"a bank is a matrix of embeddings, not an array of shape {bank.shape}")
+    def __init__(self, *banks: Embeddings, method: Method = "exact", unit: bool = True) -> None:
+        for bank in banks:
+            if bank.ndim != 2 or not bank.size:
+                raise ValueError(f"a bank is a matrix of embeddings, not an array of shape {bank.shape}")
+        if len({bank.shape for bank in banks}) != 1:
+            raise ValueError("banks that are asked together must have one shape")
         if not unit and method != "exact":
             raise ValueError(f"the {method} search takes unit vectors only")
-        self._bank = np.ascontiguousarray(bank, dtype=np.float32)
-        lengths = _checked_lengths(self._bank, unit=unit)
+        self._banks = [np.ascontiguousarray(bank, dtype=np.float32) for bank in banks]
+        lengths = [_checked_lengths(bank, unit=unit) for bank in self._banks]
         self._finder: Finder
         if method == "approximate":
             from guard.screening.approximate import Approximate
 
-            self._finder = Approximate(self._bank)
-            self._check_recall(method, _Exact(self._bank, lengths))
+            self._finder = _Each(self._banks, map(Approximate, self._banks))
+            self._check_recall(method, _Each(self._banks, map(_Exact, self._banks, lengths)))
             return
-        top = largest_code() if unit and self._bank.nbytes >= _QUANTISED_BYTES else 0
-        self._finder = Quantised(self._bank, lengths, top) if top else _Exact(self._bank, lengths)
+        top = largest_code() if unit and self._banks[0].nbytes >= _QUANTISED_BYTES else 0
+        if top:
+            self._finder = Quantised(self._banks, top)
+        else:
+            self._finder = _Each(self._banks, map(_Exact, self._banks, lengths))
 
     def _check_recall(self, method: Method, exact: Finder) -> None:
         """Refuse a method that would decide otherwise; it does not notice by itself."""
         k = min(_PROBED_NEIGHBOUR + 1, self.size)
-        probes = self._bank[np.linspace(0, self.size - 1, min(_PROBES, self.size)).astype(int)]
-        found = self.search(probes, k).distances[:, -1]
-        proposed, self._finder = self._finder, exact
-        right = float(np.mean(found == self.search(probes, k).distances[:, -1]))
-        self._finder = proposed
-        if right < _LEAST_RECALL:
-            raise UsageError(
-                f"the {method} search finds the right {k - 1}th neighbour of only {right:.0%} of this bank's rows; "
-                "search it with the exact method"
-            )
+        proposed = self._finder
+        for number, bank in enumerate(self._banks):
+            probes = bank[np.linspace(0, len(bank) - 1, min(_PROBES, len(bank))).astype(int)]
+            found = self.distances(probes, k)[number]
+            self._finder = exact
+            right = float(np.mean(found == self.distances(probes, k)[number]))
+            self._finder = proposed
+            if right < _LEAST_RECALL:
+                raise UsageError(
+                    f"the {method} search finds the right {k - 1}th neighbour of only {right:.0%} of this bank's rows; "
+                    "search it with the exact method"
+                )
 
     @property
     def dimension(self) -> int:
         """Length of an embedding."""
-        return int(self._bank.shape[1])
+        return int(self._banks[0].shape[1])
 
     @property
     def size(self) -> int:
-        """Number of embeddings."""
-        return len(self._bank)
+        """Number of embeddings in a bank."""
+        return len(self._banks[0])
 
     def search(self, queries: Embeddings, k: int) -> Nearest:
-        """The k nearest of the bank to each query.
+        """The k nearest of the bank to each query; of the first, if there are several.
 
         Args:
             queries: Shape [M, D]. Unit vectors, which is the caller's duty: scores of others mean nothing.
@@ -119,51 +131,82 @@ class Neighbours:
         Raises:
             ValueError: k is out of range, or queries are not finite vectors of the bank's length.
         """
-        if not 1 <= k <= self.size:
-            raise ValueError(f"k = {k} needs a bank of at least {max(k, 1)} embeddings, it has {self.size}")
-        if queries.ndim != 2 or queries.shape[1] != self.dimension:
-            raise ValueError(f"queries of shape {queries.shape} cannot be compared with a bank of {self.dimension}")
-        if not np.isfinite(queries).all():
-            raise ValueError("a query is not finite")
-        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        queries = self._checked(queries, k)
         distances = np.empty((len(queries), k), np.float32)
         indices = np.empty((len(queries), k), np.int64)
-        step = max(1, _BLOCK_BYTES // (4 * self.size))
-        for start in range(0, len(queries), step):
-            block = queries[start : start + step]
-            for row, candidates in enumerate(self._finder.candidates(block, k), start):
-                squares = self._squares(queries[row], candidates)
-                order = np.argsort(squares, kind="stable")[:k]
-                indices[row] = candidates[order]
-                np.sqrt(squares[order], out=distances[row])
+        for row, ((measured, rows), *_) in enumerate(self._finder.near(queries, k)):
+            order = np.lexsort((rows, measured))[:k]
+            indices[row] = rows[order]
+            np.sqrt(measured[order], out=distances[row])
         return Nearest(distances, indices)
+
+    def distances(self, queries: Embeddings, k: int) -> NDArray[np.float32]:
+        """The distance of each query to the k-th nearest of each bank, shape [banks, M].
+
+        Args:
+            queries: As for `search`.
+            k: As for `search`.
+
+        Raises:
+            ValueError: As of `search`.
+        """
+        queries = self._checked(queries, k)
+        found = np.empty((len(self._banks), len(queries)), np.float32)
+        for row, near in enumerate(self._finder.near(queries, k)):
+            found[:, row] = [np.partition(measured, k - 1)[k - 1] for measured, _ in near]
+        return np.sqrt(found, out=found)
 
     def within(self, k: int) -> Nearest:
         """The k nearest of each row of the bank among the others.
 
-        Costs a product of the bank with itself, in blocks; for 50,000 rows of 512 numbers half a minute of one core.
+        Of the first bank, if there are several. Costs a product of the bank with itself, in blocks; for 50,000 rows of
+        512 numbers half a minute of one core.
 
         Raises:
             ValueError: k is smaller than 1 or larger than size − 1.
         """
         if not 1 <= k < self.size:
             raise ValueError(f"k = {k} among the others needs a bank of at least {max(k, 1) + 1}, it has {self.size}")
-        found = self.search(self._bank, k + 1)
+        found = self.search(self._banks[0], k + 1)
         # A row finds itself, unless more than k copies of it come first: then the last of these is left out.
         itself = found.indices == np.arange(self.size)[:, None]
         itself[~itself.any(axis=1), -1] = True
         others = (self.size, k)
         return Nearest(found.distances[~itself].reshape(others), found.indices[~itself].reshape(others))
 
-    def _squares(self, query: Embeddings, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Squared distances of one query to some rows."""
-        squares = np.empty(len(rows), np.float32)
-        for start in range(0, len(rows), _CHECKED_ROWS):
-            part = rows[start : start + _CHECKED_ROWS]
-            difference = self._bank.take(part, axis=0)
-            difference -= query
-            squares[start : start + _CHECKED_ROWS] = np.matmul(difference[:, None, :], difference[:, :, None])[:, 0, 0]
-        return squares
+    def _checked(self, queries: Embeddings, k: int) -> Embeddings:
+        if not 1 <= k <= self.size:
+            raise ValueError(f"k = {k} needs a bank of at least {max(k, 1)} embeddings, it has {self.size}")
+        if queries.ndim != 2 or queries.shape[1] != self.dimension:
+            raise ValueError(f"queries of shape {queries.shape} cannot be compared with a bank of {self.dimension}")
+        if not np.isfinite(queries).all():
+            raise ValueError("a query is not finite")
+        return np.ascontiguousarray(queries, dtype=np.float32)
+
+
+class _Proposer(Protocol):
+    def candidates(self, queries: Embeddings, k: int) -> Sequence[NDArray[np.int64]]:
+        """For each query at least k distinct rows of one bank."""
+
+
+class _Each:
+    """Measures what is proposed for each bank by itself.
+
+    Args:
+        banks: Shape [N, D] each.
+        proposers: One for each bank.
+    """
+
+    def __init__(self, banks: Sequence[Embeddings], proposers: Iterable[_Proposer]) -> None:
+        self._pairs = list(zip(banks, proposers, strict=True))
+
+    def near(self, queries: Embeddings, k: int) -> Iterator[Measured]:
+        step = max(1, _BLOCK_BYTES // (4 * len(self._pairs[0][0])))
+        for start in range(0, len(queries), step):
+            block = queries[start : start + step]
+            proposed = [proposer.candidates(block, k) for _, proposer in self._pairs]
+            for query, each in zip(block, zip(*proposed, strict=True), strict=True):
+                yield [(squares(bank, query, rows), rows) for (bank, _), rows in zip(self._pairs, each, strict=True)]
 
 
 class _Exact:

@@ -1,4 +1,4 @@
-"""Products of a bank with queries, and the rows where they are largest: what every search is made of. numpy only."""
+"""Products with a bank, the rows where they are largest, and distances: what every search is made of. numpy only."""
 
 from collections.abc import Sequence
 
@@ -16,6 +16,8 @@ _BLOCK_ROWS = 1024
 """Rows of the bank per matrix product; the block and what is repacked of it stay in the cache."""
 _GROUPS = 4
 """Groups per row that is sought. More of them cost time, fewer let too many rows through."""
+_MEASURED_ROWS = 4096
+"""Rows that are measured at a time."""
 
 
 def products(matrix: Floats, queries: Floats) -> Floats:
@@ -67,3 +69,14 @@ def largest(values: Floats, count: int, slack: Floats | float = 0.0) -> Sequence
     # Sorting by column keeps rows ascending; 16 bits are sorted without comparisons.
     order = np.argsort(column.astype(np.uint16) if columns <= 2**16 else column, kind="stable")
     return np.split(rows[order], np.searchsorted(column[order], np.arange(1, columns)))
+
+
+def squares(bank: Floats, query: Floats, rows: Rows) -> Floats:
+    """Squared distances of one query, shape [D], to some rows of a bank, shape [N, D]."""
+    found = np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), _MEASURED_ROWS):
+        part = slice(start, start + _MEASURED_ROWS)
+        difference = bank.take(rows[part], axis=0)
+        difference -= query
+        found[part] = np.matmul(difference[:, None, :], difference[:, :, None])[:, 0, 0]
+    return found

@@ -1,147 +1,239 @@
 """Exact search that reads a quarter of the bytes: products of 8-bit codes bound which rows can be nearest."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.screening.products import ROUNDING, largest
+from guard.screening.products import ROUNDING, squares
 
 Floats = NDArray[np.float32]
-Codes = NDArray[np.uint8]
+Codes = NDArray[np.int8]
+Rows = NDArray[np.int64]
 
 _ZERO = 128
 """Code of 0 in a query."""
 _TOPS = (127, 63)
 """Largest codes of a bank, which are signed: 8 bits, or 7 where more of them would not be multiplied exactly."""
-_LOW = 256
-"""A query has two codes, of which the higher counts so much more: it shares the pass over the bank, and leaves only the
-bank's own rounding in the bound."""
-_HIGHEST = 127 * _LOW
-_SESSION_BYTES = 2**26
-"""Codes in one graph; a graph's file is limited to 2 GiB, and held twice while it is read."""
+_HIGH, _LOW = 127, 250
+"""A query has two codes, the unit of the lower a part in 250 of that of the higher: so it shares the pass over the
+bank, and leaves only the bank's own rounding in the bound. Half a unit of the higher is 125 of the lower, which fit."""
+_REST = 0.5001 / (_HIGH * _LOW)
+"""What both codes leave of a number of a query whose numbers reach up to 1."""
+_SPARE, _MORE = 8, 16
+"""Rows that a graph picks: eight times as many as are sought, and 16."""
+_AT_ONCE = 1.15
+"""How far below the k-th largest product rows are measured, in reaches. What is needed turns out when they are: a reach
+below the product of the k-th nearest, and codes are wrong about that by a tenth of a reach."""
+_ROUNDINGS = 8
+"""Products, or terms as large, whose rounding errors meet in a bound."""
+_GRAPH_BYTES = 2**26
+"""Codes in one graph; its file is limited to 2 GiB, and held twice while it is read."""
 _BLOCK_BYTES = 2**22
 """Products that are made before they are looked at; more of them leave the cache."""
 _CODED_ROWS = 4096
 
 
-class Quantised:
-    """Everything that could be among the k nearest, as 8-bit products tell it.
+class _Part(NamedTuple):
+    """Codes of rows of a bank.
 
-    Rows are ranked by their product with the query q, so also without the mean of the bank. What is left of a row is
-    s·c plus a rest of length r, with c of integers up to 127 or 63. A query has integers up to 32,512, so that its own
-    rest is hardly there. The products of integers are exact, so that those of rows are known within r·|q|. Where the
-    k-th largest lower bound lies above the upper bound of a row, that row is none of the k nearest; the others are
-    measured. Without the mean, a bank that lies close together has short rests: as many rows are left of it as of one
-    that is spread out. Of 10,000 random vectors of 512 numbers 50 are left for k = 16.
-
-    The products are ONNX Runtime's, on one thread, as a decision is.
-
-    Args:
-        bank: Unit vectors, shape [N, D]. Its codes take a quarter of its memory.
-        lengths: What their lengths are exactly, shape [N].
-        top: The largest code; see `largest_code`.
-    """
-
-    def __init__(self, bank: Floats, lengths: Floats, top: int) -> None:
-        self._size, self._dimension = bank.shape
-        scales, self._rests = np.empty((2, self._size), np.float32)
-        codes = np.empty(bank.shape, np.int8)
-        mean = bank.mean(axis=0, dtype=np.float64).astype(np.float32)
-        self._furthest = np.float32(0)
-        for start in range(0, self._size, _CODED_ROWS):
-            rows = slice(start, start + _CODED_ROWS)
-            centred = bank[rows] - mean
-            codes[rows], scales[rows], self._rests[rows] = _coded(centred, top)
-            # What the codes stand for is no longer than a row with its rest; up to 2, opposite to the mean.
-            self._furthest = max(self._furthest, (np.linalg.norm(centred, axis=1) + self._rests[rows]).max())
-        self._longest = self._rests.max()
-        # Rows are ranked by b·q, where the distance has b·q − |b|²/2: unit vectors differ in length by little.
-        self._slack = ROUNDING + float(np.ptp(lengths**2 / 2))
-        step = max(1, _SESSION_BYTES // self._dimension)
-        parts = (slice(start, start + step) for start in range(0, self._size, step))
-        self._products = [_Products(codes[rows], scales[rows]) for rows in parts]
-
-    def candidates(self, queries: Floats, k: int) -> Sequence[NDArray[np.int64]]:
-        """For each query at least k distinct rows, ascending: none of the k nearest is left out."""
-        found: list[NDArray[np.int64]] = []
-        step = max(1, _BLOCK_BYTES // (8 * self._size))
-        for start in range(0, len(queries), step):
-            found += self._block(queries[start : start + step], k)
-        return found
-
-    def _block(self, queries: Floats, k: int) -> list[NDArray[np.int64]]:
-        reach = np.abs(queries).max(axis=1, initial=0)
-        units = np.where(reach > 0, reach / _HIGHEST, 1).astype(np.float32)
-        whole = np.rint(queries / units[:, None])
-        high = np.floor((whole + _LOW // 2) / _LOW)
-        codes = (np.concatenate([high, whole - _LOW * high]) + _ZERO).astype(np.uint8)
-        # From here on in units of the queries' codes.
-        products = [multiply(codes) for multiply in self._products]
-        closeness = products[0] if len(products) == 1 else np.concatenate(products, axis=1)
-        low = closeness[len(queries) :]
-        closeness = closeness[: len(queries)]
-        closeness *= _LOW
-        closeness += low
-        lengths = np.linalg.norm(queries, axis=1)
-        rests = np.linalg.norm(queries - whole * units[:, None], axis=1)
-        reaches = (lengths / units).astype(np.float32)
-        slacks = ((self._slack * np.maximum(lengths, 1) + self._furthest * rests) / units).astype(np.float32)
-        return [self._selected(*each, k) for each in zip(closeness, reaches, slacks, strict=True)]
-
-    def _selected(self, closeness: Floats, reach: np.float32, slack: np.float32, k: int) -> NDArray[np.int64]:
-        """Rows whose upper bound reaches the k-th largest lower bound."""
-        # As if all rests were the longest: a few rows are left, for which it is looked at more closely.
-        rows = largest(closeness[:, None], k, 2 * (self._longest * reach + slack))[0]
-        near, rests = closeness[rows], self._rests[rows] * reach + slack
-        bound = np.partition(near - rests, len(rows) - k)[len(rows) - k]
-        kept: NDArray[np.int64] = rows[near + rests >= bound]
-        return kept
-
-
-class _Products:
-    """Products of the codes of queries with a part of a bank.
-
-    Args:
+    Attributes:
+        bank: Its number.
+        start: The first of the rows.
         codes: Shape [n, D].
         scales: What a unit of each row's codes is worth, shape [n].
     """
 
-    def __init__(self, codes: NDArray[np.int8], scales: Floats) -> None:
+    bank: int
+    start: int
+    codes: Codes
+    scales: Floats
+
+
+class _Picked(NamedTuple):
+    """The largest products of queries with rows of a bank.
+
+    Attributes:
+        bank: Its number.
+        values: Shape [M, count].
+        rows: Whose they are, shape [M, count].
+        others: What those of all other rows of the part are at most, shape [M]; −∞ where there are none.
+    """
+
+    bank: int
+    values: Floats
+    rows: Rows
+    others: Floats
+
+
+class Quantised:
+    """Finds what is nearest in some banks by products of 8-bit codes, and measures it.
+
+    Rows are ranked by their product with the query q, so also without the mean m of their bank. What is left of a row
+    is s·c plus a rest of length r, with c of integers up to 127 or 63. A query has integers up to 31,750, so that its
+    own rest is hardly there. The products of integers are exact, so that those of rows are known within r·|q|. The rows
+    of the largest products are measured; with the k-th smallest distance d among them, a row that is nearer has a
+    product of at least (|b|² + |q|² − d²) / 2 − m·q, and one of its codes of at most r·|q| less. Those that have, and
+    were not measured, are. Without the mean, a bank that lies close together has short rests: as many rows are measured
+    of it as of one that is spread out.
+
+    ONNX Runtime codes the queries, multiplies them with all banks and picks the largest products in one call, on one
+    thread, as a decision is. Only where what is needed reaches beyond what it picked are all products looked at.
+
+    Args:
+        banks: Unit vectors, all of one shape [N, D]. Their codes take a quarter of their memory.
+        top: The largest code; see `largest_code`.
+    """
+
+    def __init__(self, banks: Sequence[Floats], top: int) -> None:
+        self._banks = banks
+        self._size, dimension = banks[0].shape
+        coded = [_coded(bank, top) for bank in banks]
+        step = max(1, _GRAPH_BYTES // (len(banks) * dimension))
+        self._starts = range(0, self._size, step)
+        self._graphs = [
+            _Graph(
+                np.stack([each.codes[start : start + step] for each in coded]),
+                np.stack([each.scales[start : start + step] for each in coded]),
+            )
+            for start in self._starts
+        ]
+        self._means = np.array([each.mean for each in coded])
+        self._halves = np.array([each.shortest**2 / 2 for each in coded], np.float32)
+        self._rests = np.array([each.rest for each in coded], np.float32)
+        of_query = [each.furthest * _REST * dimension**0.5 for each in coded]
+        self._slacks = np.array(of_query, np.float32) + _ROUNDINGS * ROUNDING
+
+    def near(self, queries: Floats, k: int) -> Iterator[list[tuple[Floats, Rows]]]:
+        """For each query and each bank squared distances to rows, and which; the k nearest are among them."""
+        step = max(1, _BLOCK_BYTES // (8 * len(self._banks) * self._size))
+        for start in range(0, len(queries), step):
+            yield from self._block(queries[start : start + step], k)
+
+    def _block(self, queries: Floats, k: int) -> Iterator[list[tuple[Floats, Rows]]]:
+        lengths = np.linalg.norm(queries, axis=1, keepdims=True)
+        # Codes reach up to 1. The largest products of a longer query are those of a shorter one.
+        factors = np.maximum(lengths, 1)
+        coded = queries / factors
+        values, rows, others = self._largest(coded, k)
+        reaches = np.minimum(lengths, 1) * self._rests + self._slacks
+        counts = (values >= (values[:, :, k - 1] - _AT_ONCE * reaches)[:, :, None]).sum(axis=2)
+        levels = (self._halves + lengths**2 / 2) / factors - coded @ self._means.T - reaches
+        for number, query in enumerate(queries):
+            found = []
+            for bank, vectors in enumerate(self._banks):
+                count = counts[number, bank]
+                near = rows[number, bank, :count]
+                measured = squares(vectors, query, near)
+                last = np.partition(measured, k - 1)[k - 1]
+                needed = levels[number, bank] - last / (2 * factors[number, 0])
+                beyond = values[number, bank, count] if count < values.shape[2] else others[number, bank]
+                if beyond >= needed:
+                    near = np.flatnonzero(self._products(coded[number])[bank] >= needed)
+                    measured = squares(vectors, query, near)
+                found.append((measured, near))
+            yield found
+
+    def _largest(self, queries: Floats, k: int) -> tuple[Floats, Rows, Floats]:
+        """For each query and bank the largest products, in descending order, their rows, and a bound of all others."""
+        count = _SPARE * k + _MORE
+        picks = [graph.largest(queries, count) for graph in self._graphs]
+        if len(picks) == 1:
+            values, rows = picks[0]
+            others = values[:, :, -1] if count < self._size else np.full(values.shape[:2], -np.inf, np.float32)
+            return values, rows, others
+        others = np.max([values[:, :, -1] for values, _ in picks], axis=0)
+        values = np.concatenate([values for values, _ in picks], axis=2)
+        rows = np.concatenate([rows + start for (_, rows), start in zip(picks, self._starts, strict=True)], axis=2)
+        order = np.argsort(-values, axis=2)
+        return np.take_along_axis(values, order, 2), np.take_along_axis(rows, order, 2), others
+
+    def _products(self, query: Floats) -> Floats:
+        """All of a query, shape [banks, N]."""
+        return np.concatenate([graph.products(query[None])[0] for graph in self._graphs], axis=1)
+
+
+class _Graph:
+    """Products of queries with the same rows of each bank, in ONNX Runtime.
+
+    Args:
+        codes: Shape [banks, n, D].
+        scales: What a unit of each row's codes is worth, shape [banks, n].
+    """
+
+    def __init__(self, codes: Codes, scales: Floats) -> None:
         import onnxruntime
         from onnx import TensorProto, helper, numpy_helper
 
-        operands: dict[str, NDArray[np.generic]] = {
-            "codes": np.ascontiguousarray(codes.T),
-            "one": np.array(1, np.float32),
-            "scales": scales,
+        banks, self._size, dimension = codes.shape
+        constants: dict[str, NDArray[np.generic]] = {
+            "bank": np.ascontiguousarray(codes.reshape(-1, dimension).T),
+            "scales": scales.ravel(),
             "zero": np.array(_ZERO, np.uint8),
+            "unit": np.array(1 / _HIGH, np.float32),
+            "lower unit": np.array(1 / (_HIGH * _LOW), np.float32),
+            "lower share": np.array(1 / _LOW, np.float32),
+            "shape": np.array([-1, banks, self._size]),
         }
-        count, dimension = codes.shape
-        # Integers until they are multiplied by the scales; numpy would need a pass of its own for that.
-        node = helper.make_node("MatMulIntegerToFloat", ["queries", *operands], ["products"], domain="com.microsoft")
+        node = helper.make_node
+        nodes = [
+            node("QuantizeLinear", ["queries", "unit", "zero"], ["high"]),
+            node("DequantizeLinear", ["high", "unit", "zero"], ["coarse"]),
+            node("Sub", ["queries", "coarse"], ["fine"]),
+            node("QuantizeLinear", ["fine", "lower unit", "zero"], ["low"]),
+            node("Concat", ["high", "low"], ["codes"], axis=0),
+            # Integers until they are multiplied by the scales; numpy would need a pass of its own for that.
+            node("MatMulIntegerToFloat", ["codes", "bank", "unit", "scales", "zero"], ["both"], domain="com.microsoft"),
+            node("Split", ["both"], ["of high", "of low"], axis=0, num_outputs=2),
+            node("Mul", ["of low", "lower share"], ["small"]),
+            node("Add", ["of high", "small"], ["sum"]),
+            node("Reshape", ["sum", "shape"], ["products"]),
+            node("TopK", ["products", "count"], ["values", "rows"], axis=2),
+        ]
+        value = helper.make_tensor_value_info
         graph = helper.make_graph(
-            [node],
+            nodes,
             "products",
-            [helper.make_tensor_value_info("queries", TensorProto.UINT8, ["batch", dimension])],
-            [helper.make_tensor_value_info("products", TensorProto.FLOAT, ["batch", count])],
-            [numpy_helper.from_array(array, name) for name, array in operands.items()],
+            [value("queries", TensorProto.FLOAT, ["batch", dimension]), value("count", TensorProto.INT64, [1])],
+            [
+                value("products", TensorProto.FLOAT, ["batch", banks, self._size]),
+                value("values", TensorProto.FLOAT, ["batch", banks, None]),
+                value("rows", TensorProto.INT64, ["batch", banks, None]),
+            ],
+            [numpy_helper.from_array(array, name) for name, array in constants.items()],
         )
-        versions = [helper.make_opsetid("", 13), helper.make_opsetid("com.microsoft", 1)]
+        versions = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=versions, ir_version=8)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
+        # Quantisation here is arithmetic, and no hint that the layers of a network were quantised.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         self._session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         # Kept by ONNX Runtime for providers that fail: a second copy of the codes.
         self._session._model_bytes = None  # noqa: SLF001 - as said
 
-    def __call__(self, queries: Codes) -> Floats:
-        """Shape [M, n], of queries with `_ZERO` at 0, shape [M, D]."""
-        products: Floats = self._session.run(None, {"queries": queries})[0]
-        return products
+    def largest(self, queries: Floats, count: int) -> tuple[Floats, Rows]:
+        """For each query and bank the largest products, in descending order, and their rows.
+
+        Args:
+            queries: Shape [M, D], of numbers between −1 and 1.
+            count: How many; all, if there are fewer.
+
+        Returns:
+            Two arrays of shape [M, banks, count].
+        """
+        feed = {"queries": queries, "count": np.array([min(count, self._size)])}
+        values, rows = self._session.run(["values", "rows"], feed)
+        return values, rows
+
+    def products(self, queries: Floats) -> Floats:
+        """All of them, shape [M, banks, n]."""
+        found: Floats = self._session.run(["products"], {"queries": queries, "count": np.array([1])})[0]
+        return found
 
 
 @cache
@@ -154,19 +246,45 @@ def largest_code() -> int:
 
 
 def _is_exact(top: int) -> bool:
-    codes = np.full((64, 64), top, np.int8)
-    codes[1::2] *= -1
-    multiply = _Products(codes, np.ones(64, np.float32))
-    for count in (1, 2, 16):
-        queries = np.full((count, 64), 255, np.uint8)
-        if (multiply(queries) != (queries.astype(np.float32) - _ZERO) @ codes.T.astype(np.float32)).any():
-            return False
-    return True
+    codes = np.full((1, 64, 64), top, np.int8)
+    codes[:, 1::2] *= -1
+    graph = _Graph(codes, np.ones((1, 64), np.float32))
+    expected = codes.sum(axis=2, dtype=np.float32)
+    return all(np.allclose(graph.products(np.ones((count, 64), np.float32)), expected) for count in (1, 8))
 
 
-def _coded(rows: Floats, top: int) -> tuple[NDArray[np.int8], Floats, Floats]:
-    """Codes, what a unit of them is worth, and the length of what they leave."""
-    reach = np.abs(rows).max(axis=1)
-    scales = np.where(reach > 0, reach / np.float32(top), np.float32(1))
-    codes = np.rint(rows / scales[:, None]).astype(np.int8)
-    return codes, scales, np.linalg.norm(rows - codes * scales[:, None], axis=1)
+class _Coded(NamedTuple):
+    """A bank, without its mean.
+
+    Attributes:
+        mean: Shape [D].
+        shortest: No row of the bank is shorter.
+        codes: Shape [N, D].
+        scales: What a unit of each row's codes is worth, shape [N].
+        rest: What the codes leave of a row has at most this length.
+        furthest: What they stand for has at most this length; up to 2, opposite to the mean.
+    """
+
+    mean: Floats
+    shortest: float
+    codes: Codes
+    scales: Floats
+    rest: float
+    furthest: float
+
+
+def _coded(bank: Floats, top: int) -> _Coded:
+    codes, scales = np.empty(bank.shape, np.int8), np.empty(len(bank), np.float32)
+    mean = bank.mean(axis=0, dtype=np.float64).astype(np.float32)
+    longest, furthest, shortest = 0.0, 0.0, np.inf
+    for start in range(0, len(bank), _CODED_ROWS):
+        part = slice(start, start + _CODED_ROWS)
+        shortest = min(shortest, float(np.linalg.norm(bank[part], axis=1).min()))
+        centred = bank[part] - mean
+        reach = np.abs(centred).max(axis=1)
+        scales[part] = np.where(reach > 0, reach / np.float32(top), np.float32(1))
+        codes[part] = np.rint(centred / scales[part, None])
+        rests = np.linalg.norm(centred - codes[part] * scales[part, None], axis=1)
+        longest = max(longest, float(rests.max()))
+        furthest = max(furthest, float((np.linalg.norm(centred, axis=1) + rests).max()))
+    return _Coded(mean, shortest, codes, scales, longest, furthest)

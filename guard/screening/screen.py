@@ -202,16 +202,13 @@ class Screen:
 
     def __init__(self, banks: Banks, *, method: Method = "exact") -> None:
         self._banks = banks
-        self._reference = Neighbours(banks.reference, method=method)
-        self._stamped = {name: Neighbours(bank, method=method) for name, bank in banks.stamped.items()}
-        expected = {DENSITY, *(match(name) for name in banks.stamped)}
-        if set(banks.tails) != expected:
-            raise ValueError(f"tails are of {sorted(banks.tails)}, not of {sorted(expected)}")
-        if len({self._reference.dimension, *(bank.dimension for bank in self._stamped.values())}) > 1:
-            raise ValueError("reference and stamped banks must hold embeddings of one length")
-        if any(bank.size < banks.k for bank in (self._reference, *self._stamped.values())):
-            raise ValueError(f"a bank has fewer rows than k = {banks.k}")
+        self._neighbours = Neighbours(banks.reference, *banks.stamped.values(), method=method)
         self.triggers = tuple(banks.stamped)
+        self._names = (DENSITY, *map(match, self.triggers))
+        if set(banks.tails) != set(self._names):
+            raise ValueError(f"tails are of {sorted(banks.tails)}, not of {sorted(self._names)}")
+        if self._neighbours.size < banks.k:
+            raise ValueError(f"a bank has fewer rows than k = {banks.k}")
 
     @property
     def dimension(self) -> int:
@@ -228,16 +225,12 @@ class Screen:
             RequestError: Wrong shape, a value that is not finite, or a zero vector.
         """
         unit = self._normalised(embeddings)
-        banks, moved = self._banks, self._banks.whitening(unit)
-        far = self._reference.search(moved, banks.k).distances[:, -1]
-        parts = {DENSITY: far}
-        for name, bank in self._stamped.items():
-            parts[match(name)] = ratio(far, bank.search(moved, banks.k).distances[:, -1])
-        surprises = {name: banks.tails[name].surprise(scores) for name, scores in parts.items()}
-        values = np.max(list(surprises.values()), axis=0)
-        matched = [surprises[match(name)] for name in self.triggers]
-        triggers = np.argmax(matched, axis=0) if matched else np.full(len(unit), -1)
-        return Scores(values, parts, triggers, predict(unit, banks.head), unit)
+        distances = self._neighbours.distances(self._banks.whitening(unit), self._banks.k)
+        found = np.concatenate([distances[:1], ratio(distances[0], distances[1:])])
+        parts = dict(zip(self._names, found, strict=True))
+        surprises = np.array([self._banks.tails[name].surprise(scores) for name, scores in parts.items()])
+        triggers = surprises[1:].argmax(axis=0) if self.triggers else np.full(len(unit), -1)
+        return Scores(surprises.max(axis=0), parts, triggers, predict(unit, self._banks.head), unit)
 
     def _normalised(self, embeddings: Embeddings) -> Embeddings:
         if embeddings.ndim != 2 or embeddings.shape[1] != self.dimension:

@@ -67,12 +67,14 @@ class Whitening:
             embeddings: Of any length: L2-normalised first.
         """
         lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-        moved = ((embeddings / lengths).astype(np.float32, copy=False) - self.mean) @ self.matrix
+        moved: Embeddings = ((embeddings / lengths).astype(np.float32, copy=False) - self.mean) @ self.matrix
         norms = np.linalg.norm(moved, axis=1, keepdims=True)
-        corner = np.full_like(moved, 1 / np.sqrt(moved.shape[1]))
-        unit = np.where(norms > 0, moved / np.maximum(norms, np.finfo(np.float32).tiny), corner)
-        whitened: Embeddings = unit.astype(np.float32, copy=False)
-        return whitened
+        at_mean = norms == 0
+        if at_mean.any():
+            moved = np.where(at_mean, np.float32(1), moved)
+            norms[at_mean] = np.sqrt(np.float32(moved.shape[1]))
+        moved /= norms
+        return moved
 
 
 def oas(covariance: NDArray[np.float64], size: int) -> float:

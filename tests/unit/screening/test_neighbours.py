@@ -167,7 +167,7 @@ def test_a_mapped_bank_stays_mapped(tmp_path: Path) -> None:
     mapped = np.memmap(tmp_path / "bank", np.float32, "r", shape=bank.shape)
     searcher = Neighbours(mapped)
     # Nothing that a caller sees tells a copy from a map, except the memory it takes.
-    assert np.shares_memory(searcher._bank, mapped)
+    assert np.shares_memory(searcher._banks[0], mapped)
     np.testing.assert_array_equal(searcher.search(asked, 4).distances, Neighbours(bank).search(asked, 4).distances)
 
 
@@ -248,6 +248,33 @@ def test_a_bank_that_the_approximate_search_cannot_serve_is_refused(monkeypatch:
         Neighbours(unit(3000, 512), method="approximate")
 
 
+@pytest.mark.usefixtures("least_bytes")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_banks_that_are_asked_together_give_what_each_gives_by_itself(method: Method, count: int) -> None:
+    banks, asked = [steep(3000, seed=seed) for seed in range(3)], steep(40, seed=7)[:count]
+    together = Neighbours(*banks, method=method).distances(asked, 9)
+    assert together.shape == (3, count)
+    for bank, found in zip(banks, together, strict=True):
+        np.testing.assert_array_equal(found, Neighbours(bank, method=method).search(asked, 9).distances[:, -1])
+
+
+def test_banks_of_several_shapes_cannot_be_asked_together() -> None:
+    with pytest.raises(ValueError, match="one shape"):
+        Neighbours(unit(5), unit(6))
+
+
+def test_rows_that_were_not_picked_at_once_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Half of the bank lies within the codes' rounding of the query's 16th neighbour.
+    bank = unit(1, 512, seed=1) + 1e-4 * unit(2000, 512)
+    bank /= np.linalg.norm(bank, axis=1, keepdims=True)
+    bank[::2] = unit(1000, 512, seed=2)
+    fast, slow = quantised_and_in_full(bank, monkeypatch)
+    asked = bank[1:2] + 1e-3 * unit(1, 512, seed=3)
+    asked /= np.linalg.norm(asked)
+    np.testing.assert_array_equal(fast.search(asked, 16).indices, slow.search(asked, 16).indices)
+
+
 BANKS = st.sampled_from(["flat", "steep", "clustered", "lopsided", "with copies", "sparse", "on a grid"])
 
 
@@ -280,16 +307,16 @@ def test_8_bit_products_leave_out_none_of_the_nearest(
     with pytest.MonkeyPatch.context() as monkeypatch:
         fast, slow = quantised_and_in_full(made(kind, size, dimension, seed), monkeypatch)
     k = data.draw(st.integers(1, size))
-    length = data.draw(st.sampled_from([0.0, 1e-6, 1.0]))
+    length = data.draw(st.sampled_from([0.0, 1e-6, 1.0, 30.0]))
     asked = made(queries, 7, dimension, seed + 1) * np.float32(length)
     expected, found = slow.search(asked, k), fast.search(asked, k)
     np.testing.assert_array_equal(found.distances, expected.distances)
     np.testing.assert_array_equal(found.indices, expected.indices)
 
 
-@pytest.mark.parametrize("code", [128, -128, 127.5, 32511.5])
+@pytest.mark.parametrize("code", [125, -125, 124.5, 31_749.5])
 def test_a_query_between_two_codes_is_not_misread(code: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = np.full((1, 512), code / 32512, np.float32)
+    asked = np.full((1, 512), code / 31_750, np.float32)
     asked[0, 0] = 1
     asked /= np.linalg.norm(asked)
     bank = 0.1 * unit(200, 512) + np.linspace(-1, 1, 200)[:, None].astype(np.float32) / np.float32(512**0.5)
@@ -306,21 +333,21 @@ def test_a_bank_that_lies_close_together_leaves_few_rows_to_a_query_far_from_it(
     bank = middle + 0.05 * unit(5000, 512)
     bank /= np.linalg.norm(bank, axis=1, keepdims=True)
     finder = quantised_and_in_full(bank, monkeypatch)[0]._finder
-    assert max(len(rows) for rows in finder.candidates(asked, 16)) < 200
+    assert max(len(rows) for ((_, rows),) in finder.near(asked, 16)) < 100
 
 
 def test_8_bit_products_leave_few_rows_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = unit(5000, 512)
     finder = quantised_and_in_full(bank, monkeypatch)[0]._finder
-    left = [len(rows) for rows in finder.candidates(unit(20, 512, seed=1), 16)]
-    assert max(left) < 200
+    left = [len(rows) for ((_, rows),) in finder.near(unit(20, 512, seed=1), 16)]
+    assert max(left) < 100
 
 
 def test_a_bank_in_several_graphs_is_searched_like_one_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, asked = unit(700), unit(23, seed=1)
     monkeypatch.setattr(module, "_QUANTISED_BYTES", 0)
     whole = Neighbours(bank).search(asked, 9)
-    monkeypatch.setattr(quantised, "_SESSION_BYTES", 300 * 24)
+    monkeypatch.setattr(quantised, "_GRAPH_BYTES", 300 * 24)
     monkeypatch.setattr(quantised, "_BLOCK_BYTES", 8 * 700 * 5)
     monkeypatch.setattr(quantised, "_CODED_ROWS", 64)
     parts = Neighbours(bank).search(asked, 9)
@@ -336,12 +363,21 @@ class Saturating:
     def __init__(self, codes: NDArray[np.int8], scales: Floats) -> None:
         self.codes, self.scales = codes.astype(np.int32), scales
 
-    def __call__(self, queries: quantised.Codes) -> Floats:
-        each = queries.astype(np.int32)[:, None] * self.codes
-        limit = 2 ** (self.bits - 1)
-        pairs = (each[..., ::2] + each[..., 1::2]).clip(-limit, limit - 1)
-        products: Floats = (pairs.sum(-1) - 128 * self.codes.sum(-1)) * self.scales
-        return products.astype(np.float32)
+    def products(self, queries: Floats) -> Floats:
+        found = np.zeros((len(queries), *self.codes.shape[:2]))
+        for worth in (1 / 127, 1 / (127 * 250)):
+            codes = np.rint(queries / worth)
+            queries = queries - (codes * worth).astype(np.float32)
+            each = (codes.astype(np.int32) + 128)[:, None, None] * self.codes
+            limit = 2 ** (self.bits - 1)
+            pairs = (each[..., ::2] + each[..., 1::2]).clip(-limit, limit - 1)
+            found += (pairs.sum(-1) - 128 * self.codes.sum(-1)) * self.scales * worth
+        return found.astype(np.float32)
+
+    def largest(self, queries: Floats, count: int) -> tuple[Floats, NDArray[np.int64]]:
+        products = self.products(queries)
+        rows = np.argsort(-products, axis=2)[:, :, :count]
+        return np.take_along_axis(products, rows, 2), rows
 
 
 @pytest.mark.parametrize(("bits", "top"), [(32, 127), (16, 63), (12, 0)])
@@ -351,7 +387,7 @@ def test_a_machine_that_multiplies_codes_wrongly_is_noticed_and_gets_ones_that_i
     bank, asked = unit(300, 64), unit(9, 64, seed=1)
     expected = Neighbours(bank).search(asked, 5)
     monkeypatch.setattr(Saturating, "bits", bits)
-    monkeypatch.setattr(quantised, "_Products", Saturating)
+    monkeypatch.setattr(quantised, "_Graph", Saturating)
     monkeypatch.setattr(module, "_QUANTISED_BYTES", 0)
     quantised.largest_code.cache_clear()
     try:
