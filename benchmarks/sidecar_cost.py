@@ -1,6 +1,6 @@
 """What a sidecar costs: embedded, with screening against without; as a proxy, against a bare one; and at its start.
 
-python -m benchmarks.sidecar_cost [--requests N] [--parts embedded,proxy,cold] [--out DIR]
+python -m benchmarks.sidecar_cost [--requests N] [--banks N ...] [--parts embedded,proxy,cold] [--out DIR]
 
 Everything runs in one go, and targets take turns request by request in a random order, so that they meet the same
 machine. The tower is open_clip's ViT-B-32 with random weights; embeddings in the banks are drawn. Client, proxy and
@@ -17,7 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ PAYLOADS = {"UINT8": 1, "FP32": 4}
 """Bytes per value of an image: requests of 150,528 and 602,112 bytes."""
 EMBEDDED_CONCURRENCY, EMBEDDED_BLOCKS = 4, 12
 PROXY_CONCURRENCY, PROXY_BLOCKS = 8, 4
+BANKS = (2000, 10_000)
+"""`guard calibrate` makes the first of the 5,000 images that it takes by default."""
 IMAGES, STARTS = 64, 5
 START_SECONDS, POLL_SECONDS = 60.0, 0.005
 MAX_P50, MIN_THROUGHPUT, MAX_ADDED = 1.02, 0.97, 1.5
@@ -51,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=600, help="rounds before a proxy; embedded takes half as many")
     parser.add_argument("--seconds", type=float, default=2.0, help="of one block of the throughput")
-    parser.add_argument("--bank", type=int, default=10_000, help="rows of each of the three banks")
+    parser.add_argument("--banks", type=int, nargs="+", default=BANKS, help="rows of each of the three banks, by turns")
     parser.add_argument("--parts", default="embedded,proxy,cold", help="which to run")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--seed", type=int, default=0)
@@ -61,11 +63,19 @@ def main() -> None:
         parser.error(f"there is no part {min(unknown)!r}")
     command = "python -m benchmarks.sidecar_cost" + "".join(f" {item}" for item in sys.argv[1:])
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder), arguments.requests, arguments.seconds, arguments.bank, arguments.seed)
-        lines = [line for part in parts for line in getattr(run, part)()]
+        run = Run(Path(folder), arguments.requests, arguments.seconds, arguments.seed)
+        lines = [
+            line
+            for part in parts
+            for line in (run.cold(arguments.banks[0]) if part == "cold" else _each(getattr(run, part), arguments.banks))
+        ]
     arguments.out.mkdir(parents=True, exist_ok=True)
     text = heading(f"Cost of a sidecar, seed {arguments.seed}", command)
     (arguments.out / "sidecar-cost.md").write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _each(part: Callable[[int], list[str]], banks: Sequence[int]) -> list[str]:
+    return [line for rows in banks for line in part(rows)]
 
 
 class Run:
@@ -75,18 +85,16 @@ class Run:
         folder: For what is made on the way.
         requests: Rounds in which each target gets one request.
         seconds: Of a block of the throughput.
-        bank: Rows of a bank.
         seed: Of everything random.
     """
 
-    def __init__(self, folder: Path, requests: int, seconds: float, bank: int, seed: int) -> None:
-        self._folder, self._requests, self._seconds, self._bank, self._seed = folder, requests, seconds, bank, seed
-        self._embedded: tuple[Path, Path] | None = None
-        self._upstream: tuple[Path, Path] | None = None
+    def __init__(self, folder: Path, requests: int, seconds: float, seed: int) -> None:
+        self._folder, self._requests, self._seconds, self._seed = folder, requests, seconds, seed
+        self._record: ModelRecord | None = None
 
-    def embedded(self) -> list[str]:
+    def embedded(self, rows: int) -> list[str]:
         """One pass gives answer and embedding; what does the check of that add?"""
-        profile, model = self._embedded_files()
+        profile, model = self._embedded_files(rows)
         with ExitStack() as stack:
             served = {
                 name: stack.enter_context(sidecar("--profile", str(profile), "--model", str(model), *more))
@@ -104,12 +112,12 @@ class Run:
         more, less = rates["with screening"], rates["without"]
         throughput = Estimate.of(lambda rows: float(more[rows].sum() / less[rows].sum()), len(more))
         return [
-            "## Embedded, ViT-B-32 on ONNX Runtime",
+            f"## Embedded, ViT-B-32 on ONNX Runtime, banks of {rows:,}",
             "",
             (
                 f"One image of 602,112 bytes per request, {len(plain)} pairs, order at random; throughput at "
                 f"concurrency {EMBEDDED_CONCURRENCY} in {len(more)} pairs of blocks of {self._seconds:g} s. "
-                f"{self._banks()} "
+                f"{_banks(rows)} "
                 f"{flagged / requests:.1%} of the requests were flagged."
             ),
             "",
@@ -125,16 +133,16 @@ class Run:
             "",
         ]
 
-    def proxy(self) -> list[str]:
+    def proxy(self, rows: int) -> list[str]:
         """Before an upstream server that gives the embedding: what is added to a direct call, and by a bare proxy?"""
-        profile, replies = self._upstream_files()
+        profile, replies = self._upstream_files(rows)
         lines = [
-            "## Proxy, embedding from the upstream server",
+            f"## Proxy, embedding from the upstream server, banks of {rows:,}",
             "",
             (
                 f"Added: p50 of the difference to the direct call of the same round; {self._requests} rounds, order at "
                 f"random. Throughput at concurrency {PROXY_CONCURRENCY}, {PROXY_BLOCKS} blocks of {self._seconds:g} "
-                f"s. {self._banks()}"
+                f"s. {_banks(rows)}"
             ),
             "",
         ]
@@ -161,26 +169,6 @@ class Run:
             for size, message in self._messages():
                 times, rates, score = self._turns(targets, message, served["tag"])
                 lines += [f"### {size:,} bytes", "", *_proxy_table(times, rates), *_breakdown(times, score)]
-        return lines + self._alone(profile, replies)
-
-    def _alone(self, profile: Path, replies: Path) -> list[str]:
-        """The same with one sidecar: above, the banks of five share the cache of the processor."""
-        lines = [
-            "## Proxy, one sidecar",
-            "",
-            "As above, without other sidecars whose banks share the processor's cache.",
-            "",
-        ]
-        with ExitStack() as stack:
-            upstream = stack.enter_context(hop("upstream", str(replies)))
-            arguments = ("--profile", str(profile), "--upstream", upstream, "--embedding-output", EMBEDDING)
-            served = stack.enter_context(sidecar(*arguments, "--mode", "tag"))
-            bare = stack.enter_context(hop("proxy", upstream))
-            targets = {"direct": Target(upstream), "bytes-only proxy": Target(bare), "tag": Target(served["listen"])}
-            for size, message in self._messages():
-                times, rates, score = self._turns(targets, message, served)
-                lines += [f"### {size:,} bytes", "", *_proxy_table(times, rates)]
-                lines += [f"Score: {score:.3f} ms (mean of the metric).", ""]
         return lines
 
     def _messages(self) -> Iterator[tuple[int, bytes]]:
@@ -198,16 +186,16 @@ class Run:
         seconds, count = (now - then for now, then in zip(_scoring(tag), before, strict=True))
         return times, client.throughput(PROXY_BLOCKS, self._seconds, PROXY_CONCURRENCY), 1000 * seconds / count
 
-    def cold(self) -> list[str]:
+    def cold(self, rows: int) -> list[str]:
         """From the start of the process to a 200 from /readyz."""
-        profile, model = self._embedded_files()
-        upstream_profile, replies = self._upstream_files()
+        profile, model = self._embedded_files(rows)
+        upstream_profile, replies = self._upstream_files(rows)
         lines = [
             "## Start",
             "",
             (
                 f"Seconds from the start of the process to 200 from /readyz, {STARTS} starts, files in the page cache. "
-                f"At most {MAX_START:g} s and {MAX_START_PER_GB:g} s per GB of model and profile."
+                f"{_banks(rows)} At most {MAX_START:g} s and {MAX_START_PER_GB:g} s per GB of model and profile."
             ),
             "",
             "| | GB | median s | slowest s | at most | |",
@@ -230,34 +218,34 @@ class Run:
                 )
         return [*lines, "", f"Imported by then, of what only training needs: {_imported(profile, model)}.", ""]
 
-    def _banks(self) -> str:
-        return f"Banks: 3 of {self._bank:,} × {WIDTH}."
-
-    def _embedded_files(self) -> tuple[Path, Path]:
-        """A profile and the model that it is of; made once."""
-        if self._embedded is None:
-            profile, model = self._folder / "embedded", self._folder / "model"
-            record = export_tower(self._folder / "weights", model, _CLASSES, seed=self._seed)
+    def _embedded_files(self, rows: int) -> tuple[Path, Path]:
+        """A profile and the model that it is of; each made once."""
+        profile, model = self._folder / f"embedded-{rows}", self._folder / "model"
+        if self._record is None:
+            self._record = export_tower(self._folder / "weights", model, _CLASSES, seed=self._seed)
+        if not profile.exists():
             images = np.stack([image(row) for row in range(IMAGES)])
             embeddings, _ = ExportedClassifier(model, gpu=False).run(images)
-            write_profile(profile, record, World(embeddings), self._bank, seed=self._seed)
-            self._embedded = profile, model
-        return self._embedded
+            write_profile(profile, self._record, World(embeddings), rows, seed=self._seed)
+        return profile, model
 
-    def _upstream_files(self) -> tuple[Path, Path]:
+    def _upstream_files(self, rows: int) -> tuple[Path, Path]:
         """A profile, and embeddings of which it flags none, for the upstream server; made once."""
-        if self._upstream is None:
-            directory, replies = self._folder / "upstream", self._folder / "replies.npy"
+        directory, replies = self._folder / f"upstream-{rows}", self._folder / f"replies-{rows}.npy"
+        if not directory.exists():
             generator = np.random.default_rng(self._seed)
             world = World(unit(1.0 + generator.normal(size=(IMAGES, WIDTH))))
             parts = dict.fromkeys(PARTS, "0" * 64)
             preprocessing = Preprocessing(SIDE, (0.5,) * 3, (0.25,) * 3)
             record = ModelRecord("no model", ClassifierDigest(parts).root, parts, _CLASSES, preprocessing, WIDTH)
-            profile = write_profile(directory, record, world, self._bank, seed=self._seed)
+            profile = write_profile(directory, record, world, rows, seed=self._seed)
             drawn = world.draw(2 * IMAGES, generator)
             np.save(replies, drawn[~profile.detector().judge(drawn).flags][:IMAGES])
-            self._upstream = directory, replies
-        return self._upstream
+        return directory, replies
+
+
+def _banks(rows: int) -> str:
+    return f"Banks: 3 of {rows:,} × {WIDTH}."
 
 
 def _message(datatype: str, raw: bytes) -> bytes:

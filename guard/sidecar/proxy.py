@@ -191,7 +191,8 @@ class Proxy:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if tasks[0].done():
                 tasks[0].result()
-            await tasks[1]
+            # Where this is cancelled, reading ends by itself, as `_cancel` says.
+            await asyncio.shield(tasks[1])
         except grpc.aio.AioRpcError as error:
             raise self._refused(error) from error
         except asyncio.CancelledError:

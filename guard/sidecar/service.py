@@ -183,9 +183,9 @@ class InferenceService(ABC):
     def stream(self, method: StreamMethod) -> grpc.RpcMethodHandler:
         """A handler of any number of messages each way; it also serves calls of one message."""
 
-        async def call(requests: AsyncIterator[bytes], context: Context) -> None:
+        async def call(_: AsyncIterator[bytes], context: Context) -> None:
             try:
-                await method(requests, context)
+                await method(_messages(context), context)
             except Exception as error:  # noqa: BLE001 - as above
                 await self._end(error, context)
 
@@ -201,6 +201,21 @@ class InferenceService(ABC):
             await context.abort(error.code, error.message, error.trailing)
         log.error("a request failed", exc_info=error)
         await context.abort(grpc.StatusCode.INTERNAL, "guard: internal error")
+
+
+async def _messages(context: Context) -> AsyncIterator[bytes]:
+    """What a client sends.
+
+    Reading ends by itself when the call does, and is never cancelled: gRPC would not take its operation back, and lose
+    about 100 bytes each time (measured with grpcio 1.85.1 and a bare server, whose own iterator is cancelled).
+    """
+    while True:
+        reading = asyncio.ensure_future(context.read())
+        reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+        message = await asyncio.shield(reading)
+        if message is grpc.aio.EOF:
+            return
+        yield message
 
 
 def _malformed(error: RequestError) -> RefusedError:

@@ -21,7 +21,7 @@ TARGETS = {
 
 
 def test_every_kind_of_proxy_is_compared_with_a_direct_call_and_a_bare_proxy(tmp_path: Path) -> None:
-    tiny = ["--requests", "10", "--seconds", "0.05", "--bank", "200"]
+    tiny = ["--requests", "10", "--seconds", "0.05", "--banks", "200"]
     command = [sys.executable, "-m", "benchmarks.sidecar_cost", "--parts", "proxy", *tiny, "--out", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True)
 
@@ -32,8 +32,8 @@ def test_every_kind_of_proxy_is_compared_with_a_direct_call_and_a_bare_proxy(tmp
             found.setdefault(cells[0], []).append(cells[1:])
     assert found.keys() == TARGETS
     for name, rows in found.items():
-        # One for each size of request; and again with one sidecar alone.
-        assert len(rows) == (4 if name in {"direct", "bytes-only proxy", "tag"} else 2)
+        # One for each size of request.
+        assert len(rows) == 2
         for p50, p95, added, _, rate in rows:
             assert 0 < float(p50) <= float(p95)
             assert float(rate) > 0
