@@ -104,7 +104,7 @@ class Quantised:
         self._halves = np.array([each.shortest**2 / 2 for each in coded], np.float32)
         self._rests = np.array([each.rest for each in coded], np.float32)
         of_query = [each.furthest * _REST * dimension**0.5 for each in coded]
-        self._slacks = np.array(of_query, np.float32) + _ROUNDINGS * ROUNDING
+        self._slacks = np.array(of_query, np.float32)
 
     def near(self, queries: Floats, k: int) -> Iterator[list[tuple[Floats, Rows]]]:
         """For each query and each bank squared distances to rows, and which; the k nearest are among them."""
@@ -118,7 +118,7 @@ class Quantised:
         factors = np.maximum(lengths, 1)
         coded = queries / factors
         values, rows, others = self._largest(coded, k)
-        reaches = np.minimum(lengths, 1) * self._rests + self._slacks
+        reaches = np.minimum(lengths, 1) * self._rests + self._slacks + _ROUNDINGS * ROUNDING * factors
         counts = (values >= (values[:, :, k - 1] - _AT_ONCE * reaches)[:, :, None]).sum(axis=2)
         levels = (self._halves + lengths**2 / 2) / factors - coded @ self._means.T - reaches
         for number, query in enumerate(queries):
