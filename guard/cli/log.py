@@ -1,5 +1,8 @@
 """`guard log`."""
 
+import json
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from guard.evidence import EvidenceLog, Filter, Record
 
 LISTED = 50
+_POLL_SECONDS = 0.5
+_HEAD = ("id", "time", "model", "decision", "class", "trigger", "p-value", "second look", "request", "image")
 
 
 @click.command()
@@ -33,6 +38,7 @@ LISTED = 50
     help=f"Most records, the last first.  [default: {LISTED} to list, all to export]",
 )
 @click.option("--offset", type=click.IntRange(min=0), default=0, show_default=True, help="Records to leave out first.")
+@click.option("--follow", is_flag=True, help="List the last ones, then what comes, until Ctrl-C; JSON is one a line.")
 @click.option(
     "--export", "exported", type=options.PATH, metavar="FILE", help="Write them to a .csv, .jsonl or .parquet file."
 )
@@ -49,6 +55,7 @@ def log(
     out: Path | None,
     profile: Path | None,
     *,
+    follow: bool,
     as_json: bool,
     **conditions: Any,  # noqa: ANN401 - click's values for the filter
 ) -> None:
@@ -59,10 +66,11 @@ def log(
     """
     from guard.evidence import EVIDENCE_FILE, EvidenceLog, Filter, export
 
-    if show is not None and (
-        exported is not None or limit is not None or offset or any(value is not None for value in conditions.values())
-    ):
-        raise UsageError("--show takes one record; filters and --export are for several")
+    filtered = any(value is not None for value in conditions.values())
+    if show is not None and (exported is not None or limit is not None or offset or follow or filtered):
+        raise UsageError("--show takes one record; filters, --follow and --export are for several")
+    if follow and (exported is not None or offset or conditions["until"] is not None):
+        raise UsageError("--follow lists what comes; --export, --offset and --until do not go with it")
     if show is None and (out is not None or profile is not None):
         raise UsageError("--out and --profile belong to --show")
     console, wanted = Console(as_json=as_json), Filter(**conditions)
@@ -72,6 +80,10 @@ def log(
     elif exported is not None:
         count = export(opened.records(wanted, limit=limit, offset=offset), exported)
         console.result({"exported": count, "file": str(exported)}, f"{count} records: {exported}")
+    elif follow:
+        # Ctrl-C is how it ends.
+        with suppress(KeyboardInterrupt):
+            _follow(opened, wanted, limit or LISTED, as_json=as_json)
     else:
         _list(opened, wanted, limit or LISTED, offset, console)
 
@@ -95,26 +107,52 @@ def _list(opened: "EvidenceLog", wanted: "Filter", limit: int, offset: int, cons
     console.result({"count": count, "records": [record.document() for record in records]}, text)
 
 
+def _follow(opened: "EvidenceLog", wanted: "Filter", limit: int, *, as_json: bool) -> None:
+    """Print the last records, and others as they are written."""
+    # Before the last ones are read: what is written meanwhile comes in both, and is told by its id.
+    last = opened.newest
+    records = [record for record in opened.records(wanted, limit=limit) if record.id <= last][::-1]
+    widths = _widths(records)
+    if not as_json:
+        click.echo(_line(_HEAD, widths))
+    while True:
+        for record in records:
+            document = json.dumps(record.document(), ensure_ascii=False)
+            click.echo(document if as_json else _line(_cells(record), widths))
+        if not records:
+            time.sleep(_POLL_SECONDS)
+            if opened.newest < last:
+                # The log was begun anew.
+                last = 0
+        records = opened.after(last, wanted)
+        last = records[-1].id if records else last
+
+
 def _table(records: "Sequence[Record]") -> str:
     if not records:
         return "no records"
-    head = ("id", "time", "model", "decision", "class", "trigger", "p-value", "second look", "request", "image")
-    rows = [
-        (
-            str(record.id),
-            record.time,
-            *(_short(text) for text in (record.model, record.decision, record.predicted, record.trigger)),
-            "–" if record.p_value is None else f"{record.p_value:.2g}",
-            _short(record.second_look),
-            _short(record.request_id),
-            str(record.image),
-        )
-        for record in records
-    ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+    widths = _widths(records)
+    return "\n".join([_line(_HEAD, widths), *(_line(_cells(record), widths) for record in records)])
+
+
+def _cells(record: "Record") -> tuple[str, ...]:
+    return (
+        str(record.id),
+        record.time,
+        *(_short(text) for text in (record.model, record.decision, record.predicted, record.trigger)),
+        "–" if record.p_value is None else f"{record.p_value:.2g}",
+        _short(record.second_look),
+        _short(record.request_id),
+        str(record.image),
     )
+
+
+def _widths(records: "Sequence[Record]") -> list[int]:
+    return [max(map(len, column)) for column in zip(_HEAD, *map(_cells, records), strict=True)]
+
+
+def _line(cells: "Sequence[str]", widths: "Sequence[int]") -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
 def _short(text: str) -> str:

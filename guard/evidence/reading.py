@@ -63,6 +63,22 @@ class EvidenceLog:
             last = chunk[-1].id
             left = None if left is None else left - len(chunk)
 
+    def after(self, identity: int, wanted: Filter | None = None) -> list[Record]:
+        """A few hundred of the records that were written after one and meet a filter, the first written first.
+
+        Args:
+            identity: Of that one; 0 for the beginning.
+            wanted: None for all.
+        """
+        query = select(table).where(*_conditions(wanted), table.c.id > identity).order_by(table.c.id)
+        return self._fetch(query.limit(_CHUNK))
+
+    @property
+    def newest(self) -> int:
+        """Id of the record that was written last; 0 if there is none."""
+        found = self._fetch(select(table).order_by(table.c.id.desc()).limit(1))
+        return found[0].id if found else 0
+
     def get(self, identity: int) -> Record:
         """One record.
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.screening.products import ROUNDING, squares
+from guard.screening.products import ROUNDING, largest, squares
 
 Floats = NDArray[np.float32]
 Codes = NDArray[np.int8]
@@ -27,6 +27,8 @@ _SPARE, _MORE = 8, 16
 _AT_ONCE = 1.15
 """How far below the k-th largest product rows are measured, in reaches. What is needed turns out when they are: a reach
 below the product of the k-th nearest, and codes are wrong about that by a tenth of a reach."""
+_FEW = 4
+"""Up to here the graphs pick the largest products; for more queries that takes longer than the products."""
 _ROUNDINGS = 8
 """Products, or terms as large, whose rounding errors meet in a bound."""
 _GRAPH_BYTES = 2**26
@@ -68,6 +70,20 @@ class _Picked(NamedTuple):
     others: Floats
 
 
+class _Near(NamedTuple):
+    """What is to be measured at once of a bank, for one query.
+
+    Attributes:
+        rows: At least k.
+        beyond: No other row has a larger product.
+        products: Those of all rows, shape [N], if they are known.
+    """
+
+    rows: Rows
+    beyond: np.float32
+    products: Floats | None
+
+
 class Quantised:
     """Finds what is nearest in some banks by products of 8-bit codes, and measures it.
 
@@ -79,8 +95,8 @@ class Quantised:
     were not measured, are. Without the mean, a bank that lies close together has short rests: as many rows are measured
     of it as of one that is spread out.
 
-    ONNX Runtime codes the queries, multiplies them with all banks and picks the largest products in one call, on one
-    thread, as a decision is. Only where what is needed reaches beyond what it picked are all products looked at.
+    ONNX Runtime codes the queries, multiplies them with all banks and, of a few queries, picks the largest products in
+    one call, on one thread, as a decision is. Only where what is needed reaches beyond these are all looked at.
 
     Args:
         banks: Unit vectors, all of one shape [N, D]. Their codes take a quarter of their memory.
@@ -117,24 +133,43 @@ class Quantised:
         # Codes reach up to 1. The largest products of a longer query are those of a shorter one.
         factors = np.maximum(lengths, 1)
         coded = queries / factors
-        values, rows, others = self._largest(coded, k)
         reaches = np.minimum(lengths, 1) * self._rests + self._slacks + _ROUNDINGS * ROUNDING * factors
-        counts = (values >= (values[:, :, k - 1] - _AT_ONCE * reaches)[:, :, None]).sum(axis=2)
         levels = (self._halves + lengths**2 / 2) / factors - coded @ self._means.T - reaches
-        for number, query in enumerate(queries):
+        select = self._picked if len(queries) <= _FEW else self._sifted
+        for number, each in enumerate(select(coded, k, _AT_ONCE * reaches)):
             found = []
-            for bank, vectors in enumerate(self._banks):
-                count = counts[number, bank]
-                near = rows[number, bank, :count]
-                measured = squares(vectors, query, near)
+            for bank, near in enumerate(each):
+                rows, vectors = near.rows, self._banks[bank]
+                measured = squares(vectors, queries[number], rows)
                 last = np.partition(measured, k - 1)[k - 1]
                 needed = levels[number, bank] - last / (2 * factors[number, 0])
-                beyond = values[number, bank, count] if count < values.shape[2] else others[number, bank]
-                if beyond >= needed:
-                    near = np.flatnonzero(self._products(coded[number])[bank] >= needed)
-                    measured = squares(vectors, query, near)
-                found.append((measured, near))
+                if near.beyond >= needed:
+                    products = near.products
+                    if products is None:
+                        products = self._products(coded[number : number + 1])[0, bank]
+                    rows = np.flatnonzero(products >= needed)
+                    measured = squares(vectors, queries[number], rows)
+                found.append((measured, rows))
             yield found
+
+    def _picked(self, queries: Floats, k: int, depths: Floats) -> Iterator[list[_Near]]:
+        """By the largest products that the graphs pick, which is quicker for a few queries."""
+        values, rows, others = self._largest(queries, k)
+        counts = (values >= (values[:, :, k - 1] - depths)[:, :, None]).sum(axis=2)
+        for each in zip(rows, values, counts, others, strict=True):
+            yield [
+                _Near(near[:count], products[count] if count < len(products) else rest, None)
+                for near, products, count, rest in zip(*each, strict=True)
+            ]
+
+    def _sifted(self, queries: Floats, k: int, depths: Floats) -> Iterator[list[_Near]]:
+        """By all products, which is quicker for many queries."""
+        for products, depth in zip(self._products(queries), depths, strict=True):
+            each = []
+            for values, below in zip(products, depth, strict=True):
+                near = largest(values[:, None], k, below)[0]
+                each.append(_Near(near, values[near].min(), values))
+            yield each
 
     def _largest(self, queries: Floats, k: int) -> tuple[Floats, Rows, Floats]:
         """For each query and bank the largest products, in descending order, their rows, and a bound of all others."""
@@ -150,9 +185,9 @@ class Quantised:
         order = np.argsort(-values, axis=2)
         return np.take_along_axis(values, order, 2), np.take_along_axis(rows, order, 2), others
 
-    def _products(self, query: Floats) -> Floats:
-        """All of a query, shape [banks, N]."""
-        return np.concatenate([graph.products(query[None])[0] for graph in self._graphs], axis=1)
+    def _products(self, queries: Floats) -> Floats:
+        """All of them, shape [M, banks, N]."""
+        return np.concatenate([graph.products(queries) for graph in self._graphs], axis=2)
 
 
 class _Graph:

@@ -93,6 +93,55 @@ def test_it_says_how_many_there_are(run: Run) -> None:
     assert run("--model", "none").stdout == "no records\n"
 
 
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """What happens while `guard log --follow` waits, by turns; at last somebody presses Ctrl-C."""
+    steps: list[Callable[[], None]] = []
+
+    def wait(_: float) -> None:
+        if not steps:
+            raise KeyboardInterrupt
+        steps.pop(0)()
+
+    monkeypatch.setattr("time.sleep", wait)
+    return steps
+
+
+def write(log: Path, *names: str) -> None:
+    writer = EvidenceWriter(log, max_age_days=36_500)
+    assert all(writer.record(Record(name, "m", "d", 0, "flag", "tag")) for name in names)
+    assert writer.close(30)
+
+
+def test_it_follows_what_comes(run: Run, log: Path, meanwhile: list[Callable[[], None]]) -> None:
+    meanwhile += [lambda: None, lambda: write(log, "r-4", "r-5"), lambda: write(log, "r-6")]
+    result = run("--follow", "--decision", "flag", "--limit", 1)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("id  time")
+    assert [line.split()[0] for line in lines[1:]] == ["3", "4", "5", "6"]
+
+
+def test_it_follows_a_log_that_is_begun_anew_as_json(run: Run, log: Path, meanwhile: list[Callable[[], None]]) -> None:
+    def anew() -> None:
+        for file in log.parent.glob(f"{log.name}*"):
+            file.unlink()
+        write(log, "new")
+
+    meanwhile += [anew]
+    result = run("--follow", "--model", "m", "--json")
+    assert [json.loads(line)["request_id"] for line in result.stdout.splitlines()] == ["r-1", "r-2", "new"]
+
+
+@pytest.mark.parametrize(
+    "other", [("--export", "x.csv"), ("--offset", 1), ("--until", "1h"), ("--show", 1)], ids=lambda other: other[0]
+)
+def test_what_does_not_go_with_following_is_refused(run: Run, other: tuple[object, ...]) -> None:
+    result = run("--follow", *other)
+    assert isinstance(result.exception, UsageError)
+    assert "--follow" in str(result.exception)
+
+
 def test_it_exports_what_was_selected(run: Run, tmp_path: Path) -> None:
     result = run("--decision", "flag", "--export", tmp_path / "x.csv", "--json")
     assert json.loads(result.stdout) == {"exported": 2, "file": str(tmp_path / "x.csv")}
