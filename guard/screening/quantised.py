@@ -38,38 +38,6 @@ _BLOCK_BYTES = 2**22
 _CODED_ROWS = 4096
 
 
-class _Part(NamedTuple):
-    """Codes of rows of a bank.
-
-    Attributes:
-        bank: Its number.
-        start: The first of the rows.
-        codes: Shape [n, D].
-        scales: What a unit of each row's codes is worth, shape [n].
-    """
-
-    bank: int
-    start: int
-    codes: Codes
-    scales: Floats
-
-
-class _Picked(NamedTuple):
-    """The largest products of queries with rows of a bank.
-
-    Attributes:
-        bank: Its number.
-        values: Shape [M, count].
-        rows: Whose they are, shape [M, count].
-        others: What those of all other rows of the part are at most, shape [M]; −∞ where there are none.
-    """
-
-    bank: int
-    values: Floats
-    rows: Rows
-    others: Floats
-
-
 class _Near(NamedTuple):
     """What is to be measured at once of a bank, for one query.
 
