@@ -229,10 +229,10 @@ def _onnxruntime() -> Finding:
 def _search() -> Finding:
     answer = _run(_SEARCH)
     if answer.error:
-        return _failed("search", f"large banks cannot be searched: {answer.error}")
+        return _failed("search", f"banks cannot be searched: {answer.error}")
     bits = {"127": "at 8 bits per number", "63": "at 7 bits per number, since this processor has no VNNI"}
     slow = "in full, since this processor multiplies short integers wrongly; decisions are the same, and take longer"
-    return Finding("search", Status.OK, f"large banks are read {bits.get(answer.text, slow)}")
+    return Finding("search", Status.OK, f"banks are read {bits.get(answer.text, slow)}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Score requests and decide, at a false-alarm rate that the operator chose: numpy, and ONNX Runtime for large banks."""
+"""Score requests and decide, at a false-alarm rate that the operator chose: numpy, and ONNX Runtime to search banks."""
 
 from guard.screening.conformal import Conformal, Threshold, check_alpha, smallest_alpha, threshold
 from guard.screening.density import DAO, LID, SLOF, KDistance

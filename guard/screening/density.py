@@ -1,4 +1,4 @@
-"""How thinly the clean bank is populated around an input: k-distance, SLOF, LID and DAO. numpy only.
+"""How thinly the clean bank is populated around an input: k-distance, SLOF, LID and DAO.
 
 The scores are those of Huang et al., "Detecting Backdoor Samples in Contrastive Language Image Pretraining", ICLR 2025,
 who rank training pairs by them. They follow scikit-learn's manner, except for the sign:

@@ -1,4 +1,4 @@
-"""Decide about requests: scores, p-values, and a false-alarm rate that the operator chose. numpy only."""
+"""Decide about requests: scores, p-values, and a false-alarm rate that the operator chose."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

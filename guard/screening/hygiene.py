@@ -1,4 +1,4 @@
-"""Find reference images that carry a trigger: a bank with such would let the attacker's requests pass. numpy only.
+"""Find reference images that carry a trigger: a bank with such would let the attacker's requests pass.
 
 Clean images are collected from somewhere, and whoever poisoned the model may have been there too. A triggered image in
 the reference bank has its like for neighbours, so that it looks as ordinary as any; it is found by a comparison with

@@ -1,4 +1,4 @@
-"""Score requests by where their embeddings lie. numpy only; larger is more suspicious, always."""
+"""Score requests by where their embeddings lie; larger is more suspicious, always."""
 
 import math
 from collections.abc import Mapping

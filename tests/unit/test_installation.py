@@ -174,7 +174,7 @@ def test_an_empty_onnx_runtime_is_a_failure_and_a_broken_torch_a_warning(module:
         ("1 / 0", Status.FAILED, "ZeroDivisionError"),
     ],
 )
-def test_how_large_banks_are_searched_on_this_machine_is_said(
+def test_how_banks_are_searched_on_this_machine_is_said(
     answer: str, status: Status, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(installation, "_SEARCH", f"print({answer})")
