@@ -109,23 +109,21 @@ def _list(opened: "EvidenceLog", wanted: "Filter", limit: int, offset: int, cons
 
 def _follow(opened: "EvidenceLog", wanted: "Filter", limit: int, *, as_json: bool) -> None:
     """Print the last records, and others as they are written."""
-    # Before the last ones are read: what is written meanwhile comes in both, and is told by its id.
-    last = opened.newest
-    records = [record for record in opened.records(wanted, limit=limit) if record.id <= last][::-1]
+    records, last = list(opened.records(wanted, limit=limit))[::-1], 0
     widths = _widths(records)
     if not as_json:
         click.echo(_line(_HEAD, widths))
     while True:
         for record in records:
-            document = json.dumps(record.document(), ensure_ascii=False)
-            click.echo(document if as_json else _line(_cells(record), widths))
+            text = json.dumps(record.document(), ensure_ascii=False) if as_json else _line(_cells(record), widths)
+            click.echo(text)
+            last = record.id
         if not records:
             time.sleep(_POLL_SECONDS)
             if opened.newest < last:
                 # The log was begun anew.
                 last = 0
         records = opened.after(last, wanted)
-        last = records[-1].id if records else last
 
 
 def _table(records: "Sequence[Record]") -> str:

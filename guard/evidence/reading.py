@@ -31,12 +31,7 @@ class EvidenceLog:
 
     def count(self, wanted: Filter | None = None) -> int:
         """How many records meet a filter; without one, all."""
-        query = select(func.count()).select_from(table).where(*_conditions(wanted))
-        try:
-            with self._engine.connect() as connection:
-                return connection.execute(query).scalar_one()
-        except DatabaseError as error:
-            raise store.unusable(self._path, error) from error
+        return self._number(select(func.count()).select_from(table).where(*_conditions(wanted)))
 
     def records(self, wanted: Filter | None = None, *, limit: int | None = None, offset: int = 0) -> Iterator[Record]:
         """The records that meet a filter, the last written first.
@@ -76,8 +71,7 @@ class EvidenceLog:
     @property
     def newest(self) -> int:
         """Id of the record that was written last; 0 if there is none."""
-        found = self._fetch(select(table).order_by(table.c.id.desc()).limit(1))
-        return found[0].id if found else 0
+        return self._number(select(func.coalesce(func.max(table.c.id), 0)))
 
     def get(self, identity: int) -> Record:
         """One record.
@@ -89,6 +83,13 @@ class EvidenceLog:
         if not 0 < identity < 2**63 or not (found := self._fetch(select(table).where(table.c.id == identity))):
             raise EvidenceError(f"the evidence log {self._path} has no record {identity}; it may have been deleted")
         return found[0]
+
+    def _number(self, query: Select[int]) -> int:
+        try:
+            with self._engine.connect() as connection:
+                return connection.execute(query).scalar_one()
+        except DatabaseError as error:
+            raise store.unusable(self._path, error) from error
 
     def _fetch(self, query: Select[tuple[object, ...]]) -> list[Record]:
         try:

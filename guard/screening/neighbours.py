@@ -91,7 +91,7 @@ class Neighbours:
             return
         top = largest_code() if unit and self._banks[0].nbytes >= _QUANTISED_BYTES else 0
         if top:
-            self._finder = Quantised(self._banks, top)
+            self._finder = Quantised(self._banks, lengths, top)
         else:
             self._finder = _Each(self._banks, map(_Exact, self._banks, lengths))
 

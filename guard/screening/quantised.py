@@ -68,10 +68,11 @@ class Quantised:
 
     Args:
         banks: Unit vectors, all of one shape [N, D]. Their codes take a quarter of their memory.
+        lengths: What the lengths of the vectors are exactly, shape [N] each.
         top: The largest code; see `largest_code`.
     """
 
-    def __init__(self, banks: Sequence[Floats], top: int) -> None:
+    def __init__(self, banks: Sequence[Floats], lengths: Sequence[Floats], top: int) -> None:
         self._banks = banks
         self._size, dimension = banks[0].shape
         coded = [_coded(bank, top) for bank in banks]
@@ -85,7 +86,7 @@ class Quantised:
             for start in self._starts
         ]
         self._means = np.array([each.mean for each in coded])
-        self._halves = np.array([each.shortest**2 / 2 for each in coded], np.float32)
+        self._halves = np.array([exact.min() ** 2 / 2 for exact in lengths], np.float32)
         self._rests = np.array([each.rest for each in coded], np.float32)
         of_query = [each.furthest * _REST * dimension**0.5 for each in coded]
         self._slacks = np.array(of_query, np.float32)
@@ -261,7 +262,6 @@ class _Coded(NamedTuple):
 
     Attributes:
         mean: Shape [D].
-        shortest: No row of the bank is shorter.
         codes: Shape [N, D].
         scales: What a unit of each row's codes is worth, shape [N].
         rest: What the codes leave of a row has at most this length.
@@ -269,7 +269,6 @@ class _Coded(NamedTuple):
     """
 
     mean: Floats
-    shortest: float
     codes: Codes
     scales: Floats
     rest: float
@@ -279,10 +278,9 @@ class _Coded(NamedTuple):
 def _coded(bank: Floats, top: int) -> _Coded:
     codes, scales = np.empty(bank.shape, np.int8), np.empty(len(bank), np.float32)
     mean = bank.mean(axis=0, dtype=np.float64).astype(np.float32)
-    longest, furthest, shortest = 0.0, 0.0, np.inf
+    longest = furthest = 0.0
     for start in range(0, len(bank), _CODED_ROWS):
         part = slice(start, start + _CODED_ROWS)
-        shortest = min(shortest, float(np.linalg.norm(bank[part], axis=1).min()))
         centred = bank[part] - mean
         reach = np.abs(centred).max(axis=1)
         scales[part] = np.where(reach > 0, reach / np.float32(top), np.float32(1))
@@ -290,4 +288,4 @@ def _coded(bank: Floats, top: int) -> _Coded:
         rests = np.linalg.norm(centred - codes[part] * scales[part, None], axis=1)
         longest = max(longest, float(rests.max()))
         furthest = max(furthest, float((np.linalg.norm(centred, axis=1) + rests).max()))
-    return _Coded(mean, shortest, codes, scales, longest, furthest)
+    return _Coded(mean, codes, scales, longest, furthest)

@@ -32,8 +32,7 @@ def test_every_kind_of_proxy_is_compared_with_a_direct_call_and_a_bare_proxy(tmp
             found.setdefault(cells[0], []).append(cells[1:])
     assert found.keys() == TARGETS
     for name, rows in found.items():
-        # One for each size of request.
-        assert len(rows) == 2
+        assert len(rows) == 2, "one row for each size of request"
         for p50, p95, added, _, rate in rows:
             assert 0 < float(p50) <= float(p95)
             assert float(rate) > 0
