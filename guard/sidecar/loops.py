@@ -1,10 +1,12 @@
-"""Which event loop a sidecar runs on."""
+"""Which event loop a sidecar runs on, and how it waits for what must not be cancelled."""
 
 import asyncio
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Awaitable, Callable
+from typing import Literal, TypeVar
 
 from guard.errors import MissingDependencyError
+
+T = TypeVar("T")
 
 
 def loop_factory(loop: Literal["auto", "asyncio", "uvloop"]) -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -22,3 +24,10 @@ def loop_factory(loop: Literal["auto", "asyncio", "uvloop"]) -> Callable[[], asy
             return None
         raise MissingDependencyError("--loop uvloop needs uvloop; pip install 'clip-guard[uvloop]'") from error
     return uvloop.new_event_loop
+
+
+async def sheltered(work: Awaitable[T]) -> T:
+    """Wait for something that goes on when nobody waits for it any more; nobody is told then how it ended."""
+    running = asyncio.ensure_future(work)
+    running.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return await asyncio.shield(running)

@@ -8,6 +8,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from guard.sidecar.inference_pb2 import ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse
+from guard.sidecar.loops import sheltered
 from guard.sidecar.policy import Reason
 from guard.sidecar.service import SERVICE, Context, Metadata, RefusedError
 from guard.sidecar.settings import Settings
@@ -112,10 +113,8 @@ class Proxy:
         """
         method = self._unary.get(path) or self._channel.unary_unary(path)
         call = method(data, metadata=_passed_on(context.invocation_metadata()), timeout=context.time_remaining())
-        waiting = asyncio.ensure_future(call)
-        waiting.add_done_callback(_forgotten)
         try:
-            reply: bytes = await asyncio.shield(waiting)
+            reply: bytes = await sheltered(call)
         except asyncio.CancelledError:
             _cancel(call)
             raise
@@ -228,12 +227,6 @@ def _cancel(call: grpc.aio.Call) -> None:
     about 1 kB is lost with each cancelled or late call (measured with grpcio 1.85.1 and a bare proxy).
     """
     call._cancel("guard: nobody waits for the reply any more")  # noqa: SLF001 - as said
-
-
-def _forgotten(waiting: asyncio.Future[bytes]) -> None:
-    """Nobody is told how a call ended that was given up."""
-    if not waiting.cancelled():
-        waiting.exception()
 
 
 def _passed_on(metadata: grpc.aio.Metadata | Metadata | None) -> Metadata:

@@ -13,6 +13,7 @@ from guard.errors import RequestError
 from guard.sidecar import logs
 from guard.sidecar.annotations import trailers
 from guard.sidecar.inference_pb2 import ModelInferRequest, ModelInferResponse
+from guard.sidecar.loops import sheltered
 from guard.sidecar.metrics import Metrics
 from guard.sidecar.models import Models
 from guard.sidecar.policy import MAX_MESSAGE, Decision, Mode, Outcome, Reason, refusal
@@ -210,9 +211,7 @@ async def _messages(context: Context) -> AsyncIterator[bytes]:
     about 100 bytes each time (measured with grpcio 1.85.1 and a bare server, whose own iterator is cancelled).
     """
     while True:
-        reading = asyncio.ensure_future(context.read())
-        reading.add_done_callback(lambda done: done.cancelled() or done.exception())
-        message = await asyncio.shield(reading)
+        message = await sheltered(context.read())
         if message is grpc.aio.EOF:
             return
         yield message

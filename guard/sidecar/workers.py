@@ -7,6 +7,8 @@ from contextvars import copy_context
 from threading import Semaphore
 from typing import TypeVar
 
+from guard.sidecar.loops import sheltered
+
 T = TypeVar("T")
 
 
@@ -54,10 +56,7 @@ class Workers:
 
         try:
             # The context tells the log which request this is.
-            running = asyncio.get_running_loop().run_in_executor(self._pool, copy_context().run, run)
-            # Where nobody waits for it any more, nobody is told how it ended.
-            running.add_done_callback(lambda done: done.cancelled() or done.exception())
-            return await asyncio.shield(running)
+            return await sheltered(asyncio.get_running_loop().run_in_executor(self._pool, copy_context().run, run))
         except asyncio.CancelledError:
             wanted = False
             raise
