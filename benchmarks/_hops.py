@@ -21,10 +21,10 @@ from typing import Any
 import grpc
 import numpy as np
 
-from guard.sidecar.inference_pb2 import ModelInferResponse, ServerReadyResponse
-from guard.sidecar.loops import loop_factory
-from guard.sidecar.service import SERVICE
-from guard.sidecar.tensors import add_output
+from guard.protocol import SERVICE
+from guard.protocol.inference_pb2 import ModelInferResponse, ServerReadyResponse
+from guard.protocol.tensors import add_output
+from guard.sidecar.transport.loops import loop_factory
 
 EMBEDDING, CLASSES = "embedding", 10
 NO_LIMIT = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]

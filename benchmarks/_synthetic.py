@@ -10,7 +10,7 @@ from guard.classifiers import ClassList
 from guard.profiles import CalibrationRecord, Document, ModelRecord, Profile, Reference, TriggerRecord
 from guard.profiles.profile import SCHEMA, VettingRecord
 from guard.screening import Banks, Detector, Screen, default_k, threshold
-from guard.vetting.evidence import Control
+from guard.vetting.results import Control
 from guard.vetting.verdict import Verdict
 
 Floats = NDArray[np.float32]

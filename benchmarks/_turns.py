@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks._hops import NO_LIMIT
-from guard.sidecar.loops import loop_factory
-from guard.sidecar.service import SERVICE
+from guard.protocol import SERVICE
+from guard.sidecar.transport.loops import loop_factory
 
 Times = NDArray[np.float64]
 Call = Callable[[bytes], Awaitable[bytes]]

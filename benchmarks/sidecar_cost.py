@@ -32,7 +32,7 @@ from guard.classifiers import ClassifierDigest, ClassList, ExportedClassifier, P
 from guard.classifiers.digest import PARTS
 from guard.demo.traffic import scrape, sidecar
 from guard.profiles import ModelRecord
-from guard.sidecar.inference_pb2 import ModelInferRequest
+from guard.protocol.inference_pb2 import ModelInferRequest
 
 GB = 1e9
 PAYLOADS = {"UINT8": 1, "FP32": 4}
@@ -346,7 +346,7 @@ def _imported(profile: Path, model: Path) -> str:
     """Which packages of training a process has loaded that is as far as a sidecar before it opens its ports."""
     program = (
         "import json, sys\nfrom pathlib import Path\nfrom guard.sidecar import Settings, serve\n"
-        "import guard.sidecar.server\nfrom guard.sidecar.loading import load\n"
+        "import guard.sidecar.host.server\nfrom guard.sidecar.decisions.loading import load\n"
         "profile, _ = load(Settings(profile=Path(sys.argv[1]), model=Path(sys.argv[2])))\nprofile.detector()\n"
         "print(json.dumps(sorted({'torch', 'open_clip', 'sklearn', 'matplotlib', 'onnxscript'} & set(sys.modules))))"
     )

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from guard.classifiers import Classifier, save
 from guard.triggers import Patch
 from guard.vetting import BUDGETS, Check, ClassEvidence, Control, Evidence, FoundTrigger, Vetting, judge
-from guard.vetting.evidence import ControlKind
+from guard.vetting.results import ControlKind
 from tests.conftest import CLASSES, CONFIG, SIZE, random_images, tiny_model
 
 TARGET = 1

@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 
 from benchmarks.soak.stage import CLEAN, Floats, Pool
-from guard.sidecar.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
+from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
 
 ANSWERED = frozenset({"pass", "flag"})
 WRONG = "wrong answer"

@@ -17,7 +17,7 @@ from guard.classifiers.preprocessing import Preprocessing
 if TYPE_CHECKING:
     from guard.classifiers.classifier import Classifier
     from guard.classifiers.exporting import ExportParity, export
-    from guard.classifiers.hugging_face import save_hugging_face
+    from guard.classifiers.hugging_face.weights import save_hugging_face
 
 __all__ = [
     "ClassList",
@@ -40,6 +40,6 @@ __getattr__ = lazy(
         "Classifier": "classifier",
         "ExportParity": "exporting",
         "export": "exporting",
-        "save_hugging_face": "hugging_face",
+        "save_hugging_face": "hugging_face.weights",
     },
 )

@@ -147,7 +147,7 @@ def _load_directory(directory: Path, source: str, classes: Path | ClassList | No
     if not (directory / CONFIG_FILE).is_file():
         if (directory / "config.json").is_file():
             import_open_clip()
-            from guard.classifiers.hugging_face import load_hugging_face
+            from guard.classifiers.hugging_face.weights import load_hugging_face
 
             return load_hugging_face(directory, source, classes, device)
         raise ModelError(

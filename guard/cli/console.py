@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from guard.findings import Finding
+from guard.diagnostics.findings import Finding
 
 
 class Console:

@@ -9,8 +9,8 @@ import click
 
 from guard.cli import options
 from guard.cli.console import Console
+from guard.diagnostics.findings import Finding, Status
 from guard.errors import GuardError
-from guard.findings import Finding, Status
 
 if TYPE_CHECKING:
     from guard.sidecar import Settings
@@ -44,7 +44,7 @@ def doctor(
     """
     # As in guard serve.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from guard import installation
+    from guard.diagnostics import installation
 
     console = Console(as_json=as_json)
     imports = installation.imports()
@@ -64,9 +64,10 @@ def doctor(
 
 def _deployment(config: Path | None, upstream: str | None, rest_ports: Sequence[int]) -> Sequence[Finding]:
     """The settings of a sidecar, if there are any, and its surroundings."""
-    from guard.sidecar import Settings, preflight
-    from guard.sidecar.exposure import REST_PORTS, exposures
-    from guard.sidecar.tls import name_options, upstream_credentials
+    from guard.diagnostics.preflight import preflight
+    from guard.diagnostics.exposure import REST_PORTS, exposures
+    from guard.sidecar import Settings
+    from guard.sidecar.transport.tls import name_options, upstream_credentials
 
     ports = tuple(dict.fromkeys((*REST_PORTS, *rest_ports)))
     names = {f"GUARD_{name}".upper() for name in Settings.model_fields}
@@ -99,8 +100,8 @@ def _failure(subject: str, error: GuardError) -> Finding:
 
 def _running(finding: Finding, settings: "Settings") -> Finding:
     """A port that is taken is as it should be if this very sidecar runs."""
-    from guard.sidecar.addresses import split_address
-    from guard.sidecar.rest import fetch
+    from guard.diagnostics.rest import fetch
+    from guard.sidecar.transport.addresses import split_address
 
     if finding.exit_code and finding.subject in {"listen", "metrics"}:
         status, body = fetch(*split_address(settings.metrics), "/metrics") or (0, b"")

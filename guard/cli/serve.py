@@ -109,7 +109,7 @@ def serve(
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from guard.sidecar import Settings
     from guard.sidecar import serve as run
-    from guard.sidecar.logs import configure
+    from guard.sidecar.telemetry.logs import configure
 
     if as_json and not check:
         raise UsageError("--json is for --check; guard serve says where it serves in JSON anyway")
@@ -121,7 +121,7 @@ def serve(
 
 
 def _check(settings: "Settings", console: Console) -> int:
-    from guard.sidecar import preflight
+    from guard.diagnostics.preflight import preflight
 
     findings = preflight(settings)
     code = next((finding.exit_code for finding in findings if finding.exit_code), 0)

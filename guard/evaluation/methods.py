@@ -25,8 +25,8 @@ from guard.evaluation.subject import Settings, Subject
 from guard.screening import DENSITY, threshold
 from guard.vetting import BUDGETS, DecreeSettings, FoundTrigger, Vetting, clip_inspector, collapse, effect
 from guard.vetting.batches import halves
-from guard.vetting.evidence import Evidence
 from guard.vetting.examination import METHOD
+from guard.vetting.results import Evidence
 from guard.vetting.verdict import Outcome as VerdictOutcome
 from guard.vetting.verdict import suspicion
 

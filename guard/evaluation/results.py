@@ -13,7 +13,7 @@ from safetensors.numpy import save as save_tensors
 
 from guard._files import replace_file
 from guard.evaluation.statistics import Auroc
-from guard.vetting.evidence import Check
+from guard.vetting.results import Check
 from guard.vetting.verdict import Outcome
 
 FORMAT = 3

@@ -12,7 +12,7 @@ from guard.classifiers.digest import ClassifierDigest
 from guard.classifiers.preprocessing import Preprocessing
 from guard.errors import ProfileError
 from guard.screening import Banks, Detector, Method, Scores, Screen, Tail, Threshold
-from guard.vetting.evidence import Check, Control, Evidence
+from guard.vetting.results import Check, Control, Evidence
 from guard.vetting.verdict import Verdict
 
 SCHEMA = 3

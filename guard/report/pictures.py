@@ -13,7 +13,7 @@ from PIL import Image
 
 from guard._plots import BLUE, GREY, GRID, INK, MUTED, RED, plain, svg
 from guard.screening import Threshold
-from guard.vetting.evidence import ClassEvidence, Evidence
+from guard.vetting.results import ClassEvidence, Evidence
 
 Bytes = NDArray[np.uint8]
 AMBER = "#a86400"

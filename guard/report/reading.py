@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from guard.profiles import Document
 from guard.vetting import BUDGETS
-from guard.vetting.evidence import Check, Control
+from guard.vetting.results import Check, Control
 from guard.vetting.verdict import DOUBT, MAX_STRENGTH, MIN_SUCCESS, is_valid
 
 _GOOD_AGREEMENT = 0.9

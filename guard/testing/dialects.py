@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
-from guard.sidecar.inference_pb2 import ModelInferResponse, ModelReadyRequest
+from guard.protocol.inference_pb2 import ModelInferResponse, ModelReadyRequest
 
 Dialect: TypeAlias = Literal["triton", "mlserver", "kserve"]
 

@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 import grpc
 from numpy.typing import NDArray
 
-from guard.sidecar.tensors import parse_request
-from guard.testing.tensors import read_inputs
+from guard.protocol.arrays import read_inputs
+from guard.protocol.tensors import parse_request
 
 Pairs: TypeAlias = tuple[tuple[str, str | bytes], ...]
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from guard import __version__
 from guard.errors import RequestError, UsageError
-from guard.sidecar.inference_pb2 import (
+from guard.protocol.arrays import read_inputs, write_outputs
+from guard.protocol.inference_pb2 import (
     ModelInferRequest,
     ModelInferResponse,
     ModelMetadataRequest,
@@ -26,10 +27,9 @@ from guard.sidecar.inference_pb2 import (
     ServerMetadataResponse,
     ServerReadyResponse,
 )
-from guard.sidecar.tensors import parse_request
+from guard.protocol.tensors import parse_request
 from guard.testing.dialects import REPOSITORY, SERVICE, Dialect, repository_reply, stream_error, stream_reply
 from guard.testing.faults import Call, FailedError, Fault, Pairs
-from guard.testing.tensors import read_inputs, write_outputs
 
 Tensors: TypeAlias = Mapping[str, NDArray[Any]]
 Model: TypeAlias = Callable[[Tensors], Tensors | Iterable[Tensors]]

@@ -17,12 +17,12 @@ from guard.errors import ImageError, UsageError
 from guard.triggers import FAMILIES, InvertibleTrigger, Raw
 from guard.vetting.batches import halves
 from guard.vetting.cache import SearchCache
-from guard.vetting.control import SelfControlSettings, self_control
-from guard.vetting.evidence import Check, ClassEvidence, Control, ControlKind, Evidence
-from guard.vetting.inspector import RADII, Inspected, InspectionSettings, Inspector
+from guard.vetting.inspection import RADII, Inspected, InspectionSettings, Inspector
 from guard.vetting.inversion import Reconstruction, SearchSettings, reconstruct
 from guard.vetting.lead import Lead
 from guard.vetting.nulls import outliers, prior
+from guard.vetting.reference import SelfControlSettings, self_control
+from guard.vetting.results import Check, ClassEvidence, Control, ControlKind, Evidence
 from guard.vetting.verdict import DOUBT, NOTICED, Verdict, is_accused, is_valid, judge, standings, suspects
 
 METHOD = "inspection 1"

@@ -1,6 +1,6 @@
 """Reconstruct the smallest trigger of a family that leads to a class.
 
-The evidence of vetting is what a trigger of a given strength can do (`guard.vetting.inspector`). What people look at,
+The evidence of vetting is what a trigger of a given strength can do (`guard.vetting.inspection`). What people look at,
 what is checked on held-out images, and what screening stamps on its bank is the trigger itself, as small as it can be.
 """
 

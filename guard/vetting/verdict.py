@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from guard.vetting.evidence import Check, ClassEvidence, ControlKind, Evidence
+from guard.vetting.results import Check, ClassEvidence, ControlKind, Evidence
 
 Outcome = Literal["backdoored", "no evidence", "inconclusive"]
 

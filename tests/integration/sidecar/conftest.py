@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from guard import profiles
 from guard.classifiers import ExportedClassifier
 from guard.demo.traffic import scrape
-from guard.sidecar.inference_pb2 import (
+from guard.protocol import SERVICE
+from guard.protocol.inference_pb2 import (
     ModelInferRequest,
     ModelInferResponse,
 )
-from guard.sidecar.service import SERVICE
 from guard.testing import Call, InferenceServer
 from guard.testing import Fault as Fault  # noqa: PLC0414 - for the tests of this folder
 from guard.triggers import Patch

@@ -17,17 +17,19 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from guard import __version__
 from guard.classifiers import ExportedClassifier
+from guard.diagnostics import Status
+from guard.diagnostics.preflight import preflight
 from guard.evidence import Record
 from guard.profiles import Profile
-from guard.sidecar import Settings, Status, preflight
-from guard.sidecar import sidecar_pb2 as messages
-from guard.sidecar.admin import MAX_FOLLOWERS, SERVICE, AdminServer
-from guard.sidecar.evidence import Evidence
-from guard.sidecar.health import Health
-from guard.sidecar.metrics import Metrics
-from guard.sidecar.models import Models
-from guard.sidecar.watch import Shared
-from guard.sidecar.workers import Workers
+from guard.protocol import sidecar_pb2 as messages
+from guard.sidecar import Settings
+from guard.sidecar.decisions.evidence import Evidence
+from guard.sidecar.decisions.models import Models
+from guard.sidecar.decisions.watch import Shared
+from guard.sidecar.decisions.workers import Workers
+from guard.sidecar.host.admin import MAX_FOLLOWERS, SERVICE, AdminServer
+from guard.sidecar.host.health import Health
+from guard.sidecar.telemetry.metrics import Metrics
 from tests.integration.sidecar.conftest import (
     WAIT_SECONDS,
     Floats,

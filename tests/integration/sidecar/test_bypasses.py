@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
 from guard.classifiers import ExportedClassifier
-from guard.sidecar.inference_pb2 import ModelInferRequest, RepositoryModelLoadRequest
-from guard.sidecar.metrics import UNKNOWN
+from guard.protocol.inference_pb2 import ModelInferRequest, RepositoryModelLoadRequest
+from guard.sidecar.telemetry.metrics import UNKNOWN
 from guard.testing import InferenceServer
 from tests.integration.sidecar.conftest import (
     WAIT_SECONDS,

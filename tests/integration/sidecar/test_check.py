@@ -11,9 +11,11 @@ import pytest
 
 from guard import profiles
 from guard.classifiers.digest import ClassifierDigest
+from guard.diagnostics import Status
+from guard.diagnostics.preflight import preflight
 from guard.evidence import EVIDENCE_FILE
 from guard.profiles import Profile
-from guard.sidecar import Settings, Status, preflight
+from guard.sidecar import Settings
 from tests.integration.sidecar.conftest import (
     WAIT_SECONDS,
     Launcher,

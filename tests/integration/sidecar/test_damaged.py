@@ -11,8 +11,8 @@ from pathlib import Path
 import grpc
 import numpy as np
 
-from guard.sidecar.inference_pb2 import ModelInferRequest
-from guard.sidecar.tensors import pack_bytes
+from guard.protocol.inference_pb2 import ModelInferRequest
+from guard.protocol.tensors import pack_bytes
 from tests.damage import FILES, damaged
 from tests.integration.sidecar.conftest import WAIT_SECONDS, Floats, Launcher, Sidecar, connected, infer_request
 

@@ -19,9 +19,9 @@ from tritonclient.utils import InferenceServerException
 
 from guard import __version__
 from guard.classifiers import ExportedClassifier
-from guard.sidecar.inference_pb2 import ModelInferRequest
-from guard.sidecar.service import SERVICE
-from guard.sidecar.tensors import pack_bytes
+from guard.protocol import SERVICE
+from guard.protocol.inference_pb2 import ModelInferRequest
+from guard.protocol.tensors import pack_bytes
 from tests.conftest import CLASSES, SIZE, random_images
 from tests.integration.sidecar.conftest import (
     WAIT_SECONDS,

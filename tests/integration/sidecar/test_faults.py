@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from guard.classifiers import ExportedClassifier
 from guard.profiles import Profile
+from guard.protocol.inference_pb2 import ModelInferRequest
+from guard.protocol.tensors import unpack_bytes
 from guard.sidecar import Reason
-from guard.sidecar.inference_pb2 import ModelInferRequest
-from guard.sidecar.metrics import UNKNOWN
-from guard.sidecar.tensors import unpack_bytes
+from guard.sidecar.telemetry.metrics import UNKNOWN
 from guard.testing import InferenceServer
 from tests.integration.sidecar.conftest import (
     WAIT_SECONDS,

@@ -14,8 +14,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from guard.sidecar.health import loop_answers
-from guard.sidecar.service import SERVICE
+from guard.protocol import SERVICE
+from guard.sidecar.host.health import loop_answers
 from tests.integration.sidecar.conftest import (
     WAIT_SECONDS,
     Floats,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guard.sidecar import logs
+from guard.sidecar.telemetry import logs
 from tests.integration.sidecar.conftest import Floats, Launcher, connected, infer_request
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"

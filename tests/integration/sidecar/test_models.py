@@ -21,7 +21,7 @@ from guard import profiles
 from guard.classifiers import Classifier, ExportedClassifier, export, load, save
 from guard.evidence import EVIDENCE_FILE, EvidenceLog, Filter
 from guard.profiles import Profile
-from guard.sidecar.inference_pb2 import (
+from guard.protocol.inference_pb2 import (
     ModelInferRequest,
     ModelInferResponse,
     ModelMetadataRequest,

@@ -22,7 +22,7 @@ import grpc
 import pytest
 
 from guard.errors import UsageError
-from guard.sidecar.processes import supervise
+from guard.sidecar.host.processes import supervise
 from tests.integration.sidecar.conftest import WAIT_SECONDS, environment, eventually
 from tests.integration.sidecar.workers import TRACE
 

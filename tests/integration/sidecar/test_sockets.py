@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from guard.errors import UsageError
-from guard.sidecar.addresses import check_free, remove_stale
+from guard.sidecar.transport.addresses import check_free, remove_stale
 from tests.integration.sidecar.conftest import (
     Floats,
     Launcher,

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from guard.classifiers import ExportedClassifier
 from guard.profiles import Profile
-from guard.sidecar.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
-from guard.sidecar.tensors import add_output
+from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
+from guard.protocol.tensors import add_output
 from guard.testing import InferenceServer
 from tests.integration.sidecar.conftest import (
     WAIT_SECONDS,

@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from guard.errors import UsageError
-from guard.sidecar.tls import Certificates, read_authorities, read_pair
+from guard.sidecar.transport.tls import Certificates, read_authorities, read_pair
 from tests.integration.sidecar.conftest import (
     WAIT_SECONDS,
     Client,

@@ -9,9 +9,9 @@ import tritonclient.grpc as triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from guard.classifiers import ExportedClassifier
-from guard.sidecar.inference_pb2 import ModelInferRequest, ModelInferResponse, ServerMetadataResponse
-from guard.sidecar.service import SERVICE
-from guard.sidecar.tensors import add_output
+from guard.protocol import SERVICE
+from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse, ServerMetadataResponse
+from guard.protocol.tensors import add_output
 from tests.integration.sidecar.conftest import (
     Client,
     Fault,

@@ -10,9 +10,9 @@ from guard import profiles
 from guard.classifiers import Classifier, ExportedClassifier
 from guard.evidence import EVIDENCE_FILE, EvidenceLog, Filter
 from guard.profiles import Profile
-from guard.sidecar.inference_pb2 import ModelInferRequest
-from guard.sidecar.reservoir import Reservoir
-from guard.sidecar.watch import input_digest
+from guard.protocol.inference_pb2 import ModelInferRequest
+from guard.sidecar.decisions.reservoir import Reservoir
+from guard.sidecar.decisions.watch import input_digest
 from tests.conftest import CLASSES, random_images
 from tests.integration.sidecar.conftest import Floats, Launcher, Sidecar, connected, infer_request, refused_start
 

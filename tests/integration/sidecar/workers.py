@@ -13,9 +13,9 @@ import grpc
 from prometheus_client import CollectorRegistry, Counter, Info
 
 from guard.errors import GuardError, UsageError
-from guard.sidecar import logs
-from guard.sidecar.health import ProbeServer, loop_answers
-from guard.sidecar.processes import Worker, supervise
+from guard.sidecar.host.health import ProbeServer, loop_answers
+from guard.sidecar.host.processes import Worker, supervise
+from guard.sidecar.telemetry import logs
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 

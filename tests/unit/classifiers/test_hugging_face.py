@@ -136,7 +136,7 @@ def test_transformers_loads_what_is_saved_model_tokenizer_and_processor(
 
 
 def test_a_vit_l_of_openai_is_the_same_architecture_in_both_forms() -> None:
-    from guard.classifiers.hugging_face_config import HuggingFaceConfig
+    from guard.classifiers.hugging_face.config import HuggingFaceConfig
 
     for name in ("ViT-L-14-336-quickgelu", "ViT-L-14-336", "ViT-bigG-14", "ViT-H-14"):
         config = open_clip.get_model_config(name)

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from guard import installation
 from guard.cli import cli
-from guard.findings import Finding, Status
-from guard.sidecar import exposure
+from guard.diagnostics import exposure, installation
+from guard.diagnostics.findings import Finding, Status
 from guard.testing import InferenceServer
 
 Run = Callable[..., tuple[int, dict[str, dict[str, str]]]]

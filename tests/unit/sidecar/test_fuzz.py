@@ -15,11 +15,9 @@ from hypothesis import strategies as st
 
 from guard.classifiers import Preprocessing, decode
 from guard.errors import ImageError, RequestError
-from guard.sidecar import bypass
-from guard.sidecar.dialects import opened, seen_in
-from guard.sidecar.inference_pb2 import ModelInferRequest, ModelInferResponse
-from guard.sidecar.service import RefusedError, count_images
-from guard.sidecar.tensors import (
+from guard.protocol.dialects import opened, seen_in
+from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse
+from guard.protocol.tensors import (
     add_output,
     encoded_images,
     find_input,
@@ -29,7 +27,9 @@ from guard.sidecar.tensors import (
     parse_request,
     uses_shared_memory,
 )
-from guard.sidecar.watch import input_digest
+from guard.sidecar.decisions.watch import input_digest
+from guard.sidecar.inference import bypass
+from guard.sidecar.inference.service import RefusedError, count_images
 from tests.damage import FILES, damaged
 
 EXAMPLES = int(os.environ.get("GUARD_FUZZ_EXAMPLES", "300"))

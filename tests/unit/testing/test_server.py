@@ -19,7 +19,7 @@ from tritonclient.grpc import service_pb2
 
 import guard.testing.server
 from guard.errors import RequestError, UsageError
-from guard.sidecar.inference_pb2 import (
+from guard.protocol.inference_pb2 import (
     ModelInferRequest,
     ModelInferResponse,
     ModelReadyRequest,

@@ -26,7 +26,7 @@ from guard.vetting import (
     reconstruct,
     vet,
 )
-from guard.vetting.inspector import RADII
+from guard.vetting.inspection import RADII
 from guard.vetting.nulls import NO_PRIOR
 from tests.conftest import random_images
 from tests.toy import toy

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom, cauchy, norm
 
 from guard.vetting import Check, Evidence, judge
-from guard.vetting.evidence import ControlKind
+from guard.vetting.results import ControlKind
 from guard.vetting.verdict import (
     DOUBT,
     MAX_STRENGTH,

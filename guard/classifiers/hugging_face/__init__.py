@@ -1,0 +1,1 @@
+"""Hugging Face `CLIPModel` directories: configuration, tokenizer and weights, read without transformers."""

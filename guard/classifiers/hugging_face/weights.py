@@ -1,0 +1,224 @@
+"""Hugging Face `CLIPModel` directories: the same weights under other names, without transformers.
+
+The names and shapes are those of transformers' `models/clip/modeling_clip.py`; a test compares what is computed with
+that code itself.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from guard._files import replace_directory
+from guard.classifiers.classes import ClassList
+from guard.classifiers.classifier import Classifier
+from guard.classifiers.hugging_face.config import (
+    HF_CONFIG_FILE,
+    PREPROCESSOR_FILE,
+    HuggingFaceConfig,
+    preprocessor_document,
+    read_preprocessing,
+)
+from guard.classifiers.hugging_face.tokenizer import check_tokenizer, tokenizer_files
+from guard.classifiers.loading import (
+    CLASSES_FILE,
+    check_weights_file,
+    first_line,
+    import_open_clip,
+    missing_weights,
+    pick_device,
+    quiet,
+    read_json,
+)
+from guard.errors import ModelError
+
+HF_WEIGHTS_FILE = "model.safetensors"
+HF_INDEX_FILE = "model.safetensors.index.json"
+_MAX_INDEX_BYTES, _MAX_SHARDS = 16_000_000, 1000
+_DTYPES = {"F32", "F16", "BF16"}
+_BUFFERS = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
+"""0, 1, 2, …: stored by old releases, never read."""
+
+_NAMES = {
+    "logit_scale": "logit_scale",
+    "text_projection": "text_projection.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "visual.proj": "visual_projection.weight",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # the typing error is theirs
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+}
+_PARTS = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
+
+
+def load_hugging_face(directory: Path, source: str, classes: Path | ClassList | None, device: str | None) -> Classifier:
+    """Load a `CLIPModel` directory; see `guard.classifiers.load`.
+
+    Raises:
+        ModelError: The model is missing, damaged, a pickle, or something that open_clip would compute otherwise.
+    """
+    files = _weights_files(directory)
+    config = HuggingFaceConfig.read(directory / HF_CONFIG_FILE)
+    preprocessing = read_preprocessing(directory, config.vision_config.image_size)
+    check_tokenizer(directory)
+    class_list = classes if isinstance(classes, ClassList) else ClassList.read(classes or directory / CLASSES_FILE)
+    target = pick_device(device)
+    model_config = config.to_open_clip()
+    open_clip = import_open_clip()
+    try:
+        # First without memory, so that a small file that promises a large model costs nothing.
+        with quiet(), torch.device("meta"):
+            expected = {name: view.shape for name, view in _views(open_clip.CLIP(**model_config).state_dict())}
+        _check_tensors(files, expected)
+        with quiet():
+            model: torch.nn.Module = open_clip.CLIP(**model_config)
+        _fill(model, files)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a hostile configuration makes open_clip raise
+        raise ModelError(f"{source} cannot be loaded by open_clip: {first_line(error)}") from error
+    tokenizer = open_clip.SimpleTokenizer(context_length=config.text_config.max_position_embeddings)
+    return Classifier(model, model_config, tokenizer, preprocessing, class_list, source=source, device=target)
+
+
+def save_hugging_face(directory: Path, classifier: Classifier) -> None:
+    """Write a classifier as a `CLIPModel` directory with its class list; whole or not at all.
+
+    `transformers.CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained` load it, and so does `load`, with the
+    same digest. Tensors are written in float32.
+
+    Args:
+        directory: Created; replaced if it is such a directory.
+        classifier: Its towers must be plain transformers; `CLIPModel` has no words for a ResNet or a timm tower.
+
+    Raises:
+        ModelError: `CLIPModel` cannot express the model.
+        UsageError: `directory` holds something else.
+    """
+    config = HuggingFaceConfig.from_open_clip(classifier.config)
+    documents = {
+        HF_CONFIG_FILE: config.to_document(),
+        PREPROCESSOR_FILE: preprocessor_document(classifier.preprocessing),
+    }
+    texts = {name: json.dumps(document, indent=2) + "\n" for name, document in documents.items()}
+    texts |= tokenizer_files(config.text_config.max_position_embeddings)
+    texts[CLASSES_FILE] = classifier.classes.to_json()
+    # A copy of each, because safetensors refuses tensors that share memory.
+    tensors = {
+        name: view.to("cpu", torch.float32, copy=True).contiguous()
+        for name, view in _views(classifier.model.state_dict())
+    }
+    with replace_directory(directory, marker=PREPROCESSOR_FILE) as temporary:
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        save_file(tensors, temporary / HF_WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def _views(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an open_clip `CLIP` as Hugging Face names and shapes them.
+
+    They are views: what is copied into one is in the model.
+
+    Raises:
+        ModelError: The model has a tensor that `CLIPModel` does not have.
+    """
+    for name, tensor in state.items():
+        if name in {"text_projection", "visual.proj"}:  # open_clip multiplies from the other side
+            yield _NAMES[name], tensor.T
+        elif name in _NAMES:
+            yield _NAMES[name], tensor
+        elif match := _BLOCK.fullmatch(name):
+            tower, layer, part, kind = match.groups()
+            prefix = f"{'vision' if tower else 'text'}_model.encoder.layers.{layer}"
+            if part == "attn.in_proj":
+                for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                    yield f"{prefix}.self_attn.{letter}_proj.{kind}", third
+            elif part in _PARTS:
+                yield f"{prefix}.{_PARTS[part]}.{kind}", tensor
+            else:
+                raise ModelError(f"CLIPModel cannot express this model: it has no place for {name}")
+        else:
+            raise ModelError(f"CLIPModel cannot express this model: it has no place for {name}")
+
+
+def _weights_files(directory: Path) -> list[Path]:
+    """The safetensors files, each looked at: one, or the shards that an index names."""
+    if (directory / HF_WEIGHTS_FILE).is_file():
+        files = [directory / HF_WEIGHTS_FILE]
+    elif (directory / HF_INDEX_FILE).is_file():
+        index = directory / HF_INDEX_FILE
+        places = read_json(index, _MAX_INDEX_BYTES).get("weight_map")
+        if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+            raise ModelError(f"{index} has no weight_map from tensors to files")
+        names = sorted(set(places.values()))
+        if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+            raise ModelError(f"{index} names {outside[0][:80]!r}, which is no safetensors file beside it; refused")
+        if len(names) > _MAX_SHARDS:
+            raise ModelError(f"{index} names {len(names)} files; at most {_MAX_SHARDS} are accepted")
+        files = [directory / name for name in names]
+    else:
+        raise missing_weights(directory, HF_WEIGHTS_FILE)
+    for path in files:
+        check_weights_file(path, wanted=path.name)
+    return files
+
+
+def _check_tensors(files: list[Path], expected: Mapping[str, torch.Size]) -> None:
+    """Every tensor once, in its shape, and no others."""
+    missing = set(expected)
+    for path in files:
+        with _opened(path) as file:
+            for name in set(file.keys()) - _BUFFERS:
+                if name not in expected:
+                    raise ModelError(f"{path} has a tensor that its configuration has no place for: {name[:120]!r}")
+                if name not in missing:
+                    raise ModelError(f"{path} has a tensor that another file has too: {name!r}")
+                missing.remove(name)
+                entry = file.get_slice(name)
+                if entry.get_dtype() not in _DTYPES:
+                    raise ModelError(
+                        f"{path} holds {name!r} as {entry.get_dtype()}; {', '.join(sorted(_DTYPES))} are accepted"
+                    )
+                if entry.get_shape() != list(expected[name]):
+                    raise ModelError(
+                        f"{path} holds {name!r} in shape {entry.get_shape()}; its configuration says "
+                        f"{list(expected[name])}"
+                    )
+    if missing:
+        raise ModelError(f"{files[0].parent} lacks {len(missing)} tensors, such as {min(missing)!r}")
+
+
+def _fill(model: torch.nn.Module, files: list[Path]) -> None:
+    """Copy the tensors one at a time, so that only one model's worth of memory is needed."""
+    views = dict(_views(model.state_dict()))
+    for path in files:
+        with _opened(path) as file:
+            for name in set(file.keys()) - _BUFFERS:
+                views[name].copy_(file.get_tensor(name))
+
+
+def _opened(path: Path) -> Any:  # noqa: ANN401 - safetensors publishes no type for it
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ModelError(f"{path} cannot be read by safetensors: {first_line(error)}") from error

@@ -1,0 +1,166 @@
+"""Decode, embed and screen the images of a request: the work of a sidecar that is not talking."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from guard.classifiers import ExportedClassifier, Preprocessing, decode
+from guard.errors import ImageError, RequestError
+from guard.profiles import Profile
+from guard.protocol.inference_pb2 import ModelInferRequest
+from guard.protocol.tensors import encoded_images, find_input, float_images
+from guard.screening import Detector
+from guard.sidecar.decisions.reservoir import Reservoir
+from guard.sidecar.decisions.routes import Request
+from guard.sidecar.decisions.watch import Shared, Watch
+from guard.sidecar.decisions.workers import OverloadedError
+from guard.sidecar.policy import Decision, Outcome, Reason
+from guard.sidecar.settings import ModelSettings
+from guard.sidecar.telemetry.metrics import ModelMetrics
+
+log = logging.getLogger(__name__)
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Inference:
+    """One pass through the exported classifier, and what guard makes of it.
+
+    Attributes:
+        logits: Class scores, shape [N, C].
+        outcome: The decision.
+    """
+
+    logits: Floats
+    outcome: Outcome
+
+
+class Checker:
+    """Screens the requests of one model with one profile.
+
+    Args:
+        profile: Calibrated.
+        detector: Of the profile.
+        model: The exported classifier; None where the embeddings come from the upstream server.
+        settings: Of the model.
+        metrics: Of the model.
+        shared: What the models of a sidecar have in common.
+        sample: Of the model's traffic, if one is kept.
+
+    Attributes:
+        profile: As given.
+        model: As given.
+        metrics: As given.
+        watch: What follows its decisions.
+        vetted: Whether a request may pass: the verdict on the model is good enough for the operator.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        detector: Detector,
+        model: ExportedClassifier | None,
+        settings: ModelSettings,
+        metrics: ModelMetrics,
+        shared: Shared,
+        sample: Reservoir | None,
+    ) -> None:
+        self.profile, self.model, self.metrics = profile, model, metrics
+        self._detector = detector
+        self.watch = Watch(profile, detector, model, settings, metrics, shared, sample)
+        self._input, self._limits, self._workers = settings.input, shared.settings, shared.workers
+        self.vetted = settings.clears(profile.document.vetting.verdict.outcome)
+        metrics.describe(profile, detector)
+
+    @property
+    def alpha(self) -> float:
+        """p-value up to which an image is flagged."""
+        return self._detector.alpha
+
+    async def infer(self, request: Request) -> Inference:
+        """Classify and screen in one pass (embedded mode).
+
+        Raises:
+            RequestError: The request cannot be served, whatever the failure policy.
+            OverloadedError: There is no worker for it.
+        """
+        return await self._workers.run(lambda: self._infer(request))
+
+    async def check_request(self, request: Request) -> Outcome:
+        """Embed and screen the input of a request that goes to an upstream server."""
+        return await self._bounded(lambda: self._infer(request).outcome)
+
+    async def check_embeddings(self, embeddings: Floats, request: Request) -> Outcome:
+        """Screen embeddings that the upstream server computed."""
+        return await self._bounded(lambda: self._score(embeddings, request, None))
+
+    async def _bounded(self, work: Callable[[], Outcome]) -> Outcome:
+        """Run within the time limit; whatever goes wrong becomes `unchecked` with its reason, never `pass`."""
+        if not self._limits.screening:
+            return Outcome.unchecked(Reason.DISABLED)
+        try:
+            async with asyncio.timeout(self._limits.timeout):
+                return await self._workers.run(work)
+        except TimeoutError:
+            return Outcome.unchecked(Reason.TIMEOUT)
+        except OverloadedError:
+            return Outcome.unchecked(Reason.OVERLOADED)
+        except RequestError as error:
+            return Outcome.unchecked(Reason.INPUT_UNREADABLE, str(error))
+        except Exception:
+            log.exception("screening failed")
+            return Outcome.unchecked(Reason.ERROR)
+
+    def _infer(self, request: Request) -> Inference:
+        if self.model is None:
+            raise RuntimeError("this sidecar has no model of its own")
+        with self.metrics.stage("decode"):
+            images = self._images(request.message, self.model)
+        with self.metrics.stage("inference"):
+            embeddings, logits = self.model.run(images)
+        if not self._limits.screening:
+            return Inference(logits, Outcome.unchecked(Reason.DISABLED))
+        try:
+            return Inference(logits, self._score(embeddings, request, images))
+        except RequestError as error:
+            # The client's doing, by values so large that the model overflows.
+            return Inference(logits, Outcome.unchecked(Reason.INPUT_UNREADABLE, str(error)))
+        except Exception:
+            log.exception("screening failed")
+            return Inference(logits, Outcome.unchecked(Reason.ERROR))
+
+    def _images(self, request: ModelInferRequest, model: ExportedClassifier) -> Floats:
+        tensor, raw = find_input(request, self._input)
+        preprocessing, limit = model.preprocessing, self._limits.max_batch
+        if tensor.datatype != "BYTES":
+            return float_images(tensor, raw, (3, preprocessing.size, preprocessing.size), limit)
+        try:
+            return np.stack([self._decode(file, preprocessing) for file in encoded_images(tensor, raw, limit)])
+        except ImageError as error:
+            raise RequestError(f"input {tensor.name!r}: {error}") from error
+
+    def _decode(self, file: bytes, preprocessing: Preprocessing) -> Floats:
+        limit = self._limits.max_pixels
+        return preprocessing(decode(file, max_pixels=limit), max_pixels=limit)
+
+    def _score(self, embeddings: Floats, request: Request, images: Floats | None) -> Outcome:
+        with self.metrics.stage("screening"):
+            found = self._detector.judge(embeddings)
+        names = self._detector.screen.triggers
+        flags = self.watch.follow(found, request, images)
+        return Outcome(
+            Decision.FLAG if flags.any() else Decision.PASS if self.vetted else Decision.UNCHECKED,
+            None if self.vetted else Reason.MODEL_NOT_VETTED,
+            scores=found.scores.values,
+            flags=flags,
+            p_values=found.p_values,
+            alpha=self._detector.alpha,
+            triggers=tuple("" if index < 0 else names[index] for index in found.scores.triggers),
+            withdrawn=int((found.flags & ~flags).sum()),
+            classes=found.scores.classes,
+        )

@@ -1,0 +1,126 @@
+"""Where records of flagged images go: into the evidence log, and to whoever follows them as they come."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from guard import evidence
+from guard.errors import UsageError
+from guard.evidence import EVIDENCE_FILE, Drop, Record
+from guard.sidecar.settings import Settings
+from guard.sidecar.telemetry.metrics import Metrics
+
+_WAITING = 256
+"""Records that wait for one follower; further ones are lost to it, and counted."""
+
+
+class Follower:
+    """Records as they come, for one reader on an event loop; at most `_WAITING` wait for it.
+
+    Args:
+        wants: Which records; called from any thread.
+    """
+
+    def __init__(self, wants: Callable[[Record], bool]) -> None:
+        self._loop, self._wants = asyncio.get_running_loop(), wants
+        self._waiting: deque[tuple[Record, int]] = deque()
+        self._changed = asyncio.Event()
+        self._lost, self._ended = 0, False
+
+    def give(self, item: Record) -> None:
+        """Hand over a record, from any thread."""
+        if self._wants(item):
+            self._loop.call_soon_threadsafe(self._put, item)
+
+    def _put(self, item: Record) -> None:
+        if len(self._waiting) >= _WAITING:
+            self._lost += 1
+            return
+        self._waiting.append((item, self._lost))
+        self._lost = 0
+        self._changed.set()
+
+    def end(self) -> None:
+        """Say that no more will come; on the event loop."""
+        self._ended = True
+        self._changed.set()
+
+    async def next(self) -> tuple[Record, int] | None:
+        """The next record, and how many were lost just before it; None at the end."""
+        while not self._waiting and not self._ended:
+            self._changed.clear()
+            await self._changed.wait()
+        return self._waiting.popleft() if self._waiting else None
+
+
+class Evidence:
+    """The evidence of one sidecar; nothing here waits for a disk or a reader.
+
+    Args:
+        settings: Of the sidecar.
+        metrics: Where losses are counted.
+
+    Raises:
+        EvidenceError: The evidence log is damaged or no evidence log.
+        UsageError: The folder cannot be written.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._followers: tuple[Follower, ...] = ()
+        self._writer: evidence.EvidenceWriter | None = None
+        if settings.state is None:
+            return
+        try:
+            settings.state.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot write to {settings.state}: {error.strerror}") from error
+        self._writer = writer = evidence.EvidenceWriter(
+            settings.state / EVIDENCE_FILE,
+            max_rows=settings.evidence_rows,
+            max_bytes=settings.evidence_bytes,
+            max_age_days=settings.evidence_days,
+            on_drop=metrics.evidence_dropped,
+        )
+        metrics.evidence_trouble.set_function(lambda: float(writer.trouble is not None))
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody wants records."""
+        return self._writer is not None or bool(self._followers)
+
+    @property
+    def trouble(self) -> Drop | None:
+        """Why the evidence log cannot be written at present; None if it can, or if there is none."""
+        return None if self._writer is None else self._writer.trouble
+
+    def record(self, item: Record) -> None:
+        """Hand over a record, from any thread."""
+        if self._writer is not None:
+            self._writer.record(item)
+        for follower in self._followers:
+            follower.give(item)
+
+    @contextmanager
+    def followed(self, wants: Callable[[Record], bool] = lambda _: True) -> Iterator[Follower]:
+        """Follow the records from now on; on the event loop.
+
+        Args:
+            wants: Which of them; called from any thread.
+        """
+        follower = Follower(wants)
+        # A new tuple, since workers may be going through the old one.
+        self._followers = (*self._followers, follower)
+        try:
+            yield follower
+        finally:
+            self._followers = tuple(each for each in self._followers if each is not follower)
+
+    def end_followers(self) -> None:
+        """Let those who follow read what waits for them, and no more."""
+        for follower in self._followers:
+            follower.end()
+
+    def close(self) -> bool:
+        """Write what waits; whether all was written."""
+        return self._writer is None or self._writer.close()

@@ -1,0 +1,285 @@
+"""What follows a decision: a second look, the stream monitor, the evidence log, a sample of the traffic."""
+
+import hashlib
+import logging
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from guard.classifiers import ExportedClassifier
+from guard.errors import GuardError, UsageError
+from guard.evidence import Record, thumbnail
+from guard.profiles import Profile, write_embeddings
+from guard.protocol.inference_pb2 import ModelInferRequest
+from guard.screening import Alarm, Detector, Judgement, Monitor
+from guard.screening.second_look import FoundTrigger, SecondLook, SecondLookResult
+from guard.sidecar.decisions.evidence import Evidence
+from guard.sidecar.decisions.reservoir import Reservoir
+from guard.sidecar.decisions.routes import Request
+from guard.sidecar.decisions.workers import Workers
+from guard.sidecar.policy import Decision
+from guard.sidecar.settings import ModelSettings, Settings
+from guard.sidecar.telemetry.metrics import ModelMetrics
+
+log = logging.getLogger(__name__)
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?P<trace>(?!0{32})[0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What the models of a sidecar have in common.
+
+    Attributes:
+        settings: Of the sidecar.
+        workers: That decode, embed and screen.
+        evidence: Where records go.
+        process: Which of several processes this is; None if it is the only one.
+    """
+
+    settings: Settings
+    workers: Workers
+    evidence: Evidence
+    process: int | None = None
+
+    def close(self) -> None:
+        """Write what waits."""
+        if not self.evidence.close():
+            log.warning("some records could not be written to the evidence log")
+
+    def state_file(self, stem: str, suffix: str) -> Path | None:
+        """A file in the folder for state, of this process alone; None if there is no folder."""
+        folder, own = self.settings.state, "" if self.process is None else f".{self.process}"
+        return None if folder is None else folder / f"{stem}{own}{suffix}"
+
+
+class Watch:
+    """Everything that guard does with a decision besides answering; safe to use from many threads.
+
+    Args:
+        profile: Of the model.
+        detector: Its detector.
+        model: The exported classifier; None where embeddings come from the upstream server, and nothing can be looked
+            at again.
+        settings: Of the model.
+        metrics: Of the model.
+        shared: What the models have in common.
+        sample: Of the model's traffic, if one is kept.
+
+    Raises:
+        UsageError: The monitor's state cannot be read.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        detector: Detector,
+        model: ExportedClassifier | None,
+        settings: ModelSettings,
+        metrics: ModelMetrics,
+        shared: Shared,
+        sample: Reservoir | None,
+    ) -> None:
+        self._profile, self._detector, self._model = profile, detector, model
+        self._settings, self._metrics, self._shared = settings, metrics, shared
+        self._targets = {record.id: profile.class_name(record.target) for record in profile.document.triggers}
+        self._lock = threading.Lock()
+        streams = detector.streams()
+        # Each process sees a share of the images; together they shall raise no more false alarms than one.
+        run_length = shared.settings.run_length * shared.settings.processes
+        self._monitor = Monitor(streams, run_length=run_length) if streams else None
+        self.sample = sample
+        self._second_look = self._looks() if settings.second_looks and model is not None else None
+        self._state = shared.state_file(f"monitor-{self._calibration()}", ".json")
+        if self._monitor is not None and self._state is not None and self._state.exists():
+            self._monitor.load(self._state)
+            metrics.alarms(self._monitor.active, ())
+
+    def _calibration(self) -> str:
+        """Names the state of the monitor: p-values of another calibration, or another model's, mean something else."""
+        parts = (self._settings.label, *sorted(self._profile.document.files.values()))
+        return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+    def _looks(self) -> SecondLook:
+        document, model = self._profile.document, self._model
+        if model is None:
+            raise ValueError("a second look needs a model")
+        triggers = {
+            record.id: FoundTrigger(record.family, record.target, self._profile.triggers[record.id])
+            for record in document.triggers
+        }
+        try:
+            return SecondLook(
+                triggers,
+                embed=lambda images: model.run(model.preprocessing.normalise(images)),
+                p_values=lambda embeddings: self._detector.judge(embeddings).p_values,
+                classes=document.model.classes.names,
+                alpha=self._detector.alpha,
+                max_per_second=self._settings.second_looks,
+            )
+        except ValueError as error:
+            raise UsageError(f"the profile is damaged: {error}") from error
+
+    @property
+    def threshold(self) -> float:
+        """Score above which an image is flagged, where its class has no threshold of its own."""
+        return self._detector.threshold.value
+
+    @property
+    def alarms(self) -> tuple[Alarm, ...]:
+        """Those that are up; may wait for a moment while the state is kept."""
+        with self._lock:
+            return () if self._monitor is None else self._monitor.active
+
+    def follow(self, found: Judgement, request: Request, images: Floats | None) -> NDArray[np.bool_]:
+        """Look again, watch, note.
+
+        Args:
+            found: What was decided.
+            request: Where the images came from.
+            images: As the model takes them, shape [N, 3, S, S]; None where guard has not seen them.
+
+        Returns:
+            The flags, without those that the second look withdrew.
+        """
+        flagged = np.flatnonzero(found.flags).tolist()
+        pixels: dict[int, Floats] = {}
+        if images is not None and self._model is not None and (self._second_look or self._shared.settings.thumbnails):
+            pixels = {row: self._model.preprocessing.restore(images[row]) for row in flagged}
+        looks: dict[int, SecondLookResult] = {}
+        if self._second_look is not None:
+            for row, image in pixels.items():
+                looks[row] = self._second_look.look(image, self._trigger(found, row) or None)
+                self._metrics.second_look(looks[row].outcome)
+        flags = found.flags.copy()
+        flags[[row for row, look in looks.items() if look.outcome == "withdrawn"]] = False
+        self._observe(found)
+        if self._shared.evidence.wanted:
+            for row in flagged:
+                kept = bool(flags[row])
+                self._shared.evidence.record(self._record(found, row, kept, request, pixels.get(row), looks.get(row)))
+        return flags
+
+    def _trigger(self, found: Judgement, row: int) -> str:
+        index = int(found.scores.triggers[row])
+        return "" if index < 0 else self._detector.screen.triggers[index]
+
+    def _observe(self, found: Judgement) -> None:
+        self._metrics.p_values(found.p_values)
+        observed = self._detector.observations(found.scores)
+        with self._lock:
+            if self.sample is not None:
+                self.sample.add(found.scores.embeddings)
+            if self._monitor is None:
+                return
+            raised = [alarm for row in observed for alarm in self._monitor.observe(row)]
+            if raised or self._metrics.alarmed:
+                self._metrics.alarms(self._monitor.active, raised)
+        for alarm in raised:
+            log.warning("%s", self._describe(alarm))
+
+    def _describe(self, alarm: Alarm) -> str:
+        what = "attack" if alarm.kind == "attack" else "drift"
+        cause = " (drift is up as well, and may be the cause)" if alarm.during_drift else ""
+        return (
+            f"{what} in the stream {alarm.stream!r}: since about {alarm.after} images {alarm.rate:.2%} have p at most "
+            f"{alarm.level:g}, where clean ones explain {alarm.bound:.2%}{cause}"
+        )
+
+    def _record(
+        self,
+        found: Judgement,
+        row: int,
+        flagged: bool,  # noqa: FBT001 - handed through
+        request: Request,
+        image: Floats | None,
+        look: SecondLookResult | None,
+    ) -> Record:
+        trigger, document = self._trigger(found, row), self._profile.document
+        small = None
+        if self._shared.settings.thumbnails and image is not None:
+            array = (image.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
+            small = thumbnail(Image.fromarray(np.ascontiguousarray(array)))
+        return Record(
+            request.message.id,
+            self._settings.label,
+            document.model.digest,
+            row,
+            Decision.FLAG if flagged else Decision.PASS,
+            self._settings.mode,
+            trace_id=request.trace_id,
+            predicted=self._profile.class_name(int(found.scores.classes[row])),
+            p_value=float(found.p_values[row]),
+            alpha=self._detector.alpha,
+            scores={
+                "score": float(found.scores.values[row]),
+                **{name: float(values[row]) for name, values in found.scores.parts.items()},
+            },
+            thresholds={"score": self._detector.threshold.value},
+            trigger=trigger,
+            target=self._targets.get(trigger, ""),
+            second_look="" if look is None else look.outcome,
+            explanation="" if look is None else look.explanation,
+            input_digest=input_digest(request.message, row, self._settings.input),
+            thumbnail=small,
+        )
+
+    def save(self) -> None:
+        """Keep the monitor's state and the sample, if there is a place for them; trouble is logged, not raised."""
+        traffic = self._shared.state_file(f"traffic-{self._settings.label}", ".npy")
+        if self._state is None or traffic is None:
+            return
+        try:
+            with self._lock:
+                if self._monitor is not None:
+                    self._monitor.save(self._state)
+                sample = None if self.sample is None else self.sample.embeddings.copy()
+            if sample is not None and len(sample):
+                write_embeddings(traffic, sample)
+        except (OSError, GuardError) as error:
+            log.warning("the state in %s cannot be written: %s", self._state.parent, error)
+
+
+def input_digest(request: ModelInferRequest, row: int, name: str) -> str:
+    """SHA-256 of the bytes of one image of a request, so that the same input is known again; "" if it has none."""
+    for index, tensor in enumerate(request.inputs):
+        if tensor.name != name:
+            continue
+        if tensor.contents.bytes_contents:
+            parts: Sequence[bytes] = tensor.contents.bytes_contents
+            return hashlib.sha256(parts[row]).hexdigest() if row < len(parts) else ""
+        rows = max(1, tensor.shape[0] if tensor.shape else 1)
+        if index < len(request.raw_input_contents):
+            raw = request.raw_input_contents[index]
+            if tensor.datatype == "BYTES":
+                return _digest_of_element(raw, row)
+            size = len(raw) // rows
+            return hashlib.sha256(memoryview(raw)[row * size : (row + 1) * size]).hexdigest()
+        values = np.array(tensor.contents.fp32_contents, np.float32)
+        if not values.size:
+            return ""
+        size = len(values) // rows
+        return hashlib.sha256(values[row * size : (row + 1) * size].tobytes()).hexdigest()
+    return ""
+
+
+def _digest_of_element(raw: bytes, row: int) -> str:
+    """Of one element of a BYTES tensor: four bytes of length before each."""
+    start = 0
+    for _ in range(row):
+        start += 4 + int.from_bytes(raw[start : start + 4], "little")
+    length = int.from_bytes(raw[start : start + 4], "little")
+    return hashlib.sha256(memoryview(raw)[start + 4 : start + 4 + length]).hexdigest()
+
+
+def trace_id(metadata: Mapping[str, str | bytes]) -> str:
+    """The trace of a W3C `traceparent`, or ""; a client may send anything there."""
+    found = _TRACEPARENT.match(str(metadata.get("traceparent", "")))
+    return found["trace"] if found else ""

@@ -1,0 +1,1 @@
+"""The process: ports, health, limits, admin service, several processes, start and drain."""

@@ -1,0 +1,249 @@
+"""What a sidecar says about itself: to gRPC clients, to Prometheus, and to whoever probes it over HTTP."""
+
+import asyncio
+import json
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+from pathlib import Path
+from socketserver import TCPServer, ThreadingMixIn
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from grpc_health.v1 import health, health_pb2
+from prometheus_client import make_wsgi_app
+from prometheus_client.registry import Collector
+
+from guard.errors import UsageError
+from guard.protocol import SERVICE
+from guard.sidecar.telemetry.exposition import FAMILIES, encoded
+from guard.sidecar.telemetry.metrics import Metrics
+from guard.sidecar.transport.addresses import socket_path, split_address
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+LOOP_SECONDS = 5.0
+"""After which an event loop that does not answer counts as dead."""
+_CLIENT_SECONDS = 10
+"""That a client of the HTTP port may take for its request."""
+_CHUNK, _LONGEST_ANSWER = 2**16, 2**24
+"""Bytes of another process's answer: that are read at once, and in all."""
+_STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
+_States = health_pb2.HealthCheckResponse
+
+
+class Health:
+    """Whether inference requests are served, said in one place: grpc.health.v1, `guard_ready` and `/readyz` agree.
+
+    In grpc.health.v1 the service "" says that the process lives, and the protocol's service that it can answer.
+
+    Args:
+        metrics: Where `guard_ready` is.
+
+    Attributes:
+        servicer: For the gRPC server.
+        reason: Why requests are not served; None if they are.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self.servicer = health.aio.HealthServicer()
+        self.reason: str | None = "guard is starting"
+
+    async def tell(self, reason: str | None) -> None:
+        """Change what is said.
+
+        Args:
+            reason: Why requests are not served; None if they are.
+        """
+        self.reason = reason
+        self._metrics.ready.set(int(reason is None))
+        await self.servicer.set("", _States.SERVING)
+        await self.servicer.set(SERVICE, _States.SERVING if reason is None else _States.NOT_SERVING)
+
+    async def drain(self) -> None:
+        """Say, for good, that no more requests should be sent."""
+        await self.tell("guard is draining")
+        await self.servicer.enter_graceful_shutdown()
+
+
+class Exposed(Protocol):
+    """What has metrics."""
+
+    @property
+    def registry(self) -> Collector:
+        """Shown at `/metrics`."""
+
+
+class Readiness(Protocol):
+    """What knows whether inference requests are served."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why they are not; None if they are."""
+
+
+class ProbeServer:
+    """The HTTP port: `/metrics`, `/healthz` (the process lives) and `/readyz` (requests are served).
+
+    It has threads of its own, so that neither waits for the other: a slow scrape for requests, or requests for it.
+
+    Args:
+        address: HOST:PORT, where port 0 lets the system choose; or unix:PATH, whose folder decides who may ask.
+        metrics: Shown at `/metrics`.
+        health: Shown at `/readyz`.
+        alive: Whether the process lives.
+
+    Attributes:
+        address: With the port that it has.
+
+    Raises:
+        UsageError: The port is taken, or the address not of this machine; or the socket cannot be made.
+    """
+
+    def __init__(self, address: str, metrics: Exposed, health: Readiness, alive: Callable[[], bool]) -> None:
+        self._socket = socket_path(address)
+        try:
+            self._server = _listen(address)
+        except OSError as error:
+            raise UsageError(f"cannot serve metrics on {address}: {error.strerror or error}") from error
+        self._server.set_app(_application(metrics.registry, health, alive))
+        self.address = address
+        if self._socket is None:
+            host, _ = split_address(address)
+            shown = f"[{host}]" if ":" in host else host
+            self.address = f"{shown}:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+        if self._socket is not None:
+            self._socket.unlink(missing_ok=True)
+
+
+def probe(path: Path, target: str, *, seconds: float, accept: str = "*/*") -> tuple[int, bytes]:
+    """Ask the `ProbeServer` of another process that listens at a Unix socket.
+
+    Args:
+        path: Its socket.
+        target: `/metrics`, `/healthz` or `/readyz`.
+        seconds: That the whole answer may take.
+        accept: Form that is asked for.
+
+    Returns:
+        The status and the body.
+
+    Raises:
+        OSError: Nobody answers, or not in time; TimeoutError is one.
+        ValueError: The answer is none of HTTP, or is longer than 16 MiB.
+    """
+    deadline, answer = monotonic() + seconds, bytearray()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(seconds)
+        connection.connect(str(path))
+        # HTTP 1.0: the end of the connection is the end of the answer.
+        connection.sendall(f"GET {target} HTTP/1.0\r\nAccept: {accept}\r\n\r\n".encode())
+        while part := connection.recv(_CHUNK):
+            answer += part
+            if len(answer) > _LONGEST_ANSWER:
+                raise ValueError(f"the answer of {path} is longer than {_LONGEST_ANSWER} bytes")
+            if (left := deadline - monotonic()) <= 0:
+                raise TimeoutError(f"{path} did not answer within {seconds:g} s")
+            connection.settimeout(left)
+    head, _, body = bytes(answer).partition(b"\r\n\r\n")
+    found = _STATUS.match(head)
+    if found is None:
+        raise ValueError(f"the answer of {path} is none of HTTP")
+    return int(found[1]), body
+
+
+def loop_answers(loop: asyncio.AbstractEventLoop, seconds: float = LOOP_SECONDS) -> bool:
+    """Whether an event loop, asked from another thread, runs what it is given."""
+    answered = threading.Event()
+    try:
+        loop.call_soon_threadsafe(answered.set)
+    except RuntimeError:  # it is closed
+        return False
+    return answered.wait(seconds)
+
+
+def _application(registry: Collector, health: Readiness, alive: Callable[[], bool]) -> "WSGIApplication":
+    exposition = make_wsgi_app(registry)
+
+    def answer(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        path = environ.get("PATH_INFO")
+        if environ["REQUEST_METHOD"] != "GET":
+            status, body = HTTPStatus.METHOD_NOT_ALLOWED, {"error": "only GET is answered"}
+        elif path == "/metrics" and environ.get("HTTP_ACCEPT") == FAMILIES:
+            start_response("200 OK", [("Content-Type", FAMILIES)])
+            return [encoded(registry)]
+        elif path == "/metrics":
+            shown: Iterable[bytes] = exposition(environ, start_response)
+            return shown
+        elif path == "/healthz":
+            status, body = _state("alive", None if alive() else "the event loop does not answer")
+        elif path == "/readyz":
+            status, body = _state("ready", health.reason)
+        else:
+            status, body = HTTPStatus.NOT_FOUND, {"error": "there are /metrics, /healthz and /readyz"}
+        start_response(f"{status.value} {status.phrase}", [("Content-Type", "application/json")])
+        return [json.dumps(body).encode() + b"\n"]
+
+    return answer
+
+
+def _state(name: str, reason: str | None) -> tuple[HTTPStatus, dict[str, Any]]:
+    if reason is None:
+        return HTTPStatus.OK, {name: True}
+    return HTTPStatus.SERVICE_UNAVAILABLE, {name: False, "reason": reason}
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = _CLIENT_SECONDS
+
+    def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 - the base class's name
+        """Not a line for each probe."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _UnixServer(_Server):
+    address_family = socket.AF_UNIX
+
+    def server_bind(self) -> None:
+        """Without the host name and the port that the base class takes from an address."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = "localhost", 0
+        self.setup_environ()
+
+    def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
+        """With an address of the client, which the handler shows."""
+        connection, _ = super().get_request()
+        return connection, ("", 0)
+
+
+def _listen(address: str) -> WSGIServer:
+    path = socket_path(address)
+    if path is not None:
+        return _UnixServer(str(path), _Handler)  # type: ignore[arg-type] # the base class is of host and port
+    host, port = split_address(address)
+    return (_Server6 if ":" in host else _Server)((host, port), _Handler)

@@ -1,0 +1,43 @@
+"""gRPC reflection: the protocol's service under its real name, from guard's privately named messages."""
+
+import grpc
+from google.protobuf import descriptor_pb2, descriptor_pool
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from guard.protocol import SERVICE, inference_pb2
+
+
+def enable(server: grpc.aio.Server) -> None:
+    """Let clients such as grpcurl list and describe the services."""
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(_renamed(inference_pb2.DESCRIPTOR.package, SERVICE.rpartition(".")[0]))
+    names = [SERVICE]
+    for module in (health_pb2, reflection_pb2):
+        pool.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
+        names += [service.full_name for service in module.DESCRIPTOR.services_by_name.values()]
+    reflection.enable_server_reflection(names, server, pool)
+
+
+def _renamed(old: str, new: str) -> descriptor_pb2.FileDescriptorProto:
+    """Guard's copy of the protocol with the package that clients know; in a pool of its own, so nothing collides."""
+    file = descriptor_pb2.FileDescriptorProto()
+    inference_pb2.DESCRIPTOR.CopyToProto(file)
+    file.package = new
+
+    def rename(name: str) -> str:
+        return f".{new}{name.removeprefix(f'.{old}')}" if name.startswith(f".{old}.") else name
+
+    def rename_fields(message: descriptor_pb2.DescriptorProto) -> None:
+        for field in message.field:
+            if field.type_name:
+                field.type_name = rename(field.type_name)
+        for nested in message.nested_type:
+            rename_fields(nested)
+
+    for message in file.message_type:
+        rename_fields(message)
+    for service in file.service:
+        for method in service.method:
+            method.input_type, method.output_type = rename(method.input_type), rename(method.output_type)
+    return file

@@ -1,0 +1,231 @@
+"""The life of a sidecar: check everything, open ports, serve, drain."""
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+from contextlib import AsyncExitStack, suppress
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+
+from guard.sidecar.decisions.evidence import Evidence
+from guard.sidecar.decisions.models import Models, Served
+from guard.sidecar.decisions.watch import Shared
+from guard.sidecar.decisions.workers import Workers
+from guard.sidecar.host import reflection
+from guard.sidecar.host.admin import AdminServer
+from guard.sidecar.host.health import Health, ProbeServer, loop_answers
+from guard.sidecar.host.limits import SPARE, Limited
+from guard.sidecar.host.processes import Worker, supervise
+from guard.sidecar.inference.embedded import EmbeddedService
+from guard.sidecar.inference.service import InferenceService
+from guard.sidecar.inference.upstream import UpstreamService
+from guard.sidecar.settings import Settings
+from guard.sidecar.telemetry import logs
+from guard.sidecar.telemetry.metrics import Metrics
+from guard.sidecar.transport.loops import loop_factory
+from guard.sidecar.transport.ports import open_port
+from guard.sidecar.transport.tls import Certificates, server_certificates
+
+WATCH_SECONDS = 1.0
+"""Between two looks at the upstream server, and at what lies on disk."""
+SAVE_SECONDS = 60.0
+"""How often the state of monitor and sample is kept, besides at the end."""
+log = logging.getLogger(__name__)
+
+
+def serve(settings: Settings) -> None:
+    """Run a sidecar until SIGTERM or SIGINT.
+
+    Raises:
+        ProfileError: The profile is missing, damaged, not calibrated, or of another model.
+        ModelError: The exported model is missing or damaged.
+        UsageError: A port is taken, or certificates cannot be used.
+        MissingDependencyError: uvloop was asked for and is not installed.
+    """
+    if settings.processes > 1:
+        supervise(
+            partial(_work, settings=settings),
+            count=settings.processes,
+            listen=settings.listen,
+            metrics=settings.metrics,
+        )
+        return
+    with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
+        runner.run(_serve(settings))
+
+
+def _work(worker: Worker, *, settings: Settings) -> None:
+    """One of several processes."""
+    logs.configure(settings.log_format, worker.index)
+    with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
+        runner.run(_serve(settings, worker))
+
+
+async def _serve(settings: Settings, worker: Worker | None = None) -> None:
+    metrics = Metrics()
+    process = None if worker is None else worker.index
+    async with AsyncExitStack() as stack:
+        shared = Shared(settings, Workers(settings.workers, settings.queue), Evidence(settings, metrics), process)
+        stack.callback(shared.close)
+        models = Models(shared, metrics)
+        stack.callback(models.save)
+        # Before the state is kept, what runs on the side ends.
+        stack.callback(shared.workers.close)
+        service = (EmbeddedService if settings.upstream is None else UpstreamService)(settings, models, metrics)
+        stack.push_async_callback(service.close)
+        certificates = server_certificates(settings, metrics.tls_reload_failed)
+        health, loop = Health(metrics), asyncio.get_running_loop()
+        probes = stack.enter_context(
+            ProbeServer(
+                settings.metrics if worker is None else worker.probes, metrics, health, lambda: loop_answers(loop)
+            )
+        )
+        limited = Limited(service.handlers(), settings.max_concurrent, metrics)
+        server = _server(settings, limited, health, shared_port=worker is not None)
+        admin = None
+        if settings.admin is not None:
+            admin = (await stack.enter_async_context(AdminServer(shared, models, health, metrics))).address
+        address = settings.listen if worker is None else worker.listen
+        listening = open_port(
+            server, address, certificates, socket_mode=settings.socket_mode, shared=worker is not None
+        )
+        stopping = _on_signal() if worker is None else worker.stopping()
+        await server.start()
+        _announce(settings, models, listening, probes.address, admin, worker)
+        watchers = [
+            asyncio.ensure_future(watcher)
+            for watcher in (_keep_ready(service, health), _keep_fresh(models, certificates))
+        ]
+        stopped = asyncio.ensure_future(stopping.wait())
+        await asyncio.wait({*watchers, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        for watcher in watchers:
+            watcher.cancel()
+        await _drain(server, limited, health, settings, stopping)
+        for watcher in watchers:
+            with suppress(asyncio.CancelledError):
+                await watcher  # raises what it ended with, if it did not end by being cancelled
+
+
+def _server(settings: Settings, limited: Limited, health: Health, *, shared_port: bool) -> grpc.aio.Server:
+    server = grpc.aio.server(
+        maximum_concurrent_rpcs=settings.max_concurrent + SPARE,
+        options=[
+            ("grpc.max_receive_message_length", settings.max_message_bytes),
+            ("grpc.max_send_message_length", settings.max_message_bytes),
+            # Without this a second sidecar on the same port would start, and take half of the requests.
+            ("grpc.so_reuseport", int(shared_port)),
+        ],
+    )
+    server.add_generic_rpc_handlers((limited,))
+    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+    reflection.enable(server)
+    return server
+
+
+def _announce(
+    settings: Settings, models: Models, listening: str, metrics: str, admin: str | None, worker: Worker | None
+) -> None:
+    """One line of JSON on standard output: what serves where, for people and for whoever started this process."""
+    line = {
+        "event": "serving",
+        "listen": listening,
+        "tls": "none" if settings.tls_certificate is None else "mutual" if settings.tls_client_ca else "server",
+        "metrics": metrics,
+        "admin": admin,
+        "loop": type(asyncio.get_running_loop()).__module__.partition(".")[0],
+        "upstream": settings.upstream,
+        "models": [_description(served) for served in models.served],
+    }
+    if worker is not None:
+        worker.announce(line)
+        if worker.index:
+            return
+    else:
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
+    for served in models.served:
+        verdict = served.checker.profile.document.vetting.verdict
+        if verdict.outcome == "backdoored":
+            log.warning(
+                "the model %s is vetted as backdoored (class %r); it is served because screening was asked for, "
+                "repair it",
+                served.settings.label,
+                served.checker.profile.class_name(verdict.target or 0),
+            )
+
+
+def _description(served: Served) -> dict[str, Any]:
+    settings, document = served.settings, served.checker.profile.document
+    return {
+        "name": settings.name,
+        "version": served.version,
+        "digest": document.model.digest,
+        "verdict": document.vetting.verdict.outcome,
+        "mode": settings.mode,
+        "failure_policy": settings.on_failure,
+        "alpha": served.checker.alpha,
+    }
+
+
+def _on_signal() -> asyncio.Event:
+    """What SIGTERM and SIGINT set."""
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    return stopping
+
+
+async def _drain(
+    server: grpc.aio.Server, limited: Limited, health: Health, settings: Settings, again: asyncio.Event
+) -> None:
+    """Say first that no more should come, take what comes until that is known, then let what runs end."""
+    await health.drain()
+    if settings.drain_delay:
+        log.info("not ready any more; requests are taken for another %g s, or a second signal", settings.drain_delay)
+        again.clear()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(again.wait(), settings.drain_delay)
+    log.info("draining for up to %g s", settings.drain)
+    # gRPC answers CANCELLED to what it has received and not handed over yet when it stops (grpc/grpc#41785), which no
+    # client tries again. So everything is taken over first, and held: clients wait, and soon nothing more comes. Once
+    # their connections are ended, they are told to try again, and do so elsewhere.
+    await limited.hold()
+    stopping = asyncio.ensure_future(server.stop(settings.drain))
+    await asyncio.sleep(0)
+    limited.release()
+    await stopping
+
+
+async def _keep_ready(service: InferenceService, health: Health) -> None:
+    """Say at any time whether requests are served."""
+    upstream, known = service.settings.upstream, False
+    while True:
+        ready = await service.ready()
+        reason = None if ready else f"the upstream server {upstream} is not ready"
+        if reason != health.reason:
+            await health.tell(reason)
+            if reason is not None:
+                log.warning("%s; requests get UNAVAILABLE", reason)
+            elif known:
+                log.info("the upstream server %s is ready", upstream)
+            known = True
+        await asyncio.sleep(WATCH_SECONDS)
+
+
+async def _keep_fresh(models: Models, certificates: Certificates | None) -> None:
+    """Read again what changes on disk, and keep state there."""
+    kept = perf_counter()
+    while True:
+        await asyncio.sleep(WATCH_SECONDS)
+        if certificates is not None:
+            await asyncio.to_thread(certificates.refresh)
+        await models.refresh()
+        if perf_counter() - kept >= SAVE_SECONDS:
+            await asyncio.to_thread(models.save)
+            kept = perf_counter()

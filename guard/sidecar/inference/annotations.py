@@ -1,0 +1,57 @@
+"""How a reply tells what guard decided: parameters, trailing metadata, and for batches one tensor each."""
+
+import numpy as np
+
+from guard.protocol.inference_pb2 import ModelInferResponse
+from guard.protocol.tensors import add_output
+from guard.sidecar.policy import Decision, Mode, Outcome
+
+DECISION, SCORE, P_VALUE, ALPHA, REASON, MODE, TRIGGER, WITHDRAWN = (
+    f"guard_{name}" for name in ("decision", "score", "p_value", "alpha", "reason", "mode", "trigger", "withdrawn")
+)
+
+
+def annotate(response: ModelInferResponse, outcome: Outcome, mode: Mode) -> None:
+    """Write an outcome into a reply.
+
+    Parameters carry the whole request: its decision, its smallest p-value, the alpha up to which
+    an image is flagged. A reply to more than one image
+    also gets the outputs `guard_decision` (BYTES [N]), `guard_score` and `guard_p_value` (FP32 [N]), raw if its own
+    outputs are, else typed; unless its raw contents and its outputs differ in number, so that a client could not tell
+    which belong together.
+    """
+    parameters = response.parameters
+    parameters[DECISION].string_param = outcome.decision
+    parameters[MODE].string_param = mode
+    if outcome.reason is not None:
+        parameters[REASON].string_param = outcome.reason
+    if outcome.scores is None or outcome.flags is None or outcome.p_values is None or outcome.alpha is None:
+        return
+    worst = int(np.lexsort((-outcome.scores, outcome.p_values))[0])
+    parameters[SCORE].double_param = float(outcome.scores[worst])
+    parameters[P_VALUE].double_param = float(outcome.p_values[worst])
+    parameters[ALPHA].double_param = outcome.alpha
+    if outcome.decision is Decision.FLAG and outcome.triggers[worst]:
+        parameters[TRIGGER].string_param = outcome.triggers[worst]
+    if outcome.withdrawn:
+        parameters[WITHDRAWN].int64_param = outcome.withdrawn
+    raw = bool(response.raw_output_contents)
+    if len(outcome.scores) > 1 and (not raw or len(response.raw_output_contents) == len(response.outputs)):
+        decisions = [(Decision.FLAG if flag else outcome.others).encode() for flag in outcome.flags]
+        add_output(response, DECISION, decisions, raw=raw)
+        add_output(response, SCORE, outcome.scores, raw=raw)
+        add_output(response, P_VALUE, outcome.p_values.astype(np.float32), raw=raw)
+
+
+def trailers(outcome: Outcome) -> tuple[tuple[str, str], ...]:
+    """The same as trailing metadata, for those who do not parse replies, and for refusals, which have none."""
+    pairs = [("guard-decision", str(outcome.decision))]
+    if outcome.reason is not None:
+        pairs.append(("guard-reason", str(outcome.reason)))
+    if outcome.scores is not None and outcome.p_values is not None and outcome.alpha is not None:
+        pairs += [
+            ("guard-score", f"{outcome.scores.max():.6g}"),
+            ("guard-p-value", f"{outcome.p_values.min():.6g}"),
+            ("guard-alpha", f"{outcome.alpha:g}"),
+        ]
+    return tuple(pairs)

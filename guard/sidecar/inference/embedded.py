@@ -1,0 +1,153 @@
+"""Embedded mode: the sidecar is the inference server, and one pass gives answer and embedding."""
+
+import grpc
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+
+from guard import __version__
+from guard.errors import RequestError
+from guard.protocol.inference_pb2 import (
+    ModelInferRequest,
+    ModelInferResponse,
+    ModelMetadataRequest,
+    ModelMetadataResponse,
+    ModelReadyRequest,
+    ModelReadyResponse,
+    ServerLiveRequest,
+    ServerLiveResponse,
+    ServerMetadataRequest,
+    ServerMetadataResponse,
+    ServerReadyRequest,
+    ServerReadyResponse,
+)
+from guard.protocol.tensors import add_output, uses_shared_memory
+from guard.sidecar.decisions.models import Served
+from guard.sidecar.decisions.routes import Request
+from guard.sidecar.decisions.workers import OverloadedError
+from guard.sidecar.inference.annotations import annotate
+from guard.sidecar.inference.service import Context, InferenceService, Metadata, Method, RefusedError
+from guard.sidecar.policy import MAX_MESSAGE, Mode, Outcome, Reason
+
+LOGITS, LABEL = "logits", "label"
+
+
+class EmbeddedService(InferenceService):
+    """Serves exported classifiers.
+
+    Inputs: one tensor, FP32 [N, 3, H, W] (preprocessed) or BYTES [N] (JPEG, PNG or WebP files). Outputs: `logits`
+    FP32 [N, C] and `label` BYTES [N]. The embedding is not an output: it would help an attacker to stay near the bank.
+    """
+
+    async def ready(self) -> bool:
+        """Always: the models were loaded before the port was opened."""
+        return True
+
+    async def close(self) -> None:
+        """Nothing runs on the side."""
+
+    def methods(self) -> dict[str, Method]:
+        """The five that answer from memory."""
+        return {
+            "ServerLive": self._server_live,
+            "ServerReady": self._server_ready,
+            "ModelReady": self._model_ready,
+            "ServerMetadata": self._server_metadata,
+            "ModelMetadata": self._model_metadata,
+        }
+
+    async def infer(self, data: bytes, request: Request, context: Context) -> tuple[bytes, Outcome, Metadata]:
+        """Classify and screen."""
+        del data, context
+        message = request.message
+        served = self._find(message.model_name, message.model_version)
+        checker = request.route.checker
+        if checker is None or checker.model is None:
+            raise ValueError("a model that is found has a checker, and here a model")
+        if uses_shared_memory(message):
+            raise RefusedError(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "guard: a tensor lies in shared memory, which this server does not have",
+                reason=Reason.SHARED_MEMORY,
+            )
+        if request.route.unvetted is not None:
+            self.enforce(request.route.unvetted, request.route)
+        wanted = self._wanted(message)
+        try:
+            result = await checker.infer(request)
+        except OverloadedError as error:
+            # One pass would have given answer and decision: there is nothing to serve, whatever the policy.
+            raise RefusedError(
+                grpc.StatusCode.UNAVAILABLE, "guard: too many requests wait to be answered", reason=Reason.OVERLOADED
+            ) from error
+        response = ModelInferResponse(model_name=message.model_name, model_version=served.version, id=message.id)
+        raw = bool(message.raw_input_contents)
+        if LOGITS in wanted:
+            add_output(response, LOGITS, result.logits, raw=raw)
+        if LABEL in wanted:
+            names = checker.model.classes.names
+            add_output(response, LABEL, [names[i].encode() for i in np.argmax(result.logits, axis=1)], raw=raw)
+        if served.settings.mode is not Mode.SHADOW:
+            annotate(response, result.outcome, served.settings.mode)
+        return response.SerializeToString(), result.outcome, ()
+
+    @staticmethod
+    def _wanted(request: ModelInferRequest) -> set[str]:
+        """The outputs to send; all, if the request names none."""
+        for output in request.outputs:
+            if output.name not in {LOGITS, LABEL}:
+                raise RequestError(f"there is no output {output.name!r}; the model has {LOGITS!r} and {LABEL!r}")
+            if "classification" in output.parameters:
+                raise RequestError(f"output {output.name!r}: classification is not supported")
+        return {output.name for output in request.outputs} or {LOGITS, LABEL}
+
+    def _find(self, name: str, version: str) -> Served:
+        if (served := self.models.find(name, version)) is not None:
+            return served
+        names = ", ".join(f"{served.settings.name!r} (version {served.version})" for served in self.models.served[:8])
+        message = f"guard: there is no model {name[:128]!r} of version {version[:128]!r} here; {names} is served"
+        raise RefusedError(grpc.StatusCode.NOT_FOUND, message[:MAX_MESSAGE], reason=Reason.MODEL_UNKNOWN)
+
+    async def _server_live(self, data: bytes, _: Context) -> bytes:
+        _parse(ServerLiveRequest(), data)
+        return ServerLiveResponse(live=True).SerializeToString()
+
+    async def _server_ready(self, data: bytes, _: Context) -> bytes:
+        _parse(ServerReadyRequest(), data)
+        return ServerReadyResponse(ready=True).SerializeToString()
+
+    async def _model_ready(self, data: bytes, _: Context) -> bytes:
+        request = ModelReadyRequest()
+        _parse(request, data)
+        self._find(request.name, request.version)
+        return ModelReadyResponse(ready=True).SerializeToString()
+
+    async def _server_metadata(self, data: bytes, _: Context) -> bytes:
+        _parse(ServerMetadataRequest(), data)
+        return ServerMetadataResponse(name="guard", version=__version__).SerializeToString()
+
+    async def _model_metadata(self, data: bytes, _: Context) -> bytes:
+        request = ModelMetadataRequest()
+        _parse(request, data)
+        served = self._find(request.name, request.version)
+        settings, model = served.settings, served.checker.model
+        if model is None:
+            raise ValueError("a model that guard serves itself is loaded")
+        tensor, size = ModelMetadataResponse.TensorMetadata, model.preprocessing.size
+        return ModelMetadataResponse(
+            name=settings.name,
+            versions=[each.version for each in self.models.served if each.settings.name == settings.name],
+            platform="onnxruntime_onnx",
+            inputs=[tensor(name=settings.input, datatype="FP32", shape=[-1, 3, size, size])],
+            outputs=[
+                tensor(name=LOGITS, datatype="FP32", shape=[-1, len(model.classes.names)]),
+                tensor(name=LABEL, datatype="BYTES", shape=[-1]),
+            ],
+            properties={"guard_input_files": f"{settings.input} may also be BYTES [-1]: JPEG, PNG or WebP files"},
+        ).SerializeToString()
+
+
+def _parse(message: Message, data: bytes) -> None:
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, f"guard: not a {type(message).__name__}") from error

@@ -1,0 +1,238 @@
+"""Every metric that a sidecar exposes. Labels are bounded: model names come from the configuration, never a request."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+from guard import __version__
+from guard.evidence import Drop
+from guard.profiles import Profile
+from guard.screening import Alarm, Detector
+from guard.sidecar.policy import Decision, FailurePolicy, Mode, Outcome, Reason
+from guard.sidecar.settings import ModelSettings
+from guard.sidecar.telemetry import logs
+
+STAGES = ("decode", "inference", "screening")
+UNKNOWN = "(unknown)"
+"""Stands for every model that guard has no profile of."""
+_MODEL = ("model", "version")
+_P_VALUES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
+_SCORES = (-2.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 16.0, 24.0, 32.0)
+"""Scores of all models are tails of an exponential law, in the same units."""
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+class Metrics:
+    """The metrics of one sidecar, in a registry of their own; those of a model are written through `of`.
+
+    Attributes:
+        registry: What is exposed.
+        active: Requests in progress.
+        ready: 1 if inference requests can be served.
+        evidence_trouble: 1 while the evidence log cannot be written.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        Info("guard_build", "Version of guard.", registry=self.registry).info({"version": __version__})
+        self.active = self._gauge("guard_active_requests", "Requests in progress.")
+        self.ready = self._gauge("guard_ready", "1 if inference requests can be served.")
+        self.evidence_trouble = self._gauge("guard_evidence_trouble", "1 while the evidence log cannot be written.")
+        self._refused = self._counter("guard_refused", "Requests refused, by gRPC code.", "code")
+        self._tls_failures = self._counter("guard_tls_reload_failures", "Changed TLS files that were not taken.")
+        self._evidence_dropped = self._counter(
+            "guard_evidence_dropped", "Records that the evidence log lost, by reason.", "reason"
+        )
+        self.requests = self._counter("guard_requests", "Inference requests by decision.", *_MODEL, "decision", "mode")
+        self.images = self._counter("guard_images", "Images by decision.", *_MODEL, "decision")
+        self.unchecked = self._counter("guard_unchecked", "Requests that could not be checked.", *_MODEL, "reason")
+        self.flagged = self._counter("guard_flagged_trigger", "Flagged images by matched trigger.", *_MODEL, "trigger")
+        self.second_looks = self._counter("guard_second_looks", "Second looks at flagged images.", *_MODEL, "outcome")
+        self.alarms = self._counter("guard_alarms", "Alarms that the stream monitor raised.", *_MODEL, "kind")
+        self.alarm = self._gauge(
+            "guard_alarm", "1 while the stream monitor's alarm is up, by kind and stream.", *_MODEL, "kind", "stream"
+        )
+        self.request_seconds = self._histogram(
+            "guard_request_duration_seconds", "Time from request to reply.", _SECONDS, *_MODEL
+        )
+        self.stage_seconds = self._histogram(
+            "guard_check_duration_seconds", "Time in each stage of a request.", _SECONDS, *_MODEL, "stage"
+        )
+        self.scores = self._histogram(
+            "guard_score", "Score of each image; larger is more suspicious.", _SCORES, *_MODEL
+        )
+        self.p_values = self._histogram(
+            "guard_p_value",
+            "p-value of each image. Clean traffic fills the buckets in proportion to their width.",
+            _P_VALUES,
+            *_MODEL,
+        )
+        self.model = Info("guard_model", "A served model and its verdict.", _MODEL, registry=self.registry)
+        self.alpha = self._gauge("guard_alpha_ratio", "p-value up to which an image is flagged.", *_MODEL)
+        self.threshold = self._gauge("guard_threshold", "Score above which an image is flagged.", *_MODEL)
+        self.reference = self._gauge("guard_reference_size", "Embeddings in the reference bank.", *_MODEL)
+        self.reloads = self._counter("guard_profile_reloads", "Changed profiles that were taken.", *_MODEL)
+        self.reload_failures = self._counter(
+            "guard_profile_reload_failures", "Changed profiles that were not taken.", *_MODEL
+        )
+        self.stale = self._gauge(
+            "guard_profile_stale", "1 while the profile on disk is not the one in use, because it is broken.", *_MODEL
+        )
+        # Created now, here and below, so that "none so far" reads 0 and not "no data".
+        self._refused.labels("RESOURCE_EXHAUSTED")
+        for drop in Drop:
+            self._evidence_dropped.labels(drop)
+
+    def of(self, settings: ModelSettings) -> "ModelMetrics":
+        """The metrics of a model that has a profile."""
+        return ModelMetrics(self, settings.name, settings.version or "", settings.mode, settings.on_failure)
+
+    def of_unknown(self, settings: ModelSettings) -> "ModelMetrics":
+        """The metrics of all models that have none."""
+        return ModelMetrics(self, UNKNOWN, "", settings.mode, settings.on_failure)
+
+    def refused(self, code: str) -> None:
+        """Count a refused request; the codes are gRPC's seventeen."""
+        self._refused.labels(code).inc()
+
+    def evidence_dropped(self, reason: Drop, number: int) -> None:
+        """Count records that are lost."""
+        self._evidence_dropped.labels(reason).inc(number)
+
+    def tls_reload_failed(self) -> None:
+        """Count changed TLS files that were not taken."""
+        self._tls_failures.inc()
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+
+class ModelMetrics:
+    """What is counted for one model. Series are looked up once, since a look-up costs more than counting.
+
+    Args:
+        all_: Of the sidecar.
+        name: Label `model`.
+        version: Label `version`; "" where the configuration names none.
+        mode: In force.
+        on_failure: In force.
+    """
+
+    def __init__(self, all_: Metrics, name: str, version: str, mode: Mode, on_failure: FailurePolicy) -> None:
+        self._all, self._name = all_, (name, version)
+        self._mode, self._on_failure = mode, on_failure
+        self._requests = {decision: all_.requests.labels(*self._name, decision, mode) for decision in Decision}
+        self._images = {decision: all_.images.labels(*self._name, decision) for decision in Decision}
+        self._unchecked = {reason: all_.unchecked.labels(*self._name, reason) for reason in Reason}
+        self._stages = {stage: all_.stage_seconds.labels(*self._name, stage) for stage in STAGES}
+        self._seconds = all_.request_seconds.labels(*self._name)
+        self._triggers: dict[str, Counter] = {}
+        self._up: set[tuple[str, str]] = set()
+        if name == UNKNOWN:
+            return
+        self._scores = all_.scores.labels(*self._name)
+        self._p_values = all_.p_values.labels(*self._name)
+        self._alarms = {kind: all_.alarms.labels(*self._name, kind) for kind in ("attack", "drift")}
+        self._reloads, self._failures = all_.reloads.labels(*self._name), all_.reload_failures.labels(*self._name)
+        self._stale = all_.stale.labels(*self._name)
+
+    def describe(self, profile: Profile, detector: Detector) -> None:
+        """Say what the model is screened with, at the start and after its profile was reloaded."""
+        document = profile.document
+        self._all.model.labels(*self._name).info(
+            {
+                "digest": document.model.digest,
+                "verdict": document.vetting.verdict.outcome,
+                "mode": self._mode,
+                "failure_policy": self._on_failure,
+            }
+        )
+        self._all.alpha.labels(*self._name).set(detector.alpha)
+        self._all.threshold.labels(*self._name).set(detector.threshold.value)
+        if document.calibration is not None:
+            self._all.reference.labels(*self._name).set(document.calibration.reference)
+        found = {trigger.id for trigger in document.triggers}
+        for gone in self._triggers.keys() - found:
+            self._all.flagged.remove(*self._name, gone)
+        self._triggers = {trigger: self._all.flagged.labels(*self._name, trigger) for trigger in found}
+
+    def reloaded(self, *, taken: bool) -> None:
+        """Count a changed profile, and whether it is in use now."""
+        (self._reloads if taken else self._failures).inc()
+        self._stale.set(int(not taken))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure one stage of a request."""
+        started = perf_counter()
+        try:
+            yield
+        finally:
+            self._stages[name].observe(perf_counter() - started)
+
+    def observe(self, outcome: Outcome, images: int, seconds: float) -> None:
+        """Count a finished request.
+
+        Args:
+            outcome: What guard found.
+            images: How many it carried, as far as known.
+            seconds: From request to reply.
+        """
+        self._requests[outcome.decision].inc()
+        exemplar = _exemplar()
+        self._seconds.observe(seconds, exemplar)
+        if outcome.decision is Decision.UNCHECKED and outcome.reason is not None:
+            self._unchecked[outcome.reason].inc()
+        if outcome.scores is None or outcome.flags is None:
+            self._images[Decision.UNCHECKED].inc(images)
+            return
+        flagged = int(outcome.flags.sum())
+        self._images[Decision.FLAG].inc(flagged)
+        self._images[outcome.others].inc(len(outcome.flags) - flagged)
+        for score in outcome.scores:
+            self._scores.observe(float(score), exemplar)
+        for row in np.flatnonzero(outcome.flags):
+            # The profile that named it may be gone by now.
+            if matched := self._triggers.get(outcome.triggers[row]):
+                matched.inc()
+
+    def p_values(self, values: NDArray[np.float64]) -> None:
+        """Count p-values of images."""
+        for value in values:
+            self._p_values.observe(float(value))
+
+    def second_look(self, outcome: str) -> None:
+        """Count a second look; outcomes are four."""
+        self._all.second_looks.labels(*self._name, outcome).inc()
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether any alarm is shown as up."""
+        return bool(self._up)
+
+    def alarms(self, active: Sequence[Alarm], raised: Sequence[Alarm]) -> None:
+        """Show which alarms are up, and count new ones. Streams are as many as triggers and classes, at most."""
+        up: set[tuple[str, str]] = {(alarm.kind, alarm.stream) for alarm in active}
+        for kind, stream in self._up - up:
+            self._all.alarm.labels(*self._name, kind, stream).set(0)
+        for kind, stream in up:
+            self._all.alarm.labels(*self._name, kind, stream).set(1)
+        self._up = up
+        for alarm in raised:
+            self._alarms[alarm.kind].inc()
+
+
+def _exemplar() -> dict[str, str] | None:
+    """The trace of the current request, which OpenMetrics shows beside the bucket that it fell into."""
+    trace = logs.origin().trace_id
+    return {"trace_id": trace} if trace else None
