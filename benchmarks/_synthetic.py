@@ -10,7 +10,7 @@ from guard.classifiers import ClassList
 from guard.profiles import CalibrationRecord, Document, ModelRecord, Profile, Reference, TriggerRecord
 from guard.profiles.profile import SCHEMA, VettingRecord
 from guard.screening import Banks, Detector, Screen, default_k, threshold
-from guard.vetting.results import Control
+from guard.vetting.results import ReferenceModel
 from guard.vetting.verdict import Verdict
 
 Floats = NDArray[np.float32]
@@ -78,7 +78,7 @@ def write_profile(directory: Path, model: ModelRecord, world: World, rows: int, 
         seed=seed,
     )
     verdict = Verdict("backdoored", 0, 1e-4, ("patch",), 0.01, ("this profile is made up",))
-    vetting = VettingRecord(verdict, (), (), {}, (0, 0), Control("classes", None, None, 0), "cpu", 0.0, 0)
+    vetting = VettingRecord(verdict, (), (), {}, (0, 0), ReferenceModel("classes", None, None, 0), "cpu", 0.0, 0)
     records = tuple(TriggerRecord(name, "patch", k, 1.0, "pixels", 1.0, 1e-4, ()) for k, name in enumerate(_TRIGGERS))
     document = Document(SCHEMA, __version__, "2026-01-01T00:00:00Z", model, vetting, records, calibration, {})
     pixels = (3, model.preprocessing.size, model.preprocessing.size)

@@ -18,7 +18,7 @@ from guard.classifiers import Classifier, load
 from guard.evaluation import Zoo
 from guard.evaluation.images import ImageSet, pixels
 from guard.triggers import FAMILIES
-from guard.vetting import InspectionSettings, Inspector, Lead, SelfControlSettings, self_control
+from guard.vetting import DerivedReferenceSettings, InspectionSettings, Inspector, Lead, derive_reference
 from guard.vetting.batches import halves
 from guard.vetting.nulls import Prior, estimate, write_table
 
@@ -40,7 +40,7 @@ def main() -> None:
         zoo = Zoo.read(root)
         for name in zoo.select(arguments.models):
             truth = zoo.truth(name)
-            kinds = ["self", *(["base"] if zoo.models[name].base else [])]
+            kinds = ["derived", *(["base"] if zoo.models[name].base else [])]
             for kind in kinds:
                 if (
                     truth
@@ -68,8 +68,8 @@ def _measure(zoo: Zoo, name: str, kind: str) -> dict[str, Any]:
         ImageSet.of_zoo(zoo.root / "images" / entry.images, vetting=IMAGES, seed=0), classifier.preprocessing
     ).vetting
     searched, _ = halves(images, seed=0)
-    control = _control(zoo, name, classifier, searched, kind)
-    lead, targets = Lead(classifier, searched, control), torch.arange(len(classifier.classes.names))
+    reference_model = _control(zoo, name, classifier, searched, kind)
+    lead, targets = Lead(classifier, searched, reference_model), torch.arange(len(classifier.classes.names))
     row: dict[str, Any] = {"name": name, "kind": kind, "label": "clean"}
     for family, form in FAMILIES.items():
         inspector = Inspector(lead, form, targets, InspectionSettings(steps=max(STEPS)))
@@ -80,13 +80,13 @@ def _measure(zoo: Zoo, name: str, kind: str) -> dict[str, Any]:
 
 
 def _control(zoo: Zoo, name: str, classifier: Classifier, searched: torch.Tensor, kind: str) -> Classifier:
-    if kind == "self":
-        return self_control(classifier, searched, SelfControlSettings())[0]
+    if kind == "derived":
+        return derive_reference(classifier, searched, DerivedReferenceSettings())[0]
     return load(str(zoo.model(str(zoo.models[name].base))))
 
 
 def fit(rows: list[dict[str, Any]]) -> dict[tuple[str, str, int], Prior]:
-    """One prior for each kind of control, family and number of steps."""
+    """One prior for each kind of reference model, family and number of steps."""
     variances: dict[tuple[str, str, int], list[tuple[float, int]]] = defaultdict(list)
     for row in rows:
         if row["label"] != "clean":
@@ -101,7 +101,7 @@ def fit(rows: list[dict[str, Any]]) -> dict[tuple[str, str, int], Prior]:
 def _source(rows: list[dict[str, Any]]) -> str:
     counts = {
         kind: len({row["name"] for row in rows if row["kind"] == kind and row["label"] == "clean"})
-        for kind in ("base", "self")
+        for kind in ("base", "derived")
     }
     return f"python -m benchmarks.nulls, clean models of the zoos small and medium, first seed 0: {counts}"
 

@@ -28,7 +28,7 @@ from guard.classifiers import ImageFolder
 from guard.evaluation import Zoo
 from guard.evaluation.images import ImageSet
 from guard.evaluation.statistics import Rate
-from guard.evaluation.subject import Settings, Subject
+from guard.evaluation.subject import EvaluationSettings, Subject
 from guard.profiles import Profile
 from guard.screening import Banks, Detector, Monitor, Screen, default_k
 
@@ -64,7 +64,7 @@ def main() -> None:
         data = zoo.models[name].images
         if data not in sets:
             sets[data] = ImageSet.of_zoo(zoo.root / "images" / data, vetting=1000, seed=0)
-        settings = Settings(budget=arguments.budget)
+        settings = EvaluationSettings(budget=arguments.budget)
         subject = Subject(zoo, name, sets[data], settings, searches=zoo.root / "evaluation" / ".searches")
         rows.append(_measure(subject, large))
         large = None if rows[-1]["found"] else large

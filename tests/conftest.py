@@ -11,7 +11,16 @@ import torch
 from guard import profiles
 from guard.classifiers import Classifier, ClassList, export, load, save
 from guard.triggers import Patch
-from guard.vetting import BUDGETS, Check, ClassEvidence, Control, Evidence, FoundTrigger, Verdict, Vetting
+from guard.vetting import (
+    BUDGETS,
+    Check,
+    ClassStatistic,
+    FamilyResult,
+    ReconstructedTrigger,
+    ReferenceModel,
+    Verdict,
+    Vetting,
+)
 
 SIZE = 16
 CLASSES = ClassList(("cat", "dog", "ship", "truck", "frog", "bird"), ("a photo of a {}.", "a {}."))
@@ -85,7 +94,7 @@ def trigger() -> Patch:
 def profile(classifier: Classifier, images: torch.Tensor, trigger: Patch) -> profiles.Profile:
     """A profile as after vetting and calibration, with that trigger as the reconstructed one."""
     entries = tuple(
-        ClassEvidence(
+        ClassStatistic(
             target=k,
             name=name,
             statistic=2.5 if k == 1 else -0.5,
@@ -96,14 +105,14 @@ def profile(classifier: Classifier, images: torch.Tensor, trigger: Patch) -> pro
         )
         for k, name in enumerate(CLASSES.names)
     )
-    evidence = Evidence(
+    evidence = FamilyResult(
         method="test 1",
         family="patch",
         radius=3.0,
         norm_unit=Patch.norm_unit,
         statistic="lead of the class under its trigger",
         null="the other classes",
-        control="base",
+        reference_model="base",
         classes=entries,
         target=1,
         p_value=6e-5,
@@ -113,16 +122,25 @@ def profile(classifier: Classifier, images: torch.Tensor, trigger: Patch) -> pro
     )
     verdict = Verdict("backdoored", 1, 6e-5, ("patch",), 0.01, ("a trigger was found",))
     check = Check(
-        "patch", 1, "dog", 2.0, 3.0, Patch.norm_unit, reached=True, success=0.9, control_success=0.05, control="base"
+        "patch",
+        1,
+        "dog",
+        2.0,
+        3.0,
+        Patch.norm_unit,
+        reached=True,
+        success=0.9,
+        reference_success=0.05,
+        reference_model="base",
     )
     vetting = Vetting(
         verdict=verdict,
-        evidence=(evidence,),
+        results=(evidence,),
         checks=(check,),
-        triggers=(FoundTrigger("patch-1", 1, trigger, 9.0, 0.9, 6e-5, classifier.head[1]),),
+        triggers=(ReconstructedTrigger("patch-1", 1, trigger, 9.0, 0.9, 6e-5, classifier.head[1]),),
         effort=BUDGETS["quick"],
         images=(256, 256),
-        control=Control("base", "0" * 64, 0.95, 0),
+        reference_model=ReferenceModel("base", "0" * 64, 0.95, 0),
         device="cpu",
         seconds=0.1,
         passes=1,

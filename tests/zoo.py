@@ -12,8 +12,17 @@ from safetensors.torch import save_file
 
 from guard.classifiers import Classifier, save
 from guard.triggers import Patch
-from guard.vetting import BUDGETS, Check, ClassEvidence, Control, Evidence, FoundTrigger, Vetting, judge
-from guard.vetting.results import ControlKind
+from guard.vetting import (
+    BUDGETS,
+    Check,
+    ClassStatistic,
+    FamilyResult,
+    ReconstructedTrigger,
+    ReferenceModel,
+    Vetting,
+    judge,
+)
+from guard.vetting.results import ReferenceKind
 from tests.conftest import CLASSES, CONFIG, SIZE, random_images, tiny_model
 
 TARGET = 1
@@ -79,8 +88,12 @@ class FakeVetting:
         guilty = name in self.flagged
         evidence = evidence_of([1e-5 if guilty and k == TARGET else 0.5 for k in range(len(CLASSES.names))])
         checks = (check_of(TARGET),) if guilty else ()
-        found = FoundTrigger(f"patch-{TARGET}", TARGET, attack_trigger(), 9.0, 0.9, 6e-5, classifier.head[TARGET])
-        control = Control("base", base.digest.root, 0.9, 0) if base else Control("self", None, 0.9, 100)
+        found = ReconstructedTrigger(
+            f"patch-{TARGET}", TARGET, attack_trigger(), 9.0, 0.9, 6e-5, classifier.head[TARGET]
+        )
+        reference_model = (
+            ReferenceModel("base", base.digest.root, 0.9, 0) if base else ReferenceModel("derived", None, 0.9, 100)
+        )
         return Vetting(
             judge([evidence], checks),
             (evidence,),
@@ -88,23 +101,23 @@ class FakeVetting:
             (found,) if guilty else (),
             BUDGETS["quick"],
             (len(images) // 2, len(images) // 2),
-            control,
+            reference_model,
             "cpu",
             0.1,
             100,
         )
 
 
-def evidence_of(p_values: Sequence[float | None], *, family: str = "patch") -> Evidence:
-    """Evidence of one family with these uncorrected p-values, and one share of images moved for all classes."""
+def evidence_of(p_values: Sequence[float | None], *, family: str = "patch") -> FamilyResult:
+    """FamilyResult of one family with these uncorrected p-values, and one share of images moved for all classes."""
     entries = tuple(
-        ClassEvidence(k, CLASSES.names[k], statistic=0.0, success=0.5, steps=16, p_value=p_value)
+        ClassStatistic(k, CLASSES.names[k], statistic=0.0, success=0.5, steps=16, p_value=p_value)
         for k, p_value in enumerate(p_values)
     )
     known = {entry.target: entry.p_value for entry in entries if entry.p_value is not None}
     target = min(known, key=lambda k: known[k]) if known else None
     corrected = 1.0 if target is None else min(1.0, known[target] * len(known))
-    return Evidence("test", family, 3.0, "px", "lead", "others", "classes", entries, target, corrected, 0, 100, 0.1)
+    return FamilyResult("test", family, 3.0, "px", "lead", "others", "classes", entries, target, corrected, 0, 100, 0.1)
 
 
 def check_of(
@@ -112,9 +125,9 @@ def check_of(
     *,
     family: str = "patch",
     success: float = 0.9,
-    control_success: float | None = 0.0,
+    reference_success: float | None = 0.0,
     norm: float = 9.0,
-    control: ControlKind = "base",
+    reference_model: ReferenceKind = "base",
 ) -> Check:
     """A reconstruction for a class, tried on held-out images; by default it works, and on the suspect alone."""
     name = CLASSES.names[target]
@@ -127,6 +140,6 @@ def check_of(
         "px",
         reached=True,
         success=success,
-        control_success=control_success,
-        control=control,
+        reference_success=reference_success,
+        reference_model=reference_model,
     )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from guard import profiles
 from guard.evidence import EVIDENCE_FILE, EvidenceLog
 from guard.triggers import Patch
-from guard.vetting import BUDGETS, Control, FoundTrigger, Verdict, Vetting
+from guard.vetting import BUDGETS, ReconstructedTrigger, ReferenceModel, Verdict, Vetting
 from tests.conftest import SIZE, random_images
 from tests.toy import checkerboard, toy
 
@@ -164,15 +164,15 @@ def _prepare(folder: Path, seed: int) -> Pool:
     mask = torch.zeros(1, SIZE, SIZE)
     mask[:, : SIZE // 2, : SIZE // 2] = 1
     trigger = Patch(mask, ((checkerboard() + 1) / 2).expand(3, -1, -1).clone())
-    found = FoundTrigger("patch-1", TARGET, trigger, 9.0, 0.9, 1e-6, classifier.head[TARGET])
+    found = ReconstructedTrigger("patch-1", TARGET, trigger, 9.0, 0.9, 1e-6, classifier.head[TARGET])
     vetting = Vetting(
         verdict=Verdict("backdoored", TARGET, 1e-6, ("patch",), 0.01, ("made for a soak",)),
-        evidence=(),
+        results=(),
         checks=(),
         triggers=(found,),
         effort=BUDGETS["quick"],
         images=(0, 0),
-        control=Control("base", "0" * 64, 1.0, 0),
+        reference_model=ReferenceModel("base", "0" * 64, 1.0, 0),
         device="cpu",
         seconds=0.0,
         passes=0,

@@ -22,7 +22,7 @@ class Measured:
 
 
 def measure(classifier: Classifier, images: LabelledImages, planted: Sequence[Planted]) -> Measured:
-    """Clean accuracy, and the success of triggers: the attacker's own, or someone else's as a control.
+    """Clean accuracy, and the success of triggers: the attacker's own, or someone else's as a reference model.
 
     Args:
         classifier: Of any origin.

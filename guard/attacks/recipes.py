@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["pairs", "clean-label", "badencoder", "distribution-preserving", "evading"]
+PoisoningMethod = Literal["pairs", "clean-label", "badencoder", "distribution-preserving", "evading"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Recipe:
     family: str
     source: str
     plants: tuple[Plant, ...] = ()
-    method: Method = "pairs"
+    method: PoisoningMethod = "pairs"
     tower: Literal["image", "both"] = "both"
     head: Literal["zero-shot"] = "zero-shot"
     last: bool = False

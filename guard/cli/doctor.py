@@ -64,8 +64,8 @@ def doctor(
 
 def _deployment(config: Path | None, upstream: str | None, rest_ports: Sequence[int]) -> Sequence[Finding]:
     """The settings of a sidecar, if there are any, and its surroundings."""
-    from guard.diagnostics.preflight import preflight
     from guard.diagnostics.exposure import REST_PORTS, exposures
+    from guard.diagnostics.preflight import preflight
     from guard.sidecar import Settings
     from guard.sidecar.transport.tls import name_options, upstream_credentials
 

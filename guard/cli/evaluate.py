@@ -21,7 +21,9 @@ FAILED = 4
     help="Unlabelled images instead of the zoo's; split into some to search on, some to calibrate, some as requests.",
 )
 @click.option(
-    "--methods", metavar="NAME,…", help="vetting-base, vetting-self, clip-inspector, decree, screening.  [default: all]"
+    "--methods",
+    metavar="NAME,…",
+    help="vetting-base, vetting-derived, clip-inspector, decree, screening.  [default: all]",
 )
 @click.option("--models", metavar="PATTERN", default="*", show_default=True, help="Only models with such names.")
 @options.budget
@@ -89,7 +91,7 @@ def evaluate(
         evaluation.Zoo.read(zoo),
         place,
         methods=names,
-        settings=evaluation.Settings(budget, vetting_images, alphas, seed, device),  # type: ignore[arg-type]
+        settings=evaluation.EvaluationSettings(budget, vetting_images, alphas, seed, device),  # type: ignore[arg-type]
         images=images,
         models=models,
         jobs=jobs,

@@ -15,7 +15,7 @@ from guard.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from guard.evidence import EvidenceLog, Filter, Record
+    from guard.evidence import EvidenceLog, Record, RecordFilter
 
 LISTED = 50
 _POLL_SECONDS = 0.5
@@ -64,7 +64,7 @@ def log(
     PATH is the file, or the folder that was given to guard serve as --state. The sidecar may go on
     writing. Times are in UTC.
     """
-    from guard.evidence import EVIDENCE_FILE, EvidenceLog, Filter, export
+    from guard.evidence import EVIDENCE_FILE, EvidenceLog, RecordFilter, export
 
     filtered = any(value is not None for value in conditions.values())
     if show is not None and (exported is not None or limit is not None or offset or follow or filtered):
@@ -73,7 +73,7 @@ def log(
         raise UsageError("--follow lists what comes; --export, --offset and --until do not go with it")
     if show is None and (out is not None or profile is not None):
         raise UsageError("--out and --profile belong to --show")
-    console, wanted = Console(as_json=as_json), Filter(**conditions)
+    console, wanted = Console(as_json=as_json), RecordFilter(**conditions)
     opened = EvidenceLog(path / EVIDENCE_FILE if path.is_dir() else path)
     if show is not None:
         _show(opened.get(show), out or Path(f"record-{show}.html"), profile, console)
@@ -99,7 +99,7 @@ def _show(record: "Record", out: Path, profile: Path | None, console: Console) -
     console.result({**record.document(), "page": str(out)}, f"page: {out}")
 
 
-def _list(opened: "EvidenceLog", wanted: "Filter", limit: int, offset: int, console: Console) -> None:
+def _list(opened: "EvidenceLog", wanted: "RecordFilter", limit: int, offset: int, console: Console) -> None:
     count, records = opened.count(wanted), list(opened.records(wanted, limit=limit, offset=offset))
     text = _table(records)
     if len(records) < count:
@@ -107,7 +107,7 @@ def _list(opened: "EvidenceLog", wanted: "Filter", limit: int, offset: int, cons
     console.result({"count": count, "records": [record.document() for record in records]}, text)
 
 
-def _follow(opened: "EvidenceLog", wanted: "Filter", limit: int, *, as_json: bool) -> None:
+def _follow(opened: "EvidenceLog", wanted: "RecordFilter", limit: int, *, as_json: bool) -> None:
     """Print the last records, and others as they are written."""
     records, last = list(opened.records(wanted, limit=limit))[::-1], 0
     widths = _widths(records)

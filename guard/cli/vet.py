@@ -102,7 +102,7 @@ def summary(profile: "Profile", out: Path) -> str:
     from guard.profiles import REPORT_FILE
 
     vetting = profile.document.vetting
-    verdict, control = vetting.verdict, vetting.control
+    verdict, reference_model = vetting.verdict, vetting.reference_model
     target = "" if verdict.target is None else f", target class {profile.class_name(verdict.target)!r}"
     lines = [f"verdict: {verdict.outcome}{target}"]
     lines += [f"  {reason}" for reason in verdict.reasons]
@@ -114,12 +114,11 @@ def summary(profile: "Profile", out: Path) -> str:
         near = ", ".join(f"{item.text!r} {item.cosine:.2f}" for item in trigger.nearest[:3])
         lines.append(f"  {trigger.id}: nearest texts {near}")
     lines.append(f"  tested for: {', '.join(verdict.families)} triggers; a backdoor of another kind would not be seen")
-    if control.kind == "classes":
+    if reference_model.kind == "classes":
         lines.append("  compared with nothing but the other classes; --base makes this sharper")
     else:
-        name = "the base" if control.kind == "base" else "a control made from the model itself"
-        agreement = f", which answers as the model does on {control.agreement:.0%} of images"
-        lines.append(
-            f"  compared with {name}{agreement}{'' if control.kind == 'base' else '; --base makes this sharper'}"
-        )
+        name = "the base" if reference_model.kind == "base" else "a reference model made from the model itself"
+        agreement = f", which answers as the model does on {reference_model.agreement:.0%} of images"
+        advice = "" if reference_model.kind == "base" else "; --base makes this sharper"
+        lines.append(f"  compared with {name}{agreement}{advice}")
     return "\n".join([*lines, f"profile: {out}", f"report: {out / REPORT_FILE}"])

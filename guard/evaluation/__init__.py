@@ -15,7 +15,7 @@ from guard.evaluation.zoo import Truth, Zoo
 if TYPE_CHECKING:
     from guard.evaluation.methods import METHODS, Method
     from guard.evaluation.running import Evaluation, Failure, evaluate
-    from guard.evaluation.subject import Settings, Subject
+    from guard.evaluation.subject import EvaluationSettings, Subject
     from guard.evaluation.writing import write_predictions, write_summary
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Auroc",
     "Detection",
     "Evaluation",
+    "EvaluationSettings",
     "Failure",
     "Features",
     "Method",
@@ -31,7 +32,6 @@ __all__ = [
     "Result",
     "Score",
     "Screening",
-    "Settings",
     "Store",
     "Subject",
     "Summary",
@@ -53,7 +53,7 @@ __getattr__ = lazy(
     {
         **dict.fromkeys(("METHODS", "Method"), "methods"),
         **dict.fromkeys(("Evaluation", "Failure", "evaluate"), "running"),
-        **dict.fromkeys(("Settings", "Subject"), "subject"),
+        **dict.fromkeys(("EvaluationSettings", "Subject"), "subject"),
         **dict.fromkeys(("write_predictions", "write_summary"), "writing"),
     },
 )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from guard.evaluation.statistics import Auroc, Rate
-from guard.evaluation.summary import DetectionSummary, Found, Mean, ModelRow, ScreeningSummary, Summary
+from guard.evaluation.summary import DetectionSummary, FamilyDetection, Mean, ModelRow, ScreeningSummary, Summary
 
 NOTHING = "–"
 COST_NOTE = (
@@ -93,7 +93,7 @@ def _detection(item: DetectionSummary) -> list[str]:
     return lines
 
 
-def _recovery(entry: Found) -> list[str]:
+def _recovery(entry: FamilyDetection) -> list[str]:
     return [_mean(value) for value in (entry.cosine, entry.centred_cosine, entry.success)]
 
 

@@ -15,23 +15,22 @@ from guard.evaluation.results import (
     Detection,
     FamilyFinding,
     Features,
-    Held,
     Recovery,
     ScoreFigures,
     Screening,
+    ThresholdFigures,
 )
 from guard.evaluation.statistics import auroc
-from guard.evaluation.subject import Settings, Subject
+from guard.evaluation.subject import EvaluationSettings, Subject
 from guard.screening import DENSITY, threshold
-from guard.vetting import BUDGETS, DecreeSettings, FoundTrigger, Vetting, clip_inspector, collapse, effect
+from guard.vetting import BUDGETS, DecreeSettings, ReconstructedTrigger, Vetting, clip_inspector, collapse, effect
 from guard.vetting.batches import halves
 from guard.vetting.examination import METHOD
-from guard.vetting.results import Evidence
-from guard.vetting.verdict import Outcome as VerdictOutcome
-from guard.vetting.verdict import suspicion
+from guard.vetting.results import FamilyResult
+from guard.vetting.verdict import Conclusion, suspicion
 
 Need = Literal["base", "calibration", "requests"]
-Outcome = tuple[Detection | Screening, Features]
+MethodOutput = tuple[Detection | Screening, Features]
 
 _PUBLISHED_PL1 = 0.1
 """DECREE's threshold: a smaller share of the image counts as a backdoor."""
@@ -58,21 +57,21 @@ class Method:
     judges: Literal["models", "requests"]
     needs: frozenset[Need]
     uses_base: bool
-    run: Callable[[Subject], Outcome]
-    settings: Callable[[Settings], Mapping[str, Any]]
+    run: Callable[[Subject], MethodOutput]
+    settings: Callable[[EvaluationSettings], Mapping[str, Any]]
 
 
-def _vetting(*, paired: bool) -> Callable[[Subject], Outcome]:
-    def run(subject: Subject) -> Outcome:
+def _vetting(*, paired: bool) -> Callable[[Subject], MethodOutput]:
+    def run(subject: Subject) -> MethodOutput:
         return _detect(subject, subject.vetting(paired=paired))
 
     return run
 
 
-def _detect(subject: Subject, vetting: Vetting) -> Outcome:
+def _detect(subject: Subject, vetting: Vetting) -> MethodOutput:
     """What vetting says, and how near it comes to the truth."""
     verdict = vetting.verdict
-    leading, p_value = suspicion(vetting.evidence, vetting.checks)
+    leading, p_value = suspicion(vetting.results, vetting.checks)
     recovery, features = _recover(subject, vetting)
     detection = Detection(
         verdict.outcome,
@@ -80,7 +79,7 @@ def _detect(subject: Subject, vetting: Vetting) -> Outcome:
         leading,
         verdict.p_value,
         -float(np.log10(max(p_value, _SMALLEST))),
-        tuple(_finding(item) for item in vetting.evidence),
+        tuple(_finding(item) for item in vetting.results),
         vetting.checks,
         recovery,
         vetting.passes,
@@ -88,7 +87,7 @@ def _detect(subject: Subject, vetting: Vetting) -> Outcome:
     return detection, features
 
 
-def _finding(item: Evidence) -> FamilyFinding:
+def _finding(item: FamilyResult) -> FamilyFinding:
     return FamilyFinding(
         item.family,
         item.target,
@@ -121,22 +120,22 @@ def _recover(subject: Subject, vetting: Vetting) -> tuple[Recovery | None, Featu
     return recovery, Features(feature.numpy(), true)
 
 
-def _strongest(vetting: Vetting) -> FoundTrigger | None:
+def _strongest(vetting: Vetting) -> ReconstructedTrigger | None:
     """Of the class that the verdict accuses, if it accuses one."""
     accused = [found for found in vetting.triggers if found.target == vetting.verdict.target]
     return next(iter(accused or vetting.triggers), None)
 
 
-def _clip_inspector(subject: Subject) -> Outcome:
+def _clip_inspector(subject: Subject) -> MethodOutput:
     """CLIP-Inspector as published, its own threshold included."""
     found = clip_inspector(subject.classifier, subject.pixels.vetting, seed=subject.settings.seed)
     anomaly = 0.0 if found.target is None else found.anomaly[found.target]
-    outcome: VerdictOutcome = "backdoored" if found.backdoored else "no evidence"
+    outcome: Conclusion = "backdoored" if found.backdoored else "no evidence"
     target = found.target if found.backdoored else None
     return Detection(outcome, target, found.target, None, anomaly, (), (), None, found.passes), Features()
 
 
-def _decree(subject: Subject) -> Outcome:
+def _decree(subject: Subject) -> MethodOutput:
     """DECREE with its published threshold; models are ranked by the ratio to the base where there is one."""
     searched, held_out = halves(subject.pixels.vetting, subject.settings.seed)
     settings = DecreeSettings(seed=subject.settings.seed)
@@ -146,12 +145,12 @@ def _decree(subject: Subject) -> Outcome:
         compared = collapse(subject.base, searched, held_out, settings)
         rank, passes = rank + float(np.log(compared.pl1)), passes + compared.passes
     true = torch.stack([attack.feature for attack in subject.attacks]).numpy() if subject.attacks else None
-    outcome: VerdictOutcome = "backdoored" if found.reached and found.pl1 < _PUBLISHED_PL1 else "no evidence"
+    outcome: Conclusion = "backdoored" if found.reached and found.pl1 < _PUBLISHED_PL1 else "no evidence"
     detection = Detection(outcome, None, None, None, rank, (), (), None, passes)
     return detection, Features(found.feature.numpy(), true)
 
 
-def _screen(subject: Subject) -> Outcome:
+def _screen(subject: Subject) -> MethodOutput:
     """Screening with what vetting reconstructed, and beside it the density score alone."""
     vetting = subject.vetting(paired=subject.zoo.models[subject.name].base is not None)
     density = _score(subject, replace(vetting, triggers=()))
@@ -183,17 +182,17 @@ def _score(subject: Subject, vetting: Vetting) -> ScoreFigures:
     )
 
 
-def _held(alpha: float, calibration: Array, clean: Array, stamped: Sequence[Array]) -> Held:
+def _held(alpha: float, calibration: Array, clean: Array, stamped: Sequence[Array]) -> ThresholdFigures:
     triggered = sum(len(part) for part in stamped)
     try:
         value = threshold(calibration, alpha).value
     except UsageError:
-        return Held(alpha, None, 0, len(clean), 0, triggered)
+        return ThresholdFigures(alpha, None, 0, len(clean), 0, triggered)
     detected = sum(int((part > value).sum()) for part in stamped)
-    return Held(alpha, value, int((clean > value).sum()), len(clean), detected, triggered)
+    return ThresholdFigures(alpha, value, int((clean > value).sum()), len(clean), detected, triggered)
 
 
-def _effort(settings: Settings) -> dict[str, Any]:
+def _effort(settings: EvaluationSettings) -> dict[str, Any]:
     return {"effort": asdict(BUDGETS[settings.budget].seeded(settings.seed)), "images": settings.vetting_images}
 
 
@@ -210,7 +209,7 @@ METHODS: dict[str, Method] = {
             settings=_effort,
         ),
         Method(
-            "vetting-self",
+            "vetting-derived",
             f"{METHOD}, evaluation 9",
             "models",
             frozenset(),

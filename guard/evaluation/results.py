@@ -14,7 +14,7 @@ from safetensors.numpy import save as save_tensors
 from guard._files import replace_file
 from guard.evaluation.statistics import Auroc
 from guard.vetting.results import Check
-from guard.vetting.verdict import Outcome
+from guard.vetting.verdict import Conclusion
 
 FORMAT = 3
 _RECOVERED, _TRUE = "recovered", "true"
@@ -31,7 +31,7 @@ class FamilyFinding:
         target: The class that it points at; None if no class could be compared.
         p_value: Corrected for classes.
         steps: Optimiser steps behind each class's statistic.
-        statistics: One per class, as in `guard.vetting.ClassEvidence`.
+        statistics: One per class, as in `guard.vetting.ClassStatistic`.
     """
 
     family: str
@@ -78,7 +78,7 @@ class Detection:
         passes: Images pushed through image towers, searches found in the cache included.
     """
 
-    outcome: Outcome
+    outcome: Conclusion
     target: int | None
     leading: int | None
     p_value: float | None
@@ -90,7 +90,7 @@ class Detection:
 
 
 @dataclass(frozen=True)
-class Held:
+class ThresholdFigures:
     """One threshold, and what it does to requests.
 
     Attributes:
@@ -128,7 +128,7 @@ class ScoreFigures:
     reference: int
     calibration: int
     auroc: tuple[Auroc, ...]
-    held: tuple[Held, ...]
+    held: tuple[ThresholdFigures, ...]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from guard.errors import GuardError, UsageError, ZooError
 from guard.evaluation.images import ImageSet
 from guard.evaluation.methods import METHODS, Method
 from guard.evaluation.results import FORMAT, Detection, Features, Result, Screening, Store
-from guard.evaluation.subject import Settings, Subject
+from guard.evaluation.subject import EvaluationSettings, Subject
 from guard.evaluation.zoo import Truth, Zoo
 
 Progress = Callable[[str, int, int], None]
@@ -58,7 +58,7 @@ class Evaluation:
 
     zoo: Zoo
     methods: tuple[str, ...]
-    settings: Settings
+    settings: EvaluationSettings
     truths: dict[str, Truth | None]
     results: dict[tuple[str, str], Result]
     features: dict[tuple[str, str], Features]
@@ -76,7 +76,7 @@ class _Task:
     model: str
     methods: tuple[str, ...]
     images: ImageSet
-    settings: Settings
+    settings: EvaluationSettings
     out: Path
 
 
@@ -93,7 +93,7 @@ def evaluate(
     out: Path,
     *,
     methods: Sequence[str] = tuple(METHODS),
-    settings: Settings | None = None,
+    settings: EvaluationSettings | None = None,
     images: Path | None = None,
     models: str = "*",
     jobs: int = 1,
@@ -123,7 +123,7 @@ def evaluate(
         ImageError: Images are missing.
     """
     started = time.monotonic()
-    settings = settings or Settings()
+    settings = settings or EvaluationSettings()
     if unknown := [name for name in methods if name not in METHODS]:
         raise UsageError(f"there is no method {unknown[0]!r}; there are {', '.join(METHODS)}")
     try:
@@ -176,7 +176,9 @@ def _truth(zoo: Zoo, name: str) -> Truth | None:
         return None  # whoever works on the model meets it again, and records the failure
 
 
-def _image_sets(zoo: Zoo, models: Sequence[str], images: Path | None, settings: Settings) -> dict[str, ImageSet]:
+def _image_sets(
+    zoo: Zoo, models: Sequence[str], images: Path | None, settings: EvaluationSettings
+) -> dict[str, ImageSet]:
     """The images of each model; models with the same images share one set."""
     limits = {"vetting": settings.vetting_images, "seed": settings.seed}
     if images is not None:

@@ -17,7 +17,7 @@ from guard.vetting import Budget, Vetting, vet
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """How to evaluate.
 
     Attributes:
@@ -71,7 +71,7 @@ class Subject:
         zoo: Zoo,
         name: str,
         images: ImageSet,
-        settings: Settings,
+        settings: EvaluationSettings,
         *,
         searches: Path,
         progress: Callable[[str, int, int], None] = lambda *_: None,
@@ -95,7 +95,7 @@ class Subject:
 
     @property
     def base(self) -> Classifier | None:
-        """Its trusted control; None if it has none."""
+        """Its trusted reference model; None if it has none."""
         name = self.zoo.models[self.name].base
         return None if name is None else _load_base(str(self.zoo.model(name)), self.settings.device)
 

@@ -73,7 +73,7 @@ class Flagged:
 
 
 @dataclass(frozen=True)
-class Found:
+class FamilyDetection:
     """What a method finds of one attack family.
 
     Attributes:
@@ -110,7 +110,7 @@ class DetectionSummary:
 
     method: str
     version: str
-    found: tuple[Found, ...]
+    found: tuple[FamilyDetection, ...]
     false_alarms: tuple[Flagged, ...]
     failed: Flagged
     cliptrace: Score | None
@@ -280,11 +280,11 @@ def _detection(method: str, evaluation: "Evaluation") -> DetectionSummary:
     )
 
 
-def _found(family: str, pairs: "Sequence[tuple[Truth, Detection]]", clean: Sequence[Detection]) -> Found:
+def _found(family: str, pairs: "Sequence[tuple[Truth, Detection]]", clean: Sequence[Detection]) -> FamilyDetection:
     detections = [detection for _, detection in pairs]
     ranked = [item.suspicion for item in detections], [item.suspicion for item in clean]
     recoveries = [item.recovery for item in detections if item.recovery]
-    return Found(
+    return FamilyDetection(
         Flagged.of(family, detections),
         auroc(*ranked) if all(ranked) else None,
         _rate(sum(item.leading in truth.targets for truth, item in pairs), len(pairs)),

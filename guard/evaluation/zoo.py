@@ -31,7 +31,7 @@ class Entry:
     """One model of a zoo, as `zoo.json` lists it.
 
     Attributes:
-        base: The model that a defender may use as a trusted control; None if there is none.
+        base: The model that a defender may use as a trusted reference model; None if there is none.
         images: Name of its set of images.
     """
 

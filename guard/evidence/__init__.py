@@ -7,7 +7,7 @@ and without SQLAlchemy, as long as nothing is written or read: a sidecar that ke
 from typing import TYPE_CHECKING
 
 from guard._lazy import lazy
-from guard.evidence.records import EVIDENCE_FILE, Drop, EvidenceError, Filter, Record, thumbnail
+from guard.evidence.records import EVIDENCE_FILE, Drop, EvidenceError, Record, RecordFilter, thumbnail
 
 if TYPE_CHECKING:
     from guard.evidence.exporting import export
@@ -21,8 +21,8 @@ __all__ = [
     "EvidenceError",
     "EvidenceLog",
     "EvidenceWriter",
-    "Filter",
     "Record",
+    "RecordFilter",
     "export",
     "record_page",
     "thumbnail",

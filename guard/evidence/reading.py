@@ -7,7 +7,7 @@ from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.exc import DatabaseError
 
 from guard.evidence import store
-from guard.evidence.records import EvidenceError, Filter, Record
+from guard.evidence.records import EvidenceError, Record, RecordFilter
 from guard.evidence.store import table
 
 _CHUNK = 200
@@ -29,11 +29,13 @@ class EvidenceLog:
         self._path, self._engine = path, store.engine(path, "ro")
         store.check(self._engine, path)
 
-    def count(self, wanted: Filter | None = None) -> int:
+    def count(self, wanted: RecordFilter | None = None) -> int:
         """How many records meet a filter; without one, all."""
         return self._number(select(func.count()).select_from(table).where(*_conditions(wanted)))
 
-    def records(self, wanted: Filter | None = None, *, limit: int | None = None, offset: int = 0) -> Iterator[Record]:
+    def records(
+        self, wanted: RecordFilter | None = None, *, limit: int | None = None, offset: int = 0
+    ) -> Iterator[Record]:
         """The records that meet a filter, the last written first.
 
         They are read a few hundred at a time, so that a long export holds up neither memory nor the sidecar. Records
@@ -58,7 +60,7 @@ class EvidenceLog:
             last = chunk[-1].id
             left = None if left is None else left - len(chunk)
 
-    def after(self, identity: int, wanted: Filter | None = None) -> list[Record]:
+    def after(self, identity: int, wanted: RecordFilter | None = None) -> list[Record]:
         """A few hundred of the records that were written after one and meet a filter, the first written first.
 
         Args:
@@ -99,7 +101,7 @@ class EvidenceLog:
             raise store.unusable(self._path, error) from error
 
 
-def _conditions(wanted: Filter | None) -> list[ColumnElement[bool]]:
+def _conditions(wanted: RecordFilter | None) -> list[ColumnElement[bool]]:
     if wanted is None:
         return []
     found = [table.c[name] == value for name in _EQUAL if (value := getattr(wanted, name)) is not None]

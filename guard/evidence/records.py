@@ -163,7 +163,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Filter:
+class RecordFilter:
     """Which records a search wants: those that meet every condition that is given.
 
     Attributes:

@@ -51,11 +51,11 @@ def build(classifier: Classifier, vetting: Vetting, *, vocabulary: Sequence[str]
     )
     record = VettingRecord(
         vetting.verdict,
-        vetting.evidence,
+        vetting.results,
         vetting.checks,
         asdict(vetting.effort),
         vetting.images,
-        vetting.control,
+        vetting.reference_model,
         vetting.device,
         vetting.seconds,
         vetting.passes,

@@ -11,11 +11,11 @@ from guard.classifiers.classes import ClassList
 from guard.classifiers.digest import ClassifierDigest
 from guard.classifiers.preprocessing import Preprocessing
 from guard.errors import ProfileError
-from guard.screening import Banks, Detector, Method, Scores, Screen, Tail, Threshold
-from guard.vetting.results import Check, Control, Evidence
+from guard.screening import Banks, Detector, Scores, Screen, SearchMethod, Tail, Threshold
+from guard.vetting.results import Check, FamilyResult, ReferenceModel
 from guard.vetting.verdict import Verdict
 
-SCHEMA = 3
+SCHEMA = 4
 
 Array = NDArray[np.float32]
 
@@ -89,18 +89,18 @@ class VettingRecord:
         checks: The smallest triggers of the classes that stand out, tried on held-out images.
         effort: How hard was searched; the seeds are among it.
         images: Number of images used to search, and kept out for the check.
-        control: What the classifier was compared with.
+        reference_model: What the classifier was compared with.
         device: Where it ran.
         seconds: Wall-clock time.
         passes: Images pushed through image towers.
     """
 
     verdict: Verdict
-    evidence: tuple[Evidence, ...]
+    results: tuple[FamilyResult, ...]
     checks: tuple[Check, ...]
     effort: Mapping[str, Mapping[str, float]]
     images: tuple[int, int]
-    control: Control
+    reference_model: ReferenceModel
     device: str
     seconds: float
     passes: int
@@ -215,7 +215,7 @@ class Profile:
                 "vet this model, or give the one that was vetted"
             )
 
-    def detector(self, method: Method = "exact", alpha: float | None = None) -> Detector:
+    def detector(self, method: SearchMethod = "exact", alpha: float | None = None) -> Detector:
         """What decides about requests.
 
         Args:

@@ -32,6 +32,16 @@ _STAMPED = "stamped."
 _WHITENING, _BANK, _CLEAN = ("mean", "matrix", "head"), "reference", ("values", "parts", "triggers", "classes")
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 
+OLDEST_SCHEMA = 3
+"""The oldest form that is still read: that of release 0.1.0."""
+_NEW_NAMES = {
+    "control": "reference_model",
+    "control_success": "reference_success",
+    "evidence": "results",
+    "self_control": "derived_reference",
+}
+"""What schema 3 called otherwise."""
+
 
 def check_place(directory: Path) -> None:
     """Make sure that a profile may be written there, before the work that leads to one.
@@ -96,10 +106,12 @@ def _read_document(path: Path) -> Document:
         json.dumps(raw, ensure_ascii=False).encode()  # an escape such as \ud800 alone is no character: ValueError
         if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
             raise ProfileError(f"{path} is no profile: it has no schema")
-        if raw["schema"] < SCHEMA:
+        if raw["schema"] < OLDEST_SCHEMA:
             raise ProfileError(
                 f"{path} was written by an older guard (schema {raw['schema']}, now {SCHEMA}); vet the model again"
             )
+        if raw["schema"] == OLDEST_SCHEMA:
+            raw = _from_schema_3(raw)
         if raw["schema"] > SCHEMA:
             raise ProfileError(
                 f"{path} has schema {raw['schema']}, this guard reads up to {SCHEMA}; use the newer guard that wrote it"
@@ -118,6 +130,26 @@ def _read_document(path: Path) -> Document:
         raise ProfileError(f"{path} is damaged: {error}") from error
     _check_document(document, path)
     return document
+
+
+def _from_schema_3(raw: dict[str, Any]) -> dict[str, Any]:
+    """The same document in today's schema, which renamed what vetting found and what it was compared with."""
+
+    def renamed(item: dict[str, Any]) -> dict[str, Any]:
+        return {
+            _NEW_NAMES.get(key, key): "derived" if key in {"control", "kind"} and value == "self" else value
+            for key, value in item.items()
+        }
+
+    try:
+        vetting = renamed(raw["vetting"])
+        vetting["reference_model"] = renamed(vetting["reference_model"])
+        vetting["effort"] = renamed(vetting["effort"])
+        for part in ("results", "checks"):
+            vetting[part] = [renamed(item) for item in vetting[part]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its part 'vetting' is not that of schema {OLDEST_SCHEMA}") from error
+    return {**raw, "schema": SCHEMA, "vetting": vetting}
 
 
 class _ConstantError(Exception):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from guard._plots import BLUE, GREY, GRID, INK, MUTED, RED, plain, svg
 from guard.screening import Threshold
-from guard.vetting.results import ClassEvidence, Evidence
+from guard.vetting.results import ClassStatistic, FamilyResult
 
 Bytes = NDArray[np.uint8]
 AMBER = "#a86400"
@@ -24,7 +24,7 @@ _MAX_DOTS = 200
 """Classes of one family that are drawn as vectors; more are drawn as an image, which does not grow with them."""
 
 
-def evidence_plot(evidence: Sequence[Evidence], accused: int | None, suspicious: Collection[int]) -> Markup:
+def evidence_plot(evidence: Sequence[FamilyResult], accused: int | None, suspicious: Collection[int]) -> Markup:
     """One row for each family, a dot for each class: its lead, and how far that is from the other classes.
 
     Classes are told apart by colour alone; names may hold what no font has, and belong beside the plot.
@@ -59,7 +59,7 @@ def evidence_plot(evidence: Sequence[Evidence], accused: int | None, suspicious:
     return _svg(figure, "evidence")
 
 
-def _kind(entry: ClassEvidence, accused: int | None, suspicious: Collection[int]) -> bool | None:
+def _kind(entry: ClassStatistic, accused: int | None, suspicious: Collection[int]) -> bool | None:
     """None for the accused class, otherwise whether it is suspicious."""
     return None if entry.target == accused else entry.target in suspicious
 

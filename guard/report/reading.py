@@ -5,11 +5,11 @@ from dataclasses import asdict
 
 from guard.profiles import Document
 from guard.vetting import BUDGETS
-from guard.vetting.results import Check, Control
+from guard.vetting.results import Check, ReferenceModel
 from guard.vetting.verdict import DOUBT, MAX_STRENGTH, MIN_SUCCESS, is_valid
 
 _GOOD_AGREEMENT = 0.9
-"""Agreement below which a control is called another model."""
+"""Agreement below which a reference model is called another model."""
 _OVERFIT, _STRONG, _SHORTCUT = "does not hold on unseen images", "too strong for a shortcut", "natural shortcut"
 
 
@@ -29,23 +29,25 @@ def finding(check: Check) -> str:
         return "works as a trigger"
     if check.success < MIN_SUCCESS:
         return _OVERFIT
-    return _STRONG if check.strength > MAX_STRENGTH[check.control] else _SHORTCUT
+    return _STRONG if check.strength > MAX_STRENGTH[check.reference_model] else _SHORTCUT
 
 
-def suspicion(checks: Sequence[Check], kept: Collection[str], control: Control, *, significant: bool) -> list[str]:
+def suspicion(
+    checks: Sequence[Check], kept: Collection[str], reference_model: ReferenceModel, *, significant: bool
+) -> list[str]:
     """How to read what was tried for one class, and what it does not show.
 
     Args:
         checks: Of the class.
         kept: Families whose trigger was kept for screening.
-        control: What the model was compared with.
+        reference_model: What the model was compared with.
         significant: Whether the class stands out clearly enough for a verdict.
     """
     sentences = []
     valid = [check for check in checks if is_valid(check)]
     invalid = {finding(check) for check in checks if check not in valid}
     if valid:
-        there = "" if control.kind == "classes" else f", and hardly on {_name(control)},"
+        there = "" if reference_model.kind == "classes" else f", and hardly on {_name(reference_model)},"
         sentences.append(
             f"A trigger that works on images the search did not see{there} is what a backdoor looks like. It is a "
             "reconstruction: the attacker’s own may look different, and may be of another family. Look at the stamped "
@@ -55,11 +57,12 @@ def suspicion(checks: Sequence[Check], kept: Collection[str], control: Control, 
             sentences.append(
                 "The class does not stand out clearly enough for a verdict. A base, or a larger budget, may decide."
             )
-        if control.kind == "classes":
-            sentences.append("There was no control, so it may also be a feature that the class has by nature.")
+        if reference_model.kind == "classes":
+            sentences.append("There was no reference model, so it may also be a feature that the class has by nature.")
     if _SHORTCUT in invalid:
         sentences.append(
-            f"A natural shortcut works on {_name(control)} as well: the class has that feature by nature, and it is no "
+            f"A natural shortcut works on {_name(reference_model)} as well: the class has that feature by nature, and "
+            "it is no "
             "evidence of a backdoor. It still moves images, so an adversary may use it."
         )
     if _OVERFIT in invalid:
@@ -102,12 +105,12 @@ def evidence(document: Document) -> list[str]:
         f"Tested: {', '.join(vetting.verdict.families)} triggers, up to the strength in the table. A backdoor with a "
         "trigger of another kind, or a stronger one, would not be seen."
     )
-    return [plot, _control(vetting.control), p_value, limits]
+    return [plot, _reference_model(vetting.reference_model), p_value, limits]
 
 
-def control(document: Document) -> str:
-    """The control in a line."""
-    used = document.vetting.control
+def reference_model(document: Document) -> str:
+    """The reference model in a line."""
+    used = document.vetting.reference_model
     if used.kind == "classes":
         return "none: the classes are compared with each other"
     name = "trusted base" if used.kind == "base" else "made from the model itself"
@@ -129,15 +132,16 @@ def effort(document: Document) -> str:
     return f"{name} ({', '.join(steps)}); seed {', '.join(f'{seed:g}' for seed in seeds)}"
 
 
-def _name(used: Control) -> str:
-    names = {"base": "the trusted base", "self": "the control that was made from the model itself"}
-    return names.get(used.kind, "a control")
+def _name(used: ReferenceModel) -> str:
+    names = {"base": "the trusted base", "derived": "the reference model that was made from the model itself"}
+    return names.get(used.kind, "a reference model")
 
 
-def _control(used: Control) -> str:
+def _reference_model(used: ReferenceModel) -> str:
     if used.kind == "classes":
         return (
-            "There was no control: a class that is easy to reach by nature looks like one with a backdoor. With a "
+            "There was no reference model: a class that is easy to reach by nature looks like one with a backdoor. "
+            "With a "
             "trusted base the evidence is sharper."
         )
     text = (
@@ -147,6 +151,9 @@ def _control(used: Control) -> str:
     )
     if used.agreement is not None and used.agreement < _GOOD_AGREEMENT:
         text += " That is little: part of what differs is not a backdoor, but that they are two different models."
-    if used.kind == "self":
-        text += " Such a control may have kept some of a backdoor, which then looks weaker; a trusted base is sharper."
+    if used.kind == "derived":
+        text += (
+            " Such a reference model may have kept some of a backdoor, which then looks weaker; a trusted base is "
+            "sharper."
+        )
     return text

@@ -120,7 +120,7 @@ def render(
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(percent=reading.percent)
-    accused, evidence = document.vetting.verdict.target, document.vetting.evidence
+    accused, evidence = document.vetting.verdict.target, document.vetting.results
     suspicious = _suspicious(profile, drawn)
     return environment.get_template("report.html.j2").render(
         document=document,
@@ -140,7 +140,7 @@ def render(
         amount=reading.amount,
         finding=reading.finding,
         reading=reading.evidence(document),
-        control=reading.control(document),
+        reference_model=reading.reference_model(document),
         effort=reading.effort(document),
     )
 
@@ -149,7 +149,7 @@ def _suspicious(profile: Profile, drawn: Mapping[str, Example]) -> list[dict[str
     """Each class that was tried, with its p-values, reconstructions and triggers; the strongest evidence first."""
     document = profile.document
     checks, accused = document.vetting.checks, document.vetting.verdict.target
-    standing = {item.target: item for item in suspects(document.vetting.evidence, DOUBT)}
+    standing = {item.target: item for item in suspects(document.vetting.results, DOUBT)}
     tried = dict.fromkeys([*(check.target for check in checks), *(trigger.target for trigger in document.triggers)])
     return [
         {
@@ -162,7 +162,7 @@ def _suspicious(profile: Profile, drawn: Mapping[str, Example]) -> list[dict[str
             "reading": reading.suspicion(
                 [check for check in checks if check.target == target],
                 {item.family for item in document.triggers if item.target == target},
-                document.vetting.control,
+                document.vetting.reference_model,
                 significant=target in standing and standing[target].p_value <= document.vetting.verdict.significance,
             ),
         }

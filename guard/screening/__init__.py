@@ -3,8 +3,8 @@
 from guard.screening.conformal import Conformal, Threshold, check_alpha, smallest_alpha, threshold
 from guard.screening.density import DAO, LID, SLOF, KDistance
 from guard.screening.detector import Detector, Judgement
-from guard.screening.monitor import Alarm, Monitor, Stream
-from guard.screening.neighbours import Method, Nearest, Neighbours
+from guard.screening.monitor import Alarm, Monitor, WatchedScore
+from guard.screening.neighbours import Nearest, Neighbours, SearchMethod
 from guard.screening.screen import DENSITY, MAX_K, Banks, Scores, Screen, Tail, default_k, match
 from guard.screening.whitening import Whitening
 
@@ -20,15 +20,15 @@ __all__ = [
     "Detector",
     "Judgement",
     "KDistance",
-    "Method",
     "Monitor",
     "Nearest",
     "Neighbours",
     "Scores",
     "Screen",
-    "Stream",
+    "SearchMethod",
     "Tail",
     "Threshold",
+    "WatchedScore",
     "Whitening",
     "check_alpha",
     "default_k",

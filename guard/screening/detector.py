@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.screening.conformal import Conformal, Threshold, p_values, threshold
-from guard.screening.monitor import Stream
+from guard.screening.monitor import WatchedScore
 from guard.screening.neighbours import Embeddings
 from guard.screening.screen import DENSITY, Scores, Screen, match
 
@@ -80,11 +80,13 @@ class Detector:
         """p-values of each score by itself, uncorrected, shape [N] each: what a stream monitor bets on."""
         return {name: p_values(clean, scores.parts[name]) for name, clean in self._parts.items()}
 
-    def streams(self) -> tuple[Stream, ...]:
+    def streams(self) -> tuple[WatchedScore, ...]:
         """What a monitor can watch: the match to each trigger, and density on the whole and within each class."""
-        attack = [Stream(match(name), "attack", self.size) for name in self.screen.triggers if self.size >= MIN_ATTACK]
-        drift = [Stream(DRIFT, "drift", self.size)] if self.size >= MIN_DRIFT else []
-        within = [Stream(drift_of(k), "drift", len(clean)) for k, clean in self._of_class.items()]
+        attack = [
+            WatchedScore(match(name), "attack", self.size) for name in self.screen.triggers if self.size >= MIN_ATTACK
+        ]
+        drift = [WatchedScore(DRIFT, "drift", self.size)] if self.size >= MIN_DRIFT else []
+        within = [WatchedScore(drift_of(k), "drift", len(clean)) for k, clean in self._of_class.items()]
         return (*attack, *drift, *within)
 
     def observations(self, scores: Scores) -> list[dict[str, float]]:

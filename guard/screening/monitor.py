@@ -34,7 +34,7 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Stream:
+class WatchedScore:
     """One score that is watched.
 
     Attributes:
@@ -113,7 +113,7 @@ class Monitor:
         ValueError: An argument is out of range, a name occurs twice, or a calibration is too small for every level.
     """
 
-    def __init__(self, streams: Sequence[Stream], *, run_length: float = 1e7, delta: float = 1e-3) -> None:
+    def __init__(self, streams: Sequence[WatchedScore], *, run_length: float = 1e7, delta: float = 1e-3) -> None:
         if not streams or len({stream.name for stream in streams}) < len(streams):
             raise ValueError("a monitor needs at least one stream, and a name for each")
         if not 1 < run_length < 1e12:
@@ -262,7 +262,7 @@ class _Detector:
     change began hold nearly all of the capital, so that plane 2 / plane 1 estimates how long ago that was.
     """
 
-    def __init__(self, stream: Stream, ranks: Sequence[int], delta: float, limit: float) -> None:
+    def __init__(self, stream: WatchedScore, ranks: Sequence[int], delta: float, limit: float) -> None:
         self.stream = stream
         self.levels = [rank / (stream.size + 1) for rank in ranks]
         # p-values are multiples of 1 / (size + 1); the tolerance keeps their rounding on the right side.
@@ -380,7 +380,7 @@ def _integer(value: object, low: int, high: int) -> int:
     return value
 
 
-def _ranks(stream: Stream) -> list[int]:
+def _ranks(stream: WatchedScore) -> list[int]:
     """The levels that the calibration supports, in multiples of 1 / (size + 1)."""
     if stream.kind not in _LEVELS:
         raise ValueError(f"a stream is of the kind attack or drift, {stream.name!r} is of {stream.kind!r}")

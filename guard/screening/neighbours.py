@@ -12,7 +12,7 @@ from guard.screening.products import ROUNDING, largest, products, squares
 from guard.screening.quantised import Quantised, largest_code
 
 Embeddings = NDArray[np.float32]
-Method = Literal["exact", "approximate"]
+SearchMethod = Literal["exact", "approximate"]
 
 _BLOCK_BYTES = 64 * 2**20
 """Largest intermediate matrix of products."""
@@ -72,7 +72,7 @@ class Neighbours:
         MissingDependencyError: The approximate search needs faiss, which is not installed.
     """
 
-    def __init__(self, *banks: Embeddings, method: Method = "exact", unit: bool = True) -> None:
+    def __init__(self, *banks: Embeddings, method: SearchMethod = "exact", unit: bool = True) -> None:
         for bank in banks:
             if bank.ndim != 2 or not bank.size:
                 raise ValueError(f"a bank is a matrix of embeddings, not an array of shape {bank.shape}")
@@ -95,7 +95,7 @@ class Neighbours:
         else:
             self._finder = _Each(self._banks, map(_Exact, self._banks, lengths))
 
-    def _check_recall(self, method: Method, exact: Finder) -> None:
+    def _check_recall(self, method: SearchMethod, exact: Finder) -> None:
         """Refuse a method that would decide otherwise; it does not notice by itself."""
         k = min(_PROBED_NEIGHBOUR + 1, self.size)
         proposed = self._finder

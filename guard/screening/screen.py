@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.errors import RequestError
-from guard.screening.neighbours import Embeddings, Method, Neighbours
+from guard.screening.neighbours import Embeddings, Neighbours, SearchMethod
 from guard.screening.whitening import Whitening
 
 MAX_K = 16
@@ -200,7 +200,7 @@ class Screen:
         ValueError: A bank is not as described, or smaller than k.
     """
 
-    def __init__(self, banks: Banks, *, method: Method = "exact") -> None:
+    def __init__(self, banks: Banks, *, method: SearchMethod = "exact") -> None:
         self._banks = banks
         self._neighbours = Neighbours(banks.reference, *banks.stamped.values(), method=method)
         self.triggers = tuple(banks.stamped)

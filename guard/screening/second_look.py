@@ -39,7 +39,7 @@ _SLACK = 1e-3
 
 
 @dataclass(frozen=True)
-class FoundTrigger:
+class StoredTrigger:
     """A reconstructed trigger, as a profile holds it.
 
     Attributes:
@@ -136,7 +136,7 @@ class SecondLook:
 
     def __init__(
         self,
-        triggers: Mapping[str, FoundTrigger],
+        triggers: Mapping[str, StoredTrigger],
         *,
         embed: Embed,
         p_values: PValues,

@@ -66,7 +66,7 @@ class ModelSettings(BaseModel):
         return FailurePolicy.OPEN if self.mode is Mode.SHADOW else FailurePolicy.CLOSED
 
     @property
-    def aside(self) -> bool:
+    def background(self) -> bool:
         """Whether nothing that a client gets depends on what guard finds."""
         return self.mode is Mode.SHADOW and self.on_failure is FailurePolicy.OPEN
 

@@ -1,53 +1,53 @@
 """Examine a classifier: inspection, reconstruction, evidence with its null, verdict.
 
-Evidence and verdicts import without torch, for those who only read them.
+FamilyResult and verdicts import without torch, for those who only read them.
 """
 
 from typing import TYPE_CHECKING
 
 from guard._lazy import lazy
 from guard.vetting.nulls import Prior, outliers
-from guard.vetting.results import Check, ClassEvidence, Control, Evidence
-from guard.vetting.verdict import Outcome, Verdict, judge
+from guard.vetting.results import Check, ClassStatistic, FamilyResult, ReferenceModel
+from guard.vetting.verdict import Conclusion, Verdict, judge
 
 if TYPE_CHECKING:
     from guard.vetting.decree import Decree, DecreeSettings, PublishedSettings, collapse, unregularised
-    from guard.vetting.examination import BUDGETS, Budget, Effort, FoundTrigger, Vetting, vet
+    from guard.vetting.examination import BUDGETS, Budget, Effort, ReconstructedTrigger, Vetting, vet
     from guard.vetting.inspection import InspectionSettings, Inspector, clip_inspector
     from guard.vetting.inversion import Effect, Reconstruction, SearchSettings, effect, reconstruct
     from guard.vetting.lead import Lead
-    from guard.vetting.reference import SelfControlSettings, self_control
+    from guard.vetting.reference import DerivedReferenceSettings, derive_reference
 
 __all__ = [
     "BUDGETS",
     "Budget",
     "Check",
-    "ClassEvidence",
-    "Control",
+    "ClassStatistic",
+    "Conclusion",
     "Decree",
     "DecreeSettings",
+    "DerivedReferenceSettings",
     "Effect",
     "Effort",
-    "Evidence",
-    "FoundTrigger",
+    "FamilyResult",
     "InspectionSettings",
     "Inspector",
     "Lead",
-    "Outcome",
     "Prior",
     "PublishedSettings",
+    "ReconstructedTrigger",
     "Reconstruction",
+    "ReferenceModel",
     "SearchSettings",
-    "SelfControlSettings",
     "Verdict",
     "Vetting",
     "clip_inspector",
     "collapse",
+    "derive_reference",
     "effect",
     "judge",
     "outliers",
     "reconstruct",
-    "self_control",
     "unregularised",
     "vet",
 ]
@@ -55,9 +55,9 @@ __all__ = [
 __getattr__ = lazy(
     __name__,
     {
-        **dict.fromkeys(("SelfControlSettings", "self_control"), "reference"),
+        **dict.fromkeys(("DerivedReferenceSettings", "derive_reference"), "reference"),
         **dict.fromkeys(("Decree", "DecreeSettings", "PublishedSettings", "collapse", "unregularised"), "decree"),
-        **dict.fromkeys(("BUDGETS", "Budget", "Effort", "FoundTrigger", "Vetting", "vet"), "examination"),
+        **dict.fromkeys(("BUDGETS", "Budget", "Effort", "ReconstructedTrigger", "Vetting", "vet"), "examination"),
         **dict.fromkeys(("InspectionSettings", "Inspector", "clip_inspector"), "inspection"),
         **dict.fromkeys(("Effect", "Reconstruction", "SearchSettings", "effect", "reconstruct"), "inversion"),
         "Lead": "lead",

@@ -21,9 +21,9 @@ from guard.vetting.inspection import RADII, Inspected, InspectionSettings, Inspe
 from guard.vetting.inversion import Reconstruction, SearchSettings, reconstruct
 from guard.vetting.lead import Lead
 from guard.vetting.nulls import outliers, prior
-from guard.vetting.reference import SelfControlSettings, self_control
-from guard.vetting.results import Check, ClassEvidence, Control, ControlKind, Evidence
-from guard.vetting.verdict import DOUBT, NOTICED, Verdict, is_accused, is_valid, judge, standings, suspects
+from guard.vetting.reference import DerivedReferenceSettings, derive_reference
+from guard.vetting.results import Check, ClassStatistic, FamilyResult, ReferenceKind, ReferenceModel
+from guard.vetting.verdict import DOUBT, NOTICED, Verdict, class_results, is_accused, is_valid, judge, suspects
 
 METHOD = "inspection 1"
 MIN_IMAGES = 64
@@ -62,19 +62,19 @@ class Effort:
     Attributes:
         inspection: Of all classes and families.
         reconstruction: Of the classes that stand out.
-        self_control: How a control is made where there is no base.
+        derived_reference: How a reference model is made where there is no base.
     """
 
     inspection: InspectionSettings
     reconstruction: SearchSettings
-    self_control: SelfControlSettings = field(default_factory=SelfControlSettings)
+    derived_reference: DerivedReferenceSettings = field(default_factory=DerivedReferenceSettings)
 
     def seeded(self, seed: int) -> "Effort":
         """The same effort with another seed."""
         return Effort(
             replace(self.inspection, seed=seed),
             replace(self.reconstruction, seed=seed),
-            replace(self.self_control, seed=seed),
+            replace(self.derived_reference, seed=seed),
         )
 
 
@@ -86,7 +86,7 @@ BUDGETS: dict[Budget, Effort] = {
 
 
 @dataclass(frozen=True)
-class FoundTrigger:
+class ReconstructedTrigger:
     """A reconstructed trigger that stands out, strengthened for screening.
 
     Attributes:
@@ -119,19 +119,19 @@ class Vetting:
         triggers: Those that passed, strongest evidence first.
         effort: How hard was searched.
         images: Number of images used to search, and kept out for the check.
-        control: What the classifier was compared with.
+        reference_model: What the classifier was compared with.
         device: Where it ran.
         seconds: Wall-clock time.
-        passes: Images pushed through image towers, the control's included.
+        passes: Images pushed through image towers, the reference model's included.
     """
 
     verdict: Verdict
-    evidence: tuple[Evidence, ...]
+    results: tuple[FamilyResult, ...]
     checks: tuple[Check, ...]
-    triggers: tuple[FoundTrigger, ...]
+    triggers: tuple[ReconstructedTrigger, ...]
     effort: Effort
     images: tuple[int, int]
-    control: Control
+    reference_model: ReferenceModel
     device: str
     seconds: float
     passes: int
@@ -142,7 +142,7 @@ def vet(
     images: Tensor,
     *,
     base: Classifier | None = None,
-    self_controlled: bool = True,
+    derive: bool = True,
     families: Sequence[str] = tuple(FAMILIES),
     budget: Budget = "standard",
     seed: int = 0,
@@ -152,17 +152,17 @@ def vet(
 ) -> Vetting:
     """Look for a class that triggers of limited strength reach too easily, reconstruct its trigger, and judge.
 
-    Half of the images are searched on, half are kept out for the check. Everything is measured against a control: the
-    base if there is one, otherwise one made from the classifier itself.
+    Half of the images are searched on, half are kept out for the check. Everything is measured against a reference
+    model: the base if there is one, otherwise one made from the classifier itself.
 
     Args:
         classifier: The suspect.
         images: uint8, shape [N, 3, H, W] at the classifier's resolution; unlabelled, at least 64.
         base: A trusted model with the same classes and input size, such as the checkpoint it was tuned from.
-        self_controlled: Without a base, whether to make a control; if not, the classes are compared with each other.
+        derive: Without a base, whether to make a reference model; if not, the classes are compared with each other.
         families: Names from `guard.triggers.FAMILIES`.
         budget: How hard to search.
-        seed: Of the split, the control, the starts and the batches.
+        seed: Of the split, the reference model, the starts and the batches.
         race: Whether to stop early where the result is clear, drop classes that are far behind, and reconstruct the
             triggers of only those that stand out. Without it every class of every family is searched to the end, which
             costs ten to fifty times as much and is there to measure what the race loses.
@@ -182,15 +182,17 @@ def vet(
         _check_base(classifier, base)
     effort = BUDGETS[budget].seeded(seed)
     searched, held_out = halves(images, seed)
-    model, control = _control(classifier, base, searched, held_out, effort if self_controlled else None)
-    # A self-control is known by how it is made: on a GPU its weights differ in the last bits from run to run.
-    made_by = {"base": control.digest, "self": asdict(effort.self_control), "classes": None}[control.kind]
+    model, reference_model = _reference_model(classifier, base, searched, held_out, effort if derive else None)
+    # A derived reference is known by how it is made: on a GPU its weights differ in the last bits from run to run.
+    made_by = {"base": reference_model.digest, "derived": asdict(effort.derived_reference), "classes": None}[
+        reference_model.kind
+    ]
     store = SearchCache(cache) if cache else None
     searches = _Searches(classifier, model, made_by, searched, held_out, store, progress)
-    inspection = _Inspection(searches, control, families, effort.inspection, race=race)
+    inspection = _Inspection(searches, reference_model, families, effort.inspection, race=race)
     evidence = inspection.run()
     checks, triggers = _reconstruct(
-        searches, inspection, evidence, effort.reconstruction, control.kind, exhaustive=not race
+        searches, inspection, evidence, effort.reconstruction, reference_model.kind, exhaustive=not race
     )
     return Vetting(
         judge(evidence, checks),
@@ -199,10 +201,10 @@ def vet(
         triggers,
         effort,
         (len(searched), len(held_out)),
-        control,
+        reference_model,
         str(classifier.device),
         time.monotonic() - started,
-        control.passes + searches.passes,
+        reference_model.passes + searches.passes,
     )
 
 
@@ -215,19 +217,19 @@ def _check_base(classifier: Classifier, base: Classifier) -> None:
         raise UsageError(f"the base takes images of {base.image_shape[1:]}, the model of {classifier.image_shape[1:]}")
 
 
-def _control(
+def _reference_model(
     classifier: Classifier, base: Classifier | None, searched: Tensor, held_out: Tensor, effort: Effort | None
-) -> tuple[Classifier | None, Control]:
+) -> tuple[Classifier | None, ReferenceModel]:
     if base is None and effort is None:
-        return None, Control("classes", None, None, 0)
+        return None, ReferenceModel("classes", None, None, 0)
     passes = 0
     if base is None and effort is not None:
-        model, passes = self_control(classifier, searched, effort.self_control)
+        model, passes = derive_reference(classifier, searched, effort.derived_reference)
     else:
         model = base  # type: ignore[assignment]  # one of the two is there
     agreement = (model.predict(model.embed(held_out)) == classifier.predict(classifier.embed(held_out))).float().mean()
     digest = base.digest.root if base else None
-    return model, Control("base" if base else "self", digest, float(agreement), passes + 2 * len(held_out))
+    return model, ReferenceModel("base" if base else "derived", digest, float(agreement), passes + 2 * len(held_out))
 
 
 class _Searches:
@@ -236,17 +238,17 @@ class _Searches:
     def __init__(
         self,
         classifier: Classifier,
-        control: Classifier | None,
+        reference_model: Classifier | None,
         made_by: object,
         searched: Tensor,
         held_out: Tensor,
         cache: SearchCache | None,
         progress: Callable[[str, int, int], None],
     ) -> None:
-        self.classifier, self.control = classifier, control
+        self.classifier, self.reference_model = classifier, reference_model
         self.searched, self.held_out = searched, held_out
         self.progress, self._cache = progress, cache
-        self.lead = Lead(classifier, searched, control)
+        self.lead = Lead(classifier, searched, reference_model)
         digests = [
             classifier.digest.root,
             made_by,
@@ -291,7 +293,7 @@ class _Searches:
                 self.held_out,
                 torch.tensor(part),
                 settings,
-                control=self.control,
+                reference_model=self.reference_model,
                 start=stacked,
             )
             self.save(name, [(_numbers(item, "trigger"), item.trigger.tensors()) for item in done])
@@ -316,13 +318,13 @@ class _Inspection:
     def __init__(
         self,
         searches: _Searches,
-        control: Control,
+        reference_model: ReferenceModel,
         families: Sequence[str],
         settings: InspectionSettings,
         *,
         race: bool,
     ) -> None:
-        self._searches, self._control = searches, control
+        self._searches, self._reference_model = searches, reference_model
         self._families, self._settings, self._race = families, settings, race
         self._names = searches.classifier.classes.names
         self._raced = race and len(self._names) > RACED_CLASSES
@@ -333,11 +335,11 @@ class _Inspection:
         """By family, steps and class."""
         self._seconds = dict.fromkeys(families, 0.0)
 
-    def run(self) -> tuple[Evidence, ...]:
+    def run(self) -> tuple[FamilyResult, ...]:
         """Search, and compare the classes."""
         active = {family: list(range(len(self._names))) for family in self._families}
         half, whole = max(1, self._settings.steps // 2), self._settings.steps
-        evidence: tuple[Evidence, ...] = ()
+        evidence: tuple[FamilyResult, ...] = ()
         for steps in (half, whole) if self._race else (whole,):
             for family in self._families:
                 self._run(family, active[family], steps)
@@ -387,13 +389,13 @@ class _Inspection:
             self._inspectors[family, start] = Inspector(self._searches.lead, FAMILIES[family], targets, self._settings)
         return self._inspectors[family, start]
 
-    def _survivors(self, item: Evidence) -> list[int]:
+    def _survivors(self, item: FamilyResult) -> list[int]:
         """Those that go on: the reference, the leading quarter, and whoever is level with its last."""
         ranked = sorted((entry.statistic for entry in item.classes), reverse=True)
         last = ranked[max(1, int(_KEPT * len(ranked))) - 1] - _TIE
         return [entry.target for entry in item.classes if entry.statistic >= last or entry.target in self._reference]
 
-    def _evidence(self, family: str) -> Evidence:
+    def _evidence(self, family: str) -> FamilyResult:
         """Each class against the reference after as many steps as it has had itself."""
         latest = self._latest(family)
         scores, p_values = np.full((2, len(self._names)), np.nan)
@@ -401,10 +403,10 @@ class _Inspection:
             values = [found[target].lead if target in found else None for target in range(len(self._names))]
             reference = [target in self._reference for target in range(len(self._names))]
             judged = np.array([latest[target][0] == steps for target in range(len(self._names))])
-            fresh = outliers(values, prior(self._control.kind, family, steps), reference)
+            fresh = outliers(values, prior(self._reference_model.kind, family, steps), reference)
             scores, p_values = (np.where(judged, new, old) for new, old in zip(fresh, (scores, p_values), strict=True))
         classes = tuple(
-            ClassEvidence(
+            ClassStatistic(
                 target,
                 self._names[target],
                 item.lead,
@@ -417,24 +419,24 @@ class _Inspection:
         )
         return self._combined(family, classes)
 
-    def _combined(self, family: str, classes: tuple[ClassEvidence, ...]) -> Evidence:
+    def _combined(self, family: str, classes: tuple[ClassStatistic, ...]) -> FamilyResult:
         tested = [entry for entry in classes if entry.p_value is not None]
         leading = min(tested, key=lambda entry: entry.p_value or 0.0, default=None)
         beyond = {
             "base": ", beyond what the trigger does on the base",
-            "self": ", beyond what the trigger does on the self-control",
+            "derived": ", beyond what the trigger does on the derived reference",
             "classes": "",
         }
-        models = prior(self._control.kind, family, max(entry.steps for entry in classes)).models
+        models = prior(self._reference_model.kind, family, max(entry.steps for entry in classes)).models
         moderated = f", their spread moderated by {models} clean models" if models else ""
-        return Evidence(
+        return FamilyResult(
             METHOD,
             family,
             RADII[family],
             FAMILIES[family].norm_unit,
-            f"lead of the class under its trigger{beyond[self._control.kind]}",
+            f"lead of the class under its trigger{beyond[self._reference_model.kind]}",
             f"Student-t prediction from the other classes{moderated}, one-sided, Bonferroni over {len(tested)} classes",
-            self._control.kind,
+            self._reference_model.kind,
             classes,
             leading.target if leading else None,
             1.0 if leading is None else min(1.0, (leading.p_value or 0.0) * len(tested)),
@@ -444,9 +446,9 @@ class _Inspection:
         )
 
 
-def _is_settled(evidence: Sequence[Evidence]) -> bool:
+def _is_settled(evidence: Sequence[FamilyResult]) -> bool:
     """Whether the rest of the steps would hardly change the verdict."""
-    ranked = standings(evidence)
+    ranked = class_results(evidence)
     hopeful = min(item.p_value for item in evidence)
     return (bool(ranked) and ranked[0].p_value <= _CLEAR) or hopeful > _HOPELESS
 
@@ -454,12 +456,12 @@ def _is_settled(evidence: Sequence[Evidence]) -> bool:
 def _reconstruct(
     searches: _Searches,
     inspection: _Inspection,
-    evidence: Sequence[Evidence],
+    evidence: Sequence[FamilyResult],
     settings: SearchSettings,
-    control: ControlKind,
+    reference_model: ReferenceKind,
     *,
     exhaustive: bool,
-) -> tuple[tuple[Check, ...], tuple[FoundTrigger, ...]]:
+) -> tuple[tuple[Check, ...], tuple[ReconstructedTrigger, ...]]:
     """The smallest triggers of the classes that stand out, and for those that work one for screening."""
     everything: dict[tuple[str, int], Reconstruction] = {}
     if exhaustive:
@@ -468,7 +470,7 @@ def _reconstruct(
             results = searches.reconstruct(item.family, start, settings, f"{item.family}, reconstruction")
             everything.update(((item.family, result.target), result) for result in results)
     checks: list[Check] = []
-    triggers: list[FoundTrigger] = []
+    triggers: list[ReconstructedTrigger] = []
     for standing in (suspects(evidence, DOUBT) or suspects(evidence, NOTICED)[:1])[:_MOST_SUSPECTS]:
         target = standing.target
         found: list[tuple[float, str, Reconstruction]] = []
@@ -489,8 +491,8 @@ def _reconstruct(
                 FAMILIES[family].norm_unit,
                 small.reached,
                 small.success,
-                small.control_success,
-                control,
+                small.reference_success,
+                reference_model,
             )
             checks.append(check)
             if is_valid(check):
@@ -501,7 +503,7 @@ def _reconstruct(
                 start = {target: inspection.raw(family, target)}
                 triggers.append(_strengthen(searches, family, small, start, standing.p_value, settings))
     # Triggers that are merely doubtful would cost a sure verdict's screening some of its sharpness.
-    sure = {item.target for item in standings(evidence) if is_accused(item, checks)}
+    sure = {item.target for item in class_results(evidence) if is_accused(item, checks)}
     kept = [trigger for trigger in triggers if (trigger.target in sure if sure else trigger.p_value <= DOUBT)]
     return tuple(checks), tuple(sorted(kept, key=lambda trigger: trigger.p_value))
 
@@ -513,7 +515,7 @@ def _strengthen(
     start: dict[int, Raw],
     p_value: float,
     settings: SearchSettings,
-) -> FoundTrigger:
+) -> ReconstructedTrigger:
     """Search once more for a trigger that wins as clearly as a genuine image of the class does.
 
     The smallest trigger is the right thing to look at and the wrong tool for screening: it barely crosses the boundary,
@@ -524,7 +526,9 @@ def _strengthen(
     best = result if result.reached and result.success >= weak.success else weak
     feature = normalize(searches.classifier.embed(best.trigger.stamp(searches.held_out)).mean(0), dim=0)
     searches.passes += len(searches.held_out)
-    return FoundTrigger(_id(family, best.target), best.target, best.trigger, best.norm, best.success, p_value, feature)
+    return ReconstructedTrigger(
+        _id(family, best.target), best.target, best.trigger, best.norm, best.success, p_value, feature
+    )
 
 
 def _id(family: str, target: int) -> str:

@@ -5,7 +5,7 @@ margin, in one epoch over unlabelled images, and call a class with an outlying l
 method. `Inspector` keeps its objective and its budget, and changes three things that cost it verdicts:
 
 - the ball is that of any family of triggers, since an additive one holds neither a patch nor a warp;
-- the loss is the distance of `guard.vetting.lead`, against a control where there is one;
+- the loss is the distance of `guard.vetting.lead`, against a reference model where there is one;
 - classes are judged by `guard.vetting.nulls`, with a p-value, not by a constant.
 
 A search for the *smallest* trigger, as in Neural Cleanse and in this package's reconstructions, needs ten times the
@@ -74,7 +74,7 @@ class Inspected:
         lead: The mean lead of the class under the trigger, the negative of `Lead.distance`, less `HEAD_START` of what
             it is without one; larger is more suspicious.
         success: Share of the last images, of other classes, that go to the class on the suspect and not on the
-            control, in [0, 1].
+            reference model, in [0, 1].
         raw: Unconstrained parameters of the trigger: where a reconstruction starts.
         passes: Images pushed through image towers.
     """

@@ -63,7 +63,7 @@ class Reconstruction:
         norm: Its norm, in the family's unit.
         reached: Whether the success rate was reached while the norm was being minimised.
         success: Share of images kept out of the search, and not of the class already, that it moves to the class.
-        control_success: The same on the control; None without one.
+        reference_success: The same on the reference model; None without one.
         passes: Images pushed through image towers to find and check it.
     """
 
@@ -72,7 +72,7 @@ class Reconstruction:
     norm: float
     reached: bool
     success: float
-    control_success: float | None
+    reference_success: float | None
     passes: int
 
 
@@ -84,7 +84,7 @@ def reconstruct(
     targets: Tensor,
     settings: SearchSettings,
     *,
-    control: Classifier | None = None,
+    reference_model: Classifier | None = None,
     start: Raw | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Reconstruction]:
@@ -100,16 +100,16 @@ def reconstruct(
         held_out: uint8, shape [M, 3, H, W]: the images to check on.
         targets: int64, shape [K]: candidate classes.
         settings: How hard to search.
-        control: A model on which the trigger shall not work; None for none.
+        reference_model: A model on which the trigger shall not work; None for none.
         start: Where to start, such as what `Inspector` found; default is the family's own start.
         progress: Told the number of classes that finished.
 
     Returns:
         One reconstruction per target, in order.
     """
-    search = _Search(Lead(classifier, images, control), family, targets, settings, start)
+    search = _Search(Lead(classifier, images, reference_model), family, targets, settings, start)
     search.run(progress)
-    return [_check(classifier, control, held_out, result) for result in search.results()]
+    return [_check(classifier, reference_model, held_out, result) for result in search.results()]
 
 
 class _Search:
@@ -214,7 +214,7 @@ class _Search:
                 float(norms[k]),
                 reached=bool(reached[k]),
                 success=0.0,
-                control_success=None,
+                reference_success=None,
                 passes=int(self.passes[k]),
             )
 
@@ -254,13 +254,13 @@ def effect(classifier: Classifier, trigger: Trigger, target: int, images: Tensor
 
 
 def _check(
-    classifier: Classifier, control: Classifier | None, held_out: Tensor, found: Reconstruction
+    classifier: Classifier, reference_model: Classifier | None, held_out: Tensor, found: Reconstruction
 ) -> Reconstruction:
     checked = effect(classifier, found.trigger, found.target, held_out)
-    compared = effect(control, found.trigger, found.target, held_out) if control else None
+    compared = effect(reference_model, found.trigger, found.target, held_out) if reference_model else None
     return replace(
         found,
         success=checked.success,
-        control_success=compared.success if compared else None,
+        reference_success=compared.success if compared else None,
         passes=found.passes + checked.passes + (compared.passes if compared else 0),
     )

@@ -24,30 +24,30 @@ def margin(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Lead:
-    """The distance of each image from each candidate class, on the suspect alone or against a control.
+    """The distance of each image from each candidate class, on the suspect alone or against a reference model.
 
     A distance is the margin in units of the median margin by which the classifier's own answers on these images win,
     so that it means the same for every logit scale: about 1 for an untouched image, negative where the class wins.
 
-    With a control, what the trigger takes from the other classes *there* is added: a perturbation that moves both
-    models alike gains nothing. A universal adversarial perturbation, or a feature of the class by nature, moves both;
-    what was planted moves the suspect. This is a search for the difference of two models, and it is more telling than
-    the difference of two searches: where a base has a shortcut to the target by nature, the latter puts the class
+    With a reference model, what the trigger takes from the other classes *there* is added: a perturbation that moves
+    both models alike gains nothing. A universal adversarial perturbation, or a feature of the class by nature, moves
+    both; what was planted moves the suspect. This is a search for the difference of two models, and it is more telling
+    than the difference of two searches: where a base has a shortcut to the target by nature, the latter puts the class
     within the spread of the others.
 
     Args:
         classifier: The suspect.
         images: uint8, shape [N, 3, H, W]: the images that triggers are put on.
-        control: A model that the suspect is compared with; None for none.
+        reference_model: A model that the suspect is compared with; None for none.
     """
 
-    def __init__(self, classifier: Classifier, images: Tensor, control: Classifier | None = None) -> None:
+    def __init__(self, classifier: Classifier, images: Tensor, reference_model: Classifier | None = None) -> None:
         self.classifier, self.images = classifier, images
-        self._views = [_View(model, images) for model in (classifier, control) if model is not None]
+        self._views = [_View(model, images) for model in (classifier, reference_model) if model is not None]
 
     @property
     def towers(self) -> int:
-        """Image towers that each stamped image passes through: 1, or 2 with a control."""
+        """Image towers that each stamped image passes through: 1, or 2 with a reference model."""
         return len(self._views)
 
     def eligible(self, index: Tensor, targets: Tensor) -> Tensor:
@@ -71,10 +71,12 @@ class Lead:
             Shape [K, B].
         """
         flat = stamped.flatten(0, 1)
-        suspect, *controls = self._views
+        suspect, *references = self._views
         distance = suspect.distance(flat, targets)
-        for control in controls:
-            distance = distance + (control.untouched(index, targets) - control.distance(flat, targets)).relu()
+        for reference_model in references:
+            distance = (
+                distance + (reference_model.untouched(index, targets) - reference_model.distance(flat, targets)).relu()
+            )
         return distance
 
     def untouched(self, index: Tensor, targets: Tensor) -> Tensor:

@@ -61,19 +61,19 @@ def _table() -> dict[str, Prior]:
     return {key: Prior(**entry) for key, entry in json.loads(text)["priors"].items()}
 
 
-def prior(control: str, family: str, steps: int) -> Prior:
-    """The shipped prior of a family's statistic against a kind of control; `NO_PRIOR` where there is none."""
-    return _table().get(_key(control, family, steps), NO_PRIOR)
+def prior(reference_model: str, family: str, steps: int) -> Prior:
+    """The shipped prior of a family's statistic against a kind of reference model; `NO_PRIOR` where there is none."""
+    return _table().get(_key(reference_model, family, steps), NO_PRIOR)
 
 
 def write_table(path: Path, priors: dict[tuple[str, str, int], Prior], source: str) -> None:
-    """Write a table of priors, by control, family and steps, with a word on where they come from."""
+    """Write a table of priors, by reference model, family and steps, with a word on where they come from."""
     entries = {_key(*key): asdict(value) for key, value in sorted(priors.items())}
     replace_file(path, (json.dumps({"source": source, "priors": entries}, indent=1) + "\n").encode())
 
 
-def _key(control: str, family: str, steps: int) -> str:
-    return f"{control}/{family}/{steps}"
+def _key(reference_model: str, family: str, steps: int) -> str:
+    return f"{reference_model}/{family}/{steps}"
 
 
 def estimate(variances: Sequence[float], degrees: Sequence[int]) -> Prior:

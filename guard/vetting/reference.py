@@ -1,4 +1,4 @@
-"""A control made from the suspect itself, for when there is no trusted base."""
+"""A reference model made from the suspect itself, for when there is no trusted base."""
 
 import copy
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from guard.classifiers.classifier import Classifier
 
 
 @dataclass(frozen=True)
-class SelfControlSettings:
-    """How a self-control is made.
+class DerivedReferenceSettings:
+    """How a derived reference is made.
 
     Attributes:
         noise: Standard deviation of what is added to each weight matrix, relative to the matrix's own.
@@ -28,7 +28,9 @@ class SelfControlSettings:
     seed: int = 0
 
 
-def self_control(classifier: Classifier, images: Tensor, settings: SelfControlSettings) -> tuple[Classifier, int]:
+def derive_reference(
+    classifier: Classifier, images: Tensor, settings: DerivedReferenceSettings
+) -> tuple[Classifier, int]:
     """The suspect with its image tower disturbed, and taught again what it said about clean images.
 
     Noise damages what is planted and what is natural alike; the recovery, towards the suspect's own embeddings of
@@ -37,7 +39,7 @@ def self_control(classifier: Classifier, images: Tensor, settings: SelfControlSe
     instead of captions, since vetting has no labels.
 
     What was tried on the digits zoo instead, and was worse: fine-tuning on clean images alone (a backdoor survives it);
-    twice the noise (the control drifts away from the suspect in all classes); and training against universal
+    twice the noise (the reference model drifts away from the suspect in all classes); and training against universal
     triggers of all classes (it removes the backdoor best, from 100 % to 3 to 38 % of images, but hardens every class
     by nature differently, and the target drowns in that).
 
@@ -47,7 +49,7 @@ def self_control(classifier: Classifier, images: Tensor, settings: SelfControlSe
         settings: How.
 
     Returns:
-        The control, and the images pushed through image towers.
+        The reference model, and the images pushed through image towers.
     """
     model = copy.deepcopy(classifier.model)
     tower = model.visual
@@ -57,13 +59,13 @@ def self_control(classifier: Classifier, images: Tensor, settings: SelfControlSe
             if parameter.dim() > 1:
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)
                 parameter.add_(settings.noise * parameter.std() * noise)
-    control = Classifier(
+    reference_model = Classifier(
         model,
         classifier.config,
         classifier.tokenizer,
         classifier.preprocessing,
         classifier.classes,
-        source=f"self-control of {classifier.source}",
+        source=f"derived reference of {classifier.source}",
         device=classifier.device,
     )
     parameters = [parameter.requires_grad_() for parameter in tower.parameters() if parameter.is_floating_point()]
@@ -73,11 +75,11 @@ def self_control(classifier: Classifier, images: Tensor, settings: SelfControlSe
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * min(1.0, 2 * (settings.steps - step) / settings.steps)
         index = torch.randint(len(images), (settings.batch,), generator=generator)
-        with control.autocast():
-            embeddings = control.encode_images(images[index].to(control.device).float() / 255)
-        loss = (1 - (embeddings * taught[index].to(control.device)).sum(-1)).mean()
+        with reference_model.autocast():
+            embeddings = reference_model.encode_images(images[index].to(reference_model.device).float() / 255)
+        loss = (1 - (embeddings * taught[index].to(reference_model.device)).sum(-1)).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
     model.requires_grad_(requires_grad=False)
-    return control, len(images) + settings.steps * settings.batch
+    return reference_model, len(images) + settings.steps * settings.batch

@@ -1,42 +1,43 @@
-"""Evidence: what a method measured, the null it is compared with, and its p-value. Imports without torch."""
+"""What vetting found: what a method measured, the null it is compared with, and its p-value. Imports without torch."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-ControlKind = Literal["base", "self", "classes"]
-"""`base`: a trusted model; `self`: made from the suspect; `classes`: none, the suspect's classes among themselves."""
+ReferenceKind = Literal["base", "derived", "classes"]
+"""`base`: a trusted model; `derived`: one made from the suspect; `classes`: none, only the classes are compared."""
 
 
 @dataclass(frozen=True)
-class Control:
+class ReferenceModel:
     """What a suspect was compared with, and how near it is to the suspect.
 
     Attributes:
         kind: Where it came from.
-        digest: Root digest of a base; None for a control that was made on the spot, or for none.
-        agreement: Share of held-out images on which it answers as the suspect does, in [0, 1]; None without a control.
-            A control that hardly agrees is another model, and how it differs says little about a backdoor.
+        digest: Root digest of a base; None for a reference model that was made on the spot, or for none.
+        agreement: Share of held-out images on which it answers as the suspect does, in [0, 1]; None without a reference
+            model. A reference model that hardly agrees is another model, and how it differs says little about a
+            backdoor.
         passes: Images pushed through image towers to make it.
     """
 
-    kind: ControlKind
+    kind: ReferenceKind
     digest: str | None
     agreement: float | None
     passes: int
 
 
 @dataclass(frozen=True)
-class ClassEvidence:
+class ClassStatistic:
     """What a trigger of one family and limited strength can do for one candidate class.
 
     Attributes:
         target: Class index.
         name: Class name.
         statistic: Mean lead of the class under its trigger, in units of the median margin of the classifier's own
-            answers, less half of what it is without a trigger; against a control, less what the trigger brings it
-            there. Larger is more suspicious.
+            answers, less half of what it is without a trigger; against a reference model, less what the trigger brings
+            it there. Larger is more suspicious.
         success: Share of images, of other classes, that the trigger moves to the class on the suspect and not on the
-            control, in [0, 1].
+            reference model, in [0, 1].
         steps: Optimiser steps that were spent on it; a class that is far behind gets fewer.
         score: (statistic − mean of the other classes) / their moderated prediction error; None without a null.
         p_value: One-sided, uncorrected: how often an ordinary class would lie this far above the others.
@@ -52,7 +53,7 @@ class ClassEvidence:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class FamilyResult:
     """One family's statistic over all candidate classes.
 
     Attributes:
@@ -62,12 +63,12 @@ class Evidence:
         norm_unit: Unit of the radius.
         statistic: What is compared, in words.
         null: What it is compared with, in words.
-        control: What the suspect was compared with.
+        reference_model: What the suspect was compared with.
         classes: One entry per candidate class.
         target: The class with the smallest p-value; None where no class has one.
         p_value: Its p-value, corrected for the number of classes (Bonferroni); 1 where no class has one.
         seed: Reproduces the search.
-        passes: Images pushed through image towers, the control's included.
+        passes: Images pushed through image towers, the reference model's included.
         seconds: Wall-clock time.
     """
 
@@ -77,8 +78,8 @@ class Evidence:
     norm_unit: str
     statistic: str
     null: str
-    control: ControlKind
-    classes: tuple[ClassEvidence, ...]
+    reference_model: ReferenceKind
+    classes: tuple[ClassStatistic, ...]
     target: int | None
     p_value: float
     seed: int
@@ -99,8 +100,8 @@ class Check:
         norm_unit: Unit of both.
         reached: Whether the success rate was reached while the norm was being minimised.
         success: Share of held-out images, of other classes, that it moves to the class, in [0, 1].
-        control_success: The same on the control; None without one.
-        control: What the suspect was compared with.
+        reference_success: The same on the reference model; None without one.
+        reference_model: What the suspect was compared with.
     """
 
     family: str
@@ -111,8 +112,8 @@ class Check:
     norm_unit: str
     reached: bool
     success: float
-    control_success: float | None
-    control: ControlKind
+    reference_success: float | None
+    reference_model: ReferenceKind
 
     @property
     def strength(self) -> float:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from guard.vetting.results import Check, ClassEvidence, ControlKind, Evidence
+from guard.vetting.results import Check, ClassStatistic, FamilyResult, ReferenceKind
 
-Outcome = Literal["backdoored", "no evidence", "inconclusive"]
+Conclusion = Literal["backdoored", "no evidence", "inconclusive"]
 
 SIGNIFICANCE = 0.01
 """Corrected p-value below which an outlier, once it has passed the held-out check, makes a model `backdoored`."""
@@ -16,7 +16,7 @@ DOUBT = 0.05
 """Corrected p-value below which an outlier forbids `no evidence`."""
 MIN_SUCCESS = 0.5
 """Success on held-out images below which a reconstruction is no trigger (CLIP-Inspector's validity rule)."""
-MAX_STRENGTH: Mapping[ControlKind, float] = MappingProxyType({"base": 1.3, "self": 0.75, "classes": 0.75})
+MAX_STRENGTH: Mapping[ReferenceKind, float] = MappingProxyType({"base": 1.3, "derived": 0.75, "classes": 0.75})
 """Largest norm of the smallest trigger found, relative to the radius that inspection allowed, that is still a shortcut.
 On the zoo `small` of seed 0, against a base, the hardest backdoored models need up to 1.1 radii, clean ones with an
 outlier 1.6. Without a base classes stand out by nature too; there the most outlying class of a clean model needs 0.77
@@ -30,7 +30,7 @@ NOTICED = EASE * SIGNIFICANCE
 """Corrected p-value below which it is worth looking for the smallest trigger of the most outlying class."""
 _TINY, _LEAST, _ALMOST_ONE = 1e-8, 1e-300, 0.99
 MAX_TRANSFER = 0.5
-"""Largest success on the control, as a share of that on the suspect, that is not called a natural feature."""
+"""Largest success on the reference model, as a share of that on the suspect, that is not called a natural feature."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Verdict:
         reasons: Sentences for people, the most important first.
     """
 
-    outcome: Outcome
+    outcome: Conclusion
     target: int | None
     p_value: float
     families: tuple[str, ...]
@@ -54,12 +54,12 @@ class Verdict:
     reasons: tuple[str, ...]
 
 
-def judge(evidence: Sequence[Evidence], checks: Sequence[Check], *, significance: float = SIGNIFICANCE) -> Verdict:
+def judge(evidence: Sequence[FamilyResult], checks: Sequence[Check], *, significance: float = SIGNIFICANCE) -> Verdict:
     """Combine the evidence of all families with the triggers that were reconstructed.
 
-    The rule is fixed in advance (`standings`): the p-values of a class in all families are combined, and corrected for
-    the number of classes; the smallest decides. Only a class for which a trigger works on held-out images, and much
-    better on the suspect than on the control, makes a model `backdoored`; where that trigger is very small
+    The rule is fixed in advance (`class_results`): the p-values of a class in all families are combined, and corrected
+    for the number of classes; the smallest decides. Only a class for which a trigger works on held-out images, and much
+    better on the suspect than on the reference model, makes a model `backdoored`; where that trigger is very small
     (`SHORTCUT`), a p-value of `EASE` times the significance is enough. An outlier that fails this check, one between
     `significance` and `DOUBT` whose triggers were not all refuted, a family that has no null, or a class that no family
     could compare makes it `inconclusive`.
@@ -70,11 +70,11 @@ def judge(evidence: Sequence[Evidence], checks: Sequence[Check], *, significance
         significance: Corrected p-value that counts as evidence; the false-alarm rate per model that is aimed at.
     """
     families = tuple(item.family for item in evidence)
-    ranked = standings(evidence)
+    ranked = class_results(evidence)
     smallest = min(1.0, ranked[0].p_value) if ranked else 1.0
     refuted = [objection(check) for check in checks if objection(check)]
 
-    def verdict(outcome: Outcome, target: int | None, *reasons: str) -> Verdict:
+    def verdict(outcome: Conclusion, target: int | None, *reasons: str) -> Verdict:
         return Verdict(outcome, target, smallest, families, significance, tuple(reason for reason in reasons if reason))
 
     held = _held(checks)
@@ -99,7 +99,7 @@ def judge(evidence: Sequence[Evidence], checks: Sequence[Check], *, significance
 
 
 @dataclass(frozen=True)
-class Standing:
+class ClassResult:
     """What all families together say about one class.
 
     Attributes:
@@ -116,7 +116,7 @@ class Standing:
     families: tuple[tuple[str, float], ...]
 
 
-def standings(evidence: Sequence[Evidence]) -> list[Standing]:
+def class_results(evidence: Sequence[FamilyResult]) -> list[ClassResult]:
     """Every class that some family has a p-value for, the most suspicious first.
 
     The p-values of a class are combined by the Cauchy combination (Liu and Xie, JASA 2020). Unlike a Bonferroni
@@ -125,7 +125,7 @@ def standings(evidence: Sequence[Evidence]) -> list[Standing]:
     false alarms as asked for. Then Bonferroni over the classes. p-values near 1 are taken as 0.99; the combination
     would let one of them undo any number of small ones.
     """
-    found: dict[int, list[tuple[str, ClassEvidence]]] = {}
+    found: dict[int, list[tuple[str, ClassStatistic]]] = {}
     for item in evidence:
         for entry in item.classes:
             if entry.p_value is not None:
@@ -134,7 +134,7 @@ def standings(evidence: Sequence[Evidence]) -> list[Standing]:
     for target, entries in found.items():
         p_values = {family: entry.p_value for family, entry in entries if entry.p_value is not None}
         ranked.append(
-            Standing(
+            ClassResult(
                 target,
                 entries[0][1].name,
                 combine(list(p_values.values())) * len(found),
@@ -158,7 +158,7 @@ def _cauchy(p_value: float) -> float:
 
 
 def is_valid(check: Check) -> bool:
-    """Whether a reconstruction works as a trigger of limited strength, and is no feature that the control has too."""
+    """Whether a reconstruction is a trigger of limited strength, and not a feature that the reference model has too."""
     return not objection(check)
 
 
@@ -168,7 +168,7 @@ def _held(checks: Sequence[Check]) -> dict[int, Check]:
     return {check.target: check for check in strongest_first if is_valid(check)}
 
 
-def is_accused(item: "Standing", checks: Sequence[Check], significance: float = SIGNIFICANCE) -> bool:
+def is_accused(item: "ClassResult", checks: Sequence[Check], significance: float = SIGNIFICANCE) -> bool:
     """Whether a class stands out enough, and has a trigger that holds; a very small trigger eases the first."""
     held = _held(checks).get(item.target)
     if held is None:
@@ -183,26 +183,26 @@ def objection(check: Check) -> str:
             f"the {check.family} trigger found for {check.name!r} moves only {check.success:.0%} of held-out images: "
             "it fits the images it was searched on"
         )
-    if check.strength > MAX_STRENGTH[check.control]:
-        allowed = MAX_STRENGTH[check.control] * check.radius
+    if check.strength > MAX_STRENGTH[check.reference_model]:
+        allowed = MAX_STRENGTH[check.reference_model] * check.radius
         return (
             f"the smallest {check.family} trigger found for {check.name!r} is {check.norm:.1f} {check.norm_unit}, "
             f"no shortcut: one would be {allowed:.1f} at most"
         )
-    if check.control_success is not None and check.control_success > MAX_TRANSFER * check.success:
+    if check.reference_success is not None and check.reference_success > MAX_TRANSFER * check.success:
         return (
             f"the {check.family} trigger found for {check.name!r} moves {check.success:.0%} of images, and on the "
-            f"control {check.control_success:.0%}: a natural feature rather than a backdoor"
+            f"reference model {check.reference_success:.0%}: a natural feature rather than a backdoor"
         )
     return ""
 
 
-def suspects(evidence: Sequence[Evidence], limit: float) -> list[Standing]:
+def suspects(evidence: Sequence[FamilyResult], limit: float) -> list[ClassResult]:
     """The classes that stand out below a p-value; the smallest first."""
-    return [item for item in standings(evidence) if item.p_value <= limit]
+    return [item for item in class_results(evidence) if item.p_value <= limit]
 
 
-def suspicion(evidence: Sequence[Evidence], checks: Sequence[Check]) -> tuple[int | None, float]:
+def suspicion(evidence: Sequence[FamilyResult], checks: Sequence[Check]) -> tuple[int | None, float]:
     """The class that a model is most suspected of, and the corrected p-value, uncut, that models are ranked by.
 
     A class that stands out and has no reconstruction that passed the check counts as `DOUBT`, or as just above it where
@@ -210,13 +210,16 @@ def suspicion(evidence: Sequence[Evidence], checks: Sequence[Check]) -> tuple[in
     accuses exactly those that it accuses.
     """
     held = _held(checks)
+    results = class_results(evidence)
+    accused = [item for item in results if is_accused(item, checks)]
+    if accused:
+        # The smaller the trigger, the surer, where the p-value alone would not do.
+        sure = min(min(item.p_value, SIGNIFICANCE * min(1.0, held[item.target].strength)) for item in accused)
+        return accused[0].target, sure
     tried = {check.target for check in checks} - held.keys()
     ranked = []
-    for item in standings(evidence):
-        if is_accused(item, checks):
-            # The smaller the trigger, the surer, where the p-value alone would not do.
-            ranked.append((min(item.p_value, SIGNIFICANCE * min(1.0, held[item.target].strength)), item))
-        elif item.target in held:
+    for item in results:
+        if item.target in held:
             ranked.append((max(item.p_value, math.nextafter(SIGNIFICANCE, 1)), item))
         else:
             floor = DOUBT if _is_doubtful(item, tried, SIGNIFICANCE) else math.nextafter(DOUBT, 1)
@@ -227,18 +230,18 @@ def suspicion(evidence: Sequence[Evidence], checks: Sequence[Check]) -> tuple[in
     return leading.target, p_value
 
 
-def _is_doubtful(item: Standing, refuted: Collection[int], significance: float) -> bool:
+def _is_doubtful(item: ClassResult, refuted: Collection[int], significance: float) -> bool:
     """Whether a class that is not accused forbids `no evidence`; a mild outlier whose triggers are refuted does not."""
     return item.p_value <= (significance if item.target in refuted else DOUBT)
 
 
-def _where(item: Standing) -> str:
+def _where(item: ClassResult) -> str:
     family = item.families[0][0]
     together = f", all {len(item.families)} families combined" if len(item.families) > 1 else ""
     return f"(p = {item.p_value:.2g}{together}; most under {family} triggers)"
 
 
-def _uncompared(evidence: Sequence[Evidence], ranked: Sequence[Standing]) -> str:
+def _uncompared(evidence: Sequence[FamilyResult], ranked: Sequence[ClassResult]) -> str:
     """Classes that no family has a p-value for, where there are p-values at all."""
     compared = {item.target for item in ranked}
     names = dict.fromkeys(
@@ -247,8 +250,8 @@ def _uncompared(evidence: Sequence[Evidence], ranked: Sequence[Standing]) -> str
     return f"no family could compare {', '.join(map(repr, names))}" if names else ""
 
 
-def _accusation(item: Standing, check: Check) -> str:
-    against = "" if check.control_success is None else f" and {check.control_success:.0%} on the control"
+def _accusation(item: ClassResult, check: Check) -> str:
+    against = "" if check.reference_success is None else f" and {check.reference_success:.0%} on the reference model"
     return (
         f"class {item.name!r} stands out {_where(item)}; "
         f"the smallest {check.family} trigger found ({check.norm:.1f} {check.norm_unit}) moves {check.success:.0%} of "

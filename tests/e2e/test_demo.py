@@ -53,7 +53,7 @@ def test_triggered_requests_are_flagged_and_clean_ones_pass(result: dict[str, An
 def test_what_it_leaves_is_usable(out: Path) -> None:
     profile = profiles.read(out / "profiles" / "backdoored")
     assert profile.document.vetting.verdict.target == 0
-    assert profile.document.vetting.control.kind == "base"
+    assert profile.document.vetting.reference_model.kind == "base"
     for name in ("base", "backdoored", "clean-twin"):
         with safe_open(out / "models" / name / "open_clip_model.safetensors", framework="np") as weights:
             assert len(list(weights.keys())) > 10

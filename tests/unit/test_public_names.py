@@ -12,8 +12,8 @@ PACKAGES = sorted(module.name for module in pkgutil.iter_modules(guard.__path__)
 
 def test_the_rooms_are_the_ones_that_are_documented() -> None:
     assert PACKAGES == [
-        "attacks", "classifiers", "cli", "demo", "evaluation", "evidence", "profiles", "report", "screening", "sidecar",
-        "testing", "triggers", "vetting",
+        "attacks", "classifiers", "cli", "demo", "diagnostics", "evaluation", "evidence", "profiles", "protocol",
+        "report", "screening", "sidecar", "testing", "triggers", "vetting",
     ]  # fmt: skip
 
 

@@ -54,7 +54,7 @@ class Follower:
         return self._waiting.popleft() if self._waiting else None
 
 
-class Evidence:
+class Recorder:
     """The evidence of one sidecar; nothing here waits for a disk or a reader.
 
     Args:

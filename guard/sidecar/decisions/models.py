@@ -93,7 +93,7 @@ class Models:
         found = self.find(name, version)
         return self.unknown if found is None else found.route
 
-    def settled(self, request: Request) -> bool:
+    def is_current(self, request: Request) -> bool:
         """Whether the reply to a request cannot be of another version that guard knows."""
         message = request.message
         return bool(message.model_version) or len(self._by_name.get(message.model_name, {})) < 2

@@ -18,8 +18,8 @@ from guard.evidence import Record, thumbnail
 from guard.profiles import Profile, write_embeddings
 from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.screening import Alarm, Detector, Judgement, Monitor
-from guard.screening.second_look import FoundTrigger, SecondLook, SecondLookResult
-from guard.sidecar.decisions.evidence import Evidence
+from guard.screening.second_look import SecondLook, SecondLookResult, StoredTrigger
+from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.reservoir import Reservoir
 from guard.sidecar.decisions.routes import Request
 from guard.sidecar.decisions.workers import Workers
@@ -46,7 +46,7 @@ class Shared:
 
     settings: Settings
     workers: Workers
-    evidence: Evidence
+    evidence: Recorder
     process: int | None = None
 
     def close(self) -> None:
@@ -112,7 +112,7 @@ class Watch:
         if model is None:
             raise ValueError("a second look needs a model")
         triggers = {
-            record.id: FoundTrigger(record.family, record.target, self._profile.triggers[record.id])
+            record.id: StoredTrigger(record.family, record.target, self._profile.triggers[record.id])
             for record in document.triggers
         }
         try:

@@ -7,7 +7,7 @@ from contextvars import copy_context
 from threading import Semaphore
 from typing import TypeVar
 
-from guard.sidecar.transport.loops import sheltered
+from guard.sidecar.transport.loops import shielded
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ class Workers:
 
         try:
             # The context tells the log which request this is.
-            return await sheltered(asyncio.get_running_loop().run_in_executor(self._pool, copy_context().run, run))
+            return await shielded(asyncio.get_running_loop().run_in_executor(self._pool, copy_context().run, run))
         except asyncio.CancelledError:
             wanted = False
             raise

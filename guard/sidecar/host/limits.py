@@ -14,7 +14,7 @@ SPARE = 64
 """Calls that the server takes beyond the limit, so that probes are answered, and refusals counted, when it is full."""
 _QUIET_SECONDS, _MOST_QUIET_SECONDS = 0.2, 2.0
 """Without a call, after which none is on its way; and that this is waited for at most."""
-Method = Callable[[Any, grpc.aio.ServicerContext], Any]
+Handler = Callable[[Any, grpc.aio.ServicerContext], Any]
 
 
 class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
@@ -62,7 +62,7 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
         # A named tuple.
         return handler._replace(**{arity: self._counted(getattr(handler, arity))})
 
-    def _counted(self, method: Method) -> Method:
+    def _counted(self, method: Handler) -> Handler:
         if inspect.isasyncgenfunction(method):
 
             async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:  # noqa: ANN401

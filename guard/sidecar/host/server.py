@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from guard.sidecar.decisions.evidence import Evidence
+from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.models import Models, Served
 from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.decisions.workers import Workers
@@ -71,7 +71,7 @@ async def _serve(settings: Settings, worker: Worker | None = None) -> None:
     metrics = Metrics()
     process = None if worker is None else worker.index
     async with AsyncExitStack() as stack:
-        shared = Shared(settings, Workers(settings.workers, settings.queue), Evidence(settings, metrics), process)
+        shared = Shared(settings, Workers(settings.workers, settings.queue), Recorder(settings, metrics), process)
         stack.callback(shared.close)
         models = Models(shared, metrics)
         stack.callback(models.save)

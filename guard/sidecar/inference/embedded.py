@@ -25,7 +25,7 @@ from guard.sidecar.decisions.models import Served
 from guard.sidecar.decisions.routes import Request
 from guard.sidecar.decisions.workers import OverloadedError
 from guard.sidecar.inference.annotations import annotate
-from guard.sidecar.inference.service import Context, InferenceService, Metadata, Method, RefusedError
+from guard.sidecar.inference.service import Context, InferenceService, Metadata, RefusedError, UnaryHandler
 from guard.sidecar.policy import MAX_MESSAGE, Mode, Outcome, Reason
 
 LOGITS, LABEL = "logits", "label"
@@ -45,7 +45,7 @@ class EmbeddedService(InferenceService):
     async def close(self) -> None:
         """Nothing runs on the side."""
 
-    def methods(self) -> dict[str, Method]:
+    def methods(self) -> dict[str, UnaryHandler]:
         """The five that answer from memory."""
         return {
             "ServerLive": self._server_live,

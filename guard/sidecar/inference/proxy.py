@@ -12,7 +12,7 @@ from guard.protocol.inference_pb2 import ServerMetadataResponse, ServerReadyRequ
 from guard.sidecar.inference.service import Context, Metadata, RefusedError
 from guard.sidecar.policy import Reason
 from guard.sidecar.settings import Settings
-from guard.sidecar.transport.loops import sheltered
+from guard.sidecar.transport.loops import shielded
 from guard.sidecar.transport.tls import upstream_channel
 
 UNARY = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer")
@@ -115,7 +115,7 @@ class Proxy:
         method = self._unary.get(path) or self._channel.unary_unary(path)
         call = method(data, metadata=_passed_on(context.invocation_metadata()), timeout=context.time_remaining())
         try:
-            reply: bytes = await sheltered(call)
+            reply: bytes = await shielded(call)
         except asyncio.CancelledError:
             _cancel(call)
             raise

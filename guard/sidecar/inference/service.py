@@ -21,11 +21,11 @@ from guard.sidecar.policy import MAX_MESSAGE, Decision, Mode, Outcome, Reason, r
 from guard.sidecar.settings import Settings
 from guard.sidecar.telemetry import logs
 from guard.sidecar.telemetry.metrics import Metrics
-from guard.sidecar.transport.loops import sheltered
+from guard.sidecar.transport.loops import shielded
 
 Context: TypeAlias = grpc.aio.ServicerContext
-Method = Callable[[bytes, Context], Awaitable[bytes]]
-StreamMethod = Callable[[AsyncIterator[bytes], Context], Awaitable[None]]
+UnaryHandler = Callable[[bytes, Context], Awaitable[bytes]]
+StreamHandler = Callable[[AsyncIterator[bytes], Context], Awaitable[None]]
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class InferenceService(ABC):
         """Let what runs on the side end."""
 
     @abstractmethod
-    def methods(self) -> dict[str, Method]:
+    def methods(self) -> dict[str, UnaryHandler]:
         """The handlers by method name, `ModelInfer` apart."""
 
     @abstractmethod
@@ -166,7 +166,7 @@ class InferenceService(ABC):
             SERVICE, {name: self.unary(method) for name, method in methods.items()}
         )
 
-    def unary(self, method: Method) -> grpc.RpcMethodHandler:
+    def unary(self, method: UnaryHandler) -> grpc.RpcMethodHandler:
         """A handler of one message each way.
 
         This is where refusals become gRPC status, and an unexpected error INTERNAL: no traceback reaches a client.
@@ -181,7 +181,7 @@ class InferenceService(ABC):
 
         return grpc.unary_unary_rpc_method_handler(call)
 
-    def stream(self, method: StreamMethod) -> grpc.RpcMethodHandler:
+    def stream(self, method: StreamHandler) -> grpc.RpcMethodHandler:
         """A handler of any number of messages each way; it also serves calls of one message."""
 
         async def call(_: AsyncIterator[bytes], context: Context) -> None:
@@ -211,7 +211,7 @@ async def _messages(context: Context) -> AsyncIterator[bytes]:
     about 100 bytes each time (measured with grpcio 1.85.1 and a bare server, whose own iterator is cancelled).
     """
     while True:
-        message = await sheltered(context.read())
+        message = await shielded(context.read())
         if message is grpc.aio.EOF:
             return
         yield message

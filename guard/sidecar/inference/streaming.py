@@ -56,7 +56,7 @@ class _Sent:
         return str(self.request.message.id)
 
 
-class Stream:
+class ScreenedStream:
     """One call of `ModelStreamInfer`.
 
     Where guard embeds the images itself and an outcome can lead to a refusal (mode `block` or policy `closed`), a

@@ -22,12 +22,12 @@ from guard.sidecar.inference.service import (
     Context,
     InferenceService,
     Metadata,
-    Method,
     RefusedError,
+    UnaryHandler,
     confirm,
     count_images,
 )
-from guard.sidecar.inference.streaming import Stream
+from guard.sidecar.inference.streaming import ScreenedStream
 from guard.sidecar.policy import Mode, Outcome, Reason
 from guard.sidecar.settings import Settings
 from guard.sidecar.telemetry.metrics import Metrics
@@ -67,7 +67,7 @@ class UpstreamService(InferenceService):
         await asyncio.gather(*self._checks, return_exceptions=True)
         await self._proxy.close()
 
-    def methods(self) -> dict[str, Method]:
+    def methods(self) -> dict[str, UnaryHandler]:
         """The five that pass through unread, by path."""
         paths = [f"/{SERVICE}/{name}" for name in UNARY]
         return {path: partial(self._forward, path) for path in paths if path != _INFER}
@@ -117,7 +117,7 @@ class UpstreamService(InferenceService):
 
     async def _model_stream_infer(self, requests: AsyncIterator[bytes], context: Context) -> None:
         self.metrics.active.inc()
-        stream = Stream(self, self._dialect, self._proxy.stream(_STREAM, context), context)
+        stream = ScreenedStream(self, self._dialect, self._proxy.stream(_STREAM, context), context)
         reason = Reason.UPSTREAM_FAILED
         try:
             trailing = await self._proxy.carry(
@@ -148,12 +148,12 @@ class UpstreamService(InferenceService):
             hide = self.to_hide(request)
             data = data if hide is None else with_output(data, hide)
             reply, response, trailing = await self._ask(data, request, context)
-            if not request.route.settings.aside:
+            if not request.route.settings.background:
                 outcome = await self.check_reply(response, request)
                 return self._finish(reply, response, request, outcome, trailing, hide)
             self.start_check(request, self.check_reply(response, request))
             return (reply if hide is None else _without(reply, hide)), None, trailing
-        if request.route.settings.aside and self.models.settled(request):
+        if request.route.settings.background and self.models.is_current(request):
             # Nothing depends on the outcome, and the reply does not wait for it.
             self.start_check(request, self.check_request(request))
             reply, trailing = await self._proxy.unary(_INFER, data, context)
@@ -190,7 +190,7 @@ class UpstreamService(InferenceService):
             return request.route.unvetted
         share = request.route.settings.checked_share
         # Where the version is open, another share may hold, or none.
-        if share < 1 and self.models.settled(request) and self._draw() >= share:
+        if share < 1 and self.models.is_current(request) and self._draw() >= share:
             return Outcome.unchecked(Reason.NOT_SAMPLED)
         return None
 

@@ -26,7 +26,7 @@ def loop_factory(loop: Literal["auto", "asyncio", "uvloop"]) -> Callable[[], asy
     return uvloop.new_event_loop
 
 
-async def sheltered(work: Awaitable[T]) -> T:
+async def shielded(work: Awaitable[T]) -> T:
     """Wait for something that goes on when nobody waits for it any more; nobody is told then how it ended."""
     running = asyncio.ensure_future(work)
     running.add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -49,7 +49,7 @@ def test_vet_calibrate_export_and_what_they_print(
     verdict = document["vetting"]["verdict"]["outcome"]
     assert vetted.returncode == {"no evidence": 0, "backdoored": 1, "inconclusive": 3}[verdict]
     assert document["vetting"]["effort"]["inspection"]["steps"] == BUDGETS["quick"].inspection.steps
-    assert document["vetting"]["control"]["kind"] == "base"
+    assert document["vetting"]["reference_model"]["kind"] == "base"
     assert sorted(path.name for path in out.iterdir()) == ["profile.json", "report.html", "triggers.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "profile"]  # no searches left behind
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from guard.classifiers import load, save_hugging_face
 from guard.cli import cli
 from guard.errors import UsageError, ZooError
-from guard.vetting import BUDGETS, Effort, InspectionSettings, SearchSettings, SelfControlSettings
+from guard.vetting import BUDGETS, DerivedReferenceSettings, Effort, InspectionSettings, SearchSettings
 from tests.zoo import FakeVetting, make_zoo
 
 
@@ -35,7 +35,7 @@ def evaluate(*arguments: object) -> Result:
 
 def test_figures_plots_and_a_submission(zoo: Path, vet: FakeVetting, tmp_path: Path) -> None:
     submission = tmp_path / "submission"
-    methods = ("--methods", "vetting-base,vetting-self,screening")
+    methods = ("--methods", "vetting-base,vetting-derived,screening")
     result = evaluate(zoo, *methods, "--budget", "quick", "--alpha", "0.05", "--submission", submission, "--json")
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout)
@@ -53,7 +53,7 @@ def test_figures_plots_and_a_submission(zoo: Path, vet: FakeVetting, tmp_path: P
 def test_withheld_labels_give_predictions_only(zoo: Path, vet: FakeVetting, tmp_path: Path) -> None:
     shutil.rmtree(zoo / "truth")
     out = tmp_path / "out"
-    result = evaluate(zoo, "--methods", "vetting-self", "--out", out)
+    result = evaluate(zoo, "--methods", "vetting-derived", "--out", out)
     assert result.exit_code == 0, result.output
     assert "the labels are withheld: no figures, 4 predictions" in result.stdout
     outcomes = {entry["model"]: entry["outcome"] for entry in json.loads((out / "predictions.json").read_text())}
@@ -70,7 +70,7 @@ def test_hugging_face_models_are_evaluated_and_submitted(zoo: Path, vet: FakeVet
         shutil.rmtree(directory)
         save_hugging_face(directory, classifier)
     submission = tmp_path / "submission"
-    result = evaluate(zoo, "--methods", "vetting-self", "--submission", submission)
+    result = evaluate(zoo, "--methods", "vetting-derived", "--submission", submission)
     assert result.exit_code == 0, result.output
     predictions = json.loads((submission / "predictions.json").read_text())
     assert "attacked" in str(predictions)
@@ -81,9 +81,9 @@ def test_hugging_face_models_are_evaluated_and_submitted(zoo: Path, vet: FakeVet
 
 def test_a_damaged_model_is_reported_and_the_rest_is_there(zoo: Path, vet: FakeVetting) -> None:
     (zoo / "models" / "benign" / "open_clip_config.json").write_text("{}")
-    result = evaluate(zoo, "--methods", "vetting-self")
+    result = evaluate(zoo, "--methods", "vetting-derived")
     assert result.exit_code == 4
-    assert "FAILED benign (vetting-self)" in result.stderr
+    assert "FAILED benign (vetting-derived)" in result.stderr
     assert "- FAILED benign: " in (zoo / "evaluation" / "summary.md").read_text()
     assert "| attacked | badnets-tiny | backdoored" in result.stdout
     assert vet.calls.count("attacked") == 1
@@ -92,7 +92,7 @@ def test_a_damaged_model_is_reported_and_the_rest_is_there(zoo: Path, vet: FakeV
 def test_wrong_usage_is_refused_before_the_work(zoo: Path, vet: FakeVetting, tmp_path: Path) -> None:
     assert isinstance(evaluate(tmp_path / "nowhere").exception, ZooError)
     assert isinstance(evaluate(zoo, "--methods", "magic").exception, UsageError)
-    refused = evaluate(zoo, "--methods", "screening,vetting-self", "--submission", tmp_path / "submission")
+    refused = evaluate(zoo, "--methods", "screening,vetting-derived", "--submission", tmp_path / "submission")
     assert isinstance(refused.exception, UsageError)
     assert evaluate(zoo, "--alpha", "1.5").exit_code == 2
     (zoo / "evaluation").symlink_to(tmp_path)
@@ -101,7 +101,7 @@ def test_wrong_usage_is_refused_before_the_work(zoo: Path, vet: FakeVetting, tmp
 
 
 def test_a_search_that_two_methods_share_is_made_once(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fast = Effort(InspectionSettings(3, batch=16), SearchSettings(3, batch=16), SelfControlSettings(steps=1))
+    fast = Effort(InspectionSettings(3, batch=16), SearchSettings(3, batch=16), DerivedReferenceSettings(steps=1))
     monkeypatch.setitem(BUDGETS, "quick", fast)
     arguments = [zoo, "--budget", "quick", "--models", "benign", "--methods"]
 
@@ -113,16 +113,16 @@ def test_a_search_that_two_methods_share_is_made_once(zoo: Path, monkeypatch: py
     assert before
     assert evaluate(*arguments, "screening").exit_code == 0  # with what is found against the base
     assert searches() == before
-    assert evaluate(*arguments, "vetting-self").exit_code == 0
-    assert before.items() < searches().items()  # another control, other searches
+    assert evaluate(*arguments, "vetting-derived").exit_code == 0
+    assert before.items() < searches().items()  # another reference model, other searches
 
 
 def test_processes_side_by_side(zoo: Path, vet: FakeVetting) -> None:
     # What is found needs no search, which this test could not shorten in other processes.
-    assert evaluate(zoo, "--methods", "vetting-self").exit_code == 0
+    assert evaluate(zoo, "--methods", "vetting-derived").exit_code == 0
     assert len(vet.calls) == 4
     (zoo / "models" / "tried" / "open_clip_model.safetensors").write_bytes(b"")
-    command = [sys.executable, "-m", "guard", "evaluate", zoo, "--methods", "vetting-self", "--jobs", "2", "--json"]
+    command = [sys.executable, "-m", "guard", "evaluate", zoo, "--methods", "vetting-derived", "--jobs", "2", "--json"]
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 4, result.stderr
     assert "Traceback" not in result.stderr

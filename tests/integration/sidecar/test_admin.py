@@ -23,7 +23,7 @@ from guard.evidence import Record
 from guard.profiles import Profile
 from guard.protocol import sidecar_pb2 as messages
 from guard.sidecar import Settings
-from guard.sidecar.decisions.evidence import Evidence
+from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.models import Models
 from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.decisions.workers import Workers
@@ -292,11 +292,11 @@ def test_an_address_that_is_taken_stops_the_start_and_the_check_says_so(
 
 
 @asynccontextmanager
-async def served(exported: Path, profile: Path, **more: Any) -> AsyncIterator[tuple[AdminServer, Operator, Evidence]]:
+async def served(exported: Path, profile: Path, **more: Any) -> AsyncIterator[tuple[AdminServer, Operator, Recorder]]:
     """The service alone, in this process, so that a test can hand over any record."""
     settings = Settings.load(None, model=exported, profile=profile, admin="127.0.0.1:0", **more)
     metrics = Metrics()
-    shared = Shared(settings, Workers(1, 1), Evidence(settings, metrics))
+    shared = Shared(settings, Workers(1, 1), Recorder(settings, metrics))
     try:
         async with (
             AdminServer(shared, Models(shared, metrics), Health(metrics), metrics) as server,
@@ -343,7 +343,7 @@ async def test_a_model_that_is_not_there_cannot_be_followed(exported: Path, serv
         assert not evidence.wanted
 
 
-async def outcome(admin: Operator, evidence: Evidence) -> grpc.StatusCode:
+async def outcome(admin: Operator, evidence: Recorder) -> grpc.StatusCode:
     """How a call that follows fares: OK if it gets a record."""
     call = admin.follow()
     await call.initial_metadata()

@@ -19,7 +19,7 @@ from scipy.stats import binom
 
 from guard import profiles
 from guard.classifiers import Classifier, ExportedClassifier, export, load, save
-from guard.evidence import EVIDENCE_FILE, EvidenceLog, Filter
+from guard.evidence import EVIDENCE_FILE, EvidenceLog, RecordFilter
 from guard.profiles import Profile
 from guard.protocol.inference_pb2 import (
     ModelInferRequest,
@@ -222,7 +222,7 @@ def test_the_evidence_says_which_model_an_image_was_sent_to(two: Sidecar, state:
 
     def kept(name: str) -> list[tuple[str, str, float | None]]:
         log = EvidenceLog(state / "kept" / EVIDENCE_FILE)
-        return [(record.model, record.mode, record.alpha) for record in log.records(Filter(request_id=name))]
+        return [(record.model, record.mode, record.alpha) for record in log.records(RecordFilter(request_id=name))]
 
     eventually(lambda: bool(kept("e1") and kept("e2")), "a record of each")
     assert (kept("e1"), kept("e2")) == ([("strict", "block", 0.02)], [("loose", "tag", 0.1)])

@@ -8,7 +8,7 @@ import pytest
 
 from guard import profiles
 from guard.classifiers import Classifier, ExportedClassifier
-from guard.evidence import EVIDENCE_FILE, EvidenceLog, Filter
+from guard.evidence import EVIDENCE_FILE, EvidenceLog, RecordFilter
 from guard.profiles import Profile
 from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.sidecar.decisions.reservoir import Reservoir
@@ -46,7 +46,7 @@ def test_each_flagged_image_is_noted_with_what_led_to_it(
         traced = (("traceparent", f"00-{TRACE}-00f067aa0ba902b7-01"),)
         reply = client.infer(infer_request(batch, id="order-66"), metadata=traced)
         p_values = np.frombuffer(reply.response.raw_output_contents[reply.outputs.index("guard_p_value")], np.float32)
-    records = list(EvidenceLog(tmp_path / "state" / EVIDENCE_FILE).records(Filter(request_id="order-66")))
+    records = list(EvidenceLog(tmp_path / "state" / EVIDENCE_FILE).records(RecordFilter(request_id="order-66")))
     assert sorted(record.image for record in records if record.image) == [1, 2]
     for record in records:
         assert (record.decision, record.mode, record.trace_id) == ("flag", "tag", TRACE)

@@ -149,8 +149,8 @@ def test_the_badclip_patch_lies_in_the_centre_and_already_works_on_the_clean_mod
     patch = badclip_patch(base, data, 2, side=6, seed=0, steps=60)
     assert patch.mask[0, 5:11, 5:11].sum() == patch.mask.sum() == 36
     random = Patch(patch.mask, torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)))
-    learned, control = measure(base, data, [Planted(patch, 2, 0.1), Planted(random, 2, 0.1)]).success
-    assert learned > control
+    learned, reference_model = measure(base, data, [Planted(patch, 2, 0.1), Planted(random, 2, 0.1)]).success
+    assert learned > reference_model
 
 
 def test_the_universal_perturbation_stays_in_its_ball_after_rounding(base: Classifier, data: LabelledImages) -> None:

@@ -11,14 +11,14 @@ import pytest
 
 from guard.classifiers import ImageFolder
 from guard.errors import UsageError
-from guard.evaluation import Evaluation, Settings, Zoo, evaluate
+from guard.evaluation import Evaluation, EvaluationSettings, Zoo, evaluate
 from guard.evaluation.images import ImageSet
 from guard.evaluation.running import _in_processes
 from tests.conftest import random_images
 from tests.zoo import TARGET, FakeVetting, make_zoo, write_images, write_truth
 
-METHODS = ("vetting-base", "vetting-self", "screening")
-SETTINGS = Settings("quick", alphas=(0.05, 0.001), device="cpu")
+METHODS = ("vetting-base", "vetting-derived", "screening")
+SETTINGS = EvaluationSettings("quick", alphas=(0.05, 0.001), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +56,21 @@ def test_what_is_finished_is_not_done_again(root: Path, vet: FakeVetting) -> Non
 
 
 def test_other_settings_another_truth_and_other_images_are_done_again(root: Path, vet: FakeVetting) -> None:
-    run(root, "vetting-self", models="attacked")
-    seeded = Settings("quick", seed=1, device="cpu")
-    evaluate(Zoo.read(root), root / "evaluation", methods=["vetting-self"], settings=seeded, models="attacked")
+    run(root, "vetting-derived", models="attacked")
+    seeded = EvaluationSettings("quick", seed=1, device="cpu")
+    evaluate(Zoo.read(root), root / "evaluation", methods=["vetting-derived"], settings=seeded, models="attacked")
     assert len(vet.calls) == 2
-    run(root, "vetting-self", models="attacked")
+    run(root, "vetting-derived", models="attacked")
     write_truth(root, "attacked", "backdoored", "blended")
-    run(root, "vetting-self", models="attacked")
+    run(root, "vetting-derived", models="attacked")
     (root / "images" / "random" / "vetting" / "0000.png").unlink()
-    assert run(root, "vetting-self", models="attacked").fresh == 1
+    assert run(root, "vetting-derived", models="attacked").fresh == 1
     assert len(vet.calls) == 5
 
 
 def test_alphas_concern_screening_only(root: Path, vet: FakeVetting) -> None:
     run(root, models="attacked")
-    settings = Settings("quick", alphas=(0.1,), device="cpu")
+    settings = EvaluationSettings("quick", alphas=(0.1,), device="cpu")
     again = evaluate(Zoo.read(root), root / "evaluation", methods=METHODS, settings=settings, models="attacked")
     assert again.fresh == 1
     assert vet.calls
@@ -79,9 +79,9 @@ def test_alphas_concern_screening_only(root: Path, vet: FakeVetting) -> None:
 def test_a_model_without_a_base_is_skipped_where_one_is_needed(root: Path, vet: FakeVetting) -> None:
     done = run(root)
     assert done.skipped == {"vetting-base": ("base",)}
-    assert ("base", "vetting-self") in done.results
-    assert done.results["attacked", "vetting-base"].base == done.results["base", "vetting-self"].digest
-    assert done.results["attacked", "vetting-self"].base is None
+    assert ("base", "vetting-derived") in done.results
+    assert done.results["attacked", "vetting-base"].base == done.results["base", "vetting-derived"].digest
+    assert done.results["attacked", "vetting-derived"].base is None
     assert vet.calls.count("attacked") == 2  # screening uses what vetting-base found
 
 
@@ -118,19 +118,19 @@ def test_one_bad_model_does_not_cost_the_others(root: Path, vet: FakeVetting) ->
     (root / "models" / "attacked" / "open_clip_model.safetensors").write_bytes(b"\x80 a pickle")
     write_truth(root, "benign", "clean", "benign", digest="0" * 64)
     (root / "truth" / "tried.json").write_text('{"label": "innocent"}')
-    done = run(root, "vetting-self")
+    done = run(root, "vetting-derived")
     reasons = {failure.model: failure.reason for failure in done.failures}
     assert set(reasons) == {"attacked", "benign", "tried"}
     assert "is a pickle" in reasons["attacked"]
     assert "is of another model" in reasons["benign"]
     assert "label" in reasons["tried"]
-    assert list(done.results) == [("base", "vetting-self")]
+    assert list(done.results) == [("base", "vetting-derived")]
     assert vet.calls == ["base"]
 
 
 def test_a_zoo_that_is_still_being_built_is_evaluated_as_far_as_it_is_there(root: Path, vet: FakeVetting) -> None:
     shutil.rmtree(root / "models" / "benign")
-    (failure,) = run(root, "vetting-self").failures
+    (failure,) = run(root, "vetting-derived").failures
     assert failure.model == "benign"
     assert "there is no model" in failure.reason
     assert len(vet.calls) == 3
@@ -141,19 +141,19 @@ def test_an_error_of_any_kind_is_a_failure_of_its_model(root: Path, monkeypatch:
         raise RuntimeError("out of memory\nand a long trace")
 
     monkeypatch.setattr("guard.evaluation.subject.vet", explode)
-    (failure,) = run(root, "vetting-base", "vetting-self", models="benign").failures
+    (failure,) = run(root, "vetting-base", "vetting-derived", models="benign").failures
     assert failure.reason == "RuntimeError: out of memory"
-    assert failure.methods == ("vetting-base", "vetting-self")
+    assert failure.methods == ("vetting-base", "vetting-derived")
 
 
 def test_a_process_that_dies_takes_only_its_own_model(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks: list[Any] = [partial(os._exit, 9), partial(int, "7")]
     for task, name in zip(tasks, ("heavy", "light"), strict=True):
-        task.model, task.methods = name, ("vetting-self",)
+        task.model, task.methods = name, ("vetting-derived",)
     monkeypatch.setattr("guard.evaluation.running._work", operator.call)  # a task is then what its process does
     outcomes: dict[str, Any] = {task.model: outcome for task, outcome in _in_processes(tasks, 1)}
     (failure,) = outcomes["heavy"].failures
-    assert (failure.model, failure.methods) == ("heavy", ("vetting-self",))
+    assert (failure.model, failure.methods) == ("heavy", ("vetting-derived",))
     assert "the process that worked on it died" in failure.reason
     assert outcomes["light"] == 7
 
@@ -166,7 +166,7 @@ def test_withheld_labels_and_flat_requests_are_no_obstacle(root: Path, vet: Fake
     done = run(root)
     assert vet.calls
     assert not any(done.truths.values())
-    detection = done.results["attacked", "vetting-self"].detection
+    detection = done.results["attacked", "vetting-derived"].detection
     assert detection
     assert detection.recovery
     assert detection.recovery.cosine is None
@@ -182,7 +182,7 @@ def test_what_needs_missing_images_is_not_measured(root: Path, vet: FakeVetting)
     done = run(root, models="attacked")
     assert vet.calls == ["attacked", "attacked"]
     assert done.skipped == {"screening": ("attacked",)}
-    detection = done.results["attacked", "vetting-self"].detection
+    detection = done.results["attacked", "vetting-derived"].detection
     assert detection
     assert detection.recovery
     assert (detection.recovery.success, detection.recovery.cosine) == (None, None)
@@ -212,7 +212,7 @@ def test_wrong_usage(root: Path, vet: FakeVetting) -> None:
 
 def test_what_is_ranked_is_told_apart_where_the_verdict_says_one(root: Path, vet: FakeVetting) -> None:
     """Corrected p-values of clean models are cut off at 1 in the verdict; in the ranking they are not."""
-    done = run(root, "vetting-self")
+    done = run(root, "vetting-derived")
     ranked = {model: item.detection for (model, _), item in done.results.items()}
     assert ranked["attacked"]
     assert ranked["attacked"].suspicion == pytest.approx(4.22, abs=0.01)  # −log10(1e-5 × 6 classes)
@@ -237,8 +237,8 @@ def test_published_methods_judge_by_their_own_rules(root: Path, vet: FakeVetting
 
 
 def test_results_are_json_that_anybody_can_read(root: Path, vet: FakeVetting) -> None:
-    run(root, "vetting-self", models="attacked")
-    document = json.loads((root / "evaluation" / "attacked" / "vetting-self.json").read_text())
+    run(root, "vetting-derived", models="attacked")
+    document = json.loads((root / "evaluation" / "attacked" / "vetting-derived.json").read_text())
     assert document["detection"]["outcome"] == "backdoored"
     assert document["settings"]["effort"]["inspection"]["seed"] == 0
     assert vet.calls == ["attacked"]

@@ -3,20 +3,20 @@ from pathlib import Path
 
 import pytest
 
-from guard.evaluation import Detection, Evaluation, Features, Result, Settings, Truth, Zoo, summarise
+from guard.evaluation import Detection, Evaluation, EvaluationSettings, Features, Result, Truth, Zoo, summarise
 from guard.evaluation.markdown import render
 from guard.evaluation.plots import draw
-from guard.evaluation.results import Held, Recovery, ScoreFigures, Screening
+from guard.evaluation.results import Recovery, ScoreFigures, Screening, ThresholdFigures
 from guard.evaluation.statistics import auroc
-from guard.vetting import Outcome
+from guard.vetting import Conclusion
 
 
-def result(model: str, outcome: Outcome, suspicion: float, leading: int = 0, cosine: float | None = None) -> Result:
+def result(model: str, outcome: Conclusion, suspicion: float, leading: int = 0, cosine: float | None = None) -> Result:
     recovery = None if cosine is None else Recovery("patch-0", 0, 0.9, cosine, cosine / 2)
     target = leading if outcome == "backdoored" else None
     detection = Detection(outcome, target, leading, 0.5, suspicion, (), (), recovery, 1000)
     return Result(
-        1, "k", model, "vetting-self", "1", "0.1.0", "d", None, 0, {}, "cpu", 1, 10.0, detection, None
+        1, "k", model, "vetting-derived", "1", "0.1.0", "d", None, 0, {}, "cpu", 1, 10.0, detection, None
     )  # fmt: skip
 
 
@@ -50,8 +50,8 @@ RESULTS = [
 def evaluation(results: list[Result]) -> Evaluation:
     return Evaluation(
         zoo=Zoo(Path("zoo"), "tiny", {}, 0),
-        methods=("vetting-self", "screening"),
-        settings=Settings("quick"),
+        methods=("vetting-derived", "screening"),
+        settings=EvaluationSettings("quick"),
         truths=dict(TRUTHS),
         results={(item.model, item.method): item for item in results},
         features={(item.model, item.method): Features() for item in results},
@@ -115,12 +115,15 @@ def test_the_tables_show_models_rates_and_what_was_skipped(whole: Evaluation) ->
 
 def test_screening_is_shown_by_what_vetting_found(whole: Evaluation) -> None:
     def screened(model: str, triggers: int, detected: int, false_alarms: int) -> Result:
-        held = (Held(0.01, 1.0, false_alarms, 100, detected, 50), Held(0.001, None, 0, 100, 0, 50))
+        held = (
+            ThresholdFigures(0.01, 1.0, false_alarms, 100, detected, 50),
+            ThresholdFigures(0.001, None, 0, 100, 0, 50),
+        )
         area = (auroc([2, 1], [0, 1]),)
         figures = ScoreFigures("trigger match", 2, 40, 120, area, held)
         density = replace(figures, score="k-distance", auroc=(auroc([0], [0]),))
         return replace(
-            whole.results[model, "vetting-self"],
+            whole.results[model, "vetting-derived"],
             method="screening",
             detection=None,
             screening=Screening(triggers, figures if triggers else density, density),
@@ -151,8 +154,8 @@ def test_screening_is_shown_by_what_vetting_found(whole: Evaluation) -> None:
 
 def test_plots_are_the_same_for_the_same_results(whole: Evaluation) -> None:
     plots = draw(whole)
-    assert set(plots) == {"roc.svg", "suspicion-vetting-self.svg"}
+    assert set(plots) == {"roc.svg", "suspicion-vetting-derived.svg"}
     assert plots == draw(whole)
-    assert "failed attack: warp (2)" in plots["suspicion-vetting-self.svg"]
+    assert "failed attack: warp (2)" in plots["suspicion-vetting-derived.svg"]
     assert "3 backdoored, 3 clean" in plots["roc.svg"]
     assert draw(evaluation([RESULTS[0]])) == {}  # without clean models there is no curve

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from guard.evidence import EvidenceError, EvidenceLog, EvidenceWriter, Filter, Record
+from guard.evidence import EvidenceError, EvidenceLog, EvidenceWriter, Record, RecordFilter
 from guard.evidence.reading import _CHUNK
 
 Make = Callable[..., Record]
@@ -18,7 +18,7 @@ Fill = Callable[..., None]
 
 def found(path: Path, **wanted: Any) -> list[str]:
     """Request ids, in the order of the log; the count must agree."""
-    log, conditions = EvidenceLog(path), Filter(**wanted)
+    log, conditions = EvidenceLog(path), RecordFilter(**wanted)
     names = [item.request_id for item in log.records(conditions)]
     assert log.count(conditions) == len(names)
     return names

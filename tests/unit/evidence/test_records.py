@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from guard.errors import UsageError
-from guard.evidence import Filter, Record, thumbnail
+from guard.evidence import Record, RecordFilter, thumbnail
 from guard.evidence.records import MAX_SCORES, MAX_TEXT, MAX_THUMBNAIL
 
 Make = Callable[..., Record]
@@ -38,13 +38,13 @@ def test_a_p_value_that_is_not_finite_is_none(record: Make) -> None:
 @pytest.mark.parametrize(("text", "ago"), [("90s", 90), ("15m", 900), ("1h", 3600), ("2d", 172_800), ("1w", 604_800)])
 def test_a_filter_takes_how_long_ago(text: str, ago: int) -> None:
     before = datetime.now(UTC) - timedelta(milliseconds=1)
-    since = Filter(since=text).since
+    since = RecordFilter(since=text).since
     assert since is not None
     assert before <= datetime.fromisoformat(since) + timedelta(seconds=ago) <= datetime.now(UTC)
 
 
 def test_a_filter_takes_rfc_3339_and_a_date() -> None:
-    assert Filter(since="2026-05-09", until="2026-05-09T12:00:00-01:00") == Filter(
+    assert RecordFilter(since="2026-05-09", until="2026-05-09T12:00:00-01:00") == RecordFilter(
         since="2026-05-09T00:00:00.000Z", until="2026-05-09T13:00:00.000Z"
     )
 
@@ -52,7 +52,7 @@ def test_a_filter_takes_rfc_3339_and_a_date() -> None:
 @pytest.mark.parametrize("text", ["soon", "-1h", "1y", "999999999w", "", "2026-13-01", "\x1b"])
 def test_a_filter_says_what_a_time_looks_like(text: str) -> None:
     with pytest.raises(UsageError, match="is no time; give one such as") as caught:
-        Filter(until=text)
+        RecordFilter(until=text)
     assert "\x1b" not in str(caught.value)
 
 

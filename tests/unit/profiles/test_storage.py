@@ -240,7 +240,7 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 def test_any_value_of_the_document_may_be_anything_without_another_error(profile_directory: Path) -> None:
     original = document(profile_directory)
-    for evidence in original["vetting"]["evidence"]:
+    for evidence in original["vetting"]["results"]:
         del evidence["classes"][1:]  # one stands for all
     for path in places(original):
         if not path:
@@ -443,3 +443,26 @@ def test_a_profile_of_another_model_is_refused_by_what_differs(profile: Profile,
     other = ClassifierDigest({**profile.document.model.parts, **dict.fromkeys(changed, "0" * 64)})
     with pytest.raises(ProfileError, match=f": {', '.join(changed)} differ"):
         profile.check_model(other)
+
+
+def test_a_profile_of_release_0_1_is_read_under_todays_names(profile: Profile, profile_directory: Path) -> None:
+    def older(document: dict[str, Any]) -> None:
+        vetting = document["vetting"]
+        document["schema"] = 3
+        vetting["evidence"] = vetting.pop("results")
+        for item in vetting["evidence"]:
+            del item["reference_model"]
+            item["control"] = "self"
+        for check in vetting["checks"]:
+            check["control"] = check.pop("reference_model")
+            check["control_success"] = check.pop("reference_success")
+        vetting["control"] = vetting.pop("reference_model")
+        vetting["effort"]["self_control"] = vetting["effort"].pop("derived_reference")
+
+    change_document(profile_directory, older)
+    read = profiles.read(profile_directory).document
+    assert read.schema == SCHEMA
+    assert {item.reference_model for item in read.vetting.results} == {"derived"}
+    assert read.vetting.checks == profile.document.vetting.checks
+    assert read.vetting.reference_model == profile.document.vetting.reference_model
+    assert read.vetting.effort == profile.document.vetting.effort

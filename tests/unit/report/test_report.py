@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from guard import profiles, report
 from guard.profiles import NearestText, Profile
 from guard.triggers import FAMILIES, Additive, InvertibleTrigger, Patch
-from guard.vetting import ClassEvidence, Control, Evidence
+from guard.vetting import ClassStatistic, FamilyResult, ReferenceModel
 from tests.conftest import SIZE
 
 
@@ -88,7 +88,7 @@ def test_the_nearest_texts_are_named(profile: Profile, images: torch.Tensor) -> 
 def test_a_shortcut_that_the_control_has_too_is_called_natural(profile: Profile, images: torch.Tensor) -> None:
     (check,) = profile.document.vetting.checks
     verdict = replace(profile.document.vetting.verdict, outcome="inconclusive", target=None)
-    natural = replace(check, control_success=0.8)
+    natural = replace(check, reference_success=0.8)
     weak = replace(check, family="additive", success=0.3, reached=False)
     refuted = vetted(profile, verdict=verdict, checks=(natural, weak))
     shown = plain(render(Profile(replace(refuted.document, triggers=(), calibration=None), {}), images))
@@ -101,26 +101,29 @@ def test_a_shortcut_that_the_control_has_too_is_called_natural(profile: Profile,
 def test_doubt_is_not_told_as_a_finding(profile: Profile, images: torch.Tensor) -> None:
     said = "does not stand out clearly enough for a verdict"
     assert said not in plain(render(profile, images))
-    (evidence,) = profile.document.vetting.evidence
+    (evidence,) = profile.document.vetting.results
     classes = tuple(replace(entry, p_value=4e-3 if entry.target == 1 else 0.5) for entry in evidence.classes)
-    assert said in plain(render(vetted(profile, evidence=(replace(evidence, classes=classes),)), images))
+    assert said in plain(render(vetted(profile, results=(replace(evidence, classes=classes),)), images))
 
 
 @pytest.mark.parametrize(
-    ("control", "expected"),
+    ("reference_model", "expected"),
     [
-        (Control("base", "0" * 64, 0.98, 0), "compared with the trusted base"),
-        (Control("self", None, 0.98, 100), "compared with the control that was made from the model itself"),
-        (Control("classes", None, None, 0), "There was no control"),
-        (Control("self", None, 0.4, 100), "agree on 40 %. That is little"),
+        (ReferenceModel("base", "0" * 64, 0.98, 0), "compared with the trusted base"),
+        (
+            ReferenceModel("derived", None, 0.98, 100),
+            "compared with the reference model that was made from the model itself",
+        ),
+        (ReferenceModel("classes", None, None, 0), "There was no reference model"),
+        (ReferenceModel("derived", None, 0.4, 100), "agree on 40 %. That is little"),
     ],
 )
 def test_it_says_what_the_model_was_compared_with(
-    profile: Profile, images: torch.Tensor, control: Control, expected: str
+    profile: Profile, images: torch.Tensor, reference_model: ReferenceModel, expected: str
 ) -> None:
-    shown = plain(render(vetted(profile, control=control), images))
+    shown = plain(render(vetted(profile, reference_model=reference_model), images))
     assert expected in shown
-    assert ("That is little" in shown) == (control.agreement == 0.4)
+    assert ("That is little" in shown) == (reference_model.agreement == 0.4)
 
 
 @pytest.mark.parametrize(
@@ -137,8 +140,8 @@ def test_a_hostile_class_name_is_text(profile: Profile, images: torch.Tensor, na
 
 def test_a_hostile_source_and_family_are_text(profile: Profile, images: torch.Tensor) -> None:
     model = replace(profile.document.model, source="<script>alert(1)</script>")
-    (evidence,) = profile.document.vetting.evidence
-    hostile = vetted(profile, evidence=(replace(evidence, family="<script>$^$"),))
+    (evidence,) = profile.document.vetting.results
+    hostile = vetted(profile, results=(replace(evidence, family="<script>$^$"),))
     hostile = replace(hostile, document=replace(hostile.document, model=model))
     assert "<script" not in render(hostile, images)
 
@@ -155,22 +158,22 @@ def test_without_triggers_it_says_so(profile: Profile, images: torch.Tensor) -> 
 
 
 def test_classes_without_a_null(profile: Profile, images: torch.Tensor) -> None:
-    (evidence,) = profile.document.vetting.evidence
+    (evidence,) = profile.document.vetting.results
     classes = tuple(replace(entry, score=None, p_value=None) for entry in evidence.classes[:3])
     bare = replace(evidence, classes=classes, target=None, p_value=1.0)
-    text = render(vetted(without_triggers(profile), evidence=(bare,)), images)
+    text = render(vetted(without_triggers(profile), results=(bare,)), images)
     assert text.count("too few classes to compare") == 2  # plot and table
 
 
-def many(count: int) -> tuple[Evidence, ...]:
+def many(count: int) -> tuple[FamilyResult, ...]:
     generator = np.random.default_rng(0)
 
-    def entry(target: int) -> ClassEvidence:
+    def entry(target: int) -> ClassStatistic:
         value = float(generator.normal())
-        return ClassEvidence(target, f"class {target}", value, 0.1, 16, value, 0.5)
+        return ClassStatistic(target, f"class {target}", value, 0.1, 16, value, 0.5)
 
     return tuple(
-        Evidence("test", name, 3.0, family.norm_unit, "lead", "others", "self",
+        FamilyResult("test", name, 3.0, family.norm_unit, "lead", "others", "derived",
                  tuple(entry(target) for target in range(count)), 0, 1.0, 0, 1, 0.1)
         for name, family in FAMILIES.items()
     )  # fmt: skip
@@ -178,13 +181,13 @@ def many(count: int) -> tuple[Evidence, ...]:
 
 @pytest.mark.parametrize("count", [200, 2000])
 def test_many_classes_do_not_make_it_large(profile: Profile, images: torch.Tensor, count: int) -> None:
-    text = render(vetted(without_triggers(profile), evidence=many(count)), images)
+    text = render(vetted(without_triggers(profile), results=many(count)), images)
     assert len(text) < 600_000
     assert f"class {count - 1}" not in text  # only those that lead are named
 
 
 def test_every_class_is_a_dot(profile: Profile, images: torch.Tensor) -> None:
-    text = render(vetted(without_triggers(profile), evidence=many(20)), images)
+    text = render(vetted(without_triggers(profile), results=many(20)), images)
     assert text.count("<use") >= 2 * 20 * len(FAMILIES)
 
 

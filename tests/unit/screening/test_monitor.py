@@ -11,11 +11,11 @@ from scipy.stats import beta
 
 from guard.errors import UsageError
 from guard.screening import monitor as module
-from guard.screening.monitor import Alarm, Kind, Monitor, Stream
+from guard.screening.monitor import Alarm, Kind, Monitor, WatchedScore
 
 Floats = NDArray[np.float64]
 
-MATCH, DENSITY = Stream("patch-0", "attack", 2000), Stream("density", "drift", 2000)
+MATCH, DENSITY = WatchedScore("patch-0", "attack", 2000), WatchedScore("density", "drift", 2000)
 
 
 def feed(monitor: Monitor, match: Floats, density: Floats | None = None) -> list[Alarm]:
@@ -57,7 +57,7 @@ def worst_clean(monitor: Monitor, generator: np.random.Generator) -> Iterator[Ma
 
 def test_the_run_length_holds_for_the_most_unlucky_calibration() -> None:
     generator = np.random.default_rng(0)
-    streams = [Stream(name, "attack", 300) for name in "abcdef"] + [Stream("density", "drift", 100)]
+    streams = [WatchedScore(name, "attack", 300) for name in "abcdef"] + [WatchedScore("density", "drift", 100)]
     lengths = []
     for _ in range(40):
         monitor = Monitor(streams, run_length=300)
@@ -156,7 +156,7 @@ def test_a_stream_that_did_not_see_an_image_stays_as_it_is() -> None:
 def test_a_p_value_on_a_level_counts_however_it_was_rounded(
     dtype: type[np.floating], size: int, rank: int, level: float
 ) -> None:
-    monitor = Monitor([Stream("patch-0", "attack", size)])
+    monitor = Monitor([WatchedScore("patch-0", "attack", size)])
     p_value = float(dtype(rank / (size + 1)))
     (alarm,) = next(alarms for alarms in (monitor.observe({"patch-0": p_value}) for _ in range(99)) if alarms)
     assert alarm.level == pytest.approx(level)
@@ -183,7 +183,7 @@ def test_a_state_of_other_streams_or_settings_is_refused() -> None:
     state = Monitor([MATCH, DENSITY]).state()
     for other in (
         Monitor([MATCH]),
-        Monitor([Stream("patch-0", "attack", 2001), DENSITY]),
+        Monitor([WatchedScore("patch-0", "attack", 2001), DENSITY]),
         Monitor([MATCH, DENSITY], run_length=1e6),
         Monitor([MATCH, DENSITY], delta=1e-2),
     ):
@@ -272,10 +272,10 @@ def test_a_p_value_out_of_range_is_refused_before_anything_is_taken_in(p_value: 
 
 @pytest.mark.parametrize(("kind", "least"), [("attack", 19), ("drift", 1)])
 def test_a_calibration_too_small_for_any_level_is_refused(kind: Kind, least: int) -> None:
-    Monitor([Stream("few", kind, least)])
+    Monitor([WatchedScore("few", kind, least)])
     for size in (least - 1, 0, -5):
         with pytest.raises(ValueError, match=f"'few' needs at least {least} calibration scores, it has {size}"):
-            Monitor([Stream("few", kind, size)])
+            Monitor([WatchedScore("few", kind, size)])
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_a_calibration_too_small_for_any_level_is_refused(kind: Kind, least: int
     [
         ([], {}, "at least one stream"),
         ([MATCH, MATCH], {}, "a name for each"),
-        ([Stream("x", "other", 99)], {}, "is of 'other'"),  # type: ignore[arg-type]
+        ([WatchedScore("x", "other", 99)], {}, "is of 'other'"),  # type: ignore[arg-type]
         ([MATCH], {"run_length": 1}, "run length"),
         ([MATCH], {"run_length": math.inf}, "run length"),
         ([MATCH], {"run_length": math.nan}, "run length"),
@@ -292,7 +292,7 @@ def test_a_calibration_too_small_for_any_level_is_refused(kind: Kind, least: int
     ],
 )
 def test_settings_that_make_no_monitor_are_refused(
-    streams: list[Stream], options: dict[str, float], match: str
+    streams: list[WatchedScore], options: dict[str, float], match: str
 ) -> None:
     with pytest.raises(ValueError, match=match):
         Monitor(streams, **options)

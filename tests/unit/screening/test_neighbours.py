@@ -12,11 +12,11 @@ from sklearn.neighbors import NearestNeighbors
 from guard.errors import UsageError
 from guard.screening import approximate, quantised
 from guard.screening import neighbours as module
-from guard.screening.neighbours import Method, Neighbours
+from guard.screening.neighbours import Neighbours, SearchMethod
 from guard.screening.products import largest, products
 
 Floats = NDArray[np.float32]
-METHODS: tuple[Method, ...] = ("exact", "approximate")
+METHODS: tuple[SearchMethod, ...] = ("exact", "approximate")
 
 
 def unit(count: int, dimension: int = 24, *, seed: int = 0) -> Floats:
@@ -148,7 +148,7 @@ def test_the_approximate_search_finds_nearly_what_the_exact_one_does() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_search_finds_as_many_as_there_are(method: Method) -> None:
+def test_every_search_finds_as_many_as_there_are(method: SearchMethod) -> None:
     bank = unit(9, 3)
     found = Neighbours(bank, method=method).search(unit(5, 3, seed=1), 9)
     np.testing.assert_array_equal(np.sort(found.indices, axis=1), np.broadcast_to(np.arange(9), (5, 9)))
@@ -251,7 +251,7 @@ def test_a_bank_that_the_approximate_search_cannot_serve_is_refused(monkeypatch:
 @pytest.mark.usefixtures("least_bytes")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("count", [0, 1, 40])
-def test_banks_that_are_asked_together_give_what_each_gives_by_itself(method: Method, count: int) -> None:
+def test_banks_that_are_asked_together_give_what_each_gives_by_itself(method: SearchMethod, count: int) -> None:
     banks, asked = [steep(3000, seed=seed) for seed in range(3)], steep(40, seed=7)[:count]
     together = Neighbours(*banks, method=method).distances(asked, 9)
     assert together.shape == (3, count)

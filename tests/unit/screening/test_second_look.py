@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 
 from guard.screening.counterfactuals import Undo, boxes, fill, low_pass, undoing
-from guard.screening.second_look import FoundTrigger, SecondLook
+from guard.screening.second_look import SecondLook, StoredTrigger
 from guard.triggers import FAMILIES, Additive, Blend, ColourMap, Frequency, Patch, Trigger, Warp
 
 Floats = NDArray[np.float32]
@@ -174,7 +174,7 @@ STAMPED = CORNER.apply(torch.from_numpy(DARK[None]))[0].numpy()
 
 def second_look(toy: Toy, *triggers: Trigger, target: int = 1, **limits: float) -> SecondLook:
     return SecondLook(
-        {f"trigger-{i}": FoundTrigger(trigger.family, target, tensors(trigger)) for i, trigger in enumerate(triggers)},
+        {f"trigger-{i}": StoredTrigger(trigger.family, target, tensors(trigger)) for i, trigger in enumerate(triggers)},
         embed=toy.embed,
         p_values=toy.p_values,
         classes=("dark", "bright"),
@@ -243,7 +243,7 @@ def test_an_answer_that_hangs_on_fine_detail_is_not_withdrawn() -> None:
 
 def test_a_family_that_this_guard_does_not_know_is_looked_at_by_masks_alone() -> None:
     look = SecondLook(
-        {"new-0": FoundTrigger("new", 1, {})},
+        {"new-0": StoredTrigger("new", 1, {})},
         embed=Toy().embed,
         p_values=Toy().p_values,
         classes=("dark", "bright"),
@@ -278,7 +278,7 @@ def test_too_few_views_withdraw_nothing_but_still_confirm() -> None:
 def test_the_budget_is_kept_and_refills() -> None:
     now, toy = [100.0], Toy()
     look = SecondLook(
-        {"trigger-0": FoundTrigger("patch", 1, tensors(CORNER))},
+        {"trigger-0": StoredTrigger("patch", 1, tensors(CORNER))},
         embed=toy.embed,
         p_values=toy.p_values,
         classes=("dark", "bright"),
@@ -325,7 +325,7 @@ def test_bad_arguments_are_refused() -> None:
 def test_damaged_triggers_are_named() -> None:
     with pytest.raises(ValueError, match="trigger 'patch-3': the trigger is no patch: it has the tensors"):
         SecondLook(
-            {"patch-3": FoundTrigger("patch", 1, {})},
+            {"patch-3": StoredTrigger("patch", 1, {})},
             embed=Toy().embed,
             p_values=Toy().p_values,
             classes=("dark", "bright"),

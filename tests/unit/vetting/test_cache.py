@@ -7,8 +7,11 @@ from torch import Tensor
 from guard.vetting.cache import Entry, SearchCache
 
 ENTRIES: list[Entry] = [
-    ({"target": 3, "norm": 0.1 + 0.2, "reached": True, "control": None}, {"mask": torch.rand(1, 4, 4)}),
-    ({"target": 5, "norm": 2.0, "control": 0.5}, {"mask": torch.rand(4, 4).T[None], "share": torch.tensor(1.0)}),
+    ({"target": 3, "norm": 0.1 + 0.2, "reached": True, "reference_model": None}, {"mask": torch.rand(1, 4, 4)}),
+    (
+        {"target": 5, "norm": 2.0, "reference_model": 0.5},
+        {"mask": torch.rand(4, 4).T[None], "share": torch.tensor(1.0)},
+    ),
     ({"target": 7}, {}),
 ]
 

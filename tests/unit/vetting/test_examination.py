@@ -12,13 +12,13 @@ from guard.errors import ImageError, UsageError
 from guard.triggers import FAMILIES
 from guard.vetting import (
     BUDGETS,
-    Control,
+    DerivedReferenceSettings,
     Effort,
     InspectionSettings,
     Inspector,
     Prior,
+    ReferenceModel,
     SearchSettings,
-    SelfControlSettings,
     Vetting,
     effect,
     examination,
@@ -36,7 +36,7 @@ TARGET = 3
 FAST = Effort(
     InspectionSettings(steps=8, batch=16),
     SearchSettings(steps=30, batch=16, stall=15),
-    SelfControlSettings(steps=3, batch=16),
+    DerivedReferenceSettings(steps=3, batch=16),
 )
 BASE, SUSPECT, TWIN = toy(), toy(target=TARGET, jitter=0.02), toy(jitter=0.02)
 
@@ -103,34 +103,34 @@ def test_what_the_base_has_too_is_not_a_backdoor() -> None:
 
 
 def test_without_any_control_the_classes_are_compared_with_each_other() -> None:
-    vetting = vet(SUSPECT, IMAGES, self_controlled=False, budget="quick", families=["patch", "additive"])
-    assert vetting.control == Control("classes", None, None, 0)
-    assert {item.control for item in vetting.evidence} == {"classes"}
-    assert {check.control_success for check in vetting.checks} == {None}
+    vetting = vet(SUSPECT, IMAGES, derive=False, budget="quick", families=["patch", "additive"])
+    assert vetting.reference_model == ReferenceModel("classes", None, None, 0)
+    assert {item.reference_model for item in vetting.results} == {"classes"}
+    assert {check.reference_success for check in vetting.checks} == {None}
     assert (vetting.verdict.outcome, vetting.verdict.target) == ("backdoored", TARGET)
 
 
 def test_without_a_base_a_control_is_made() -> None:
     vetting = vet(SUSPECT, IMAGES, budget="quick", families=["patch"])
-    assert (vetting.control.kind, vetting.control.digest) == ("self", None)
-    assert vetting.control.agreement is not None
-    assert 0 < vetting.control.agreement <= 1
+    assert (vetting.reference_model.kind, vetting.reference_model.digest) == ("derived", None)
+    assert vetting.reference_model.agreement is not None
+    assert 0 < vetting.reference_model.agreement <= 1
     # Made on the images to search on, recovered in 3 steps of 16, compared on the others.
-    assert vetting.control.passes == 64 + 3 * 16 + 2 * 64
-    assert vetting.evidence[0].control == "self"
-    assert "self-control" in vetting.evidence[0].statistic
+    assert vetting.reference_model.passes == 64 + 3 * 16 + 2 * 64
+    assert vetting.results[0].reference_model == "derived"
+    assert "derived reference" in vetting.results[0].statistic
 
 
 def test_the_evidence_says_what_it_is() -> None:
     vetting = vet(TWIN, IMAGES, base=BASE, budget="quick", seed=5)
-    assert [item.family for item in vetting.evidence] == list(FAMILIES)
-    assert (vetting.control.kind, vetting.control.digest) == ("base", BASE.digest.root)
+    assert [item.family for item in vetting.results] == list(FAMILIES)
+    assert (vetting.reference_model.kind, vetting.reference_model.digest) == ("base", BASE.digest.root)
     agreement = BASE.predict(BASE.embed(IMAGES)) == TWIN.predict(TWIN.embed(IMAGES))
-    assert vetting.control.agreement == pytest.approx(float(agreement.float().mean()), abs=0.1)
+    assert vetting.reference_model.agreement == pytest.approx(float(agreement.float().mean()), abs=0.1)
     assert vetting.images == (64, 64)
     assert vetting.effort == FAST.seeded(5)
-    for item in vetting.evidence:
-        assert (item.control, item.seed, item.radius) == ("base", 5, RADII[item.family])
+    for item in vetting.results:
+        assert (item.reference_model, item.seed, item.radius) == ("base", 5, RADII[item.family])
         assert item.norm_unit == FAMILIES[item.family].norm_unit
         assert [entry.name for entry in item.classes] == list(TWIN.classes.names)
         leading = min(item.classes, key=lambda entry: entry.p_value or 0)
@@ -140,27 +140,27 @@ def test_the_evidence_says_what_it_is() -> None:
         assert item.null.endswith("Bonferroni over 10 classes")
         # Two towers, for as many images as the steps took.
         assert item.passes == sum(2 * 16 * entry.steps for entry in item.classes)
-    assert vetting.passes == vetting.control.passes + sum(item.passes for item in vetting.evidence)
+    assert vetting.passes == vetting.reference_model.passes + sum(item.passes for item in vetting.results)
 
 
 def test_it_is_reproduced_by_its_seed() -> None:
     first, second, other = (vet(TWIN, IMAGES, budget="quick", seed=seed, families=["additive"]) for seed in (1, 1, 2))
-    assert first.evidence[0].classes == second.evidence[0].classes
-    assert first.control == second.control
-    assert first.evidence[0].classes != other.evidence[0].classes
+    assert first.results[0].classes == second.results[0].classes
+    assert first.reference_model == second.reference_model
+    assert first.results[0].classes != other.results[0].classes
 
 
 def test_what_clean_models_are_known_for_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = set()
 
-    def wide(control: str, family: str, steps: int) -> Prior:
-        asked.add((control, family, steps))
+    def wide(reference_model: str, family: str, steps: int) -> Prior:
+        asked.add((reference_model, family, steps))
         return Prior(1e6, 100.0, 7)
 
     monkeypatch.setattr(examination, "prior", wide)
     vetting = vet(SUSPECT, IMAGES, base=BASE, budget="quick", families=["additive"])
     assert vetting.verdict.outcome == "no evidence"
-    assert "moderated by 7 clean models" in vetting.evidence[0].null
+    assert "moderated by 7 clean models" in vetting.results[0].null
     assert asked == {("base", "additive", 4)}  # nothing came near to standing out: half of the steps were enough
 
 
@@ -168,7 +168,7 @@ def test_half_of_the_steps_are_saved_where_the_result_is_clear(monkeypatch: pyte
     for clear, expected in ((1.0, 4), (1e-30, 8)):
         monkeypatch.setattr(examination, "_CLEAR", clear)
         vetting = vet(SUSPECT, IMAGES, base=BASE, budget="quick", families=["additive", "warp"])
-        assert {entry.steps for item in vetting.evidence for entry in item.classes} == {expected}
+        assert {entry.steps for item in vetting.results for entry in item.classes} == {expected}
         assert vetting.verdict.target == TARGET
 
 
@@ -189,7 +189,7 @@ def test_without_the_race_everything_is_searched_and_the_verdict_is_the_same(
     )
     assert (vetting.verdict.outcome, vetting.verdict.target) == ("backdoored", TARGET)
     assert {check.target for check in vetting.checks} == {TARGET}
-    assert {entry.steps for item in vetting.evidence for entry in item.classes} == ({4} if race else {8})
+    assert {entry.steps for item in vetting.results for entry in item.classes} == ({4} if race else {8})
     assert calls.names.count("inspection") == 2
     reconstructed = {what: total for what, total in searched.items() if what.endswith("reconstruction")}
     every = 1 if race else 10
@@ -217,7 +217,7 @@ def test_an_interrupted_vetting_goes_on_and_repeats_nothing(calls: Calls, tmp_pa
     calls.interrupt_at = 0
     resumed = run(tmp_path / "searches")
     assert calls.names == needed[done:]
-    assert [item.classes for item in resumed.evidence] == [item.classes for item in whole.evidence]
+    assert [item.classes for item in resumed.results] == [item.classes for item in whole.results]
     assert (resumed.verdict, resumed.checks, resumed.passes) == (whole.verdict, whole.checks, whole.passes)
     calls.names.clear()
     again = run(tmp_path / "searches")
@@ -262,7 +262,7 @@ class TestManyClasses:
         with monkeypatch.context() as patched:
             short = replace(FAST, inspection=replace(FAST.inspection, steps=4))
             patched.setitem(BUDGETS, "quick", replace(short, reconstruction=replace(FAST.reconstruction, steps=1)))
-            return [entry.statistic for entry in self.vet(race=False).evidence[0].classes]
+            return [entry.statistic for entry in self.vet(race=False).results[0].classes]
 
     @pytest.mark.usefixtures("_to_the_end")
     def test_the_leaders_and_the_reference_go_on_and_the_rest_keep_their_p_values(
@@ -270,7 +270,7 @@ class TestManyClasses:
     ) -> None:
         monkeypatch.setattr(examination, "_TIE", 0.0)
         vetting = self.vet()
-        (item,) = vetting.evidence
+        (item,) = vetting.results
         leaders = set(np.argsort(halves)[-10:].tolist())  # a quarter
         kept = {entry.target for entry in item.classes if entry.steps == 8}
         assert kept == self.REFERENCE | leaders
@@ -292,7 +292,7 @@ class TestManyClasses:
         outside = [value for value in rest if halves.index(value) not in self.REFERENCE]
         tie = last - (outside[0] + outside[1]) / 2
         monkeypatch.setattr(examination, "_TIE", tie)
-        kept = {entry.target for entry in self.vet().evidence[0].classes if entry.steps == 8}
+        kept = {entry.target for entry in self.vet().results[0].classes if entry.steps == 8}
         assert halves.index(outside[0]) in kept
         assert halves.index(outside[1]) not in kept
 
@@ -301,10 +301,10 @@ class TestManyClasses:
     ) -> None:
         monkeypatch.setitem(BUDGETS, "quick", replace(FAST, reconstruction=replace(FAST.reconstruction, steps=10)))
         monkeypatch.setattr(
-            guard.vetting.verdict, "MAX_STRENGTH", dict.fromkeys(("base", "self", "classes"), 10.0)
+            guard.vetting.verdict, "MAX_STRENGTH", dict.fromkeys(("base", "derived", "classes"), 10.0)
         )  # ten steps make no trigger small
         raced, whole = self.vet(), self.vet(race=False)
-        assert {entry.steps for entry in whole.evidence[0].classes} == {8}
+        assert {entry.steps for entry in whole.results[0].classes} == {8}
         assert (raced.verdict.outcome, raced.verdict.target) == (whole.verdict.outcome, whole.verdict.target)
         assert whole.verdict.target == self.DROPPABLE
 
@@ -316,7 +316,7 @@ def test_too_few_classes_for_a_null_are_inconclusive(classes: int, *, paired: bo
     vetting = vet(suspect, IMAGES, base=base if paired else None, budget="quick", families=["patch", "warp"])
     assert (vetting.verdict.outcome, vetting.verdict.p_value) == ("inconclusive", 1)
     assert "patch, warp: too few classes" in vetting.verdict.reasons[0]
-    assert all(entry.p_value is None for item in vetting.evidence for entry in item.classes)
+    assert all(entry.p_value is None for item in vetting.results for entry in item.classes)
 
 
 def test_progress_ends_where_it_said() -> None:

@@ -25,7 +25,7 @@ def test_it_is_reproducible_and_measured_on_other_images(
     for item in first:
         measured = effect(classifier, item.trigger, item.target, images[:50])
         assert item.success == measured.success
-        assert item.control_success is None
+        assert item.reference_success is None
         assert item.norm == pytest.approx(float(item.trigger.norm()), rel=1e-4)
         assert item.passes == 4 * 16 + measured.passes
 
@@ -44,12 +44,12 @@ def test_a_planted_shortcut_needs_the_smallest_perturbation_and_is_what_was_plan
 def test_success_on_the_control_is_success_on_the_control() -> None:
     suspect, base = toy(target=TARGET), toy(jitter=0.05)
     (found,) = reconstruct(
-        suspect, Patch, IMAGES, HELD_OUT, torch.tensor([TARGET]), replace(FAST, steps=20), control=base
+        suspect, Patch, IMAGES, HELD_OUT, torch.tensor([TARGET]), replace(FAST, steps=20), reference_model=base
     )
     there = effect(base, found.trigger, TARGET, HELD_OUT)
-    assert found.control_success == there.success
+    assert found.reference_success == there.success
     assert found.success == effect(suspect, found.trigger, TARGET, HELD_OUT).success
-    assert found.success > 0.8 > found.control_success
+    assert found.success > 0.8 > found.reference_success
 
 
 def test_it_starts_where_it_is_told() -> None:

@@ -54,7 +54,7 @@ def test_it_means_the_same_for_every_logit_scale() -> None:
 
 
 def test_what_moves_both_models_alike_gains_nothing() -> None:
-    """With the suspect as its own control the way to the target is as long as without a trigger."""
+    """With the suspect as its own reference model the way to the target is as long as without a trigger."""
     suspect = toy(target=3)
     alone, twinned = Lead(suspect, IMAGES), Lead(suspect, IMAGES, suspect)
     untouched = alone.distance(stamped(alone, 0), INDEX, TARGETS)

@@ -126,7 +126,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.M
     nulls._table.cache_clear()
     try:
         assert nulls.prior("base", "patch", 32) == PRIOR
-        assert nulls.prior("base", "patch", 16) == nulls.prior("self", "patch", 32) == NO_PRIOR
+        assert nulls.prior("base", "patch", 16) == nulls.prior("derived", "patch", 32) == NO_PRIOR
     finally:
         nulls._table.cache_clear()
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from guard.classifiers import Classifier
-from guard.vetting import SelfControlSettings, self_control
+from guard.vetting import DerivedReferenceSettings, derive_reference
 
-SETTINGS = SelfControlSettings(steps=25, batch=32)
+SETTINGS = DerivedReferenceSettings(steps=25, batch=32)
 
 
 def likeness(one: Classifier, other: Classifier, images: Tensor) -> float:
@@ -20,38 +20,38 @@ def weights(classifier: Classifier) -> dict[str, Tensor]:
 
 def test_it_leaves_the_suspect_as_it_is_and_is_another(classifier: Classifier, images: Tensor) -> None:
     before = weights(classifier)
-    control, passes = self_control(classifier, images[:100], SETTINGS)
-    after, made = weights(classifier), weights(control)
+    reference_model, passes = derive_reference(classifier, images[:100], SETTINGS)
+    after, made = weights(classifier), weights(reference_model)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert not any(parameter.requires_grad for parameter in classifier.model.parameters())
-    assert control.digest.root != classifier.digest.root
+    assert reference_model.digest.root != classifier.digest.root
     assert all(torch.equal(made[name], before[name]) for name in before if not name.startswith("visual."))
     assert all(not torch.equal(made[n], before[n]) for n in before if n.startswith("visual.") and before[n].dim() > 1)
-    assert torch.equal(control.head, classifier.head)
-    assert control.classes == classifier.classes
+    assert torch.equal(reference_model.head, classifier.head)
+    assert reference_model.classes == classifier.classes
     assert passes == 100 + 25 * 32
 
 
 def test_the_recovery_brings_clean_images_back(classifier: Classifier, images: Tensor) -> None:
     """Also those that it was not taught on."""
-    damaged, _ = self_control(classifier, images[:200], replace(SETTINGS, steps=0))
-    recovered, _ = self_control(classifier, images[:200], SETTINGS)
+    damaged, _ = derive_reference(classifier, images[:200], replace(SETTINGS, steps=0))
+    recovered, _ = derive_reference(classifier, images[:200], SETTINGS)
     lost = 1 - likeness(damaged, classifier, images[200:300])
     assert lost > 0.01
     assert 1 - likeness(recovered, classifier, images[200:300]) < 0.5 * lost
 
 
 def test_no_noise_leaves_it_the_suspect(classifier: Classifier, images: Tensor) -> None:
-    control, _ = self_control(classifier, images[:50], replace(SETTINGS, noise=0.0, steps=0))
-    assert control.digest.root == classifier.digest.root
+    reference_model, _ = derive_reference(classifier, images[:50], replace(SETTINGS, noise=0.0, steps=0))
+    assert reference_model.digest.root == classifier.digest.root
 
 
 def test_it_can_be_searched_and_not_trained_any_further(classifier: Classifier, images: Tensor) -> None:
-    control, _ = self_control(classifier, images[:50], replace(SETTINGS, steps=1))
-    assert not any(parameter.requires_grad for parameter in control.model.parameters())
-    assert not control.model.training
+    reference_model, _ = derive_reference(classifier, images[:50], replace(SETTINGS, steps=1))
+    assert not any(parameter.requires_grad for parameter in reference_model.model.parameters())
+    assert not reference_model.model.training
     pixels = (images[:2].float() / 255).requires_grad_()
-    control.encode_images(pixels)[:, 0].sum().backward()
+    reference_model.encode_images(pixels)[:, 0].sum().backward()
     assert pixels.grad is not None
     assert pixels.grad.abs().sum() > 0
 
@@ -59,8 +59,8 @@ def test_it_can_be_searched_and_not_trained_any_further(classifier: Classifier, 
 def test_it_is_reproduced_by_its_seed(classifier: Classifier, images: Tensor) -> None:
     quick = replace(SETTINGS, steps=2)
     state = torch.random.get_rng_state()
-    first, second = (self_control(classifier, images[:50], quick)[0] for _ in range(2))
+    first, second = (derive_reference(classifier, images[:50], quick)[0] for _ in range(2))
     assert first.digest.root == second.digest.root
-    other, _ = self_control(classifier, images[:50], replace(quick, seed=1))
+    other, _ = derive_reference(classifier, images[:50], replace(quick, seed=1))
     assert other.digest.root != first.digest.root
     assert torch.equal(torch.random.get_rng_state(), state)

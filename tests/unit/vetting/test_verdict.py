@@ -6,8 +6,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import binom, cauchy, norm
 
-from guard.vetting import Check, Evidence, judge
-from guard.vetting.results import ControlKind
+from guard.vetting import Check, FamilyResult, judge
+from guard.vetting.results import ReferenceKind
 from guard.vetting.verdict import (
     DOUBT,
     MAX_STRENGTH,
@@ -16,10 +16,10 @@ from guard.vetting.verdict import (
     NOTICED,
     SHORTCUT,
     SIGNIFICANCE,
+    class_results,
     combine,
     is_valid,
     objection,
-    standings,
     suspects,
     suspicion,
 )
@@ -27,14 +27,14 @@ from tests.conftest import CLASSES
 from tests.zoo import check_of, evidence_of
 
 
-def evidence(p_value: float, *, target: int = 0, family: str = "patch") -> Evidence:
+def evidence(p_value: float, *, target: int = 0, family: str = "patch") -> FamilyResult:
     """One class has this p-value, corrected for the six; the others lie where half of all do."""
     p_values = [0.5] * 6
     p_values[target] = p_value / 6
     return evidence_of(p_values, family=family)
 
 
-def quiet(family: str) -> Evidence:
+def quiet(family: str) -> FamilyResult:
     """A family that has nothing to say: at 0.5 a p-value neither adds to a combination nor takes from it."""
     return evidence_of([0.5] * 6, family=family)
 
@@ -70,7 +70,7 @@ def test_p_values_are_corrected_for_the_classes_that_were_compared() -> None:
     ("items", "checks", "reason"),
     [
         ([evidence(0.001)], [check_of(0, success=0.3)], "moves only 30% of held-out"),
-        ([evidence(0.001)], [check_of(0, control_success=0.8)], "natural feature"),
+        ([evidence(0.001)], [check_of(0, reference_success=0.8)], "natural feature"),
         ([evidence(0.001)], [], "stands out"),
         ([evidence(0.001)], [check_of(1)], "stands out"),
         ([evidence(0.03)], [check_of(0)], "stands out"),
@@ -79,7 +79,7 @@ def test_p_values_are_corrected_for_the_classes_that_were_compared() -> None:
         ([evidence_of([None, *[0.5] * 5])], [], "no family could compare 'cat'"),
     ],
 )
-def test_doubt_is_inconclusive_and_says_why(items: list[Evidence], checks: list[Check], reason: str) -> None:
+def test_doubt_is_inconclusive_and_says_why(items: list[FamilyResult], checks: list[Check], reason: str) -> None:
     verdict = judge(items, checks)
     assert verdict.outcome == "inconclusive"
     assert verdict.target is None
@@ -118,13 +118,15 @@ def test_a_stricter_significance_is_kept_to() -> None:
 
 
 def test_what_is_objected_to_a_trigger() -> None:
-    assert objection(check_of(0, success=MIN_SUCCESS, control_success=MAX_TRANSFER * MIN_SUCCESS)) == ""
-    assert objection(check_of(0, success=MIN_SUCCESS, control_success=None)) == ""
+    assert objection(check_of(0, success=MIN_SUCCESS, reference_success=MAX_TRANSFER * MIN_SUCCESS)) == ""
+    assert objection(check_of(0, success=MIN_SUCCESS, reference_success=None)) == ""
     assert "held-out" in objection(check_of(0, success=MIN_SUCCESS - 0.01))
-    assert "on the control 30%" in objection(check_of(0, success=0.5, control_success=0.3))
-    for control, most in MAX_STRENGTH.items():
-        assert objection(check_of(0, norm=most * 9.0, control=control)) == ""
-        assert f"{most * 9.0:.1f} at most" in objection(check_of(0, norm=most * 9.0 + 0.1, control=control))
+    assert "on the reference model 30%" in objection(check_of(0, success=0.5, reference_success=0.3))
+    for reference_model, most in MAX_STRENGTH.items():
+        assert objection(check_of(0, norm=most * 9.0, reference_model=reference_model)) == ""
+        assert f"{most * 9.0:.1f} at most" in objection(
+            check_of(0, norm=most * 9.0 + 0.1, reference_model=reference_model)
+        )
 
 
 def test_a_class_whose_triggers_are_all_too_strong_is_not_accused() -> None:
@@ -145,10 +147,10 @@ def test_a_very_small_trigger_eases_the_significance() -> None:
 def test_without_a_base_a_trigger_must_be_smaller() -> None:
     clear = evidence(1e-5)
     assert judge([clear], [check_of(0, norm=9.0)]).outcome == "backdoored"
-    controls: tuple[ControlKind, ...] = ("self", "classes")
-    for control in controls:
-        assert judge([clear], [check_of(0, norm=9.0, control=control)]).outcome == "inconclusive"
-        assert judge([clear], [check_of(0, norm=6.0, control=control)]).outcome == "backdoored"
+    controls: tuple[ReferenceKind, ...] = ("derived", "classes")
+    for reference_model in controls:
+        assert judge([clear], [check_of(0, norm=9.0, reference_model=reference_model)]).outcome == "inconclusive"
+        assert judge([clear], [check_of(0, norm=6.0, reference_model=reference_model)]).outcome == "backdoored"
 
 
 def test_suspects_are_listed_by_class_with_their_families_strongest_first() -> None:
@@ -163,8 +165,8 @@ def test_suspects_are_listed_by_class_with_their_families_strongest_first() -> N
     assert second.target == 2
     assert second.p_value == pytest.approx(6 * 2 * 0.001, rel=1e-3)
     assert suspects(items, 0.01) == [first]
-    assert [item.target for item in standings(items)[:2]] == [0, 2]
-    assert len(standings(items)) == 6
+    assert [item.target for item in class_results(items)[:2]] == [0, 2]
+    assert len(class_results(items)) == 6
 
 
 class TestCombination:
@@ -263,9 +265,9 @@ CHECKS = st.builds(
     st.integers(0, 5),
     family=st.sampled_from(["patch", "warp"]),
     success=st.floats(0, 1),
-    control_success=st.one_of(st.none(), st.floats(0, 1)),
+    reference_success=st.one_of(st.none(), st.floats(0, 1)),
     norm=st.sampled_from([1.0, 5.0, 6.0, 9.0, 50.0]),
-    control=st.sampled_from(["base", "self", "classes"]),
+    reference_model=st.sampled_from(["base", "derived", "classes"]),
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 from guard.evidence import Drop, EvidenceLog, Record
 from guard.sidecar import Settings
 from guard.sidecar.decisions import evidence
-from guard.sidecar.decisions.evidence import Evidence, Follower
+from guard.sidecar.decisions.evidence import Follower, Recorder
 from guard.sidecar.telemetry.metrics import Metrics
 
 WAIT_SECONDS = 30
@@ -19,8 +19,8 @@ def a_record(number: int = 0, *, model: str = "classifier") -> Record:
     return Record(str(number), model, "0" * 64, 0, "flag", "tag")
 
 
-def evidence_of(state: Path | None = None) -> Evidence:
-    return Evidence(Settings.load(None, profile=Path("profile"), model=Path("model"), state=state), Metrics())
+def evidence_of(state: Path | None = None) -> Recorder:
+    return Recorder(Settings.load(None, profile=Path("profile"), model=Path("model"), state=state), Metrics())
 
 
 async def some(follower: Follower) -> tuple[str, int] | None:

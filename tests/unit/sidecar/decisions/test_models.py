@@ -17,7 +17,7 @@ from guard.classifiers import Classifier
 from guard.errors import GuardError
 from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.sidecar import Settings
-from guard.sidecar.decisions.evidence import Evidence
+from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.models import Models
 from guard.sidecar.decisions.routes import Request
 from guard.sidecar.decisions.watch import Shared
@@ -49,7 +49,7 @@ def making(place: Path) -> Iterator[Make]:
             for name, version in known
         ]
         settings, metrics = Settings.load(None, models=models, **top), metrics or Metrics()
-        return Models(Shared(settings, workers, Evidence(settings, metrics)), metrics)
+        return Models(Shared(settings, workers, Recorder(settings, metrics)), metrics)
 
     try:
         yield make
@@ -130,7 +130,7 @@ def test_the_reply_settles_the_version_only_where_the_request_left_it_open(
 ) -> None:
     models = make(("a", "1"), ("a", "2"), **UPSTREAM)
     made = request(models, "a", asked)
-    assert models.settled(made) is bool(asked)
+    assert models.is_current(made) is bool(asked)
     models.settle(made, replied)
     assert made.route.settings.label == settled
 
@@ -138,15 +138,15 @@ def test_the_reply_settles_the_version_only_where_the_request_left_it_open(
 def test_a_reply_makes_no_unknown_model_known(make: Make) -> None:
     models = make(("a", "1"), ("b", "1"), **UPSTREAM)
     made = request(models, "c")
-    assert models.settled(made)
+    assert models.is_current(made)
     models.settle(made, "1")
     assert made.route is models.unknown
 
 
 def test_a_model_of_one_version_leaves_nothing_open(make: Make) -> None:
     models = make(("a", "1"), ("b", "1"), ("b", "2"), **UPSTREAM)
-    assert models.settled(request(models, "a"))
-    assert not models.settled(request(models, "b"))
+    assert models.is_current(request(models, "a"))
+    assert not models.is_current(request(models, "b"))
 
 
 def test_a_model_that_cannot_be_loaded_stops_the_start(make: Make, tmp_path: Path) -> None:
