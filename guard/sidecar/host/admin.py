@@ -20,7 +20,7 @@ from guard.protocol import sidecar_pb2 as messages
 from guard.sidecar.decisions.models import Models, Served
 from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.host.health import Health
-from guard.sidecar.inference.service import Context
+from guard.sidecar.inference.calls import Context
 from guard.sidecar.policy import Decision, FailurePolicy, Mode
 from guard.sidecar.telemetry.metrics import Metrics
 from guard.sidecar.transport.addresses import socket_path

@@ -23,6 +23,7 @@ from guard.sidecar.host.health import Health, ProbeServer, loop_answers
 from guard.sidecar.host.limits import SPARE, Limited
 from guard.sidecar.host.processes import Worker, supervise
 from guard.sidecar.inference.embedded import EmbeddedService
+from guard.sidecar.inference.screener import Screener
 from guard.sidecar.inference.service import InferenceService
 from guard.sidecar.inference.upstream import UpstreamService
 from guard.sidecar.settings import Settings
@@ -77,7 +78,8 @@ async def _serve(settings: Settings, worker: Worker | None = None) -> None:
         stack.callback(models.save)
         # Before the state is kept, what runs on the side ends.
         stack.callback(shared.workers.close)
-        service = (EmbeddedService if settings.upstream is None else UpstreamService)(settings, models, metrics)
+        screener = Screener(settings, models, metrics)
+        service = (EmbeddedService if settings.upstream is None else UpstreamService)(screener)
         stack.push_async_callback(service.close)
         certificates = server_certificates(settings, metrics.tls_reload_failed)
         health, loop = Health(metrics), asyncio.get_running_loop()
@@ -100,7 +102,7 @@ async def _serve(settings: Settings, worker: Worker | None = None) -> None:
         _announce(settings, models, listening, probes.address, admin, worker)
         watchers = [
             asyncio.ensure_future(watcher)
-            for watcher in (_keep_ready(service, health), _keep_fresh(models, certificates))
+            for watcher in (_keep_ready(service, settings.upstream, health), _keep_fresh(models, certificates))
         ]
         stopped = asyncio.ensure_future(stopping.wait())
         await asyncio.wait({*watchers, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -202,9 +204,9 @@ async def _drain(
     await stopping
 
 
-async def _keep_ready(service: InferenceService, health: Health) -> None:
+async def _keep_ready(service: InferenceService, upstream: str | None, health: Health) -> None:
     """Say at any time whether requests are served."""
-    upstream, known = service.settings.upstream, False
+    known = False
     while True:
         ready = await service.ready()
         reason = None if ready else f"the upstream server {upstream} is not ready"

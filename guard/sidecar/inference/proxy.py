@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 
 from guard.protocol import SERVICE
 from guard.protocol.inference_pb2 import ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse
-from guard.sidecar.inference.service import Context, Metadata, RefusedError
+from guard.sidecar.inference.calls import Context, Metadata, RefusedError
 from guard.sidecar.policy import Reason
 from guard.sidecar.settings import Settings
 from guard.sidecar.transport.loops import shielded

@@ -29,7 +29,8 @@ from guard.protocol.tensors import (
 )
 from guard.sidecar.decisions.watch import input_digest
 from guard.sidecar.inference import bypass
-from guard.sidecar.inference.service import RefusedError, count_images
+from guard.sidecar.inference.calls import RefusedError
+from guard.sidecar.inference.screener import count_images
 from tests.damage import FILES, damaged
 
 EXAMPLES = int(os.environ.get("GUARD_FUZZ_EXAMPLES", "300"))
