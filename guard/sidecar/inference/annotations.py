@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from guard.protocol.inference_pb2 import ModelInferResponse
-from guard.protocol.tensors import add_output, remove_output
+from guard.protocol.messages import remove_output
+from guard.protocol.tensors import add_output
 from guard.sidecar.policy import Decision, Mode, Outcome
 
 DECISION, SCORE, P_VALUE, ALPHA, REASON, MODE, TRIGGER, WITHDRAWN = (

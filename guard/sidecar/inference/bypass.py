@@ -6,9 +6,6 @@ from grpc import StatusCode
 from guard.protocol.inference_pb2 import RepositoryModelLoadRequest
 from guard.sidecar.inference.calls import RefusedError
 
-MODEL_CONTROL = frozenset({"RepositoryModelLoad", "RepositoryModelUnload"})
-"""Methods that change which model answers. Triton, KServe and MLServer have them in the inference service, and MLServer
-in a second service too, so they are recognised by their names in every service."""
 SHARED_MEMORY = frozenset({"SystemSharedMemoryRegister", "CudaSharedMemoryRegister"})
 """Methods that register memory from which inputs are read, and to which outputs are written, unseen by guard."""
 OTHER_PROTOCOLS = frozenset(

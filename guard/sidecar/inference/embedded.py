@@ -20,7 +20,8 @@ from guard.protocol.inference_pb2 import (
     ServerReadyRequest,
     ServerReadyResponse,
 )
-from guard.protocol.tensors import add_output, uses_shared_memory
+from guard.protocol.messages import uses_shared_memory
+from guard.protocol.tensors import add_output
 from guard.sidecar.decisions.models import Served
 from guard.sidecar.decisions.routes import Request
 from guard.sidecar.decisions.workers import OverloadedError

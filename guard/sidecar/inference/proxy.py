@@ -7,7 +7,7 @@ from contextlib import suppress
 import grpc
 from google.protobuf.message import DecodeError
 
-from guard.protocol import SERVICE
+from guard.protocol import DESCRIBING_METHODS, SERVICE
 from guard.protocol.inference_pb2 import ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse
 from guard.sidecar.inference.calls import Context, Metadata, RefusedError
 from guard.sidecar.policy import Reason
@@ -16,7 +16,7 @@ from guard.sidecar.transport.channels import Endpoint, open_async_channel
 from guard.sidecar.transport.loops import shielded
 from guard.sidecar.transport.tls import client_credentials
 
-UNARY = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer")
+UNARY = (*DESCRIBING_METHODS, "ModelInfer")
 """The methods that are known to take and return one message."""
 _HOP = frozenset({"user-agent", "te", "content-type", "grpc-accept-encoding", "grpc-encoding", "grpc-timeout"})
 """Metadata that belongs to one hop and is not passed on."""

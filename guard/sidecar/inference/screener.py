@@ -9,7 +9,8 @@ import grpc
 
 from guard.errors import RequestError
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse
-from guard.protocol.tensors import float_output, parse_request, uses_shared_memory
+from guard.protocol.messages import parse_request, uses_shared_memory
+from guard.protocol.tensors import float_output
 from guard.sidecar.decisions.models import Models
 from guard.sidecar.decisions.routes import Request, Route
 from guard.sidecar.decisions.watch import trace_id

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 
 from guard.protocol.dialects import ERRORS_AS_STATUS, FINAL, Dialect, StreamDialect, error_reply, opened
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
-from guard.protocol.tensors import with_output
+from guard.protocol.messages import with_output
 from guard.sidecar.decisions.routes import Request, Route
 from guard.sidecar.inference.annotations import edit_reply
 from guard.sidecar.inference.calls import Context, RefusedError

@@ -8,15 +8,15 @@ from time import perf_counter
 import grpc
 from google.protobuf.message import DecodeError
 
-from guard.protocol import SERVICE
+from guard.protocol import DESCRIBING_METHODS, MODEL_CONTROL, SERVICE
 from guard.protocol.dialects import StreamDialect
 from guard.protocol.inference_pb2 import ModelInferResponse
-from guard.protocol.tensors import remove_output, with_output
+from guard.protocol.messages import remove_output, with_output
 from guard.sidecar.decisions.routes import Request
 from guard.sidecar.inference import bypass
 from guard.sidecar.inference.annotations import edit_reply
 from guard.sidecar.inference.calls import Context, Metadata, RefusedError
-from guard.sidecar.inference.proxy import UNARY, Proxy
+from guard.sidecar.inference.proxy import Proxy
 from guard.sidecar.inference.screener import Screener, check_request, confirm, enforce, output_to_hide, tags
 from guard.sidecar.inference.service import InferenceService, UnaryHandler
 from guard.sidecar.inference.streaming import ScreenedStream
@@ -58,8 +58,8 @@ class UpstreamService(InferenceService):
 
     def methods(self) -> dict[str, UnaryHandler]:
         """The handlers of the five methods that are forwarded unread, by path."""
-        paths = [f"/{SERVICE}/{name}" for name in UNARY]
-        return {path: partial(self._forward, path) for path in paths if path != _INFER}
+        paths = [f"/{SERVICE}/{name}" for name in DESCRIBING_METHODS]
+        return {path: partial(self._forward, path) for path in paths}
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """The gRPC handlers of every method except those of the sidecar's own services."""
@@ -72,7 +72,7 @@ class UpstreamService(InferenceService):
         service, _, method = path.removeprefix("/").rpartition("/")
         if service.startswith(_OWN_SERVICES):
             return None
-        if method in bypass.MODEL_CONTROL:
+        if method in MODEL_CONTROL:  # in whichever service: MLServer has a second one with these methods
             return self.unary(partial(self._control_models, path))
         if method in bypass.SHARED_MEMORY:
             return self.unary(partial(self._register_shared_memory, path))

@@ -68,8 +68,9 @@ def server() -> Iterator[InferenceServer]:
         yield running
 
 
-def look(upstream: str, **options: Any) -> dict[str, Finding]:
-    return {found.subject: found for found in exposures(Endpoint(upstream), **{"rest_ports": (), **options})}
+def look(upstream: str, credentials: grpc.ChannelCredentials | None = None, **options: Any) -> dict[str, Finding]:
+    endpoint = Endpoint(upstream, credentials)
+    return {found.subject: found for found in exposures(endpoint, **{"rest_ports": (), **options})}
 
 
 def free_port() -> int:
