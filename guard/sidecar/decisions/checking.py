@@ -1,4 +1,4 @@
-"""Decode, embed and screen the images of a request: the work of a sidecar that is not talking."""
+"""Decode, embed and screen the images of a request."""
 
 import asyncio
 import logging
@@ -28,11 +28,11 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Inference:
-    """One pass through the exported classifier, and what guard makes of it.
+    """The result of one forward pass through the exported classifier.
 
     Attributes:
         logits: Class scores, shape [N, C].
-        outcome: The decision.
+        outcome: The decision about the images.
     """
 
     logits: Floats
@@ -43,20 +43,20 @@ class Checker:
     """Screens the requests of one model with one profile.
 
     Args:
-        profile: Calibrated.
-        detector: Of the profile.
-        model: The exported classifier; None where the embeddings come from the upstream server.
-        settings: Of the model.
-        metrics: Of the model.
-        shared: What the models of a sidecar have in common.
-        sample: Of the model's traffic, if one is kept.
+        profile: A calibrated profile.
+        detector: The detector of the profile.
+        model: The exported classifier; None if the embeddings come from the upstream server.
+        settings: Settings of the model.
+        metrics: Metrics of the model.
+        shared: What all models of a sidecar share.
+        sample: The sample of the model's traffic, if one is kept.
 
     Attributes:
         profile: As given.
         model: As given.
         metrics: As given.
-        watch: What follows its decisions.
-        vetted: Whether a request may pass: the verdict on the model is good enough for the operator.
+        watch: What is done with the decisions besides answering.
+        vetted: Whether requests may pass: the verdict on the model is good enough for the operator.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Checker:
 
         Raises:
             RequestError: The request cannot be served, whatever the failure policy.
-            OverloadedError: There is no worker for it.
+            OverloadedError: Every worker is busy and the queue is full.
         """
         return await self._workers.run(lambda: self._infer(message, trace_id))
 
@@ -103,7 +103,7 @@ class Checker:
         return await self._bounded(lambda: self._score(embeddings, message, trace_id, None))
 
     async def _bounded(self, work: Callable[[], Outcome]) -> Outcome:
-        """Run within the time limit; whatever goes wrong becomes `unchecked` with its reason, never `pass`."""
+        """Run a check within the time limit; whatever fails becomes `unchecked` with a reason, never `pass`."""
         if not self._limits.screening:
             return Outcome.unchecked(Reason.DISABLED)
         try:
@@ -131,7 +131,7 @@ class Checker:
         try:
             return Inference(logits, self._score(embeddings, message, trace_id, images))
         except RequestError as error:
-            # The client's doing, by values so large that the model overflows.
+            # Caused by the client, with values so large that the model overflows.
             return Inference(logits, Outcome.unchecked(Reason.INPUT_UNREADABLE, str(error)))
         except Exception:
             log.exception("screening failed")

@@ -1,4 +1,4 @@
-"""Where records of flagged images go: into the evidence log, and to whoever follows them as they come."""
+"""Recording of flagged images, in the evidence log and for clients that follow the records."""
 
 import asyncio
 from collections import deque
@@ -12,14 +12,14 @@ from guard.sidecar.settings import Settings
 from guard.sidecar.telemetry.metrics import Metrics
 
 _WAITING = 256
-"""Records that wait for one follower; further ones are lost to it, and counted."""
+"""The most records that wait for one follower; it loses further ones, which are counted."""
 
 
 class Follower:
-    """Records as they come, for one reader on an event loop; at most `_WAITING` wait for it.
+    """New records for one reader on an event loop; at most `_WAITING` of them wait to be read.
 
     Args:
-        wants: Which records; called from any thread.
+        wants: Whether the reader wants a record; called from any thread.
     """
 
     def __init__(self, wants: Callable[[Record], bool]) -> None:
@@ -29,7 +29,7 @@ class Follower:
         self._lost, self._ended = 0, False
 
     def give(self, item: Record) -> None:
-        """Hand over a record, from any thread."""
+        """Add a record; may be called from any thread."""
         if self._wants(item):
             self._loop.call_soon_threadsafe(self._put, item)
 
@@ -42,7 +42,7 @@ class Follower:
         self._changed.set()
 
     def end(self) -> None:
-        """Say that no more will come; on the event loop."""
+        """End the records; to be called on the event loop."""
         self._ended = True
         self._changed.set()
 
@@ -55,14 +55,14 @@ class Follower:
 
 
 class Recorder:
-    """The evidence of one sidecar; nothing here waits for a disk or a reader.
+    """Records the evidence of one sidecar, without waiting for a disk or a reader.
 
     Args:
-        settings: Of the sidecar.
-        metrics: Where losses are counted.
+        settings: Settings of the sidecar.
+        metrics: Metrics of the sidecar, where lost records are counted.
 
     Raises:
-        EvidenceError: The evidence log is damaged or no evidence log.
+        EvidenceError: The file is damaged, or is not an evidence log.
         UsageError: The folder cannot be written.
     """
 
@@ -86,16 +86,16 @@ class Recorder:
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody wants records."""
+        """Whether records are written or followed at all."""
         return self._writer is not None or bool(self._followers)
 
     @property
     def trouble(self) -> Drop | None:
-        """Why the evidence log cannot be written at present; None if it can, or if there is none."""
+        """Why the evidence log cannot be written at present; None if it can be, or if there is none."""
         return None if self._writer is None else self._writer.trouble
 
     def record(self, item: Record) -> None:
-        """Hand over a record, from any thread."""
+        """Record a flagged image; may be called from any thread."""
         if self._writer is not None:
             self._writer.record(item)
         for follower in self._followers:
@@ -103,13 +103,13 @@ class Recorder:
 
     @contextmanager
     def followed(self, wants: Callable[[Record], bool] = lambda _: True) -> Iterator[Follower]:
-        """Follow the records from now on; on the event loop.
+        """Follow the records from now on; to be called on the event loop.
 
         Args:
-            wants: Which of them; called from any thread.
+            wants: Whether the reader wants a record; called from any thread.
         """
         follower = Follower(wants)
-        # A new tuple, since workers may be going through the old one.
+        # A new tuple, since workers may be iterating over the old one.
         self._followers = (*self._followers, follower)
         try:
             yield follower
@@ -117,10 +117,10 @@ class Recorder:
             self._followers = tuple(each for each in self._followers if each is not follower)
 
     def end_followers(self) -> None:
-        """Let those who follow read what waits for them, and no more."""
+        """End the records of all followers after those that already wait for them."""
         for follower in self._followers:
             follower.end()
 
     def close(self) -> bool:
-        """Write what waits; whether all was written."""
+        """Write the records that wait; return whether all of them were written."""
         return self._writer is None or self._writer.close()

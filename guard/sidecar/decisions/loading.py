@@ -1,4 +1,4 @@
-"""Read what a model is served and screened with."""
+"""Reading of the profile and of the exported classifier of a model."""
 
 from guard import profiles
 from guard.classifiers import ExportedClassifier
@@ -8,11 +8,11 @@ from guard.sidecar.settings import ModelSettings
 
 
 def load(settings: ModelSettings, model: ExportedClassifier | None = None) -> tuple[Profile, ExportedClassifier | None]:
-    """The profile of a model, and its exported form if it has one; they are of the same classifier.
+    """Read the profile of a model and its exported classifier, if it has one, and make sure that they belong together.
 
     Args:
-        settings: Of the model.
-        model: That is loaded already.
+        settings: Settings of the model.
+        model: The exported classifier, if it is loaded already.
 
     Raises:
         ProfileError: The profile is missing, damaged, or of another model.
@@ -27,13 +27,13 @@ def load(settings: ModelSettings, model: ExportedClassifier | None = None) -> tu
 
 
 def read_profile(settings: ModelSettings) -> Profile:
-    """The profile of a model.
+    """Read the profile of a model.
 
     Raises:
-        ProfileError: It is missing or damaged.
+        ProfileError: The profile is missing or damaged.
     """
     if settings.profile is None:
-        raise ValueError("settings are checked before")
+        raise ValueError("the settings name no profile")
     return profiles.read(settings.profile)
 
 
@@ -41,7 +41,7 @@ def match(profile: Profile, model: ExportedClassifier, settings: ModelSettings) 
     """Make sure that a profile is of the model that was exported.
 
     Raises:
-        ProfileError: It is of another.
+        ProfileError: The profile is of another model.
     """
     if model.digest != profile.document.model.digest:
         raise ProfileError(

@@ -1,4 +1,4 @@
-"""The life of a sidecar: check everything, open ports, serve, drain."""
+"""Start, service and drain of a sidecar."""
 
 import asyncio
 import json
@@ -35,9 +35,9 @@ from guard.sidecar.transport.ports import open_port
 from guard.sidecar.transport.tls import Certificates, server_certificates
 
 WATCH_SECONDS = 1.0
-"""Between two looks at the upstream server, and at what lies on disk."""
+"""Seconds between two checks of the upstream server and of the files on disk."""
 SAVE_SECONDS = 60.0
-"""How often the state of monitor and sample is kept, besides at the end."""
+"""Seconds between saves of the monitors' states and of the samples, which are also saved at the end."""
 log = logging.getLogger(__name__)
 
 
@@ -97,9 +97,9 @@ def serve(settings: Settings) -> None:
     """Run a sidecar until SIGTERM or SIGINT.
 
     Raises:
-        ProfileError: The profile is missing, damaged, not calibrated, or of another model.
-        ModelError: The exported model is missing or damaged.
-        UsageError: A port is taken, or certificates cannot be used.
+        ProfileError: A profile is missing, damaged, not calibrated, or of another model.
+        ModelError: An exported model is missing or damaged.
+        UsageError: A port is taken, or a certificate cannot be used.
         MissingDependencyError: uvloop was asked for and is not installed.
     """
     if settings.processes > 1:
@@ -115,7 +115,7 @@ def serve(settings: Settings) -> None:
 
 
 def _work(worker: Worker, *, settings: Settings) -> None:
-    """One of several processes."""
+    """Run one of several processes."""
     logs.configure(settings.log_format, worker.index)
     with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
         runner.run(_serve(settings, worker))
@@ -128,7 +128,7 @@ async def _serve(settings: Settings, host: Host) -> None:
         stack.callback(shared.close)
         models = Models(shared, metrics)
         stack.callback(models.save)
-        # Before the state is kept, what runs on the side ends.
+        # The work in progress ends before the state is saved.
         stack.callback(shared.workers.close)
         screener = Screener(settings, models, metrics)
         service = (EmbeddedService if settings.upstream is None else UpstreamService)(screener)
@@ -171,7 +171,7 @@ def _server(settings: Settings, limited: Limited, health: Health, *, shared_port
         options=[
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", settings.max_message_bytes),
-            # Without this a second sidecar on the same port would start, and take half of the requests.
+            # Without this, a second sidecar on the same port would start and take half of the requests.
             ("grpc.so_reuseport", int(shared_port)),
         ],
     )
@@ -200,8 +200,8 @@ def _warn_of_backdoors(models: Models) -> None:
         verdict = served.checker.profile.document.vetting.verdict
         if verdict.outcome == "backdoored":
             log.warning(
-                "the model %s is vetted as backdoored (class %r); it is served because screening was asked for, "
-                "repair it",
+                "vetting found a backdoor in the model %s (class %r); it is served, and screened, nevertheless: "
+                "repair the model",
                 served.settings.label,
                 served.checker.profile.class_name(verdict.target or 0),
             )
@@ -223,17 +223,19 @@ def _description(served: Served) -> dict[str, Any]:
 async def _drain(
     server: grpc.aio.Server, limited: Limited, health: Health, settings: Settings, again: asyncio.Event
 ) -> None:
-    """Say first that no more should come, take what comes until that is known, then let what runs end."""
+    """Report that no more requests should come, serve those that still come, then wait for the running ones to end."""
     await health.drain()
     if settings.drain_delay:
-        log.info("not ready any more; requests are taken for another %g s, or a second signal", settings.drain_delay)
+        log.info(
+            "not ready any more; requests are served for another %g s, or until a second signal", settings.drain_delay
+        )
         again.clear()
         with suppress(TimeoutError):
             await asyncio.wait_for(again.wait(), settings.drain_delay)
     log.info("draining for up to %g s", settings.drain)
-    # gRPC answers CANCELLED to what it has received and not handed over yet when it stops (grpc/grpc#41785), which no
-    # client tries again. So everything is taken over first, and held: clients wait, and soon nothing more comes. Once
-    # their connections are ended, they are told to try again, and do so elsewhere.
+    # When gRPC stops, it answers CANCELLED to calls that it has received and not handed over yet (grpc/grpc#41785), and
+    # no client retries after that. So all new calls are accepted first, and held: clients wait, and soon no more calls
+    # arrive. Once their connections have been told to end, the held calls get UNAVAILABLE and are retried elsewhere.
     await limited.hold()
     stopping = asyncio.ensure_future(server.stop(settings.drain))
     await asyncio.sleep(0)
@@ -242,7 +244,7 @@ async def _drain(
 
 
 async def _keep_ready(service: InferenceService, upstream: str | None, health: Health) -> None:
-    """Say at any time whether requests are served."""
+    """Keep the reported health up to date."""
     known = False
     while True:
         ready = await service.ready()
@@ -258,13 +260,13 @@ async def _keep_ready(service: InferenceService, upstream: str | None, health: H
 
 
 async def _keep_fresh(models: Models, certificates: Certificates | None) -> None:
-    """Read again what changes on disk, and keep state there."""
-    kept = perf_counter()
+    """Load files that change on disk, and save the state at intervals."""
+    last_save = perf_counter()
     while True:
         await asyncio.sleep(WATCH_SECONDS)
         if certificates is not None:
             await asyncio.to_thread(certificates.refresh)
         await models.refresh()
-        if perf_counter() - kept >= SAVE_SECONDS:
+        if perf_counter() - last_save >= SAVE_SECONDS:
             await asyncio.to_thread(models.save)
-            kept = perf_counter()
+            last_save = perf_counter()
