@@ -1,4 +1,4 @@
-"""Writing that is whole or did not happen."""
+"""Writing that is whole or did not happen, and stamps that tell whether a file has changed."""
 
 import os
 import shutil
@@ -63,3 +63,12 @@ def replace_file(target: Path, data: bytes) -> None:
         Path(name).replace(target)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def file_stamp(path: Path) -> tuple[int, int, int] | None:
+    """A value that changes when a file is written or replaced, or when a link leads to another; None without a file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino

@@ -67,13 +67,14 @@ def _deployment(config: Path | None, upstream: str | None, rest_ports: Sequence[
     from guard.diagnostics.exposure import REST_PORTS, exposures
     from guard.diagnostics.preflight import preflight
     from guard.sidecar import Settings
-    from guard.sidecar.transport.tls import name_options, upstream_credentials
+    from guard.sidecar.inference.proxy import upstream_endpoint
+    from guard.sidecar.transport.channels import Endpoint
 
     ports = tuple(dict.fromkeys((*REST_PORTS, *rest_ports)))
     names = {f"GUARD_{name}".upper() for name in Settings.model_fields}
     try:
         if config is None and not any(name.upper() in names and value for name, value in os.environ.items()):
-            return exposures(upstream, rest_ports=ports) if upstream is not None else ()
+            return exposures(Endpoint(upstream), rest_ports=ports) if upstream is not None else ()
         settings = Settings.load(config, upstream=upstream)
     except GuardError as error:
         return (_failure("settings", error),)
@@ -82,9 +83,7 @@ def _deployment(config: Path | None, upstream: str | None, rest_ports: Sequence[
         return found
     try:
         found += exposures(
-            settings.upstream,
-            credentials=upstream_credentials(settings),
-            options=name_options(settings),
+            upstream_endpoint(settings),
             known={each.name for each in settings.served},
             rest_ports=ports,
             own=(settings.listen,),
@@ -101,7 +100,7 @@ def _failure(subject: str, error: GuardError) -> Finding:
 def _running(finding: Finding, settings: "Settings") -> Finding:
     """A port that is taken is as it should be if this very sidecar runs."""
     from guard.diagnostics.rest import fetch
-    from guard.sidecar.transport.addresses import split_address
+    from guard.sidecar.addresses import split_address
 
     if finding.exit_code and finding.subject in {"listen", "metrics"}:
         status, body = fetch(*split_address(settings.metrics), "/metrics") or (0, b"")

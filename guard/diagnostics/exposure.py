@@ -11,7 +11,7 @@ import stat
 import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -22,7 +22,8 @@ from guard.diagnostics.rest import speaks
 from guard.errors import UsageError
 from guard.protocol import SERVICE
 from guard.protocol.inference_pb2 import RepositoryIndexResponse
-from guard.sidecar.transport.addresses import socket_path, split_address
+from guard.sidecar.addresses import socket_path, split_address
+from guard.sidecar.transport.channels import Endpoint, open_channel
 
 REST_PORTS = (8000, 8080, 5000)
 """Triton's; MLServer's and KServe's; and one that many containers take."""
@@ -34,10 +35,8 @@ _OUTSIDE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 
 
 def exposures(
-    upstream: str,
+    upstream: Endpoint,
     *,
-    credentials: grpc.ChannelCredentials | None = None,
-    options: Sequence[tuple[str, int | str]] = (),
     known: Collection[str] = (),
     rest_ports: Sequence[int] = REST_PORTS,
     own: Collection[str] = (),
@@ -47,9 +46,7 @@ def exposures(
     It may take some seconds: a port that does not answer is waited for.
 
     Args:
-        upstream: HOST:PORT or unix:PATH, as the sidecar calls it.
-        credentials: For TLS towards it, as the sidecar has them.
-        options: gRPC's, of that connection.
+        upstream: The upstream server, as the sidecar connects to it.
         known: Names of the models that the sidecar has profiles of; none if that is not known.
         rest_ports: Where REST is looked for.
         own: Where the sidecar itself listens, which is no way around it.
@@ -58,20 +55,20 @@ def exposures(
         UsageError: The address is not of that form.
     """
     try:
-        place = _Place.of(upstream)
+        place = _Place.of(upstream.address)
     except ValueError as error:
         raise UsageError(str(error)) from error
     except OSError as error:
-        return (Finding("transport", Status.WARNING, f"{upstream} cannot be resolved: {error.strerror}"),)
+        return (Finding("transport", Status.WARNING, f"{upstream.address} cannot be resolved: {error.strerror}"),)
     others = _machine_addresses() if place.here else ()
-    found = [_transport(place, credentials)]
+    found = [_transport(place, upstream.credentials)]
     if place.path is None:
         outside = [each for each in (*place.open, *others) if not _is_own(each, place.port, own)]
-        found.append(_port(place, dict.fromkeys(outside), credentials, options))
+        found.append(_port(place, dict.fromkeys(outside), upstream))
     found.append(_rest(place, others, rest_ports))
-    with _channel(upstream, credentials, options) as channel:
+    with open_channel(upstream) as channel:
         if not _connects(channel):
-            text = f"{upstream} does not answer, so its models and its shared memory were not looked at"
+            text = f"{upstream.address} does not answer, so its models and its shared memory were not looked at"
             return (*found, Finding("models", Status.WARNING, text))
         return (*found, _models(channel, known), _shared_memory(channel))
 
@@ -217,12 +214,7 @@ def _socket(path: Path) -> Finding:
     return Finding("transport", Status.OK, text)
 
 
-def _port(
-    place: _Place,
-    addresses: Iterable[str],
-    credentials: grpc.ChannelCredentials | None,
-    options: Sequence[tuple[str, int | str]],
-) -> Finding:
+def _port(place: _Place, addresses: Iterable[str], upstream: Endpoint) -> Finding:
     """Whether the gRPC port is open at other addresses of this machine than the loopback interface's."""
     if not place.here:
         return Finding(
@@ -231,19 +223,16 @@ def _port(
             f"{place.upstream} is not of this machine: who else reaches it cannot be seen from here; a network policy "
             "must let only the sidecar through",
         )
-    # The certificate is of the host in the upstream address; and a proxy would answer for anybody.
-    names = [name for name, _ in options]
-    options = [*options, ("grpc.enable_http_proxy", 0)]
-    if credentials is not None and "grpc.ssl_target_name_override" not in names:
-        options = [*options, ("grpc.ssl_target_name_override", place.host)]
     places = [_joined(address, place.port) for address in addresses]
     reached = []
     for each in places:
-        with _channel(each, credentials, options) as channel:
+        # The certificate names the host of the upstream address; and a proxy would answer for every address.
+        endpoint = replace(upstream, address=each, server_name=upstream.server_name or place.host)
+        with open_channel(endpoint, [("grpc.enable_http_proxy", 0)]) as channel:
             if _connects(channel):
                 reached.append(each)
     if reached:
-        certificate = "" if credentials is None else ", unless it takes the sidecar's certificate only"
+        certificate = "" if upstream.credentials is None else ", unless it takes the sidecar's certificate only"
         return Finding(
             "grpc",
             Status.WARNING,
@@ -278,14 +267,6 @@ def _rest(place: _Place, others: Collection[str], ports: Sequence[int]) -> Findi
             "of this pod reach it, and others do not",
         )
     return Finding("rest", Status.OK, f"not found on {tried}, over plain HTTP; --rest-port looks at others")
-
-
-def _channel(
-    address: str, credentials: grpc.ChannelCredentials | None, options: Sequence[tuple[str, int | str]]
-) -> grpc.Channel:
-    if credentials is None:
-        return grpc.insecure_channel(address, options=list(options))
-    return grpc.secure_channel(address, credentials, options=list(options))
 
 
 def _connects(channel: grpc.Channel) -> bool:

@@ -41,7 +41,7 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 """Native libraries write them."""
 
 _GRPC = "import grpc, grpc_health.v1.health, grpc_reflection.v1alpha.reflection"
-_SIDECAR = "import guard.sidecar"
+_SIDECAR = "import guard.sidecar.host.server"
 # A model of one Relu. ONNX Runtime lists providers that it was built with; only a session says which one works.
 _ONNXRUNTIME = r"""
 import onnxruntime

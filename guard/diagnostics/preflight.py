@@ -15,11 +15,13 @@ from guard.evidence import EVIDENCE_FILE
 from guard.protocol import SERVICE
 from guard.protocol.inference_pb2 import ServerReadyRequest, ServerReadyResponse
 from guard.sidecar.decisions.loading import match, read_profile
+from guard.sidecar.inference.proxy import upstream_endpoint
 from guard.sidecar.policy import FailurePolicy
 from guard.sidecar.settings import ModelSettings, Settings
-from guard.sidecar.transport.addresses import check_free
+from guard.sidecar.transport.channels import open_channel
 from guard.sidecar.transport.loops import loop_factory
-from guard.sidecar.transport.tls import name_options, server_certificates, upstream_credentials
+from guard.sidecar.transport.ports import check_free
+from guard.sidecar.transport.tls import server_certificates
 
 if TYPE_CHECKING:
     from guard.profiles import Profile
@@ -126,10 +128,11 @@ class _Checks:
         return "asyncio" if loop_factory(self._settings.loop) is None else "uvloop"
 
     def tls(self) -> str | None:
-        if server_certificates(self._settings) is None:
+        settings = self._settings
+        if server_certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca) is None:
             return None
-        who = "clients need a certificate" if self._settings.tls_client_ca else "clients need no certificate"
-        return f"{self._settings.tls_certificate}; {who}"
+        who = "clients need a certificate" if settings.tls_client_ca else "clients need no certificate"
+        return f"{settings.tls_certificate}; {who}"
 
     def listen(self) -> str:
         check_free(self._settings.listen)
@@ -159,13 +162,7 @@ class _Checks:
         address = self._settings.upstream
         if address is None:
             return None
-        credentials = upstream_credentials(self._settings)
-        channel = (
-            grpc.insecure_channel(address)
-            if credentials is None
-            else grpc.secure_channel(address, credentials, name_options(self._settings))
-        )
-        with channel:
+        with open_channel(upstream_endpoint(self._settings)) as channel:
             ask = channel.unary_unary(f"/{SERVICE}/ServerReady")
             try:
                 reply = ask(ServerReadyRequest().SerializeToString(), timeout=UPSTREAM_SECONDS)

@@ -10,6 +10,10 @@ from guard.protocol.inference_pb2 import ModelInferResponse, ModelStreamInferRes
 
 FINAL = "triton_final_response"
 """Parameter by which Triton marks the last of several replies to one request."""
+ASK_FOR_FINAL = "triton_enable_empty_final_response"
+"""Parameter of a request with which a client asks Triton for that mark."""
+ERRORS_AS_STATUS = "triton_grpc_error"
+"""Metadata key with which, by the value `true`, a client asks Triton for errors as the status of the stream."""
 Envelope: TypeAlias = ModelStreamInferResponse | ModelInferResponse
 
 

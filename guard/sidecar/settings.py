@@ -15,8 +15,8 @@ from pydantic_settings import (
 )
 
 from guard.errors import UsageError
+from guard.sidecar.addresses import is_loopback, socket_path, split_address
 from guard.sidecar.policy import FailurePolicy, Mode
-from guard.sidecar.transport.addresses import is_loopback, socket_path, split_address
 
 OWN_VERSION = "1"
 """What guard calls the version of a model that it serves itself, if the configuration does not."""

@@ -1,4 +1,4 @@
-"""An Open Inference Protocol v2 server that does what a test asks for, and remembers what it was asked."""
+"""An Open Inference Protocol v2 server that answers as a test tells it to, and remembers every call."""
 
 import threading
 from collections import deque
@@ -7,15 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
-from numpy.typing import NDArray
 
 from guard import __version__
 from guard.errors import RequestError, UsageError
-from guard.protocol.arrays import read_inputs, write_outputs
+from guard.protocol import DESCRIBING_METHODS, SERVICE
+from guard.protocol.dialects import ASK_FOR_FINAL, ERRORS_AS_STATUS, FINAL, error_reply
 from guard.protocol.inference_pb2 import (
     ModelInferRequest,
     ModelInferResponse,
@@ -27,18 +27,19 @@ from guard.protocol.inference_pb2 import (
     ServerMetadataResponse,
     ServerReadyResponse,
 )
-from guard.protocol.tensors import parse_request
-from guard.testing.dialects import REPOSITORY, SERVICE, Dialect, repository_reply, stream_error, stream_reply
+from guard.protocol.messages import parse_request
+from guard.testing.dialects import REPOSITORY_METHODS, Dialect, repository_reply, stream_reply
 from guard.testing.faults import Call, FailedError, Fault, Pairs
 
-Tensors: TypeAlias = Mapping[str, NDArray[Any]]
-Model: TypeAlias = Callable[[Tensors], Tensors | Iterable[Tensors]]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Tensors: TypeAlias = "Mapping[str, NDArray[Any]]"
+Model: TypeAlias = "Callable[[Tensors], Tensors | Iterable[Tensors]]"
 Method: TypeAlias = Callable[[Iterator[bytes]], Iterable[bytes]]
 Context: TypeAlias = Any
 """grpc.ServicerContext; grpc publishes no types."""
 
-_FROM_MEMORY = frozenset({"ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata"})
-_FINAL, _ASK_FOR_FINAL = "triton_final_response", "triton_enable_empty_final_response"
 _POLL_SECONDS = 0.02
 
 
@@ -99,7 +100,7 @@ class InferenceServer:
 
     def __init__(
         self,
-        model: Model | Mapping[str, Model],
+        model: "Model | Mapping[str, Model]",
         *,
         dialect: Dialect = "triton",
         address: str = "127.0.0.1:0",
@@ -108,8 +109,8 @@ class InferenceServer:
         workers: int = 16,
         memory: int = 10_000,
     ) -> None:
-        if dialect not in REPOSITORY:
-            raise UsageError(f"there is no dialect {dialect!r}; take one of {', '.join(REPOSITORY)}")
+        if dialect not in REPOSITORY_METHODS:
+            raise UsageError(f"there is no dialect {dialect!r}; take one of {', '.join(REPOSITORY_METHODS)}")
         self.address = address
         self.open, self.cancelled = threading.Event(), threading.Event()
         self._model, self._dialect, self._name = model, dialect, name or dialect
@@ -191,8 +192,10 @@ class InferenceServer:
             raise FailedError(grpc.StatusCode.UNIMPLEMENTED, "a decoupled model is served by ModelStreamInfer only")
         return self._reply(request, result).SerializeToString()
 
-    def _run(self, data: bytes) -> tuple[ModelInferRequest, Tensors | Iterable[Tensors]]:
-        with _told():
+    def _run(self, data: bytes) -> "tuple[ModelInferRequest, Tensors | Iterable[Tensors]]":
+        from guard.protocol.tensors import read_inputs
+
+        with _as_faults():
             request = parse_request(data)
             model = self._model if callable(self._model) else self._model.get(request.model_name)
             if model is None:
@@ -200,13 +203,18 @@ class InferenceServer:
             return request, model(read_inputs(request))
 
     def _reply(self, request: ModelInferRequest, outputs: Tensors) -> ModelInferResponse:
+        import numpy as np  # here and in `_run`, so that a test pays for numpy only if it uses arrays
+
+        from guard.protocol.tensors import add_output
+
         reply = ModelInferResponse(model_name=request.model_name, model_version=request.model_version, id=request.id)
-        with _told():
+        with _as_faults():
             names = [output.name for output in request.outputs] or list(outputs)
             if missing := set(names) - set(outputs):
                 raise RequestError(f"there is no output {min(missing)!r}; the model has {sorted(outputs)}")
             raw = self._dialect == "triton" or bool(request.raw_input_contents)
-            write_outputs(reply, {name: outputs[name] for name in names}, raw=raw, shapes=self.shapes)
+            for name in names:
+                add_output(reply, name, np.asarray(outputs[name]), raw=raw, shape=self.shapes.get(name))
         return reply
 
     def _stream_replies(self, data: bytes) -> Iterator[bytes]:
@@ -215,31 +223,31 @@ class InferenceServer:
             return
         request, result = self._run(data)
         decoupled = not isinstance(result, Mapping)
-        marked = self._dialect == "triton" and request.parameters[_ASK_FOR_FINAL].bool_param
+        marked = self._dialect == "triton" and request.parameters[ASK_FOR_FINAL].bool_param
         several = iter([result] if isinstance(result, Mapping) else result)
         while True:
-            with _told():
+            with _as_faults():
                 outputs = next(several, None)
             if outputs is None:
                 break
             reply = self._reply(request, outputs)
             if marked:
-                reply.parameters[_FINAL].bool_param = not decoupled
+                reply.parameters[FINAL].bool_param = not decoupled
             yield reply.SerializeToString()
         if marked and decoupled:
             last = self._reply(ModelInferRequest(model_name=request.model_name, id=request.id), {})
-            last.parameters[_FINAL].bool_param = True
+            last.parameters[FINAL].bool_param = True
             yield last.SerializeToString()
 
     def _handler(self, path: str) -> grpc.RpcMethodHandler:
-        method = path.removeprefix(SERVICE)
+        method = path.removeprefix(f"/{SERVICE}/")
         if method in self._methods:
             return grpc.stream_stream_rpc_method_handler(partial(self._extra, method))
         if method == "ModelInfer":
             return grpc.unary_unary_rpc_method_handler(self._infer)
         if method == "ModelStreamInfer" and self._dialect != "kserve":
             return grpc.stream_stream_rpc_method_handler(self._stream)
-        if method in _FROM_MEMORY | REPOSITORY[self._dialect]:
+        if method in DESCRIBING_METHODS or method in REPOSITORY_METHODS[self._dialect]:
             return grpc.unary_unary_rpc_method_handler(partial(self._from_memory, method))
         # A handler of streams serves calls of every arity.
         return grpc.stream_stream_rpc_method_handler(partial(self._unknown, method))
@@ -259,7 +267,7 @@ class InferenceServer:
     def _stream(self, messages: Iterator[bytes], context: Context) -> Iterator[bytes]:
         context.send_initial_metadata(self.initial)
         enveloped = self._dialect == "triton"
-        aborts = not enveloped or ("triton_grpc_error", "true") in _metadata(context)
+        aborts = not enveloped or (ERRORS_AS_STATUS, "true") in _metadata(context)
         for data in messages:
             self._admit("ModelStreamInfer", data, context)
             fault = self.fault
@@ -272,7 +280,7 @@ class InferenceServer:
             if fault is not None:
                 if aborts:
                     _abort(context, fault)
-                yield stream_error(fault.details, _id(data))
+                yield error_reply(fault.details, model="", request_id=_id(data))
         context.set_trailing_metadata(self.trailing)
 
     def _extra(self, method: str, messages: Iterator[bytes], context: Context) -> Iterator[bytes]:
@@ -296,14 +304,14 @@ class InferenceServer:
         try:
             reply = self._known(method, data)
         except DecodeError:
-            _abort(context, Fault(grpc.StatusCode.INTERNAL, f"the message is no {method}Request"))
+            _abort(context, Fault(grpc.StatusCode.INTERNAL, f"the message is not a {method}Request"))
         except FailedError as error:
             _abort(context, error.fault)
         return reply
 
     def _known(self, method: str, data: bytes) -> bytes:
         names = () if callable(self._model) else tuple(self._model)
-        if method in REPOSITORY[self._dialect]:
+        if method in REPOSITORY_METHODS[self._dialect]:
             return repository_reply(self._dialect, method, data, names)
         if method == "ServerLive":
             return ServerLiveResponse(live=True).SerializeToString()
@@ -343,8 +351,8 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc publishes 
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """What goes wrong in a model, as what a client is told."""
+def _as_faults() -> Iterator[None]:
+    """Turn errors of a request or of a model into the faults that a client gets."""
     try:
         yield
     except FailedError:

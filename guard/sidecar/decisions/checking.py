@@ -15,7 +15,6 @@ from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.protocol.tensors import encoded_images, find_input, float_images
 from guard.screening import Detector
 from guard.sidecar.decisions.reservoir import Reservoir
-from guard.sidecar.decisions.routes import Request
 from guard.sidecar.decisions.watch import Shared, Watch
 from guard.sidecar.decisions.workers import OverloadedError
 from guard.sidecar.policy import Decision, Outcome, Reason
@@ -82,22 +81,26 @@ class Checker:
         """p-value up to which an image is flagged."""
         return self._detector.alpha
 
-    async def infer(self, request: Request) -> Inference:
-        """Classify and screen in one pass (embedded mode).
+    async def infer(self, message: ModelInferRequest, trace_id: str) -> Inference:
+        """Classify and screen the images of a request in one pass (embedded mode).
+
+        Args:
+            message: The request.
+            trace_id: The trace that the request belongs to, or "".
 
         Raises:
             RequestError: The request cannot be served, whatever the failure policy.
             OverloadedError: There is no worker for it.
         """
-        return await self._workers.run(lambda: self._infer(request))
+        return await self._workers.run(lambda: self._infer(message, trace_id))
 
-    async def check_request(self, request: Request) -> Outcome:
-        """Embed and screen the input of a request that goes to an upstream server."""
-        return await self._bounded(lambda: self._infer(request).outcome)
+    async def check_request(self, message: ModelInferRequest, trace_id: str) -> Outcome:
+        """Embed and screen the images of a request that goes to an upstream server."""
+        return await self._bounded(lambda: self._infer(message, trace_id).outcome)
 
-    async def check_embeddings(self, embeddings: Floats, request: Request) -> Outcome:
-        """Screen embeddings that the upstream server computed."""
-        return await self._bounded(lambda: self._score(embeddings, request, None))
+    async def check_embeddings(self, embeddings: Floats, message: ModelInferRequest, trace_id: str) -> Outcome:
+        """Screen embeddings, shape [N, D], that the upstream server computed for a request."""
+        return await self._bounded(lambda: self._score(embeddings, message, trace_id, None))
 
     async def _bounded(self, work: Callable[[], Outcome]) -> Outcome:
         """Run within the time limit; whatever goes wrong becomes `unchecked` with its reason, never `pass`."""
@@ -116,17 +119,17 @@ class Checker:
             log.exception("screening failed")
             return Outcome.unchecked(Reason.ERROR)
 
-    def _infer(self, request: Request) -> Inference:
+    def _infer(self, message: ModelInferRequest, trace_id: str) -> Inference:
         if self.model is None:
             raise RuntimeError("this sidecar has no model of its own")
         with self.metrics.stage("decode"):
-            images = self._images(request.message, self.model)
+            images = self._images(message, self.model)
         with self.metrics.stage("inference"):
             embeddings, logits = self.model.run(images)
         if not self._limits.screening:
             return Inference(logits, Outcome.unchecked(Reason.DISABLED))
         try:
-            return Inference(logits, self._score(embeddings, request, images))
+            return Inference(logits, self._score(embeddings, message, trace_id, images))
         except RequestError as error:
             # The client's doing, by values so large that the model overflows.
             return Inference(logits, Outcome.unchecked(Reason.INPUT_UNREADABLE, str(error)))
@@ -148,11 +151,11 @@ class Checker:
         limit = self._limits.max_pixels
         return preprocessing(decode(file, max_pixels=limit), max_pixels=limit)
 
-    def _score(self, embeddings: Floats, request: Request, images: Floats | None) -> Outcome:
+    def _score(self, embeddings: Floats, message: ModelInferRequest, trace_id: str, images: Floats | None) -> Outcome:
         with self.metrics.stage("screening"):
             found = self._detector.judge(embeddings)
         names = self._detector.screen.triggers
-        flags = self.watch.follow(found, request, images)
+        flags = self.watch.follow(found, message, trace_id, images)
         return Outcome(
             Decision.FLAG if flags.any() else Decision.PASS if self.vetted else Decision.UNCHECKED,
             None if self.vetted else Reason.MODEL_NOT_VETTED,

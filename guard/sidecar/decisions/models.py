@@ -5,7 +5,9 @@ import logging
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeAlias
 
+from guard._files import file_stamp
 from guard.errors import GuardError
 from guard.sidecar.decisions.checking import Checker
 from guard.sidecar.decisions.loading import load
@@ -17,7 +19,7 @@ from guard.sidecar.telemetry.metrics import Metrics, ModelMetrics
 
 log = logging.getLogger(__name__)
 
-Stamp = tuple[tuple[str, int, int, int], ...]
+FolderStamp: TypeAlias = tuple[tuple[str, tuple[int, int, int] | None], ...]
 
 
 @dataclass(eq=False)
@@ -37,8 +39,8 @@ class Served:
     settings: ModelSettings
     version: str
     checker: Checker
-    stamps: tuple[Stamp, Stamp]
-    loaded: Stamp
+    stamps: tuple[FolderStamp, FolderStamp]
+    loaded: FolderStamp
     since: datetime = field(default_factory=lambda: datetime.now(UTC))
     stale: bool = False
 
@@ -145,7 +147,7 @@ class Models:
         checker = Checker(profile, detector, model, settings, metrics, self._shared, sample)
         return Served(settings, version, checker, stamps, stamps[1])
 
-    def _replace(self, served: Served, stamps: tuple[Stamp, Stamp]) -> None:
+    def _replace(self, served: Served, stamps: tuple[FolderStamp, FolderStamp]) -> None:
         """Put what was read anew in the place of the old."""
         old, settings = served.checker, served.settings
         profile, model = load(settings, old.model if stamps[1] == served.loaded else None)
@@ -167,18 +169,18 @@ class Models:
         log.info("changed files of %s were read and are in use; verdict: %s", settings.label, verdict)
 
 
-def _stamps(settings: ModelSettings) -> tuple[Stamp, Stamp]:
-    return _stamp(settings.profile), _stamp(settings.model)
+def _stamps(settings: ModelSettings) -> tuple[FolderStamp, FolderStamp]:
+    return _folder_stamp(settings.profile), _folder_stamp(settings.model)
 
 
-def _stamp(folder: Path | None) -> Stamp:
-    """What changes when a file is written or replaced, also through a link; () if nothing is there."""
+def _folder_stamp(folder: Path | None) -> FolderStamp:
+    """A value that changes with every file of a folder, see `file_stamp`; () if the folder is missing or empty."""
     try:
         files = sorted(path for path in folder.iterdir() if path.is_file()) if folder else []
-        states = [(path.name, path.stat()) for path in files]
     except OSError:
         return ()
-    return tuple((name, state.st_mtime_ns, state.st_size, state.st_ino) for name, state in states)
+    stamps = [(path.name, file_stamp(path)) for path in files]
+    return () if any(stamp is None for _, stamp in stamps) else tuple(stamps)
 
 
 def _rank(version: str) -> tuple[bool, int, str]:

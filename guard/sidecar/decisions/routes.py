@@ -1,15 +1,12 @@
 """What a request is, and what holds for it."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from guard.protocol.inference_pb2 import ModelInferRequest
+from guard.sidecar.decisions.checking import Checker
 from guard.sidecar.policy import Outcome, Reason, refusal
 from guard.sidecar.settings import ModelSettings
 from guard.sidecar.telemetry.metrics import ModelMetrics
-
-if TYPE_CHECKING:
-    from guard.sidecar.decisions.checking import Checker
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +21,7 @@ class Route:
 
     settings: ModelSettings
     metrics: ModelMetrics
-    checker: "Checker | None"
+    checker: Checker | None
 
     @property
     def embeds(self) -> bool:

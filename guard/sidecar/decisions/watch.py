@@ -21,7 +21,6 @@ from guard.screening import Alarm, Detector, Judgement, Monitor
 from guard.screening.second_look import SecondLook, SecondLookResult, StoredTrigger
 from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.reservoir import Reservoir
-from guard.sidecar.decisions.routes import Request
 from guard.sidecar.decisions.workers import Workers
 from guard.sidecar.policy import Decision
 from guard.sidecar.settings import ModelSettings, Settings
@@ -138,12 +137,15 @@ class Watch:
         with self._lock:
             return () if self._monitor is None else self._monitor.active
 
-    def follow(self, found: Judgement, request: Request, images: Floats | None) -> NDArray[np.bool_]:
-        """Look again, watch, note.
+    def follow(
+        self, found: Judgement, message: ModelInferRequest, trace_id: str, images: Floats | None
+    ) -> NDArray[np.bool_]:
+        """Take second looks, feed the stream monitor, and record what is flagged.
 
         Args:
-            found: What was decided.
-            request: Where the images came from.
+            found: What was decided about the images of a request.
+            message: The request.
+            trace_id: The trace that the request belongs to, or "".
             images: As the model takes them, shape [N, 3, S, S]; None where guard has not seen them.
 
         Returns:
@@ -164,7 +166,8 @@ class Watch:
         if self._shared.evidence.wanted:
             for row in flagged:
                 kept = bool(flags[row])
-                self._shared.evidence.record(self._record(found, row, kept, request, pixels.get(row), looks.get(row)))
+                record = self._record(found, row, kept, message, trace_id, pixels.get(row), looks.get(row))
+                self._shared.evidence.record(record)
         return flags
 
     def _trigger(self, found: Judgement, row: int) -> str:
@@ -198,7 +201,8 @@ class Watch:
         found: Judgement,
         row: int,
         flagged: bool,  # noqa: FBT001 - handed through
-        request: Request,
+        message: ModelInferRequest,
+        trace_id: str,
         image: Floats | None,
         look: SecondLookResult | None,
     ) -> Record:
@@ -208,13 +212,13 @@ class Watch:
             array = (image.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
             small = thumbnail(Image.fromarray(np.ascontiguousarray(array)))
         return Record(
-            request.message.id,
+            message.id,
             self._settings.label,
             document.model.digest,
             row,
             Decision.FLAG if flagged else Decision.PASS,
             self._settings.mode,
-            trace_id=request.trace_id,
+            trace_id=trace_id,
             predicted=self._profile.class_name(int(found.scores.classes[row])),
             p_value=float(found.p_values[row]),
             alpha=self._detector.alpha,
@@ -227,7 +231,7 @@ class Watch:
             target=self._targets.get(trigger, ""),
             second_look="" if look is None else look.outcome,
             explanation="" if look is None else look.explanation,
-            input_digest=input_digest(request.message, row, self._settings.input),
+            input_digest=input_digest(message, row, self._settings.input),
             thumbnail=small,
         )
 

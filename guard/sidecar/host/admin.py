@@ -17,13 +17,13 @@ from guard import __version__
 from guard.evidence import Record
 from guard.evidence.records import clean
 from guard.protocol import sidecar_pb2 as messages
+from guard.sidecar.addresses import socket_path
 from guard.sidecar.decisions.models import Models, Served
 from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.host.health import Health
-from guard.sidecar.inference.service import Context
+from guard.sidecar.inference.calls import Context
 from guard.sidecar.policy import Decision, FailurePolicy, Mode
 from guard.sidecar.telemetry.metrics import Metrics
-from guard.sidecar.transport.addresses import socket_path
 from guard.sidecar.transport.ports import open_port
 from guard.sidecar.transport.tls import server_certificates
 
@@ -92,7 +92,9 @@ class AdminServer:
         settings = shared.settings
         address = settings.admin_addresses[shared.process or 0]
         # Of its own: `Certificates` hands each renewal out once.
-        certificates = server_certificates(settings) if socket_path(address) is None else None
+        certificates = None
+        if socket_path(address) is None:
+            certificates = server_certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
         self.address = open_port(self._server, address, certificates, socket_mode=settings.socket_mode)
 
     async def __aenter__(self) -> Self:

@@ -20,9 +20,9 @@ from prometheus_client.registry import Collector
 
 from guard.errors import UsageError
 from guard.protocol import SERVICE
+from guard.sidecar.addresses import socket_path, split_address
 from guard.sidecar.telemetry.exposition import FAMILIES, encoded
 from guard.sidecar.telemetry.metrics import Metrics
-from guard.sidecar.transport.addresses import socket_path, split_address
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment

@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from guard.errors import GuardError, UsageError
+from guard.sidecar.addresses import socket_path, split_address
 from guard.sidecar.host.health import LOOP_SECONDS, ProbeServer, loop_answers, probe
 from guard.sidecar.telemetry.exposition import FAMILIES, LABEL, MergedRegistry
-from guard.sidecar.transport.addresses import socket_path, split_address
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -74,6 +74,11 @@ class Worker:
     listen: str
     probes: str
     parent: "_Connection"
+
+    @property
+    def shares_port(self) -> bool:
+        """Whether other processes listen at `listen` too: they do."""
+        return True
 
     def announce(self, line: Mapping[str, Any]) -> None:
         """Say that requests are served.

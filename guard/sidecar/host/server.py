@@ -5,10 +5,11 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -23,6 +24,7 @@ from guard.sidecar.host.health import Health, ProbeServer, loop_answers
 from guard.sidecar.host.limits import SPARE, Limited
 from guard.sidecar.host.processes import Worker, supervise
 from guard.sidecar.inference.embedded import EmbeddedService
+from guard.sidecar.inference.screener import Screener
 from guard.sidecar.inference.service import InferenceService
 from guard.sidecar.inference.upstream import UpstreamService
 from guard.sidecar.settings import Settings
@@ -37,6 +39,58 @@ WATCH_SECONDS = 1.0
 SAVE_SECONDS = 60.0
 """How often the state of monitor and sample is kept, besides at the end."""
 log = logging.getLogger(__name__)
+
+
+class Host(Protocol):
+    """What the process of a sidecar is: the only one (`Alone`), or one of several on a port (`Worker`)."""
+
+    @property
+    def index(self) -> int | None:
+        """The number of the process, from 0; None if it is the only one."""
+
+    @property
+    def listen(self) -> str:
+        """HOST:PORT or unix:PATH for inference."""
+
+    @property
+    def shares_port(self) -> bool:
+        """Whether other processes listen at `listen` too."""
+
+    @property
+    def probes(self) -> str:
+        """HOST:PORT or unix:PATH for `/metrics`, `/healthz` and `/readyz`."""
+
+    def announce(self, line: Mapping[str, Any]) -> None:
+        """Report that requests are served."""
+
+    def stopping(self) -> asyncio.Event:
+        """An event that is set each time that the sidecar is asked to stop."""
+
+
+class Alone:
+    """The only process of a sidecar.
+
+    Args:
+        settings: Settings of the sidecar.
+    """
+
+    index = None
+    shares_port = False
+
+    def __init__(self, settings: Settings) -> None:
+        self.listen, self.probes = settings.listen, settings.metrics
+
+    def announce(self, line: Mapping[str, Any]) -> None:
+        """Write a line of JSON to standard output."""
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
+
+    def stopping(self) -> asyncio.Event:
+        """An event of the running loop that is set at each SIGTERM or SIGINT."""
+        event = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, event.set)
+        return event
 
 
 def serve(settings: Settings) -> None:
@@ -57,7 +111,7 @@ def serve(settings: Settings) -> None:
         )
         return
     with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
-        runner.run(_serve(settings))
+        runner.run(_serve(settings, Alone(settings)))
 
 
 def _work(worker: Worker, *, settings: Settings) -> None:
@@ -67,40 +121,39 @@ def _work(worker: Worker, *, settings: Settings) -> None:
         runner.run(_serve(settings, worker))
 
 
-async def _serve(settings: Settings, worker: Worker | None = None) -> None:
+async def _serve(settings: Settings, host: Host) -> None:
     metrics = Metrics()
-    process = None if worker is None else worker.index
     async with AsyncExitStack() as stack:
-        shared = Shared(settings, Workers(settings.workers, settings.queue), Recorder(settings, metrics), process)
+        shared = Shared(settings, Workers(settings.workers, settings.queue), Recorder(settings, metrics), host.index)
         stack.callback(shared.close)
         models = Models(shared, metrics)
         stack.callback(models.save)
         # Before the state is kept, what runs on the side ends.
         stack.callback(shared.workers.close)
-        service = (EmbeddedService if settings.upstream is None else UpstreamService)(settings, models, metrics)
+        screener = Screener(settings, models, metrics)
+        service = (EmbeddedService if settings.upstream is None else UpstreamService)(screener)
         stack.push_async_callback(service.close)
-        certificates = server_certificates(settings, metrics.tls_reload_failed)
-        health, loop = Health(metrics), asyncio.get_running_loop()
-        probes = stack.enter_context(
-            ProbeServer(
-                settings.metrics if worker is None else worker.probes, metrics, health, lambda: loop_answers(loop)
-            )
+        certificates = server_certificates(
+            settings.tls_certificate, settings.tls_key, settings.tls_client_ca, metrics.tls_reload_failed
         )
+        health, loop = Health(metrics), asyncio.get_running_loop()
+        probes = stack.enter_context(ProbeServer(host.probes, metrics, health, lambda: loop_answers(loop)))
         limited = Limited(service.handlers(), settings.max_concurrent, metrics)
-        server = _server(settings, limited, health, shared_port=worker is not None)
+        server = _server(settings, limited, health, shared_port=host.shares_port)
         admin = None
         if settings.admin is not None:
             admin = (await stack.enter_async_context(AdminServer(shared, models, health, metrics))).address
-        address = settings.listen if worker is None else worker.listen
         listening = open_port(
-            server, address, certificates, socket_mode=settings.socket_mode, shared=worker is not None
+            server, host.listen, certificates, socket_mode=settings.socket_mode, shared=host.shares_port
         )
-        stopping = _on_signal() if worker is None else worker.stopping()
+        stopping = host.stopping()
         await server.start()
-        _announce(settings, models, listening, probes.address, admin, worker)
+        host.announce(_summary(settings, models, listening, probes.address, admin))
+        if not host.index:
+            _warn_of_backdoors(models)
         watchers = [
             asyncio.ensure_future(watcher)
-            for watcher in (_keep_ready(service, health), _keep_fresh(models, certificates))
+            for watcher in (_keep_ready(service, settings.upstream, health), _keep_fresh(models, certificates))
         ]
         stopped = asyncio.ensure_future(stopping.wait())
         await asyncio.wait({*watchers, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -128,11 +181,9 @@ def _server(settings: Settings, limited: Limited, health: Health, *, shared_port
     return server
 
 
-def _announce(
-    settings: Settings, models: Models, listening: str, metrics: str, admin: str | None, worker: Worker | None
-) -> None:
-    """One line of JSON on standard output: what serves where, for people and for whoever started this process."""
-    line = {
+def _summary(settings: Settings, models: Models, listening: str, metrics: str, admin: str | None) -> dict[str, Any]:
+    """What is served where, for people and for the program that started the sidecar."""
+    return {
         "event": "serving",
         "listen": listening,
         "tls": "none" if settings.tls_certificate is None else "mutual" if settings.tls_client_ca else "server",
@@ -142,13 +193,9 @@ def _announce(
         "upstream": settings.upstream,
         "models": [_description(served) for served in models.served],
     }
-    if worker is not None:
-        worker.announce(line)
-        if worker.index:
-            return
-    else:
-        sys.stdout.write(json.dumps(line) + "\n")
-        sys.stdout.flush()
+
+
+def _warn_of_backdoors(models: Models) -> None:
     for served in models.served:
         verdict = served.checker.profile.document.vetting.verdict
         if verdict.outcome == "backdoored":
@@ -173,14 +220,6 @@ def _description(served: Served) -> dict[str, Any]:
     }
 
 
-def _on_signal() -> asyncio.Event:
-    """What SIGTERM and SIGINT set."""
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    return stopping
-
-
 async def _drain(
     server: grpc.aio.Server, limited: Limited, health: Health, settings: Settings, again: asyncio.Event
 ) -> None:
@@ -202,9 +241,9 @@ async def _drain(
     await stopping
 
 
-async def _keep_ready(service: InferenceService, health: Health) -> None:
+async def _keep_ready(service: InferenceService, upstream: str | None, health: Health) -> None:
     """Say at any time whether requests are served."""
-    upstream, known = service.settings.upstream, False
+    known = False
     while True:
         ready = await service.ready()
         reason = None if ready else f"the upstream server {upstream} is not ready"

@@ -7,15 +7,16 @@ from contextlib import suppress
 import grpc
 from google.protobuf.message import DecodeError
 
-from guard.protocol import SERVICE
+from guard.protocol import DESCRIBING_METHODS, SERVICE
 from guard.protocol.inference_pb2 import ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse
-from guard.sidecar.inference.service import Context, Metadata, RefusedError
+from guard.sidecar.inference.calls import Context, Metadata, RefusedError
 from guard.sidecar.policy import Reason
 from guard.sidecar.settings import Settings
+from guard.sidecar.transport.channels import Endpoint, open_async_channel
 from guard.sidecar.transport.loops import shielded
-from guard.sidecar.transport.tls import upstream_channel
+from guard.sidecar.transport.tls import client_credentials
 
-UNARY = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer")
+UNARY = (*DESCRIBING_METHODS, "ModelInfer")
 """The methods that are known to take and return one message."""
 _HOP = frozenset({"user-agent", "te", "content-type", "grpc-accept-encoding", "grpc-encoding", "grpc-timeout"})
 """Metadata that belongs to one hop and is not passed on."""
@@ -26,6 +27,18 @@ _END_SECONDS = 1.0
 """That what reads from a cancelled call is given to end by itself."""
 _ENDED = (grpc.aio.AioRpcError, asyncio.InvalidStateError)
 """What writing to a call raises whose status is known already."""
+
+
+def upstream_endpoint(settings: Settings) -> Endpoint:
+    """The upstream server that the settings name.
+
+    Raises:
+        UsageError: A file for TLS cannot be used.
+    """
+    if settings.upstream is None:
+        raise ValueError("the settings name no upstream server")
+    credentials = client_credentials(settings.upstream_tls, settings.upstream_certificate, settings.upstream_key)
+    return Endpoint(settings.upstream, credentials, settings.upstream_server_name)
 
 
 class Replies:
@@ -63,11 +76,10 @@ class Proxy:
     """
 
     def __init__(self, settings: Settings) -> None:
-        if settings.upstream is None:
-            raise ValueError("a proxy needs an upstream")
-        self._address = settings.upstream
-        self._channel = upstream_channel(
-            settings,
+        endpoint = upstream_endpoint(settings)
+        self._address = endpoint.address
+        self._channel = open_async_channel(
+            endpoint,
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", settings.max_message_bytes),

@@ -6,7 +6,7 @@ import pytest
 from guard.cli.serve import serve
 from guard.errors import UsageError
 from guard.sidecar import FailurePolicy, Mode, Settings
-from guard.sidecar.transport.addresses import socket_path, split_address
+from guard.sidecar.addresses import socket_path, split_address
 
 MINIMUM: dict[str, Any] = {"profile": Path("profile"), "model": Path("model")}
 

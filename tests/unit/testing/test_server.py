@@ -176,7 +176,7 @@ def damaged(change: Callable[[ModelInferRequest], object]) -> ModelInferRequest:
         (damaged(lambda r: r.raw_input_contents.append(b"")), "2 raw contents for 1 inputs"),
         (damaged(lambda r: r.inputs[0].contents.fp32_contents.append(1)), "both raw and typed"),
         (damaged(lambda r: setattr(r.inputs[0], "datatype", "BF16")), "'BF16'"),
-        (damaged(lambda r: r.inputs[0].shape.append(2)), "has 2 values"),
+        (damaged(lambda r: r.inputs[0].shape.append(2)), "has 8 bytes; its shape needs 16"),
         (damaged(lambda r: r.inputs[0].shape.__setitem__(slice(None), [-1, -2])), "has the shape [-1, -2]"),
         (damaged(lambda r: r.raw_input_contents.__setitem__(0, b"12345")), "has 5 bytes"),
         (damaged(lambda r: setattr(r.inputs[0], "datatype", "BYTES")), "damaged"),

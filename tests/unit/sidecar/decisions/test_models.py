@@ -174,7 +174,7 @@ def test_a_certificate_beside_the_profile_does_not_make_the_monitor_forget_and_a
 
         def check(embeddings: NDArray[np.float32]) -> None:
             made = request(models, "a")
-            outcome = asyncio.run(served.checker.check_embeddings(embeddings, made))
+            outcome = asyncio.run(served.checker.check_embeddings(embeddings, made.message, made.trace_id))
             assert outcome.decision is not Decision.UNCHECKED
 
         check(attack)
