@@ -85,7 +85,7 @@ def _deployment(config: Path | None, upstream: str | None, rest_ports: Sequence[
             settings.upstream,
             credentials=upstream_credentials(settings),
             options=name_options(settings),
-            known={each.name for each in settings.served},
+            known={each.model_name for each in settings.served},
             rest_ports=ports,
             own=(settings.listen,),
         )

@@ -15,8 +15,9 @@ from guard.evidence import EVIDENCE_FILE
 from guard.protocol import SERVICE
 from guard.protocol.inference_pb2 import ServerReadyRequest, ServerReadyResponse
 from guard.sidecar.decisions.loading import match, read_profile
+from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import FailurePolicy
-from guard.sidecar.settings import ModelSettings, Settings
+from guard.sidecar.settings import Settings
 from guard.sidecar.transport.addresses import check_free
 from guard.sidecar.transport.loops import loop_factory
 from guard.sidecar.transport.tls import name_options, server_certificates, upstream_credentials
@@ -123,7 +124,7 @@ class _Checks:
         self._settings = settings
 
     def loop(self) -> str:
-        return "asyncio" if loop_factory(self._settings.loop) is None else "uvloop"
+        return "asyncio" if loop_factory(self._settings.event_loop) is None else "uvloop"
 
     def tls(self) -> str | None:
         if server_certificates(self._settings) is None:
@@ -145,7 +146,7 @@ class _Checks:
         return None if self._settings.admin is None else f"{', '.join(self._settings.admin_addresses)} is free"
 
     def state(self) -> str | None:
-        folder = self._settings.state
+        folder = self._settings.state_dir
         if folder is None:
             return None
         there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())

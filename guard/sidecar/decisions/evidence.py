@@ -69,14 +69,14 @@ class Recorder:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._followers: tuple[Follower, ...] = ()
         self._writer: evidence.EvidenceWriter | None = None
-        if settings.state is None:
+        if settings.state_dir is None:
             return
         try:
-            settings.state.mkdir(parents=True, exist_ok=True)
+            settings.state_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"cannot write to {settings.state}: {error.strerror}") from error
+            raise UsageError(f"cannot write to {settings.state_dir}: {error.strerror}") from error
         self._writer = writer = evidence.EvidenceWriter(
-            settings.state / EVIDENCE_FILE,
+            settings.state_dir / EVIDENCE_FILE,
             max_rows=settings.evidence_rows,
             max_bytes=settings.evidence_bytes,
             max_age_days=settings.evidence_days,

@@ -23,8 +23,9 @@ from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.reservoir import Reservoir
 from guard.sidecar.decisions.routes import Request
 from guard.sidecar.decisions.workers import Workers
+from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import Decision
-from guard.sidecar.settings import ModelSettings, Settings
+from guard.sidecar.settings import Settings
 from guard.sidecar.telemetry.metrics import ModelMetrics
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Shared:
 
     def state_file(self, stem: str, suffix: str) -> Path | None:
         """A file in the folder for state, of this process alone; None if there is no folder."""
-        folder, own = self.settings.state, "" if self.process is None else f".{self.process}"
+        folder, own = self.settings.state_dir, "" if self.process is None else f".{self.process}"
         return None if folder is None else folder / f"{stem}{own}{suffix}"
 
 
@@ -227,7 +228,7 @@ class Watch:
             target=self._targets.get(trigger, ""),
             second_look="" if look is None else look.outcome,
             explanation="" if look is None else look.explanation,
-            input_digest=input_digest(request.message, row, self._settings.input),
+            input_digest=input_digest(request.message, row, self._settings.input_tensor),
             thumbnail=small,
         )
 

@@ -56,14 +56,14 @@ def serve(settings: Settings) -> None:
             metrics=settings.metrics,
         )
         return
-    with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
+    with asyncio.Runner(loop_factory=loop_factory(settings.event_loop)) as runner:
         runner.run(_serve(settings))
 
 
 def _work(worker: Worker, *, settings: Settings) -> None:
     """One of several processes."""
     logs.configure(settings.log_format, worker.index)
-    with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
+    with asyncio.Runner(loop_factory=loop_factory(settings.event_loop)) as runner:
         runner.run(_serve(settings, worker))
 
 
@@ -71,7 +71,7 @@ async def _serve(settings: Settings, worker: Worker | None = None) -> None:
     metrics = Metrics()
     process = None if worker is None else worker.index
     async with AsyncExitStack() as stack:
-        shared = Shared(settings, Workers(settings.workers, settings.queue), Recorder(settings, metrics), process)
+        shared = Shared(settings, Workers(settings.workers, settings.max_queued), Recorder(settings, metrics), process)
         stack.callback(shared.close)
         models = Models(shared, metrics)
         stack.callback(models.save)
@@ -163,7 +163,7 @@ def _announce(
 def _description(served: Served) -> dict[str, Any]:
     settings, document = served.settings, served.checker.profile.document
     return {
-        "name": settings.name,
+        "name": settings.model_name,
         "version": served.version,
         "digest": document.model.digest,
         "verdict": document.vetting.verdict.outcome,
@@ -191,12 +191,12 @@ async def _drain(
         again.clear()
         with suppress(TimeoutError):
             await asyncio.wait_for(again.wait(), settings.drain_delay)
-    log.info("draining for up to %g s", settings.drain)
+    log.info("draining for up to %g s", settings.drain_timeout)
     # gRPC answers CANCELLED to what it has received and not handed over yet when it stops (grpc/grpc#41785), which no
     # client tries again. So everything is taken over first, and held: clients wait, and soon nothing more comes. Once
     # their connections are ended, they are told to try again, and do so elsewhere.
     await limited.hold()
-    stopping = asyncio.ensure_future(server.stop(settings.drain))
+    stopping = asyncio.ensure_future(server.stop(settings.drain_timeout))
     await asyncio.sleep(0)
     limited.release()
     await stopping

@@ -103,7 +103,9 @@ class EmbeddedService(InferenceService):
     def _find(self, name: str, version: str) -> Served:
         if (served := self.models.find(name, version)) is not None:
             return served
-        names = ", ".join(f"{served.settings.name!r} (version {served.version})" for served in self.models.served[:8])
+        names = ", ".join(
+            f"{served.settings.model_name!r} (version {served.version})" for served in self.models.served[:8]
+        )
         message = f"guard: there is no model {name[:128]!r} of version {version[:128]!r} here; {names} is served"
         raise RefusedError(grpc.StatusCode.NOT_FOUND, message[:MAX_MESSAGE], reason=Reason.MODEL_UNKNOWN)
 
@@ -134,15 +136,17 @@ class EmbeddedService(InferenceService):
             raise ValueError("a model that guard serves itself is loaded")
         tensor, size = ModelMetadataResponse.TensorMetadata, model.preprocessing.size
         return ModelMetadataResponse(
-            name=settings.name,
-            versions=[each.version for each in self.models.served if each.settings.name == settings.name],
+            name=settings.model_name,
+            versions=[each.version for each in self.models.served if each.settings.model_name == settings.model_name],
             platform="onnxruntime_onnx",
-            inputs=[tensor(name=settings.input, datatype="FP32", shape=[-1, 3, size, size])],
+            inputs=[tensor(name=settings.input_tensor, datatype="FP32", shape=[-1, 3, size, size])],
             outputs=[
                 tensor(name=LOGITS, datatype="FP32", shape=[-1, len(model.classes.names)]),
                 tensor(name=LABEL, datatype="BYTES", shape=[-1]),
             ],
-            properties={"guard_input_files": f"{settings.input} may also be BYTES [-1]: JPEG, PNG or WebP files"},
+            properties={
+                "guard_input_files": f"{settings.input_tensor} may also be BYTES [-1]: JPEG, PNG or WebP files"
+            },
         ).SerializeToString()
 
 

@@ -93,7 +93,7 @@ class InferenceService(ABC):
         self.metrics.active.inc()
         try:
             request = self.parse(data, context)
-            images = count_images(request.message, request.route.settings.input)
+            images = count_images(request.message, request.route.settings.input_tensor)
             reply, outcome, trailing = await self._answer(data, request, context)
             if outcome is not None:
                 self.enforce(outcome, request.route, trailing)
@@ -231,7 +231,7 @@ def count_images(request: ModelInferRequest, name: str) -> int:
 
 def confirm(outcome: Outcome, response: ModelInferResponse | None, request: Request) -> Outcome:
     """The same outcome, unless the reply is of another version of the model than the profile."""
-    version = request.route.settings.version
+    version = request.route.settings.model_version
     if version is None or response is None or response.model_version in {"", version}:
         return outcome
     return max(outcome, Outcome.unchecked(Reason.MODEL_UNKNOWN), key=lambda each: each.severity)

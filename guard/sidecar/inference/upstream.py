@@ -202,7 +202,7 @@ class UpstreamService(InferenceService):
 
     def start_check(self, request: Request, checking: Coroutine[None, None, Outcome]) -> asyncio.Task[Outcome]:
         """Check a request on the side; the outcome is counted as soon as it is there, whoever waits for it."""
-        started, images = perf_counter(), count_images(request.message, request.route.settings.input)
+        started, images = perf_counter(), count_images(request.message, request.route.settings.input_tensor)
 
         async def check() -> Outcome:
             outcome = Outcome.unchecked(Reason.CANCELLED)
@@ -236,7 +236,7 @@ class UpstreamService(InferenceService):
         if embeddings is None:
             return Outcome.unchecked(Reason.EMBEDDING_MISSING, f"FP32 output {name!r}")
         rows = 1 if embeddings.ndim == 1 else len(embeddings)
-        images = count_images(request.message, request.route.settings.input)
+        images = count_images(request.message, request.route.settings.input_tensor)
         if embeddings.ndim > 1 and rows != images:
             # An image without an embedding would go unscreened.
             return Outcome.unchecked(Reason.EMBEDDING_MISSING, f"{rows} embeddings for {images} images")

@@ -47,7 +47,7 @@ def test_a_sidecar_that_could_serve_is_code_0_and_nothing_is_written(
 ) -> None:
     state = tmp_path / "state"
     ports = ("--listen", f"127.0.0.1:{free_port()}", "--metrics", f"127.0.0.1:{free_port()}")
-    arguments = ("--model", exported, "--profile", served_profile, "--state", state, *ports)
+    arguments = ("--model", exported, "--profile", served_profile, "--state-dir", state, *ports)
     code, table, errors = check(*arguments)
     assert (code, errors) == (0, "")
     subjects = ["profile", "calibration", "model", "digest", "loop", "listen", "metrics", "state"]
@@ -113,8 +113,8 @@ def test_a_profile_without_calibration_fails_and_one_that_is_missing_hides_nothi
 def test_state_and_certificates_that_cannot_be_used_fail(exported: Path, served_profile: Path, tmp_path: Path) -> None:
     (tmp_path / EVIDENCE_FILE).write_bytes(b"no database" * 100)
     values = {"model": exported, "profile": served_profile}
-    assert failed(findings(**values, state=tmp_path)) == {"state": 4}
-    assert failed(findings(**values, state=tmp_path / EVIDENCE_FILE / "inside")) == {"state": 2}
+    assert failed(findings(**values, state_dir=tmp_path)) == {"state": 4}
+    assert failed(findings(**values, state_dir=tmp_path / EVIDENCE_FILE / "inside")) == {"state": 2}
     absent = tmp_path / "absent.pem"
     assert failed(findings(**values, tls_certificate=absent, tls_key=absent)) == {"tls": 2}
     tls = {"upstream": "127.0.0.1:9", "upstream_tls": str(absent)}
@@ -144,7 +144,7 @@ def test_a_loop_that_is_not_installed_fails_only_if_it_was_asked_for(
     monkeypatch.setitem(sys.modules, "uvloop", None)  # as if it were not there
     values = {"model": exported, "profile": served_profile}
     assert findings(**values)["loop"] == (Status.OK, "asyncio", 0)
-    found = findings(**values, loop="uvloop")
+    found = findings(**values, event_loop="uvloop")
     assert failed(found) == {"loop": 2}
     assert "clip-guard[uvloop]" in found["loop"][1]
 
