@@ -59,7 +59,8 @@ class Models:
     Raises:
         ProfileError: A profile is missing, damaged, not calibrated, or of another model.
         ModelError: An exported model is missing or damaged.
-        UsageError: A calibration does not support an alpha, or state cannot be read.
+        UsageError: A calibration does not support an alpha.
+        StateError: The state of a stream monitor cannot be used.
     """
 
     def __init__(self, shared: Shared, metrics: Metrics) -> None:

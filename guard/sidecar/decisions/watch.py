@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from guard.classifiers import ExportedClassifier
-from guard.errors import GuardError, UsageError
+from guard.errors import GuardError, ProfileError
 from guard.evidence import Record, thumbnail
 from guard.profiles import Profile, write_embeddings
 from guard.protocol.inference_pb2 import ModelInferRequest
@@ -75,7 +75,8 @@ class Watch:
         sample: Of the model's traffic, if one is kept.
 
     Raises:
-        UsageError: The monitor's state cannot be read.
+        StateError: The monitor's state cannot be read.
+        ProfileError: A trigger of the profile cannot be used.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class Watch:
                 max_per_second=self._settings.second_looks,
             )
         except ValueError as error:
-            raise UsageError(f"the profile is damaged: {error}") from error
+            raise ProfileError(f"the profile is damaged: {error}") from error
 
     @property
     def threshold(self) -> float:

@@ -45,6 +45,8 @@ def serve(settings: Settings) -> None:
     Raises:
         ProfileError: The profile is missing, damaged, not calibrated, or of another model.
         ModelError: The exported model is missing or damaged.
+        EvidenceError: The evidence log is damaged.
+        StateError: The state of a stream monitor is damaged.
         UsageError: A port is taken, or certificates cannot be used.
         MissingDependencyError: uvloop was asked for and is not installed.
     """
@@ -153,8 +155,8 @@ def _announce(
         verdict = served.checker.profile.document.vetting.verdict
         if verdict.outcome == "backdoored":
             log.warning(
-                "the model %s is vetted as backdoored (class %r); it is served because screening was asked for, "
-                "repair it",
+                "the vetting of the model %s ended with the verdict backdoored (target class %r); screening protects "
+                "only until the model is replaced",
                 served.settings.label,
                 served.checker.profile.class_name(verdict.target or 0),
             )
