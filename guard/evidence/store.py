@@ -33,7 +33,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DatabaseError
 
-from guard.evidence.records import EvidenceError, Record, rfc3339
+from guard.errors import EvidenceError
+from guard.evidence.records import Record, rfc3339
 
 SCHEMA = 1
 APPLICATION = int.from_bytes(b"grdE")
@@ -128,12 +129,10 @@ def prepare(path: Path) -> Engine:
     Raises:
         EvidenceError: As `check`; or it cannot be made.
     """
+    check_place(path)
     try:
         if not path.exists():
             _create(path)
-        if path.is_file() and not os.access(path, os.W_OK):
-            # SQLite itself would open it for reading, and say so only later.
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise EvidenceError(f"cannot write the evidence log {path}: {error.strerror}") from error
     except DatabaseError as error:
@@ -141,6 +140,18 @@ def prepare(path: Path) -> Engine:
     opened = engine(path, "rw")
     check(opened, path)
     return opened
+
+
+def check_place(path: Path) -> None:
+    """Make sure that an evidence log can be written, or made in its folder where there is none.
+
+    Raises:
+        EvidenceError: Neither is possible.
+    """
+    # SQLite itself would open a file that it cannot write for reading, and say so only later.
+    place = path if path.is_file() else path.parent
+    if place.exists() and not os.access(place, os.W_OK):
+        raise EvidenceError(f"cannot write the evidence log {path}: {os.strerror(errno.EACCES)}")
 
 
 def _create(path: Path) -> None:

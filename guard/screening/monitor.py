@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard._files import replace_file
-from guard.errors import UsageError
+from guard.errors import StateError, UsageError
 
 Kind = Literal["attack", "drift"]
 
@@ -210,17 +210,17 @@ class Monitor:
         """Restore from a file.
 
         Raises:
-            UsageError: The file is missing or damaged, or was saved for other streams or settings.
+            StateError: The file is missing or damaged, or was saved for other streams or settings.
         """
         try:
             with path.open("rb") as file:
                 data = file.read(_MAX_BYTES + 1)
         except OSError as error:
-            raise UsageError(f"cannot read the monitor's state {path}: {error.strerror}") from error
+            raise StateError(f"cannot read the monitor's state {path}: {error.strerror}") from error
         try:
             self.restore(_document(data))
         except ValueError as error:
-            raise UsageError(
+            raise StateError(
                 f"the monitor's state {path} cannot be used: {error}; delete it to start afresh"
             ) from error
 

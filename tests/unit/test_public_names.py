@@ -1,7 +1,10 @@
+import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +72,28 @@ def test_every_error_is_a_guard_error_with_an_exit_code() -> None:
     for name in errors.__all__:
         assert issubclass(getattr(errors, name), errors.GuardError)
         assert getattr(errors, name).exit_code in {2, 4}
+
+
+def test_the_tree_of_errors_shows_every_error_in_its_place() -> None:
+    from guard import errors
+
+    drawn: dict[str, tuple[int, str]] = {}
+    for line in (errors.__doc__ or "").splitlines():
+        if found := re.search(r"(\w+Error)\s+(\d|–|…)", line):
+            drawn[found[1]] = (found.start(1), found[2])
+    assert set(drawn) == set(errors.__all__)
+    root = drawn["GuardError"][0]
+    for name, (indent, code) in drawn.items():
+        error = getattr(errors, name)
+        assert len(error.__mro__) - len(errors.GuardError.__mro__) == (indent - root) // 4, name
+        assert code in {str(error.exit_code), "–", "…"}, name
+
+
+def test_errors_for_users_are_defined_in_one_module() -> None:
+    from guard import errors
+
+    for path in Path(guard.__path__[0]).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and path != Path(errors.__file__):
+                bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+                assert not bases & set(errors.__all__), f"{path.name}: {node.name}"

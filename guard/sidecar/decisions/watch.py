@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from guard.classifiers import ExportedClassifier
-from guard.errors import GuardError, UsageError
+from guard.errors import GuardError, ProfileError
 from guard.evidence import Record, thumbnail
 from guard.profiles import Profile, write_embeddings
 from guard.protocol.inference_pb2 import ModelInferRequest
@@ -22,8 +22,9 @@ from guard.screening.second_look import SecondLook, SecondLookResult, StoredTrig
 from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.reservoir import Reservoir
 from guard.sidecar.decisions.workers import Workers
+from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import Decision
-from guard.sidecar.settings import ModelSettings, Settings
+from guard.sidecar.settings import Settings
 from guard.sidecar.telemetry.metrics import ModelMetrics
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Shared:
 
     def state_file(self, stem: str, suffix: str) -> Path | None:
         """A file in the folder for state, of this process alone; None if there is no folder."""
-        folder, own = self.settings.state, "" if self.process is None else f".{self.process}"
+        folder, own = self.settings.state_dir, "" if self.process is None else f".{self.process}"
         return None if folder is None else folder / f"{stem}{own}{suffix}"
 
 
@@ -73,7 +74,8 @@ class Watch:
         sample: Of the model's traffic, if one is kept.
 
     Raises:
-        UsageError: The monitor's state cannot be read.
+        StateError: The monitor's state cannot be read.
+        ProfileError: A trigger of the profile cannot be used.
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class Watch:
                 max_per_second=self._settings.second_looks,
             )
         except ValueError as error:
-            raise UsageError(f"the profile is damaged: {error}") from error
+            raise ProfileError(f"the profile is damaged: {error}") from error
 
     @property
     def threshold(self) -> float:
@@ -231,7 +233,7 @@ class Watch:
             target=self._targets.get(trigger, ""),
             second_look="" if look is None else look.outcome,
             explanation="" if look is None else look.explanation,
-            input_digest=input_digest(message, row, self._settings.input),
+            input_digest=input_digest(message, row, self._settings.input_tensor),
             thumbnail=small,
         )
 

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import beta
 
-from guard.errors import UsageError
+from guard.errors import StateError, UsageError
 from guard.screening import monitor as module
 from guard.screening.monitor import Alarm, Kind, Monitor, WatchedScore
 
@@ -231,7 +231,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(tmp_path: Path, state: A
     feed(monitor, np.full(3, 0.3), np.full(3, 0.3))
     before = monitor.state()
     (tmp_path / "monitor.json").write_text(json.dumps(state))
-    with pytest.raises(UsageError, match=r"monitor.json cannot be used: it is damaged: .*; delete it to start afresh"):
+    with pytest.raises(StateError, match=r"monitor.json cannot be used: it is damaged: .*; delete it to start afresh"):
         monitor.load(tmp_path / "monitor.json")
     assert monitor.state() == before
 
@@ -239,7 +239,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(tmp_path: Path, state: A
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[" * 100_000, b"3", b'{"settings": {}}'])
 def test_a_file_that_holds_no_state_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "monitor.json").write_bytes(data)
-    with pytest.raises(UsageError, match="delete it to start afresh"):
+    with pytest.raises(StateError, match="delete it to start afresh"):
         Monitor([MATCH]).load(tmp_path / "monitor.json")
 
 
@@ -247,13 +247,13 @@ def test_a_file_that_is_too_large_is_not_read_whole(tmp_path: Path, monkeypatch:
     monitor = Monitor([MATCH])
     monitor.save(tmp_path / "monitor.json")
     monkeypatch.setattr(module, "_MAX_BYTES", 100)
-    with pytest.raises(UsageError, match="larger than 100 bytes"):
+    with pytest.raises(StateError, match="larger than 100 bytes"):
         monitor.load(tmp_path / "monitor.json")
 
 
 def test_places_that_cannot_be_read_or_written_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"cannot read the monitor's state .*missing"):
+    with pytest.raises(StateError, match=r"cannot read the monitor's state .*missing"):
         Monitor([MATCH]).load(tmp_path / "missing")
     with pytest.raises(UsageError, match=r"cannot write the monitor's state to .*file"):
         Monitor([MATCH]).save(tmp_path / "file" / "monitor.json")
