@@ -27,7 +27,7 @@ from guard.profiles.vocabulary import nearest
 from guard.screening import Banks, Detector, Screen, default_k, match, threshold
 from guard.screening.hygiene import LIMIT, triggered
 from guard.triggers import FAMILIES, Trigger
-from guard.vetting.examination import Vetting
+from guard.vetting.results import Vetting
 
 REFERENCE_SHARE, CALIBRATION_SHARE = 0.4, 0.4
 """Shares of the images that go into the banks and behind the threshold; on the rest the false alarms are counted."""
