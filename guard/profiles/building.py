@@ -101,7 +101,7 @@ def load_triggers(profile: Profile) -> dict[str, Trigger]:
             triggers[record.id] = FAMILIES[record.family].from_tensors(tensors)
         except ValueError as error:
             raise ProfileError(
-                f"the profile is damaged: the trigger {record.id!r} is no {record.family}: {error}"
+                f"the profile is damaged: {record.id!r} is not a {record.family} trigger: {error}"
             ) from error
     return triggers
 

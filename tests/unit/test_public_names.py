@@ -57,6 +57,7 @@ def test_unknown_names_are_attribute_errors() -> None:
         "guard.cli",
         "guard.vetting",
         "guard.baselines",
+        "guard.triggers",
         "guard.evaluation",
     ],
 )
