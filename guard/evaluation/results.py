@@ -13,8 +13,7 @@ from safetensors.numpy import save as save_tensors
 
 from guard._files import replace_file
 from guard.evaluation.statistics import Auroc
-from guard.vetting.results import Check
-from guard.vetting.verdict import Conclusion
+from guard.vetting.results import Check, Conclusion
 
 FORMAT = 3
 _RECOVERED, _TRUE = "recovered", "true"

@@ -18,6 +18,7 @@ from guard.classifiers.digest import PARTS, ClassifierDigest, sha256
 from guard.errors import ClassListError, ProfileError, UsageError
 from guard.profiles.profile import SCHEMA, Array, CalibrationRecord, Document, Profile, Reference
 from guard.screening import DENSITY, Banks, Scores, Screen, Whitening, check_alpha, match
+from guard.triggers import FORMS, check_tensors
 
 DOCUMENT_FILE = "profile.json"
 TRIGGERS_FILE = "triggers.safetensors"
@@ -93,6 +94,14 @@ def read(directory: Path) -> Profile:
         triggers[trigger][tensor] = values
     if missing := [trigger for trigger, tensors in triggers.items() if not tensors]:
         raise ProfileError(f"{directory / TRIGGERS_FILE} lacks the trigger {missing[0]!r}")
+    for record in document.triggers:
+        if record.family in FORMS:  # a family of a newer guard can only be handed on
+            try:
+                check_tensors(record.family, triggers[record.id])
+            except ValueError as error:
+                raise ProfileError(
+                    f"{directory / TRIGGERS_FILE} is damaged: {record.id!r} is not a {record.family} trigger: {error}"
+                ) from error
     calibration = document.calibration
     reference = _read_reference(directory / REFERENCE_FILE, document, calibration) if calibration else None
     return Profile(document, triggers, reference)

@@ -15,8 +15,8 @@ PACKAGES = sorted(module.name for module in pkgutil.iter_modules(guard.__path__)
 
 def test_the_rooms_are_the_ones_that_are_documented() -> None:
     assert PACKAGES == [
-        "attacks", "classifiers", "cli", "demo", "diagnostics", "evaluation", "evidence", "profiles", "protocol",
-        "report", "screening", "sidecar", "testing", "triggers", "vetting",
+        "attacks", "baselines", "classifiers", "cli", "demo", "diagnostics", "evaluation", "evidence", "profiles",
+        "protocol", "report", "screening", "sidecar", "testing", "triggers", "vetting",
     ]  # fmt: skip
 
 
@@ -58,6 +58,8 @@ def test_unknown_names_are_attribute_errors() -> None:
         "guard.screening",
         "guard.cli",
         "guard.vetting",
+        "guard.baselines",
+        "guard.triggers",
         "guard.evaluation",
     ],
 )

@@ -18,7 +18,7 @@ from guard.evidence import Record, thumbnail
 from guard.profiles import Profile, write_embeddings
 from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.screening import Alarm, Detector, Judgement, Monitor
-from guard.screening.second_look import SecondLook, SecondLookResult, StoredTrigger
+from guard.screening.second_look import SecondLook, SecondLookResult
 from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.reservoir import Reservoir
 from guard.sidecar.decisions.workers import Workers
@@ -26,6 +26,7 @@ from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import Decision
 from guard.sidecar.settings import Settings
 from guard.sidecar.telemetry.metrics import ModelMetrics
+from guard.triggers import StoredTrigger
 
 log = logging.getLogger(__name__)
 
