@@ -11,7 +11,8 @@ from guard.classifiers.classes import ClassList
 from guard.classifiers.digest import ClassifierDigest
 from guard.classifiers.exported import ExportedClassifier
 from guard.classifiers.images import ImageFolder, decode
-from guard.classifiers.loading import load, save
+from guard.classifiers.loading import load
+from guard.classifiers.open_clip import save
 from guard.classifiers.preprocessing import Preprocessing
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 from guard.attacks import RECIPES, Planted, attack, measure, train_base
 from guard.classifiers import Classifier, load, save
-from guard.classifiers.loading import pick_device
+from guard.classifiers.open_clip import pick_device
 from guard.demo.data import DemoData
 from guard.demo.recipes import TARGET, DemoRecipe
 from guard.triggers import KNOWN, Trigger

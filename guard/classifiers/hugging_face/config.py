@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from guard.classifiers.loading import MAX_LAYERS, MAX_SIZE, import_open_clip, read_json
+from guard.classifiers.files import MAX_LAYERS, MAX_SIZE, read_json
+from guard.classifiers.open_clip import import_open_clip
 from guard.classifiers.preprocessing import Preprocessing
 from guard.errors import ModelError
 

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from guard.classifiers.loading import import_open_clip, read_json, read_text
+from guard.classifiers.files import read_json, read_text
+from guard.classifiers.open_clip import import_open_clip
 from guard.errors import ModelError
 
 _MAX_BYTES = 16_000_000

@@ -18,6 +18,7 @@ from torch import Tensor
 from guard._files import replace_directory
 from guard.classifiers.classes import ClassList
 from guard.classifiers.classifier import Classifier
+from guard.classifiers.files import CLASSES_FILE, check_weights_file, missing_weights, read_json
 from guard.classifiers.hugging_face.config import (
     HF_CONFIG_FILE,
     PREPROCESSOR_FILE,
@@ -26,16 +27,7 @@ from guard.classifiers.hugging_face.config import (
     read_preprocessing,
 )
 from guard.classifiers.hugging_face.tokenizer import check_tokenizer, tokenizer_files
-from guard.classifiers.loading import (
-    CLASSES_FILE,
-    check_weights_file,
-    first_line,
-    import_open_clip,
-    missing_weights,
-    pick_device,
-    quiet,
-    read_json,
-)
+from guard.classifiers.open_clip import first_line, import_open_clip, pick_device, quiet
 from guard.errors import ModelError
 
 HF_WEIGHTS_FILE = "model.safetensors"
