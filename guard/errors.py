@@ -8,6 +8,8 @@
     ├── ImageError                4   an image or a folder of images cannot be used
     ├── ClassListError            4   a list of classes or templates cannot be used
     ├── ProfileError              4   a profile is missing, damaged, or of another model
+    ├── StateError                4   what a sidecar kept for its next start is damaged, or of other settings
+    ├── EvidenceError             4   an evidence log is missing, damaged, or of another schema
     ├── EmbeddingsError           4   a file of embeddings cannot be used
     ├── ZooError                  4   a zoo of models, or what is said about its models, cannot be used
     └── RequestError              –   an inference request is malformed (the sidecar answers INVALID_ARGUMENT)
@@ -20,6 +22,7 @@ what to do about it.
 __all__ = [
     "ClassListError",
     "EmbeddingsError",
+    "EvidenceError",
     "ExportError",
     "GuardError",
     "ImageError",
@@ -27,6 +30,7 @@ __all__ = [
     "ModelError",
     "ProfileError",
     "RequestError",
+    "StateError",
     "UsageError",
     "ZooError",
 ]
@@ -66,6 +70,14 @@ class ClassListError(GuardError):
 
 class ProfileError(GuardError):
     """A profile is missing, damaged, of a newer schema, or belongs to another model."""
+
+
+class StateError(GuardError):
+    """What a sidecar kept for its next start is missing, damaged, or of other settings."""
+
+
+class EvidenceError(GuardError):
+    """An evidence log is missing, damaged, of another schema, or not an evidence log."""
 
 
 class EmbeddingsError(GuardError):

@@ -3,7 +3,6 @@
 import json
 import struct
 from pathlib import Path
-from typing import Any
 
 from guard.errors import ModelError
 
@@ -13,7 +12,7 @@ CLASSES_FILE = "classes.json"
 MAX_LAYERS, MAX_SIZE = 256, 2**20
 """Largest number of layers, and largest value of any other number, in the configuration of a tower."""
 _MAX_HEADER_BYTES = 100_000_000
-_MAX_CONFIG_BYTES = 1_000_000
+MAX_CONFIG_BYTES = 1_000_000
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 
 
@@ -65,36 +64,3 @@ def missing_weights(directory: Path, name: str) -> ModelError:
     if pickles:
         check_weights_file(pickles[0], wanted=name)
     return ModelError(f"{directory} has no {name}")
-
-
-def read_text(path: Path, limit: int = _MAX_CONFIG_BYTES) -> str:
-    """An untrusted text file of at most `limit` bytes.
-
-    Raises:
-        ModelError: It cannot be read, is larger, or is no UTF-8.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise ModelError(f"{path} is larger than {limit} bytes")
-        return data.decode()
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ModelError(f"{path} is damaged: it is no UTF-8") from error
-
-
-def read_json(path: Path, limit: int = _MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """An untrusted file that holds one JSON object.
-
-    Raises:
-        ModelError: As for `read_text`, or it holds something else.
-    """
-    try:
-        document = json.loads(read_text(path, limit))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is damaged: it is no JSON") from error
-    if not isinstance(document, dict):
-        raise ModelError(f"{path} is damaged: it holds no JSON object")
-    return document

@@ -7,17 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from guard._documents import read_object
 from guard._files import replace_directory
 from guard.classifiers.classes import ClassList
 from guard.classifiers.files import (
     CLASSES_FILE,
     CONFIG_FILE,
+    MAX_CONFIG_BYTES,
     MAX_LAYERS,
     MAX_SIZE,
     WEIGHTS_FILE,
     check_weights_file,
     missing_weights,
-    read_json,
 )
 from guard.classifiers.preprocessing import Preprocessing
 from guard.errors import MissingDependencyError, ModelError
@@ -140,13 +141,13 @@ def save(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path)
+    config = read_object(path, MAX_CONFIG_BYTES, ModelError)
     try:
         model_config = config["model_cfg"]
         towers = dict(model_config["vision_cfg"]), dict(model_config["text_cfg"])
         dict(config.get("preprocess_cfg", {}))
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path} is no open_clip configuration (model_cfg with vision_cfg and text_cfg)") from error
+        raise ModelError(f"{path} has no model_cfg with vision_cfg and text_cfg, which open_clip needs") from error
     _refuse_foreign_code(path, towers)
     _refuse_absurd_sizes(path, towers)
     return config

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from guard.errors import GuardError, UsageError
+from guard.errors import UsageError
 
 EVIDENCE_FILE = "evidence.sqlite"
 """Name of the log in the folder of a sidecar's state."""
@@ -50,10 +50,6 @@ class Drop(StrEnum):
     """Another program holds the file."""
     QUEUE_FULL = "queue_full"
     """More came than could be written."""
-
-
-class EvidenceError(GuardError):
-    """An evidence log is missing, damaged, of another schema, or no evidence log."""
 
 
 def clean(text: str, limit: int = MAX_TEXT) -> str:

@@ -13,9 +13,9 @@ from time import monotonic
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from guard.errors import UsageError
+from guard.errors import EvidenceError, UsageError
 from guard.evidence import store
-from guard.evidence.records import Drop, EvidenceError, Record
+from guard.evidence.records import Drop, Record
 
 log = logging.getLogger(__name__)
 

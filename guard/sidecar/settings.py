@@ -1,6 +1,5 @@
 """What an operator can set. Command line over environment (`GUARD_…`) over `guard.toml`."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import quote
@@ -14,6 +13,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from guard._documents import first_error
 from guard.errors import UsageError
 from guard.sidecar.policy import FailurePolicy, Mode
 from guard.sidecar.transport.addresses import is_loopback, socket_path, split_address
@@ -300,10 +300,7 @@ class Settings(ModelSettings, BaseSettings):
         try:
             merged: Settings = Merged(**{key: value for key, value in command_line.items() if value is not None})
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = _place(first["loc"])
-            message = first["msg"].removeprefix("Value error, ")
-            raise UsageError(f"{where}: {message}" if where else message) from error
+            raise UsageError(first_error(error)) from error
         except SettingsError as error:
             raise UsageError(f"GUARD_MODELS is not valid JSON: {error.__cause__}") from error
         except ValueError as error:
@@ -320,8 +317,3 @@ def _merged(top: dict[str, Any], entry: ModelSettings) -> ModelSettings:
         # One source of embeddings replaces the other.
         top = {**top, "model": None, "embedding_output": None}
     return ModelSettings(**{**top, **own})
-
-
-def _place(parts: Iterable[int | str]) -> str:
-    """Where in the configuration something is wrong, with entries of a list counted from 1."""
-    return ".".join(str(part + 1) if isinstance(part, int) else part for part in parts)

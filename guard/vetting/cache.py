@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -13,6 +14,7 @@ from guard._files import replace_file
 
 Entry = tuple[dict[str, Any], dict[str, Tensor]]
 """What is stored of one class: numbers, and tensors."""
+_NUMBERS = TypeAdapter(list[dict[str, Any]])
 
 
 class SearchCache:
@@ -29,14 +31,14 @@ class SearchCache:
         """What is stored under a name; None if there is nothing, or if the file is damaged."""
         try:
             with safe_open(self.folder / f"{name}.safetensors", framework="pt") as file:
-                numbers = json.loads(file.metadata()["results"])
+                numbers = _NUMBERS.validate_json(file.metadata()["results"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            entries: list[Entry] = [(values, {}) for values in numbers]
+            for key, tensor in tensors.items():
+                k, _, field = key.partition(".")
+                entries[int(k)][1][field] = tensor
+        except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError):
             return None  # searched again
-        entries: list[Entry] = [(values, {}) for values in numbers]
-        for key, tensor in tensors.items():
-            k, _, field = key.partition(".")
-            entries[int(k)][1][field] = tensor
         return entries
 
     def save(self, name: str, entries: Sequence[Entry]) -> None:

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from guard.classifiers.files import MAX_LAYERS, MAX_SIZE, read_json
+from guard._documents import first_error, read_object
+from guard.classifiers.files import MAX_CONFIG_BYTES, MAX_LAYERS, MAX_SIZE
 from guard.classifiers.open_clip import import_open_clip
 from guard.classifiers.preprocessing import Preprocessing
 from guard.errors import ModelError
@@ -91,7 +92,7 @@ class HuggingFaceConfig:
         Raises:
             ModelError: It is damaged, or describes what open_clip does not compute.
         """
-        document = read_json(path)
+        document = read_object(path, MAX_CONFIG_BYTES, ModelError)
         model_type, architectures = document.get("model_type"), document.get("architectures")
         if model_type != "clip" or architectures not in (None, ["CLIPModel"]):
             raise ModelError(
@@ -106,8 +107,8 @@ class HuggingFaceConfig:
             document[name] = (document.get(name) or {}) if older is None else older
         try:
             return TypeAdapter(cls).validate_python(document)
-        except (ValidationError, RecursionError) as error:
-            raise ModelError(f"{path} cannot be used: {_summary(error)}") from error
+        except ValidationError as error:  # it need not be damaged: others build what guard does not follow
+            raise ModelError(f"{path} cannot be used: {first_error(error)}") from error
 
     def to_document(self) -> dict[str, Any]:
         """What `config.json` holds, as transformers reads it."""
@@ -192,7 +193,7 @@ class HuggingFaceConfig:
                 }
             )
         except ValidationError as error:
-            raise ModelError(f"CLIPModel cannot express this model: {_summary(error)}") from error
+            raise ModelError(f"CLIPModel cannot express this model: {first_error(error)}") from error
 
 
 def _optional(tower: TextConfig | VisionConfig) -> dict[str, Any]:
@@ -250,7 +251,7 @@ def read_preprocessing(directory: Path, size: int) -> Preprocessing:
             f"{directory} has no {PREPROCESSOR_FILE}, which says how images are scaled and normalised; copy the one of "
             "the model that this was tuned from"
         )
-    document: object = read_json(path)
+    document: object = read_object(path, MAX_CONFIG_BYTES, ModelError)
     if path.name == PROCESSOR_FILE and isinstance(document, dict):
         document = document.get("image_processor")
     if not isinstance(document, dict):
@@ -300,12 +301,3 @@ def preprocessor_document(preprocessing: Preprocessing) -> dict[str, Any]:
         "image_mean": preprocessing.mean,
         "image_std": preprocessing.std,
     }
-
-
-def _summary(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        given = f", not {str(first['input'])[:40]!r}" if place else ""
-        return f"{place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}{given}"
-    return "it is nested too deeply"

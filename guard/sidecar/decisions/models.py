@@ -58,7 +58,8 @@ class Models:
     Raises:
         ProfileError: A profile is missing, damaged, not calibrated, or of another model.
         ModelError: An exported model is missing or damaged.
-        UsageError: A calibration does not support an alpha, or state cannot be read.
+        UsageError: A calibration does not support an alpha.
+        StateError: A monitor's state is damaged, or of other settings.
     """
 
     def __init__(self, shared: Shared, metrics: Metrics) -> None:

@@ -74,7 +74,7 @@ class Watch:
         sample: Of the model's traffic, if one is kept.
 
     Raises:
-        UsageError: The monitor's state cannot be read.
+        StateError: The monitor's state is damaged, or of other settings.
     """
 
     def __init__(
