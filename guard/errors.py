@@ -8,9 +8,9 @@
     ├── ImageError                4   an image or a folder of images cannot be used
     ├── ClassListError            4   a list of classes or templates cannot be used
     ├── ProfileError              4   a profile is missing, damaged, or of another model
-    ├── StateError                4   what a sidecar kept for its next start is damaged, or of other settings
-    ├── EvidenceError             4   an evidence log is missing, damaged, or of another schema
     ├── EmbeddingsError           4   a file of embeddings cannot be used
+    ├── EvidenceError             4   an evidence log is missing, damaged, or of another kind
+    ├── StateError                4   the stored state of a stream monitor is damaged, or of another configuration
     ├── ZooError                  4   a zoo of models, or what is said about its models, cannot be used
     └── RequestError              –   an inference request is malformed (the sidecar answers INVALID_ARGUMENT)
 
@@ -72,16 +72,16 @@ class ProfileError(GuardError):
     """A profile is missing, damaged, of a newer schema, or belongs to another model."""
 
 
-class StateError(GuardError):
-    """What a sidecar kept for its next start is missing, damaged, or of other settings."""
+class EmbeddingsError(GuardError):
+    """A file of embeddings is missing, damaged, or of another model."""
 
 
 class EvidenceError(GuardError):
-    """An evidence log is missing, damaged, of another schema, or not an evidence log."""
+    """An evidence log is missing, damaged, of another schema, or no evidence log."""
 
 
-class EmbeddingsError(GuardError):
-    """A file of embeddings is missing, damaged, or of another model."""
+class StateError(GuardError):
+    """The stored state of a stream monitor is missing, damaged, or belongs to another configuration."""
 
 
 class ZooError(GuardError):

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from guard._documents import read_object, validated
 from guard._files import replace_file
-from guard.errors import StateError, UsageError
+from guard.errors import StateError
 
 Kind = Literal["attack", "drift"]
 
@@ -184,10 +184,7 @@ class Monitor:
         Raises:
             UsageError: The file cannot be written.
         """
-        try:
-            replace_file(path, json.dumps(self.state(), allow_nan=False).encode())
-        except OSError as error:
-            raise UsageError(f"cannot write the monitor's state to {path}: {error.strerror}") from error
+        replace_file(path, json.dumps(self.state(), allow_nan=False).encode())
 
     def load(self, path: Path) -> None:
         """Go on from where another monitor of the same streams and settings was; bit by bit what it would have done.
