@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from guard._documents import first_error, read_object
 from guard.classifiers.files import MAX_CONFIG_BYTES, MAX_LAYERS, MAX_SIZE
 from guard.classifiers.open_clip import import_open_clip
-from guard.classifiers.preprocessing import Preprocessing
+from guard.classifiers.preprocessing import RESAMPLING, Preprocessing
 from guard.errors import ModelError
 
 HF_CONFIG_FILE = "config.json"
@@ -19,8 +19,6 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
 _END_OF_TEXT: Literal[49407] = 49407
 _EPSILON = 1e-5
-_RESAMPLING: dict[Literal["bicubic", "bilinear"], int] = {"bicubic": 3, "bilinear": 2}
-"""Pillow's numbers, which is what the file holds."""
 
 _Size = Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE)]
 _Layers = Annotated[int, Field(strict=True, ge=1, le=MAX_LAYERS)]
@@ -265,7 +263,7 @@ def read_preprocessing(directory: Path, size: int) -> Preprocessing:
         mode = "shortest"
     elif scaled == square and (cropped or not crops):
         mode = "squash"
-    filters = [name for name, number in _RESAMPLING.items() if number == document.get("resample", 3)]
+    filters = [name for name, number in RESAMPLING.items() if number == document.get("resample", 3)]
     whole = all(document.get(step, True) for step in ("do_resize", "do_rescale", "do_normalize"))
     if mode is None or not filters or not whole or not _is_byte(document.get("rescale_factor", 1 / 255)):
         raise ModelError(
@@ -292,7 +290,7 @@ def preprocessor_document(preprocessing: Preprocessing) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": square if squash else {"shortest_edge": preprocessing.size},
-        "resample": _RESAMPLING[preprocessing.interpolation],
+        "resample": RESAMPLING[preprocessing.interpolation],
         "do_center_crop": not squash,
         "crop_size": square,
         "do_rescale": True,
