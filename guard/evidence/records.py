@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from itertools import islice
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from guard.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 EVIDENCE_FILE = "evidence.sqlite"
 """Name of the log in the folder of a sidecar's state."""
@@ -207,7 +208,7 @@ def _moment(text: str) -> str:
         ) from error
 
 
-def thumbnail(image: Image.Image, side: int = 128) -> bytes:
+def thumbnail(image: "Image.Image", side: int = 128) -> bytes:
     """A small JPEG file of an image, for a record.
 
     Args:

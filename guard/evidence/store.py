@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+from pydantic import TypeAdapter
 from sqlalchemy import (
     Column,
     Connection,
@@ -46,6 +47,9 @@ _MAX_LENGTH = 2**20
 """Bytes of a value that are read: a log that was tampered with must not fill the memory."""
 _KEEP = 0.9
 """Share of the allowed size that remains when the oldest records are deleted for it."""
+
+_NUMBERS = TypeAdapter(dict[str, float | None])
+"""Scores and thresholds, which are stored as JSON; a number that is not finite as null."""
 
 _PRAGMAS = (
     "PRAGMA trusted_schema = OFF",
@@ -197,10 +201,10 @@ def to_record(row: Row[Any]) -> Record:
     values = dict(row._mapping)  # noqa: SLF001 - the documented name
     try:
         for name in ("scores", "thresholds"):
-            numbers = json.loads(values[name])
+            numbers = _NUMBERS.validate_json(values[name])
             values[name] = {score: math.nan if value is None else value for score, value in numbers.items()}
         return Record(**{**values, "image": int(values["image"])})
-    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise EvidenceError(f"record {values['id']} of the evidence log is damaged") from error
 
 

@@ -6,7 +6,6 @@ file. After a change here, run scripts/generate_docs.py.
 """
 
 import os
-from collections.abc import Iterable
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -20,6 +19,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from guard._documents import first_error
 from guard.errors import UsageError
 from guard.sidecar.addresses import is_loopback, socket_path, split_address
 from guard.sidecar.model_settings import RENAMED, ModelSettings, metavar
@@ -377,10 +377,7 @@ class Settings(ModelSettings, BaseSettings):
         try:
             return cls(**{key: value for key, value in command_line.items() if value is not None})
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = _place(first["loc"])
-            message = first["msg"].removeprefix("Value error, ")
-            raise UsageError(f"{where}: {message}" if where else message) from error
+            raise UsageError(first_error(error)) from error
         except SettingsError as error:
             raise UsageError(f"GUARD_MODELS is not valid JSON: {error.__cause__}") from error
         except ValueError as error:
@@ -397,8 +394,3 @@ def _merged(top: dict[str, Any], entry: ModelSettings) -> ModelSettings:
         # One source of embeddings replaces the other.
         top = {**top, "model": None, "embedding_output": None}
     return ModelSettings(**{**top, **own})
-
-
-def _place(parts: Iterable[int | str]) -> str:
-    """The place of an error in the configuration, with the entries of a list counted from 1."""
-    return ".".join(str(part + 1) if isinstance(part, int) else part for part in parts)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -13,6 +14,7 @@ from guard._files import replace_file
 
 Entry = tuple[dict[str, Any], dict[str, Tensor]]
 """The stored result for one class: its numbers, and its tensors."""
+_NUMBERS = TypeAdapter(list[dict[str, Any]])
 
 
 class SearchCache:
@@ -30,17 +32,17 @@ class SearchCache:
         try:
             with safe_open(self.folder / f"{name}.safetensors", framework="pt") as file:
                 metadata = file.metadata()
-                numbers = json.loads(metadata["results"])
+                numbers = _NUMBERS.validate_json(metadata["results"])
                 # The library sorts names, while the names of later searches depend on the order of the tensors. Files
                 # of 0.1.0 do not say what it was.
                 keys = json.loads(metadata["tensors"]) if "tensors" in metadata else file.keys()
                 tensors = {key: file.get_tensor(key) for key in keys}
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            entries: list[Entry] = [(values, {}) for values in numbers]
+            for key, tensor in tensors.items():
+                k, _, field = key.partition(".")
+                entries[int(k)][1][field] = tensor
+        except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError):
             return None  # searched again
-        entries: list[Entry] = [(values, {}) for values in numbers]
-        for key, tensor in tensors.items():
-            k, _, field = key.partition(".")
-            entries[int(k)][1][field] = tensor
         return entries
 
     def save(self, name: str, entries: Sequence[Entry]) -> None:

@@ -64,8 +64,19 @@ def test_unknown_names_are_attribute_errors() -> None:
     ],
 )
 def test_serving_and_reading_import_without_torch(module: str) -> None:
-    code = f"import sys, {module}; sys.exit(bool({{'torch', 'open_clip', 'sklearn', 'scipy'}} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert not loaded(module, {"torch", "open_clip", "sklearn", "scipy"})
+
+
+@pytest.mark.parametrize("module", ["guard.profiles", "guard.screening", "guard.classifiers", "guard.evidence"])
+def test_reading_a_profile_imports_neither_onnx_runtime_nor_pillow(module: str) -> None:
+    assert not loaded(module, {"onnxruntime", "PIL"})
+
+
+def loaded(module: str, names: set[str]) -> set[str]:
+    """Which of the names are imported when the module is."""
+    code = f"import sys, {module}; print(*set({names!r}) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return set(done.stdout.split())
 
 
 def test_every_error_is_a_guard_error_with_an_exit_code() -> None:

@@ -62,7 +62,7 @@ class Models:
         ProfileError: A profile is missing, damaged, not calibrated, or of another model.
         ModelError: An exported model is missing or damaged.
         UsageError: A calibration does not support an alpha.
-        StateError: The state of a stream monitor cannot be used.
+        StateError: A monitor's state is damaged, or of other settings.
     """
 
     def __init__(self, shared: Shared, metrics: Metrics) -> None:

@@ -75,7 +75,7 @@ class Watch:
         sample: Of the model's traffic, if one is kept.
 
     Raises:
-        StateError: The monitor's state cannot be read.
+        StateError: The monitor's state is damaged, or of other settings.
         ProfileError: A trigger of the profile cannot be used.
     """
 

@@ -115,7 +115,7 @@ class ScreenedStream:
         if not sent.counted and sent.check is None and sent.error is None:
             sent.counted = True
             route = sent.request.route
-            images = count_images(sent.request.message, route.settings.input)
+            images = count_images(sent.request.message, route.settings.input_tensor)
             self._screener.observe(Outcome.unchecked(reason), route, images, sent.since)
 
     async def upwards(self, requests: AsyncIterator[bytes]) -> None:
@@ -164,7 +164,7 @@ class ScreenedStream:
         message, route, check = request.message, request.route, None
         self.route = route
         if (known := screener.outcome_without_check(request)) is not None:
-            screener.observe(known, route, count_images(message, route.settings.input), started)
+            screener.observe(known, route, count_images(message, route.settings.input_tensor), started)
             check = asyncio.get_running_loop().create_future()
             check.set_result(known)
         elif route.embeds:
