@@ -23,7 +23,8 @@ FLOORS = (
     ("screening", "vetting"),
     ("baselines",),
     ("certificates", "profiles"),
-    ("evidence", "report"),
+    ("report",),
+    ("evidence",),
     # The sidecar stands beside the attacks, since what trains is never loaded where requests are served.
     ("attacks", "sidecar", "testing"),
     ("evaluation",),
@@ -37,7 +38,8 @@ FLOORS = (
 """The rooms of `guard` from the lowest to the highest; those on one floor do not use each other."""
 
 SIDECAR_FLOORS = (
-    ("policy",),
+    ("addresses", "policy"),
+    ("model_settings",),
     ("settings",),
     ("transport",),
     ("telemetry",),
