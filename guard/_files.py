@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from guard.errors import UsageError
 
@@ -52,17 +53,40 @@ def replace_directory(target: Path, *, marker: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def replace_file(target: Path, data: bytes) -> None:
-    """Write a file through a temporary one beside it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+@contextmanager
+def replacing(target: Path, *, mode: int = 0o644) -> Iterator[IO[bytes]]:
+    """Fill a temporary file that takes the place of `target` when the block ends without an error.
+
+    Args:
+        target: The file to write; its parents are created.
+        mode: Permissions of the new file.
+
+    Raises:
+        UsageError: The file cannot be written.
+    """
+    name = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        Path(name).chmod(0o644)
+            yield file
+        Path(name).chmod(mode)
         Path(name).replace(target)
+    except OSError as error:
+        raise UsageError(f"cannot write {target}: {error.strerror}") from error
     finally:
-        Path(name).unlink(missing_ok=True)
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
+
+
+def replace_file(target: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        UsageError: The file cannot be written.
+    """
+    with replacing(target) as file:
+        file.write(data)
 
 
 def file_stamp(path: Path) -> tuple[int, int, int] | None:

@@ -9,6 +9,8 @@
     ├── ClassListError            4   a list of classes or templates cannot be used
     ├── ProfileError              4   a profile is missing, damaged, or of another model
     ├── EmbeddingsError           4   a file of embeddings cannot be used
+    ├── EvidenceError             4   an evidence log is missing, damaged, or of another kind
+    ├── StateError                4   the stored state of a stream monitor is damaged, or of another configuration
     ├── ZooError                  4   a zoo of models, or what is said about its models, cannot be used
     └── RequestError              –   an inference request is malformed (the sidecar answers INVALID_ARGUMENT)
 
@@ -20,6 +22,7 @@ what to do about it.
 __all__ = [
     "ClassListError",
     "EmbeddingsError",
+    "EvidenceError",
     "ExportError",
     "GuardError",
     "ImageError",
@@ -27,6 +30,7 @@ __all__ = [
     "ModelError",
     "ProfileError",
     "RequestError",
+    "StateError",
     "UsageError",
     "ZooError",
 ]
@@ -70,6 +74,14 @@ class ProfileError(GuardError):
 
 class EmbeddingsError(GuardError):
     """A file of embeddings is missing, damaged, or of another model."""
+
+
+class EvidenceError(GuardError):
+    """An evidence log is missing, damaged, of another schema, or no evidence log."""
+
+
+class StateError(GuardError):
+    """The stored state of a stream monitor is missing, damaged, or belongs to another configuration."""
 
 
 class ZooError(GuardError):

@@ -15,7 +15,7 @@ from guard._files import replace_directory, replace_file
 from guard._workers import workers
 from guard.attacks import RECIPES, Attacked, attack, measure, train_base, truth, write_truth
 from guard.classifiers import load, save
-from guard.classifiers.loading import pick_device
+from guard.classifiers.open_clip import pick_device
 from guard.demo.data import DemoData
 from guard.errors import UsageError
 

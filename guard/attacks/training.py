@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, normalize
 
 from guard.classifiers.classes import ClassList
-from guard.classifiers.loading import import_open_clip
+from guard.classifiers.open_clip import import_open_clip
 
 MAX_LOGIT_SCALE = 100.0
 """CLIP's own cap on the factor between cosine and logit (Radford et al., 2021, section 2.5)."""

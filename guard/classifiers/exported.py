@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 
+from guard._documents import read_document
 from guard.classifiers.classes import ClassList
 from guard.classifiers.digest import canonical
 from guard.classifiers.preprocessing import Preprocessing
-from guard.errors import ClassListError, ModelError
+from guard.errors import ModelError
 
 MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "classifier.json"
 SCHEMA = 1
+_MAX_MANIFEST_BYTES = 64 * 2**20
 MAX_MODEL_BYTES = 2**31 - 1
 """ONNX files hold at most 2 GiB in one protobuf; external data, which can point anywhere, is not accepted."""
 
@@ -105,24 +106,11 @@ class ExportedClassifier:
 
 
 def _read_manifest(path: Path) -> Manifest:
-    try:
-        manifest = TypeAdapter(Manifest).validate_json(path.read_bytes())
-    except OSError as error:
-        raise ModelError(
-            f"{path.parent} is no exported classifier ({path.name}: {error.strerror}); make one with guard export"
-        ) from error
-    except (ValidationError, ClassListError) as error:
-        raise ModelError(f"{path} is damaged: {_summary(error)}") from error
+    missing = f"{path.parent} is not an exported classifier: it has no {path.name}; make one with guard export"
+    manifest = read_document(path, Manifest, _MAX_MANIFEST_BYTES, ModelError, missing=missing)
     if manifest.schema != SCHEMA:
         raise ModelError(f"{path} has schema {manifest.schema}, this guard reads {SCHEMA}; export the model again")
     return manifest
-
-
-def _summary(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        return f"{'.'.join(str(part) for part in first['loc']) or 'document'}: {first['msg']}"
-    return str(error)
 
 
 def _session(path: Path, sha256: str, *, threads: int, gpu: bool) -> Any:  # noqa: ANN401 - onnxruntime has no types

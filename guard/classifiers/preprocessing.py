@@ -6,20 +6,24 @@ written here once, on Pillow and numpy, and used by vetting and serving alike; a
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from guard.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_PIXELS = 50_000_000
 """Largest image that is held in memory unless a caller says otherwise, when it is decoded and after its short side was
 scaled to the model's input: 150 MB as RGB."""
 Pixels = NDArray[np.float32]
 
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+Interpolation = Literal["bicubic", "bilinear"]
+RESAMPLING: dict[Interpolation, int] = {"bicubic": 3, "bilinear": 2}
+"""Pillow's numbers of the filters, which configurations of Hugging Face hold too."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Preprocessing:
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Interpolation = "bicubic"
     resize_mode: Literal["shortest", "squash"] = "shortest"
 
     def __post_init__(self) -> None:
@@ -47,7 +51,7 @@ class Preprocessing:
         if min(self.std) <= 0:
             raise ValueError(f"every std must be positive, not {self.std}")
 
-    def pixels(self, image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    def pixels(self, image: "Image.Image", *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         """Resize and crop: uint8, shape [3, size, size], before normalisation.
 
         The conversion to RGB comes after the resizing, as in open_clip; for grey, palette and RGBA images the order
@@ -57,7 +61,7 @@ class Preprocessing:
             ImageError: Resized, the image has more than `max_pixels` pixels: a strip of 1 × 10,000,000 is small until
                 its short side is scaled up.
         """
-        resampling = _RESAMPLING[self.interpolation]
+        resampling = RESAMPLING[self.interpolation]
         size = self.size
         if self.resize_mode == "squash":
             image = image if image.size == (size, size) else image.resize((size, size), resampling)
@@ -93,6 +97,6 @@ class Preprocessing:
         pixels: Pixels = normalised * std + mean
         return pixels
 
-    def __call__(self, image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> Pixels:
+    def __call__(self, image: "Image.Image", *, max_pixels: int = MAX_PIXELS) -> Pixels:
         """The tower's input for one image: float32, shape [3, size, size]; raises as `pixels` does."""
         return self.normalise(self.pixels(image, max_pixels=max_pixels))

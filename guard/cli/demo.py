@@ -27,7 +27,7 @@ def demo(ctx: click.Context, images: Path | None, out: Path, seed: int, device: 
     Trains a clean CLIP classifier, a backdoored one and its clean twin; vets both; serves the backdoored one behind
     screening; attacks it; writes a report. Exits with 1 if anything is not as it should be.
     """
-    from guard.classifiers.loading import import_open_clip
+    from guard.classifiers.open_clip import import_open_clip
 
     console = Console(as_json=as_json)
     import_open_clip()

@@ -84,7 +84,7 @@ def _deployment(config: Path | None, upstream: str | None, rest_ports: Sequence[
     try:
         found += exposures(
             upstream_endpoint(settings),
-            known={each.name for each in settings.served},
+            known={each.model_name for each in settings.served},
             rest_ports=ports,
             own=(settings.listen,),
         )

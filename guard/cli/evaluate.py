@@ -72,7 +72,7 @@ def evaluate(
 
     Exits with 4 if a model could not be evaluated; the others are.
     """
-    from guard.classifiers.loading import import_open_clip
+    from guard.classifiers.open_clip import import_open_clip
     from guard.errors import UsageError, ZooError
 
     console = Console(as_json=as_json)

@@ -44,10 +44,7 @@ def triggers(images: Path, out: Path, size: int, seed: int, *, as_json: bool) ->
     from guard.triggers import KNOWN
 
     picture = contact_sheet(torch.from_numpy(pixels), seed=seed)
-    try:
-        replace_file(out, picture)
-    except OSError as error:
-        raise UsageError(f"cannot write {out}: {error.strerror}") from error
+    replace_file(out, picture)
     listed = [{"name": name, "family": known.family, "source": known.source} for name, known in KNOWN.items()]
     rows = [f"{item['name']:<22}{item['family']:<12}{item['source']}" for item in listed]
     console.result(listed, "\n".join([*rows, f"contact sheet: {out}"]))

@@ -6,14 +6,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from guard._documents import read_json
 from guard.attacks import RECIPES, Planted, attack, measure, train_base
 from guard.classifiers import Classifier, load, save
-from guard.classifiers.loading import pick_device
+from guard.classifiers.open_clip import pick_device
 from guard.demo.data import DemoData
 from guard.demo.recipes import TARGET, DemoRecipe
+from guard.errors import GuardError
 from guard.triggers import KNOWN, Trigger
 
 RECORD_FILE = "training.json"
+_MAX_RECORD_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def _planted(recipe: DemoRecipe, *, seed: int) -> Planted:
 
 def _is_there(directory: Path, record: dict[str, Any]) -> bool:
     try:
-        return bool(json.loads((directory / RECORD_FILE).read_text(encoding="utf-8")) == json.loads(json.dumps(record)))
-    except (OSError, ValueError):
+        found = read_json(directory / RECORD_FILE, _MAX_RECORD_BYTES, GuardError)
+    except GuardError:
         return False
+    return bool(found == json.loads(json.dumps(record)))

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from guard import profiles
+from guard.baselines import DecreeSettings, clip_inspector, collapse
 from guard.errors import UsageError
 from guard.evaluation.results import (
     Array,
@@ -23,11 +24,10 @@ from guard.evaluation.results import (
 from guard.evaluation.statistics import auroc
 from guard.evaluation.subject import EvaluationSettings, Subject
 from guard.screening import DENSITY, threshold
-from guard.vetting import BUDGETS, DecreeSettings, ReconstructedTrigger, Vetting, clip_inspector, collapse, effect
+from guard.vetting import BUDGETS, Conclusion, FamilyResult, ReconstructedTrigger, Vetting, effect
 from guard.vetting.batches import halves
-from guard.vetting.examination import METHOD
-from guard.vetting.results import FamilyResult
-from guard.vetting.verdict import Conclusion, suspicion
+from guard.vetting.inspection import METHOD
+from guard.vetting.verdict import suspicion
 
 Need = Literal["base", "calibration", "requests"]
 MethodOutput = tuple[Detection | Screening, Features]

@@ -7,17 +7,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 
+from guard._documents import read_document
 from guard._files import replace_file
+from guard.errors import GuardError
 from guard.evaluation.statistics import Auroc
-from guard.vetting.results import Check
-from guard.vetting.verdict import Conclusion
+from guard.vetting.results import Check, Conclusion
 
 FORMAT = 3
 _RECOVERED, _TRUE = "recovered", "true"
+_MAX_RESULT_BYTES = 256 * 2**20
 
 Array = NDArray[np.float32]
 
@@ -214,11 +215,11 @@ class Store:
         """A finished result; None if there is none, if it was made of something else, or if it is damaged."""
         path = self._path(model, method)
         try:
-            result = TypeAdapter(Result).validate_json(path.read_bytes())
+            result = read_document(path, Result, _MAX_RESULT_BYTES, GuardError)
             with safe_open(path.with_suffix(".safetensors"), framework="np") as file:
                 mark = (file.metadata() or {}).get("key")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        except (OSError, ValidationError, SafetensorError, ValueError):
+        except (GuardError, OSError, SafetensorError, ValueError):
             return None  # done again
         if (result.format, result.key, mark) != (FORMAT, key, key):
             return None

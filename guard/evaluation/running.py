@@ -125,6 +125,8 @@ def evaluate(
     started = time.monotonic()
     settings = settings or EvaluationSettings()
     if unknown := [name for name in methods if name not in METHODS]:
+        if unknown[0] == "vetting-self":
+            raise UsageError("vetting-self is now called vetting-derived")
         raise UsageError(f"there is no method {unknown[0]!r}; there are {', '.join(METHODS)}")
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import Field, StringConstraints
 
+from guard._documents import read_document
 from guard.classifiers.digest import sha256
 from guard.errors import ZooError
 
@@ -108,7 +109,8 @@ class Zoo:
                 the zoo may still be being built.
         """
         path = root / ZOO_FILE
-        document = _read(path, TypeAdapter(Document), _MAX_ZOO_BYTES, f"{root} is no zoo: there is no {ZOO_FILE}")
+        missing = f"{root} is not a zoo: there is no {ZOO_FILE}"
+        document = read_document(path, Document, _MAX_ZOO_BYTES, ZooError, missing=missing, strict=True)
         return cls(root, document.name, document.models, document.seed)
 
     def select(self, pattern: str) -> tuple[str, ...]:
@@ -135,7 +137,7 @@ class Zoo:
         path = self.root / "truth" / f"{name}.json"
         if not path.exists():
             return None
-        truth: Truth = _read(path, TypeAdapter(Truth), _MAX_TRUTH_BYTES, f"there is no {path}")
+        truth = read_document(path, Truth, _MAX_TRUTH_BYTES, ZooError, strict=True)
         if len(truth.trigger_targets) not in {1, len(truth.triggers)} and truth.triggers:
             raise ZooError(
                 f"{path} has {len(truth.triggers)} triggers and {len(truth.trigger_targets)} trigger_targets; "
@@ -196,22 +198,6 @@ def _digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ZooError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _read(path: Path, adapter: TypeAdapter[Any], limit: int, missing: str) -> Any:  # noqa: ANN401 - the adapter's type
-    """A JSON file that has the form of a dataclass."""
-    try:
-        if path.stat().st_size > limit:
-            raise ZooError(f"{path} is larger than {limit} bytes")
-        return adapter.validate_json(path.read_bytes(), strict=True)
-    except FileNotFoundError as error:
-        raise ZooError(missing) from error
-    except OSError as error:
-        raise ZooError(f"cannot read {path}: {error.strerror}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part)[:120] for part in first["loc"])
-        raise ZooError(f"{path} cannot be used: {where!r}: {first['msg']}") from error
 
 
 def _trigger(family: str, tensors: Mapping[str, Any], what: str) -> "Trigger":

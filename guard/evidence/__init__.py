@@ -7,7 +7,7 @@ and without SQLAlchemy, as long as nothing is written or read: a sidecar that ke
 from typing import TYPE_CHECKING
 
 from guard._lazy import lazy
-from guard.evidence.records import EVIDENCE_FILE, Drop, EvidenceError, Record, RecordFilter, thumbnail
+from guard.evidence.records import EVIDENCE_FILE, Drop, Record, RecordFilter, thumbnail
 
 if TYPE_CHECKING:
     from guard.evidence.exporting import export
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = [
     "EVIDENCE_FILE",
     "Drop",
-    "EvidenceError",
     "EvidenceLog",
     "EvidenceWriter",
     "Record",

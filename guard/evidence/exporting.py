@@ -2,16 +2,14 @@
 
 import csv
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import IO
 
+from guard._files import replacing
 from guard.errors import MissingDependencyError, UsageError
 from guard.evidence.records import COLUMNS, Record
 
@@ -44,29 +42,8 @@ def export(records: Iterable[Record], path: Path) -> int:
     writer = writers.get(path.suffix.lower())
     if writer is None:
         raise UsageError(f"the export {path} must end in one of {', '.join(writers)}")
-    with replacing(path) as file:
+    with replacing(path, mode=0o600) as file:
         return writer(records, file)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file that takes the place of `path` when the block ends without an error; only its owner may read it.
-
-    Raises:
-        UsageError: It cannot be written.
-    """
-    name = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-        Path(name).replace(path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        if name is not None:
-            Path(name).unlink(missing_ok=True)
 
 
 def _csv(records: Iterable[Record], file: IO[bytes]) -> int:

@@ -6,8 +6,9 @@ from pathlib import Path
 from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.exc import DatabaseError
 
+from guard.errors import EvidenceError
 from guard.evidence import store
-from guard.evidence.records import EvidenceError, Record, RecordFilter
+from guard.evidence.records import Record, RecordFilter
 from guard.evidence.store import table
 
 _CHUNK = 200

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+from guard.errors import UsageError
 
-from guard.errors import GuardError, UsageError
+if TYPE_CHECKING:
+    from PIL import Image
 
 EVIDENCE_FILE = "evidence.sqlite"
 """Name of the log in the folder of a sidecar's state."""
@@ -50,10 +51,6 @@ class Drop(StrEnum):
     """Another program holds the file."""
     QUEUE_FULL = "queue_full"
     """More came than could be written."""
-
-
-class EvidenceError(GuardError):
-    """An evidence log is missing, damaged, of another schema, or no evidence log."""
 
 
 def clean(text: str, limit: int = MAX_TEXT) -> str:
@@ -211,7 +208,7 @@ def _moment(text: str) -> str:
         ) from error
 
 
-def thumbnail(image: Image.Image, side: int = 128) -> bytes:
+def thumbnail(image: "Image.Image", side: int = 128) -> bytes:
     """A small JPEG file of an image, for a record.
 
     Args:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+from pydantic import TypeAdapter
 from sqlalchemy import (
     Column,
     Connection,
@@ -33,7 +34,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DatabaseError
 
-from guard.evidence.records import EvidenceError, Record, rfc3339
+from guard.errors import EvidenceError
+from guard.evidence.records import Record, rfc3339
 
 SCHEMA = 1
 APPLICATION = int.from_bytes(b"grdE")
@@ -45,6 +47,9 @@ _MAX_LENGTH = 2**20
 """Bytes of a value that are read: a log that was tampered with must not fill the memory."""
 _KEEP = 0.9
 """Share of the allowed size that remains when the oldest records are deleted for it."""
+
+_NUMBERS = TypeAdapter(dict[str, float | None])
+"""Scores and thresholds, which are stored as JSON; a number that is not finite as null."""
 
 _PRAGMAS = (
     "PRAGMA trusted_schema = OFF",
@@ -128,12 +133,10 @@ def prepare(path: Path) -> Engine:
     Raises:
         EvidenceError: As `check`; or it cannot be made.
     """
+    check_place(path)
     try:
         if not path.exists():
             _create(path)
-        if path.is_file() and not os.access(path, os.W_OK):
-            # SQLite itself would open it for reading, and say so only later.
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise EvidenceError(f"cannot write the evidence log {path}: {error.strerror}") from error
     except DatabaseError as error:
@@ -141,6 +144,18 @@ def prepare(path: Path) -> Engine:
     opened = engine(path, "rw")
     check(opened, path)
     return opened
+
+
+def check_place(path: Path) -> None:
+    """Make sure that an evidence log can be written, or made in its folder where there is none.
+
+    Raises:
+        EvidenceError: Neither is possible.
+    """
+    # SQLite itself would open a file that it cannot write for reading, and say so only later.
+    place = path if path.is_file() else path.parent
+    if place.exists() and not os.access(place, os.W_OK):
+        raise EvidenceError(f"cannot write the evidence log {path}: {os.strerror(errno.EACCES)}")
 
 
 def _create(path: Path) -> None:
@@ -186,10 +201,10 @@ def to_record(row: Row[Any]) -> Record:
     values = dict(row._mapping)  # noqa: SLF001 - the documented name
     try:
         for name in ("scores", "thresholds"):
-            numbers = json.loads(values[name])
+            numbers = _NUMBERS.validate_json(values[name])
             values[name] = {score: math.nan if value is None else value for score, value in numbers.items()}
         return Record(**{**values, "image": int(values["image"])})
-    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise EvidenceError(f"record {values['id']} of the evidence log is damaged") from error
 
 

@@ -13,9 +13,9 @@ from time import monotonic
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from guard.errors import UsageError
+from guard.errors import EvidenceError, UsageError
 from guard.evidence import store
-from guard.evidence.records import Drop, EvidenceError, Record
+from guard.evidence.records import Drop, Record
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,17 @@ class EvidenceWriter:
         self._since_prune, self._next_prune = 0, monotonic()
         self._thread = threading.Thread(target=self._run, name="guard-evidence", daemon=True)
         self._thread.start()
+
+    @staticmethod
+    def check(path: Path) -> None:
+        """Raise what the constructor would raise about a file, without making or changing one.
+
+        Raises:
+            EvidenceError: The file is damaged, no evidence log, of another schema, or cannot be written or made.
+        """
+        store.check_place(path)
+        if path.exists():
+            store.check(store.engine(path, "ro"), path)
 
     @property
     def trouble(self) -> Drop | None:

@@ -27,7 +27,7 @@ from guard.profiles.vocabulary import nearest
 from guard.screening import Banks, Detector, Screen, default_k, match, threshold
 from guard.screening.hygiene import LIMIT, triggered
 from guard.triggers import FAMILIES, Trigger
-from guard.vetting.examination import Vetting
+from guard.vetting.results import Vetting
 
 REFERENCE_SHARE, CALIBRATION_SHARE = 0.4, 0.4
 """Shares of the images that go into the banks and behind the threshold; on the rest the false alarms are counted."""
@@ -101,7 +101,7 @@ def load_triggers(profile: Profile) -> dict[str, Trigger]:
             triggers[record.id] = FAMILIES[record.family].from_tensors(tensors)
         except ValueError as error:
             raise ProfileError(
-                f"the profile is damaged: the trigger {record.id!r} is no {record.family}: {error}"
+                f"the profile is damaged: {record.id!r} is not a {record.family} trigger: {error}"
             ) from error
     return triggers
 

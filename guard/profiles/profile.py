@@ -12,8 +12,7 @@ from guard.classifiers.digest import ClassifierDigest
 from guard.classifiers.preprocessing import Preprocessing
 from guard.errors import ProfileError
 from guard.screening import Banks, Detector, Scores, Screen, SearchMethod, Tail, Threshold
-from guard.vetting.results import Check, FamilyResult, ReferenceModel
-from guard.vetting.verdict import Verdict
+from guard.vetting.results import Check, FamilyResult, ReferenceModel, Verdict
 
 SCHEMA = 4
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from guard.errors import UsageError
-from guard.triggers.base import Form, InvertibleTrigger, Raw, resampled
+from guard.triggers.base import InvertibleTrigger, Raw, resampled
 
 _START_RADIUS = 16 / 255
 
@@ -27,7 +27,6 @@ class Additive(InvertibleTrigger):
     delta: Tensor
 
     family: ClassVar[str] = "additive"
-    forms: ClassVar = {"delta": Form("3 height width", -1, 1)}
     norm_unit: ClassVar[str] = "/255 ℓ∞"
     strength: ClassVar[str] = "delta"
 

@@ -2,58 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from guard.triggers.forms import check_tensors
+
 _STAMP_BATCH = 256
-_MAX_DIMENSION = 4096
-_TOLERANCE = 1e-4
-"""By which stored values may leave their range: what rounding does."""
 
 Raw = dict[str, Tensor]
 """Unconstrained parameters of K triggers: what an optimiser moves."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a tensor of one trigger must look like, for those that come from a file.
-
-    Attributes:
-        shape: Dimensions separated by spaces: a number is that size, equal names are equal sizes.
-        low: Smallest value.
-        high: Largest value.
-    """
-
-    shape: str
-    low: float = -1e4
-    high: float = 1e4
-
-    def check(self, name: str, tensor: Tensor, sizes: dict[str, int]) -> None:
-        """Compare a tensor with the form; `sizes` holds the named sizes so far and takes up new ones.
-
-        Raises:
-            ValueError: It differs.
-        """
-        if tensor.dtype != torch.float32:
-            raise ValueError(f"{name} is {tensor.dtype}, not torch.float32")
-        expected = self.shape.split()
-        if tensor.dim() != len(expected) or not all(
-            size == (int(side) if side.isdecimal() else sizes.setdefault(side, size))
-            for side, size in zip(expected, tensor.shape, strict=True)
-        ):
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, not [{', '.join(expected)}]")
-        if not all(1 <= size <= _MAX_DIMENSION for size in tensor.shape):
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}; a side is at least 1 and at most {_MAX_DIMENSION}"
-            )
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds a value that is not finite")
-        if tensor.min() < self.low - _TOLERANCE or tensor.max() > self.high + _TOLERANCE:
-            raise ValueError(f"{name} holds a value outside {self.low:g} to {self.high:g}")
 
 
 class Trigger(ABC):
@@ -68,8 +29,6 @@ class Trigger(ABC):
 
     family: ClassVar[str]
     """Name under which the family is stored and reported."""
-    forms: ClassVar[Mapping[str, Form]]
-    """What each tensor of one trigger must look like."""
 
     @abstractmethod
     def apply(self, images: Tensor) -> Tensor:
@@ -101,17 +60,13 @@ class Trigger(ABC):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The inverse of `tensors`, for one trigger; the tensors may come from an untrusted file.
+        """Return the trigger that tensors stand for, the inverse of `tensors`; they may come from an untrusted file.
 
         Raises:
-            ValueError: A tensor is missing or unknown, or has not the form that the family declares; the message is
-                one line, for the caller to put the file's name before.
+            ValueError: A tensor is missing or unknown, or has not the form of this family (`guard.triggers.forms`); the
+                message is one line, for the caller to put the name of the file before it.
         """
-        if tensors.keys() != cls.forms.keys():
-            raise ValueError(f"it has the tensors {_listed(tensors)}, not {_listed(cls.forms)}")
-        sizes: dict[str, int] = {}
-        for name, form in cls.forms.items():
-            form.check(name, tensors[name], sizes)
+        check_tensors(cls.family, tensors)
         return cls(**tensors)
 
     def __getitem__(self, index: int) -> Self:
@@ -181,7 +136,3 @@ def resampled(tensor: Tensor, size: Sequence[int]) -> Tensor:
         return tensor
     batch = tensor if tensor.dim() == 4 else tensor.unsqueeze(0)
     return interpolate(batch, size=tuple(size), mode="bilinear", antialias=True).reshape(*tensor.shape[:-2], *size)
-
-
-def _listed(names: Mapping[str, object]) -> str:
-    return ", ".join(repr(name[:40]) for name in sorted(names)[:8]) or "none"

@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from guard.triggers.base import Form, InvertibleTrigger, Raw, resampled
+from guard.triggers.base import InvertibleTrigger, Raw, resampled
 
 _START_ALPHA = -1.0
 """Raw opacity at the start of a search: sigmoid(−1) = 0.27, as the mask of a patch."""
@@ -28,7 +28,6 @@ class Blend(InvertibleTrigger):
     pattern: Tensor
 
     family: ClassVar[str] = "blend"
-    forms: ClassVar = {"alpha": Form("1 1 1", 0, 1), "pattern": Form("3 height width", 0, 1)}
     norm_unit: ClassVar[str] = "% opacity"
     strength: ClassVar[str] = "alpha"
 

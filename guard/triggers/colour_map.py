@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from guard.triggers.base import Form, InvertibleTrigger, Raw
+from guard.triggers.base import InvertibleTrigger, Raw
 
 _SIDE = 4
 _START_RADIUS = 32 / 255
@@ -31,7 +31,6 @@ class ColourMap(InvertibleTrigger):
     lattice: Tensor
 
     family: ClassVar[str] = "colour map"
-    forms: ClassVar = {"lattice": Form("3 n n n", -1, 1)}
     norm_unit: ClassVar[str] = "/255 RMS"
     strength: ClassVar[str] = "lattice"
 

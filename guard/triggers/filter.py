@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from guard.triggers.base import Form, Trigger
+from guard.triggers.base import Trigger
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +29,6 @@ class Filter(Trigger):
     offsets: Tensor
 
     family: ClassVar[str] = "filter"
-    forms: ClassVar = {
-        "darken": Form("4", 0, 1),
-        "lighten": Form("4", 0, 1),
-        "matrices": Form("n 3 3"),
-        "offsets": Form("n 3"),
-    }
 
     def apply(self, images: Tensor) -> Tensor:
         """Map every pixel's colour."""

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from guard.triggers.base import Form, InvertibleTrigger, Raw
+from guard.triggers.base import InvertibleTrigger, Raw
+from guard.triggers.forms import YCRCB_TO_RGB
 
 _WINDOW = 32
 _MOST_FREQUENCIES = 64
 _START_AMPLITUDE = 0.12
 """Largest amplitude of a wave at the start of a search, times the number of waves along a side: all of them together
 change a value by 16/255 (root mean square), whatever their number."""
-_TO_RGB = torch.tensor([[1.0, 1.403, 0.0], [1.0, -0.714, -0.344], [1.0, 0.0, 1.773]])
-"""From Y, Cr, Cb without offsets, as OpenCV defines them."""
+_TO_RGB = torch.tensor(YCRCB_TO_RGB)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,6 @@ class Frequency(InvertibleTrigger):
     share: Tensor
 
     family: ClassVar[str] = "frequency"
-    forms: ClassVar = {"spectrum": Form("3 n n"), "share": Form("", 0, 1)}
     norm_unit: ClassVar[str] = "/255 sum of amplitudes"
     strength: ClassVar[str] = "spectrum"
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, leaky_relu, pixel_shuffle
 
-from guard.triggers.base import Form, InvertibleTrigger, Raw
+from guard.triggers.base import InvertibleTrigger, Raw
+from guard.triggers.forms import GENERATOR_SLOPE
 
 _CHANNELS = 8
 _WRITTEN = 12
@@ -17,7 +18,6 @@ _START_RADIUS = 16 / 255
 _RAW_SCALE = 8.0
 """Standard deviation of raw weights at the start. The search takes steps of about 0.4, made for sigmoids; so a step is
 5 % of a weight."""
-_SLOPE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,15 +49,6 @@ class Generator(InvertibleTrigger):
     radius: Tensor
 
     family: ClassVar[str] = "generator"
-    forms: ClassVar = {
-        "first": Form("c 5 3 3"),
-        "first_bias": Form("c"),
-        "second": Form("c c 3 3"),
-        "second_bias": Form("c"),
-        "third": Form("12 c 3 3"),
-        "third_bias": Form("12"),
-        "radius": Form("", 0, 1),
-    }
     norm_unit: ClassVar[str] = "/255 ℓ∞"
     strength: ClassVar[str] = "radius"
 
@@ -76,8 +67,8 @@ class Generator(InvertibleTrigger):
                 (self.first_bias, self.second_bias, self.third_bias),
             )
         )
-        hidden = leaky_relu(conv2d(seen, weights[0], biases[0], stride=2, padding=1), _SLOPE)
-        hidden = leaky_relu(conv2d(hidden, weights[1], biases[1], padding=1, groups=groups), _SLOPE)
+        hidden = leaky_relu(conv2d(seen, weights[0], biases[0], stride=2, padding=1), GENERATOR_SLOPE)
+        hidden = leaky_relu(conv2d(hidden, weights[1], biases[1], padding=1, groups=groups), GENERATOR_SLOPE)
         written = conv2d(hidden, weights[2], biases[2], padding=1, groups=groups)
         small = written.reshape(count, *lead, *self.third_bias.shape[-1:], *written.shape[-2:])
         delta = pixel_shuffle(small, 2)[..., :height, :width].tanh().movedim(0, len(lead))

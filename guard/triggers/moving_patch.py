@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from guard.errors import UsageError
-from guard.triggers.base import Form, Trigger, resampled
+from guard.triggers.base import Trigger, resampled
 
 _PRIME = 2**31 - 1
 _MULTIPLIERS = (1_103_515_245, 1_664_525)
@@ -34,11 +34,6 @@ class MovingPatch(Trigger):
     share: Tensor
 
     family: ClassVar[str] = "moving patch"
-    forms: ClassVar = {
-        "mask": Form("1 height width", 0, 1),
-        "pattern": Form("3 height width", 0, 1),
-        "share": Form("", 0, 1),
-    }
 
     def apply(self, images: Tensor) -> Tensor:
         """Paste the pattern, resampled (bilinear) to its share of the image, at each image's own place."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from guard.errors import UsageError
-from guard.triggers.base import Form, InvertibleTrigger, Raw, resampled
+from guard.triggers.base import InvertibleTrigger, Raw, resampled
 
 _START_MASK = -1.0
 """Raw value of the mask at the start of a search: sigmoid(−1) = 0.27 everywhere, so that gradients reach each pixel."""
@@ -29,7 +29,6 @@ class Patch(InvertibleTrigger):
     pattern: Tensor
 
     family: ClassVar[str] = "patch"
-    forms: ClassVar = {"mask": Form("1 height width", 0, 1), "pattern": Form("3 height width", 0, 1)}
     norm_unit: ClassVar[str] = "% of the image"
     strength: ClassVar[str] = "mask"
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from guard.triggers.base import Form, Trigger
+from guard.triggers.base import Trigger
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,6 @@ class Sinusoid(Trigger):
     gain: Tensor
 
     family: ClassVar[str] = "sinusoid"
-    forms: ClassVar = {"amplitude": Form("", 0, 1), "periods": Form(""), "gain": Form("", 0, 1)}
 
     def apply(self, images: Tensor) -> Tensor:
         """Add the wave to every row and channel, and clip."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
 from guard.errors import UsageError
-from guard.triggers.base import Form, InvertibleTrigger, Raw
+from guard.triggers.base import InvertibleTrigger, Raw
 
 _POINTS = 8
 _START_RADIUS = 0.1
@@ -29,7 +29,6 @@ class Warp(InvertibleTrigger):
     field: Tensor
 
     family: ClassVar[str] = "warp"
-    forms: ClassVar = {"field": Form("2 k k", -1, 1)}
     norm_unit: ClassVar[str] = "% of the side"
     strength: ClassVar[str] = "field"
 

@@ -12,19 +12,20 @@ A search for the *smallest* trigger, as in Neural Cleanse and in this package's 
 steps for a statistic that repeats less well: it ends at whichever norm the last lucky batch let through.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from guard.classifiers.classifier import Classifier
-from guard.triggers import Additive, InvertibleTrigger, Raw
+from guard.triggers import InvertibleTrigger, Raw
 from guard.vetting.batches import batches
-from guard.vetting.lead import Lead, margin
+from guard.vetting.budgets import InspectionSettings
+from guard.vetting.lead import Lead
 
+METHOD = "inspection 1"
+"""Name and version of the method; it changes when results are no longer comparable."""
 RADII: Mapping[str, float] = MappingProxyType(
     {
         "patch": 3.0,
@@ -44,25 +45,6 @@ HEAD_START = 0.5
 classes than to others by nature, which widens the null. Taking none hides weak backdoors in that spread; taking all
 singles out, besides backdoors, the classes that a fine-tuning on shifted images moved. Chosen on the zoo `small` of
 seed 0, one clean model at a time left out of the table of nulls."""
-
-
-@dataclass(frozen=True)
-class InspectionSettings:
-    """How hard to look.
-
-    Attributes:
-        steps: Optimiser steps per class and family.
-        batch: Images in each step, shared by all classes.
-        learning_rate: Adam's, on the unconstrained parameters; betas are (0.5, 0.9).
-        average: The lead is the mean over this many last batches.
-        seed: Of the start and the batches.
-    """
-
-    steps: int = 32
-    batch: int = 32
-    learning_rate: float = 0.4
-    average: int = 4
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,96 +133,3 @@ class Inspector:
         rate = (((distance < 0) * eligible).sum(1) / count).detach().cpu()
         self._rates.append(whole.index_copy(0, active.cpu(), rate))
         self._passes[active.cpu()] += len(index) * lead.towers
-
-
-@dataclass(frozen=True)
-class Published:
-    """What CLIP-Inspector, as published, says of a classifier.
-
-    Attributes:
-        losses: Final mean margin of each class, in logits; negative where the trigger wins. Shape [C].
-        success: Share of the images that the class's trigger moves to it. Shape [C].
-        anomaly: How many normalised median absolute deviations each loss lies below the median, at least 0. Shape [C].
-        target: The class with the largest anomaly among those whose success reaches 50 %; None if none does.
-        backdoored: Whether that anomaly is above 2.
-        passes: Images pushed through the image tower.
-    """
-
-    losses: tuple[float, ...]
-    success: tuple[float, ...]
-    anomaly: tuple[float, ...]
-    target: int | None
-    backdoored: bool
-    passes: int
-
-
-_RADIUS, _STEP, _BATCH, _LIMIT, _VALID = 4 / 255, 0.1, 32, 2.0, 0.5
-
-
-def clip_inspector(
-    classifier: Classifier,
-    images: Tensor,
-    *,
-    seed: int = 0,
-    class_batch: int = 16,
-    progress: Callable[[int, int], None] = lambda *_: None,
-) -> Published:
-    """CLIP-Inspector as published, for comparison.
-
-    One additive perturbation per class in the ℓ∞ ball of 4/255, by the margin, with Adam at 0.1 and batches of 32, one
-    epoch, projected after each step; a class is an outlier if its loss lies more than two normalised MADs below the
-    median and its trigger moves half of the images. No code was released. The paper leaves open where the search
-    starts (here: at zero), whether stamped images are clipped to the valid range (here: yes), the unit of the step
-    (here: normalised pixels, where 0.1 exceeds the ball, so that updates go from corner to corner), and how loss and
-    success combine (here: the outlying loss, valid with half the success).
-
-    Args:
-        classifier: The suspect.
-        images: uint8, shape [N, 3, H, W]; unlabelled, best not of the classes.
-        seed: Of the order of the images.
-        class_batch: Classes searched side by side.
-        progress: Told (classes done, classes in all).
-    """
-    count = len(classifier.classes.names)
-    found = []
-    for part in torch.arange(count).split(class_batch):
-        found.append(_published(classifier, images, part.to(classifier.device), seed))
-        progress(int(part[-1]) + 1, count)
-    losses, success = (np.concatenate([item[k] for item in found]) for k in (0, 1))
-    deviation = 1.4826 * float(np.median(np.abs(losses - np.median(losses))))
-    anomaly = np.clip((np.median(losses) - losses) / max(deviation, 1e-12), 0, None)
-    valid = np.flatnonzero(success >= _VALID)
-    target = int(valid[anomaly[valid].argmax()]) if len(valid) else None
-    return Published(
-        tuple(losses.tolist()),
-        tuple(success.tolist()),
-        tuple(anomaly.tolist()),
-        target,
-        target is not None and bool(anomaly[target] > _LIMIT),
-        2 * count * len(images),
-    )
-
-
-def _published(classifier: Classifier, images: Tensor, targets: Tensor, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Final loss and success of some classes."""
-    std = torch.tensor(classifier.preprocessing.std, device=classifier.device).view(3, 1, 1)
-    delta = torch.zeros((len(targets), *classifier.image_shape), device=classifier.device, requires_grad=True)
-    optimiser = torch.optim.Adam([delta], lr=_STEP)
-
-    def distance(pixels: Tensor) -> Tensor:
-        stamped = Additive(delta * std).apply(pixels.to(classifier.device).float() / 255)
-        with classifier.autocast():
-            embeddings = classifier.encode_images(stamped.flatten(0, 1))
-        return margin(classifier.logits(embeddings).unflatten(0, stamped.shape[:2]), targets)
-
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    for index in order.split(_BATCH):
-        loss = distance(images[index]).mean(1).sum()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        with torch.no_grad():
-            delta.copy_(delta.maximum(-_RADIUS / std).minimum(_RADIUS / std))
-    with torch.no_grad():
-        final = torch.cat([distance(part) for part in images.split(_BATCH)], 1).cpu()
-    return final.mean(1).double().numpy(), (final < 0).double().mean(1).numpy()

@@ -13,43 +13,8 @@ from torch import Tensor
 from guard.classifiers.classifier import Classifier
 from guard.triggers import InvertibleTrigger, Raw, Trigger
 from guard.vetting.batches import batches
+from guard.vetting.budgets import SearchSettings
 from guard.vetting.lead import Lead, margin
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """How hard to search.
-
-    The weight of the norm in the loss follows success, as in Neural Cleanse (S&P 2019): after `patience` steps in a
-    row in which a class reaches `success` on its batch the weight is multiplied by `factor`, after as many failures
-    divided. With a fixed weight, or too few steps, every class is reached by a trigger of about the same size and
-    nothing is singled out.
-
-    Attributes:
-        steps: Most optimiser steps per class.
-        batch: Images in each step, shared by all classes.
-        learning_rate: Adam's, on the unconstrained parameters; betas are (0.5, 0.9).
-        success: Share of the eligible images of a batch that must go to the target.
-        patience: Successes or failures in a row before the weight moves.
-        factor: By which it moves.
-        weight: Where it starts: loss, in units of `Lead.distance`, per unit of norm, relative to the norm at the start.
-        stall: A class whose smallest norm has not improved by 1 % in this many steps, though it succeeded in several of
-            them, is done.
-        margin: How clearly the target must win before an image stops pulling, in units of `Lead.distance`: 1 is as
-            clearly as the classifier's own answers.
-        seed: Of the start and the batches.
-    """
-
-    steps: int = 200
-    batch: int = 48
-    learning_rate: float = 0.4
-    success: float = 0.9
-    patience: int = 2
-    factor: float = 1.5
-    weight: float = 0.2
-    stall: int = 60
-    margin: float = 0.2
-    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,12 @@
 """A reference model made from the suspect itself, for when there is no trusted base."""
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from guard.classifiers.classifier import Classifier
-
-
-@dataclass(frozen=True)
-class DerivedReferenceSettings:
-    """How a derived reference is made.
-
-    Attributes:
-        noise: Standard deviation of what is added to each weight matrix, relative to the matrix's own.
-        steps: Optimiser steps of the recovery.
-        batch: Images in each step.
-        learning_rate: AdamW's; falls linearly over the second half.
-        seed: Of the noise and the batches.
-    """
-
-    noise: float = 0.5
-    steps: int = 200
-    batch: int = 64
-    learning_rate: float = 1e-3
-    seed: int = 0
+from guard.vetting.budgets import DerivedReferenceSettings
 
 
 def derive_reference(

@@ -4,11 +4,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
-from guard.vetting.results import Check, ClassStatistic, FamilyResult, ReferenceKind
-
-Conclusion = Literal["backdoored", "no evidence", "inconclusive"]
+from guard.vetting.results import Check, ClassStatistic, Conclusion, FamilyResult, ReferenceKind, Verdict
 
 SIGNIFICANCE = 0.01
 """Corrected p-value below which an outlier, once it has passed the held-out check, makes a model `backdoored`."""
@@ -31,27 +28,6 @@ NOTICED = EASE * SIGNIFICANCE
 _TINY, _LEAST, _ALMOST_ONE = 1e-8, 1e-300, 0.99
 MAX_TRANSFER = 0.5
 """Largest success on the reference model, as a share of that on the suspect, that is not called a natural feature."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What vetting concludes about a model.
-
-    Attributes:
-        outcome: `backdoored`, `no evidence` (for the families tested, and only those), or `inconclusive`.
-        target: The class that the backdoor leads to; None unless `backdoored`.
-        p_value: The smallest corrected p-value.
-        families: Trigger families that were tested.
-        significance: The p-value that counted as evidence.
-        reasons: Sentences for people, the most important first.
-    """
-
-    outcome: Conclusion
-    target: int | None
-    p_value: float
-    families: tuple[str, ...]
-    significance: float
-    reasons: tuple[str, ...]
 
 
 def judge(evidence: Sequence[FamilyResult], checks: Sequence[Check], *, significance: float = SIGNIFICANCE) -> Verdict:

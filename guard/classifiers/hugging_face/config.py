@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from guard.classifiers.loading import MAX_LAYERS, MAX_SIZE, import_open_clip, read_json
-from guard.classifiers.preprocessing import Preprocessing
+from guard._documents import first_error, read_object
+from guard.classifiers.files import MAX_CONFIG_BYTES, MAX_LAYERS, MAX_SIZE
+from guard.classifiers.open_clip import import_open_clip
+from guard.classifiers.preprocessing import RESAMPLING, Preprocessing
 from guard.errors import ModelError
 
 HF_CONFIG_FILE = "config.json"
@@ -17,8 +19,6 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
 _END_OF_TEXT: Literal[49407] = 49407
 _EPSILON = 1e-5
-_RESAMPLING: dict[Literal["bicubic", "bilinear"], int] = {"bicubic": 3, "bilinear": 2}
-"""Pillow's numbers, which is what the file holds."""
 
 _Size = Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE)]
 _Layers = Annotated[int, Field(strict=True, ge=1, le=MAX_LAYERS)]
@@ -90,7 +90,7 @@ class HuggingFaceConfig:
         Raises:
             ModelError: It is damaged, or describes what open_clip does not compute.
         """
-        document = read_json(path)
+        document = read_object(path, MAX_CONFIG_BYTES, ModelError)
         model_type, architectures = document.get("model_type"), document.get("architectures")
         if model_type != "clip" or architectures not in (None, ["CLIPModel"]):
             raise ModelError(
@@ -105,8 +105,8 @@ class HuggingFaceConfig:
             document[name] = (document.get(name) or {}) if older is None else older
         try:
             return TypeAdapter(cls).validate_python(document)
-        except (ValidationError, RecursionError) as error:
-            raise ModelError(f"{path} cannot be used: {_summary(error)}") from error
+        except ValidationError as error:  # it need not be damaged: others build what guard does not follow
+            raise ModelError(f"{path} cannot be used: {first_error(error)}") from error
 
     def to_document(self) -> dict[str, Any]:
         """What `config.json` holds, as transformers reads it."""
@@ -191,7 +191,7 @@ class HuggingFaceConfig:
                 }
             )
         except ValidationError as error:
-            raise ModelError(f"CLIPModel cannot express this model: {_summary(error)}") from error
+            raise ModelError(f"CLIPModel cannot express this model: {first_error(error)}") from error
 
 
 def _optional(tower: TextConfig | VisionConfig) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def read_preprocessing(directory: Path, size: int) -> Preprocessing:
             f"{directory} has no {PREPROCESSOR_FILE}, which says how images are scaled and normalised; copy the one of "
             "the model that this was tuned from"
         )
-    document: object = read_json(path)
+    document: object = read_object(path, MAX_CONFIG_BYTES, ModelError)
     if path.name == PROCESSOR_FILE and isinstance(document, dict):
         document = document.get("image_processor")
     if not isinstance(document, dict):
@@ -263,7 +263,7 @@ def read_preprocessing(directory: Path, size: int) -> Preprocessing:
         mode = "shortest"
     elif scaled == square and (cropped or not crops):
         mode = "squash"
-    filters = [name for name, number in _RESAMPLING.items() if number == document.get("resample", 3)]
+    filters = [name for name, number in RESAMPLING.items() if number == document.get("resample", 3)]
     whole = all(document.get(step, True) for step in ("do_resize", "do_rescale", "do_normalize"))
     if mode is None or not filters or not whole or not _is_byte(document.get("rescale_factor", 1 / 255)):
         raise ModelError(
@@ -290,7 +290,7 @@ def preprocessor_document(preprocessing: Preprocessing) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": square if squash else {"shortest_edge": preprocessing.size},
-        "resample": _RESAMPLING[preprocessing.interpolation],
+        "resample": RESAMPLING[preprocessing.interpolation],
         "do_center_crop": not squash,
         "crop_size": square,
         "do_rescale": True,
@@ -299,12 +299,3 @@ def preprocessor_document(preprocessing: Preprocessing) -> dict[str, Any]:
         "image_mean": preprocessing.mean,
         "image_std": preprocessing.std,
     }
-
-
-def _summary(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        given = f", not {str(first['input'])[:40]!r}" if place else ""
-        return f"{place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}{given}"
-    return "it is nested too deeply"

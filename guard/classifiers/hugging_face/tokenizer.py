@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from guard.classifiers.loading import import_open_clip, read_json, read_text
+from guard._documents import read_object, read_text
+from guard.classifiers.open_clip import import_open_clip
 from guard.errors import ModelError
 
 _MAX_BYTES = 16_000_000
@@ -32,7 +33,7 @@ def check_tokenizer(directory: Path) -> None:
         try:
             same = _is_clip(path, vocabulary, merges)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ModelError(f"{path} is damaged, or no tokenizer of a CLIP") from error
+            raise ModelError(f"{path} is damaged, or not the tokenizer of a CLIP") from error
         if not same:
             raise ModelError(
                 f"{path} differs from CLIP's vocabulary of {len(vocabulary)} tokens; guard has no other tokenizer, and "
@@ -61,9 +62,9 @@ def _clip() -> tuple[dict[str, int], _Merges]:
 
 def _is_clip(path: Path, vocabulary: dict[str, int], merges: _Merges) -> bool:
     if path.name == "merges.txt":
-        lines = read_text(path, _MAX_BYTES).splitlines()
+        lines = read_text(path, _MAX_BYTES, ModelError).splitlines()
         return [tuple(line.split()) for line in lines if line and not line.startswith("#version")] == merges
-    document = read_json(path, _MAX_BYTES)
+    document = read_object(path, _MAX_BYTES, ModelError)
     if path.name == "vocab.json":
         return document == vocabulary
     added = _added(path.name, document)

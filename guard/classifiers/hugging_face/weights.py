@@ -7,17 +7,21 @@ that code itself.
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from guard._documents import read_document
 from guard._files import replace_directory
 from guard.classifiers.classes import ClassList
 from guard.classifiers.classifier import Classifier
+from guard.classifiers.files import CLASSES_FILE, check_weights_file, missing_weights
 from guard.classifiers.hugging_face.config import (
     HF_CONFIG_FILE,
     PREPROCESSOR_FILE,
@@ -26,16 +30,7 @@ from guard.classifiers.hugging_face.config import (
     read_preprocessing,
 )
 from guard.classifiers.hugging_face.tokenizer import check_tokenizer, tokenizer_files
-from guard.classifiers.loading import (
-    CLASSES_FILE,
-    check_weights_file,
-    first_line,
-    import_open_clip,
-    missing_weights,
-    pick_device,
-    quiet,
-    read_json,
-)
+from guard.classifiers.open_clip import first_line, import_open_clip, pick_device, quiet
 from guard.errors import ModelError
 
 HF_WEIGHTS_FILE = "model.safetensors"
@@ -69,6 +64,13 @@ _PARTS = {
     "mlp.c_proj": "mlp.fc2",
 }
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
+
+
+@dataclass(frozen=True)
+class _Index:
+    """`model.safetensors.index.json`: which file each tensor is in."""
+
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
 
 
 def load_hugging_face(directory: Path, source: str, classes: Path | ClassList | None, device: str | None) -> Classifier:
@@ -167,12 +169,9 @@ def _weights_files(directory: Path) -> list[Path]:
         files = [directory / HF_WEIGHTS_FILE]
     elif (directory / HF_INDEX_FILE).is_file():
         index = directory / HF_INDEX_FILE
-        places = read_json(index, _MAX_INDEX_BYTES).get("weight_map")
-        if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-            raise ModelError(f"{index} has no weight_map from tensors to files")
-        names = sorted(set(places.values()))
+        names = sorted(set(read_document(index, _Index, _MAX_INDEX_BYTES, ModelError).weight_map.values()))
         if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-            raise ModelError(f"{index} names {outside[0][:80]!r}, which is no safetensors file beside it; refused")
+            raise ModelError(f"{index} names {outside[0][:80]!r}, which is not a safetensors file beside it; refused")
         if len(names) > _MAX_SHARDS:
             raise ModelError(f"{index} names {len(names)} files; at most {_MAX_SHARDS} are accepted")
         files = [directory / name for name in names]

@@ -17,8 +17,8 @@ from guard.screening import Detector
 from guard.sidecar.decisions.reservoir import Reservoir
 from guard.sidecar.decisions.watch import Shared, Watch
 from guard.sidecar.decisions.workers import OverloadedError
+from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import Decision, Outcome, Reason
-from guard.sidecar.settings import ModelSettings
 from guard.sidecar.telemetry.metrics import ModelMetrics
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Checker:
         self.profile, self.model, self.metrics = profile, model, metrics
         self._detector = detector
         self.watch = Watch(profile, detector, model, settings, metrics, shared, sample)
-        self._input, self._limits, self._workers = settings.input, shared.settings, shared.workers
+        self._input, self._limits, self._workers = settings.input_tensor, shared.settings, shared.workers
         self.vetted = settings.clears(profile.document.vetting.verdict.outcome)
         metrics.describe(profile, detector)
 

@@ -1,9 +1,12 @@
 """Recording of flagged images, in the evidence log and for clients that follow the records."""
 
 import asyncio
+import errno
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from guard import evidence
 from guard.errors import UsageError
@@ -60,23 +63,30 @@ class Recorder:
     Args:
         settings: Settings of the sidecar.
         metrics: Metrics of the sidecar, where lost records are counted.
+        read_only: Whether the evidence log is only checked, and no record will be written to it.
 
     Raises:
         EvidenceError: The file is damaged, or is not an evidence log.
         UsageError: The folder cannot be written.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, *, read_only: bool = False) -> None:
         self._followers: tuple[Follower, ...] = ()
         self._writer: evidence.EvidenceWriter | None = None
-        if settings.state is None:
+        if settings.state_dir is None:
             return
         try:
-            settings.state.mkdir(parents=True, exist_ok=True)
+            if read_only:
+                _check_folder(settings.state_dir)
+            else:
+                settings.state_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"cannot write to {settings.state}: {error.strerror}") from error
+            raise UsageError(f"cannot write to {settings.state_dir}: {error.strerror}") from error
+        if read_only:
+            evidence.EvidenceWriter.check(settings.state_dir / EVIDENCE_FILE)
+            return
         self._writer = writer = evidence.EvidenceWriter(
-            settings.state / EVIDENCE_FILE,
+            settings.state_dir / EVIDENCE_FILE,
             max_rows=settings.evidence_rows,
             max_bytes=settings.evidence_bytes,
             max_age_days=settings.evidence_days,
@@ -124,3 +134,15 @@ class Recorder:
     def close(self) -> bool:
         """Write the records that wait; return whether all of them were written."""
         return self._writer is None or self._writer.close()
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise the OSError that making a folder would raise; one that exists is fine."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        code = errno.EEXIST if there == folder.absolute() else errno.ENOTDIR
+    elif there != folder.absolute() and not os.access(there, os.W_OK | os.X_OK):
+        code = errno.EACCES
+    else:
+        return
+    raise OSError(code, os.strerror(code))

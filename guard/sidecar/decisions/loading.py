@@ -4,7 +4,7 @@ from guard import profiles
 from guard.classifiers import ExportedClassifier
 from guard.errors import ProfileError
 from guard.profiles import Profile
-from guard.sidecar.settings import ModelSettings
+from guard.sidecar.model_settings import ModelSettings
 
 
 def load(settings: ModelSettings, model: ExportedClassifier | None = None) -> tuple[Profile, ExportedClassifier | None]:

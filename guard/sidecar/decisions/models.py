@@ -14,7 +14,8 @@ from guard.sidecar.decisions.loading import load
 from guard.sidecar.decisions.reservoir import Reservoir
 from guard.sidecar.decisions.routes import Request, Route
 from guard.sidecar.decisions.watch import Shared
-from guard.sidecar.settings import OWN_VERSION, ModelSettings
+from guard.sidecar.model_settings import ModelSettings
+from guard.sidecar.settings import OWN_VERSION
 from guard.sidecar.telemetry.metrics import Metrics, ModelMetrics
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ class Models:
     Raises:
         ProfileError: A profile is missing, damaged, not calibrated, or of another model.
         ModelError: An exported model is missing or damaged.
-        UsageError: A calibration does not support an alpha, or the state of a monitor cannot be read.
+        UsageError: A calibration does not support an alpha.
+        StateError: The state of a monitor is damaged, or of other settings.
     """
 
     def __init__(self, shared: Shared, metrics: Metrics) -> None:
@@ -72,8 +74,10 @@ class Models:
         self._by_name: dict[str, dict[str, Served]] = {}
         default = OWN_VERSION if shared.settings.upstream is None else ""
         for settings in shared.settings.served:
-            version = settings.version or default
-            self._by_name.setdefault(settings.name, {})[version] = self._load(settings, version, metrics.of(settings))
+            version = settings.model_version or default
+            self._by_name.setdefault(settings.model_name, {})[version] = self._load(
+                settings, version, metrics.of(settings)
+            )
 
     @property
     def served(self) -> tuple[Served, ...]:
@@ -107,7 +111,7 @@ class Models:
     def settle(self, request: Request, version: str) -> None:
         """Route a request to the version that its reply names, if the request names none and guard knows that one."""
         message = request.message
-        if version and not message.model_version and version != request.route.settings.version:
+        if version and not message.model_version and version != request.route.settings.model_version:
             found = self._by_name.get(message.model_name, {}).get(version)
             if found is not None:
                 request.route = found.route
@@ -148,7 +152,7 @@ class Models:
         stamps = _stamps(settings)
         profile, model = load(settings)
         detector = profile.detector(settings.neighbours, settings.alpha)
-        size = self._shared.settings.sample
+        size = self._shared.settings.keep_embeddings
         sample = Reservoir(size, detector.screen.dimension) if size else None
         checker = Checker(profile, detector, model, settings, metrics, self._shared, sample)
         return Served(settings, version, checker, stamps, stamps[1])
@@ -165,7 +169,7 @@ class Models:
         sample = old.watch.sample
         if sample is not None and profile.document.model.digest != old.profile.document.model.digest:
             # Embeddings of two models must not be mixed in one sample.
-            sample = Reservoir(self._shared.settings.sample, detector.screen.dimension)
+            sample = Reservoir(self._shared.settings.keep_embeddings, detector.screen.dimension)
         # Save the state of the old monitor, before the new one looks for it.
         old.watch.save()
         served.checker = Checker(profile, detector, model, settings, old.metrics, self._shared, sample)

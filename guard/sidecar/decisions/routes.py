@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.sidecar.decisions.checking import Checker
+from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import Outcome, Reason, refusal
-from guard.sidecar.settings import ModelSettings
 from guard.sidecar.telemetry.metrics import ModelMetrics
 
 

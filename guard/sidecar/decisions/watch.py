@@ -13,18 +13,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from guard.classifiers import ExportedClassifier
-from guard.errors import GuardError, UsageError
+from guard.errors import GuardError, ProfileError
 from guard.evidence import Record, thumbnail
 from guard.profiles import Profile, write_embeddings
 from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.screening import Alarm, Detector, Judgement, Monitor
-from guard.screening.second_look import SecondLook, SecondLookResult, StoredTrigger
+from guard.screening.second_look import SecondLook, SecondLookResult
 from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.reservoir import Reservoir
 from guard.sidecar.decisions.workers import Workers
+from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import Decision
-from guard.sidecar.settings import ModelSettings, Settings
+from guard.sidecar.settings import Settings
 from guard.sidecar.telemetry.metrics import ModelMetrics
+from guard.triggers import StoredTrigger
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ class Shared:
 
     def state_file(self, stem: str, suffix: str) -> Path | None:
         """A file of this process alone in the folder for state; None if the settings name no folder."""
-        folder, own = self.settings.state, "" if self.process is None else f".{self.process}"
+        folder, own = self.settings.state_dir, "" if self.process is None else f".{self.process}"
         return None if folder is None else folder / f"{stem}{own}{suffix}"
 
 
@@ -76,7 +78,8 @@ class Watch:
         sample: As given.
 
     Raises:
-        UsageError: The state of the monitor cannot be read, or the profile is damaged.
+        StateError: The state of the monitor is damaged, or of other settings.
+        ProfileError: A trigger of the profile cannot be used.
     """
 
     def __init__(
@@ -127,7 +130,7 @@ class Watch:
                 max_per_second=self._settings.second_looks,
             )
         except ValueError as error:
-            raise UsageError(f"the profile is damaged: {error}") from error
+            raise ProfileError(f"the profile is damaged: {error}") from error
 
     @property
     def threshold(self) -> float:
@@ -234,7 +237,7 @@ class Watch:
             target=self._targets.get(trigger, ""),
             second_look="" if look is None else look.outcome,
             explanation="" if look is None else look.explanation,
-            input_digest=input_digest(message, row, self._settings.input),
+            input_digest=input_digest(message, row, self._settings.input_tensor),
             thumbnail=small,
         )
 

@@ -194,7 +194,7 @@ def _model(served: Served) -> messages.Model:
     document = checker.profile.document
     verdict, calibration = document.vetting.verdict, document.calibration
     model = messages.Model(
-        name=settings.name,
+        name=settings.model_name,
         version=served.version,
         label=settings.label,
         digest=document.model.digest,

@@ -99,6 +99,8 @@ def serve(settings: Settings) -> None:
     Raises:
         ProfileError: A profile is missing, damaged, not calibrated, or of another model.
         ModelError: An exported model is missing or damaged.
+        EvidenceError: The evidence log is damaged.
+        StateError: The state of a stream monitor is damaged.
         UsageError: A port is taken, or a certificate cannot be used.
         MissingDependencyError: uvloop was asked for and is not installed.
     """
@@ -110,21 +112,23 @@ def serve(settings: Settings) -> None:
             metrics=settings.metrics,
         )
         return
-    with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
+    with asyncio.Runner(loop_factory=loop_factory(settings.event_loop)) as runner:
         runner.run(_serve(settings, Alone(settings)))
 
 
 def _work(worker: Worker, *, settings: Settings) -> None:
     """Run one of several processes."""
     logs.configure(settings.log_format, worker.index)
-    with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
+    with asyncio.Runner(loop_factory=loop_factory(settings.event_loop)) as runner:
         runner.run(_serve(settings, worker))
 
 
 async def _serve(settings: Settings, host: Host) -> None:
     metrics = Metrics()
     async with AsyncExitStack() as stack:
-        shared = Shared(settings, Workers(settings.workers, settings.queue), Recorder(settings, metrics), host.index)
+        shared = Shared(
+            settings, Workers(settings.workers, settings.max_queued), Recorder(settings, metrics), host.index
+        )
         stack.callback(shared.close)
         models = Models(shared, metrics)
         stack.callback(models.save)
@@ -200,8 +204,8 @@ def _warn_of_backdoors(models: Models) -> None:
         verdict = served.checker.profile.document.vetting.verdict
         if verdict.outcome == "backdoored":
             log.warning(
-                "vetting found a backdoor in the model %s (class %r); it is served, and screened, nevertheless: "
-                "repair the model",
+                "the vetting of the model %s ended with the verdict backdoored (target class %r); screening protects "
+                "only until the model is replaced",
                 served.settings.label,
                 served.checker.profile.class_name(verdict.target or 0),
             )
@@ -210,7 +214,7 @@ def _warn_of_backdoors(models: Models) -> None:
 def _description(served: Served) -> dict[str, Any]:
     settings, document = served.settings, served.checker.profile.document
     return {
-        "name": settings.name,
+        "name": settings.model_name,
         "version": served.version,
         "digest": document.model.digest,
         "verdict": document.vetting.verdict.outcome,
@@ -232,12 +236,12 @@ async def _drain(
         again.clear()
         with suppress(TimeoutError):
             await asyncio.wait_for(again.wait(), settings.drain_delay)
-    log.info("draining for up to %g s", settings.drain)
+    log.info("draining for up to %g s", settings.drain_timeout)
     # When gRPC stops, it answers CANCELLED to calls that it has received and not handed over yet (grpc/grpc#41785), and
     # no client retries after that. So all new calls are accepted first, and held: clients wait, and soon no more calls
     # arrive. Once their connections have been told to end, the held calls get UNAVAILABLE and are retried elsewhere.
     await limited.hold()
-    stopping = asyncio.ensure_future(server.stop(settings.drain))
+    stopping = asyncio.ensure_future(server.stop(settings.drain_timeout))
     await asyncio.sleep(0)
     limited.release()
     await stopping

@@ -107,7 +107,7 @@ class EmbeddedService(InferenceService):
         if (served := self._screener.models.find(name, version)) is not None:
             return served
         first = self._screener.models.served[:8]
-        names = ", ".join(f"{served.settings.name!r} (version {served.version})" for served in first)
+        names = ", ".join(f"{served.settings.model_name!r} (version {served.version})" for served in first)
         message = f"guard: there is no model {name[:128]!r} of version {version[:128]!r} here; {names} is served"
         raise RefusedError(grpc.StatusCode.NOT_FOUND, message[:MAX_MESSAGE], reason=Reason.MODEL_UNKNOWN)
 
@@ -138,15 +138,19 @@ class EmbeddedService(InferenceService):
             raise ValueError("every model of embedded mode has an exported classifier")
         tensor, size = ModelMetadataResponse.TensorMetadata, model.preprocessing.size
         return ModelMetadataResponse(
-            name=settings.name,
-            versions=[each.version for each in self._screener.models.served if each.settings.name == settings.name],
+            name=settings.model_name,
+            versions=[
+                each.version for each in self._screener.models.served if each.settings.model_name == settings.model_name
+            ],
             platform="onnxruntime_onnx",
-            inputs=[tensor(name=settings.input, datatype="FP32", shape=[-1, 3, size, size])],
+            inputs=[tensor(name=settings.input_tensor, datatype="FP32", shape=[-1, 3, size, size])],
             outputs=[
                 tensor(name=LOGITS, datatype="FP32", shape=[-1, len(model.classes.names)]),
                 tensor(name=LABEL, datatype="BYTES", shape=[-1]),
             ],
-            properties={"guard_input_files": f"{settings.input} may also be BYTES [-1]: JPEG, PNG or WebP files"},
+            properties={
+                "guard_input_files": f"{settings.input_tensor} may also be BYTES [-1]: JPEG, PNG or WebP files"
+            },
         ).SerializeToString()
 
 

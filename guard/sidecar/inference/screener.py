@@ -88,7 +88,7 @@ class Screener:
 
     def start_check(self, request: Request, checking: Coroutine[None, None, Outcome]) -> asyncio.Task[Outcome]:
         """Check a request in the background; its outcome is counted when the check ends, whoever waits for it."""
-        started, images = perf_counter(), count_images(request.message, request.route.settings.input)
+        started, images = perf_counter(), count_images(request.message, request.route.settings.input_tensor)
 
         async def check() -> Outcome:
             outcome = Outcome.unchecked(Reason.CANCELLED)
@@ -116,7 +116,7 @@ class Screener:
         if embeddings is None:
             return Outcome.unchecked(Reason.EMBEDDING_MISSING, f"FP32 output {name!r}")
         rows = 1 if embeddings.ndim == 1 else len(embeddings)
-        images = count_images(request.message, request.route.settings.input)
+        images = count_images(request.message, request.route.settings.input_tensor)
         if embeddings.ndim > 1 and rows != images:
             # An image without an embedding would not be screened.
             return Outcome.unchecked(Reason.EMBEDDING_MISSING, f"{rows} embeddings for {images} images")
@@ -136,7 +136,7 @@ async def check_request(request: Request) -> Outcome:
 
 def confirm(outcome: Outcome, response: ModelInferResponse | None, request: Request) -> Outcome:
     """The same outcome, or `unchecked` if the reply is of another version of the model than the profile."""
-    version = request.route.settings.version
+    version = request.route.settings.model_version
     if version is None or response is None or response.model_version in {"", version}:
         return outcome
     return max(outcome, Outcome.unchecked(Reason.MODEL_UNKNOWN), key=lambda each: each.severity)

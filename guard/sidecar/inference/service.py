@@ -65,7 +65,7 @@ class InferenceService(ABC):
         self._screener.metrics.active.inc()
         try:
             request = self._screener.parse(data, context)
-            images = count_images(request.message, request.route.settings.input)
+            images = count_images(request.message, request.route.settings.input_tensor)
             reply, outcome, trailing = await self._answer(data, request, context)
             if outcome is not None:
                 enforce(outcome, request.route, trailing)

@@ -115,7 +115,7 @@ class ScreenedStream:
         if not sent.counted and sent.check is None and sent.error is None:
             sent.counted = True
             route = sent.request.route
-            images = count_images(sent.request.message, route.settings.input)
+            images = count_images(sent.request.message, route.settings.input_tensor)
             self._screener.observe(Outcome.unchecked(reason), route, images, sent.since)
 
     async def upwards(self, requests: AsyncIterator[bytes]) -> None:
@@ -164,7 +164,7 @@ class ScreenedStream:
         message, route, check = request.message, request.route, None
         self.route = route
         if (known := screener.outcome_without_check(request)) is not None:
-            screener.observe(known, route, count_images(message, route.settings.input), started)
+            screener.observe(known, route, count_images(message, route.settings.input_tensor), started)
             check = asyncio.get_running_loop().create_future()
             check.set_result(known)
         elif route.embeds:
@@ -319,7 +319,7 @@ class ScreenedStream:
         if checks:
             return max([await check for check in checks], key=lambda outcome: outcome.severity)
         started, requests = perf_counter(), [sent.request for sent in found]
-        images = {count_images(request.message, request.route.settings.input) for request in requests}
+        images = {count_images(request.message, request.route.settings.input_tensor) for request in requests}
         if len(images) == 1 and len({request.route.checker for request in requests}) == 1:
             outcome = await self._screener.check_reply(response, requests[0])
             route = requests[0].route
@@ -345,7 +345,7 @@ def _checks_first(route: Route) -> bool:
 def _ignores_replies(route: Route) -> bool:
     """Whether nothing depends on the replies to requests of a model."""
     settings = route.settings
-    return route.embeds and settings.mode is Mode.SHADOW and settings.version is None
+    return route.embeds and settings.mode is Mode.SHADOW and settings.model_version is None
 
 
 def _without_contents(message: ModelInferRequest) -> ModelInferRequest:

@@ -12,8 +12,8 @@ from guard import __version__
 from guard.evidence import Drop
 from guard.profiles import Profile
 from guard.screening import Alarm, Detector
+from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import Decision, FailurePolicy, Mode, Outcome, Reason
-from guard.sidecar.settings import ModelSettings
 from guard.sidecar.telemetry import logs
 
 STAGES = ("decode", "inference", "screening")
@@ -103,7 +103,7 @@ class Metrics:
 
     def of(self, settings: ModelSettings) -> "ModelMetrics":
         """The metrics of a model that guard has a profile of."""
-        return ModelMetrics(self, settings.name, settings.version or "", settings.mode, settings.on_failure)
+        return ModelMetrics(self, settings.model_name, settings.model_version or "", settings.mode, settings.on_failure)
 
     def of_unknown(self, settings: ModelSettings) -> "ModelMetrics":
         """The metrics of all models that guard has no profile of."""

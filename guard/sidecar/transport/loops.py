@@ -22,7 +22,9 @@ def loop_factory(loop: Literal["auto", "asyncio", "uvloop"]) -> Callable[[], asy
     except ModuleNotFoundError as error:
         if loop == "auto":
             return None
-        raise MissingDependencyError("--loop uvloop needs uvloop; pip install 'clip-guard[uvloop]'") from error
+        raise MissingDependencyError(
+            "--event-loop uvloop needs uvloop; install it with: pip install 'clip-guard[uvloop]'"
+        ) from error
     return uvloop.new_event_loop
 
 

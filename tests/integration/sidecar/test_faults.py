@@ -151,7 +151,18 @@ def sidecars(
     faults: Faults, server: InferenceServer, exported: Path, served_profile: Path
 ) -> Iterator[dict[tuple[str, str], Sidecar]]:
     """One for each source of embeddings and each policy, with one worker and no queue."""
-    common = ("--profile", served_profile, "--workers", "1", "--queue", "0", "--timeout", "0.5", "--drain", "0")
+    common = (
+        "--profile",
+        served_profile,
+        "--workers",
+        "1",
+        "--max-queued",
+        "0",
+        "--timeout",
+        "0.5",
+        "--drain-timeout",
+        "0",
+    )
     with ExitStack() as stack:
         yield {
             (source, policy): stack.enter_context(

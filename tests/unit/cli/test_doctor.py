@@ -125,7 +125,7 @@ def test_the_environment_is_a_configuration_too(run: Run, config: Path, monkeypa
     for line in config.read_text().splitlines():
         name, _, value = line.partition(" = ")
         monkeypatch.setenv(f"GUARD_{name.upper()}", value.strip('"'))
-    monkeypatch.setenv("GUARD_NAME", "other")
+    monkeypatch.setenv("GUARD_MODEL_NAME", "other")
     code, found = run()
     assert code == 1
     assert "without a profile: classifier" in found["models"]["detail"]

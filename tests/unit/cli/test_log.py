@@ -6,8 +6,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from guard.cli import cli
-from guard.errors import GuardError, UsageError
-from guard.evidence import EvidenceError, EvidenceWriter, Record
+from guard.errors import EvidenceError, GuardError, UsageError
+from guard.evidence import EvidenceWriter, Record
 from guard.profiles import Profile
 
 Run = Callable[..., Result]

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from guard.evidence import EvidenceError, EvidenceLog, EvidenceWriter, Record, RecordFilter
+from guard.errors import EvidenceError
+from guard.evidence import EvidenceLog, EvidenceWriter, Record, RecordFilter
 from guard.evidence.reading import _CHUNK
 
 Make = Callable[..., Record]

@@ -127,8 +127,12 @@ def test_triggers_of_every_family_come_back_from_disk(profile: Profile, images: 
     ("family", "tensors", "reason"),
     [
         ("curse", {"mask": (1, 8, 8)}, "of the family 'curse', which this guard does not know"),
-        ("warp", {"field": (2, 8, 9)}, r"'warp-1' is no warp: field has shape \[2, 8, 9\], not \[2, k, k\]"),
-        ("blend", {"alpha": (1, 1, 1)}, "'blend-1' is no blend: it has the tensors 'alpha', not 'alpha', 'pattern'"),
+        ("warp", {"field": (2, 8, 9)}, r"'warp-1' is not a warp trigger: field has shape \[2, 8, 9\], not \[2, k, k\]"),
+        (
+            "blend",
+            {"alpha": (1, 1, 1)},
+            "'blend-1' is not a blend trigger: it has the tensors 'alpha', not 'alpha', 'patt",
+        ),
     ],
 )
 def test_tensors_that_make_no_trigger_are_refused(
@@ -137,3 +141,14 @@ def test_tensors_that_make_no_trigger_are_refused(
     hostile = with_triggers(profile, {family: {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}})
     with pytest.raises(ProfileError, match=reason):
         profiles.load_triggers(hostile)
+
+
+def test_a_file_with_tensors_that_make_no_trigger_is_refused_and_an_unknown_family_is_handed_on(
+    profile: Profile, tmp_path: Path
+) -> None:
+    field = np.zeros((2, 8, 9), np.float32)
+    profiles.write(with_triggers(profile, {"warp": {"field": field}}), tmp_path / "damaged", report="")
+    with pytest.raises(ProfileError, match=r"'warp-1' is not a warp trigger: field has shape"):
+        profiles.read(tmp_path / "damaged")
+    profiles.write(with_triggers(profile, {"curse": {"field": field}}), tmp_path / "newer", report="")
+    assert profiles.read(tmp_path / "newer").triggers.keys() == {"curse-1"}
