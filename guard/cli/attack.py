@@ -85,7 +85,7 @@ def attack(
     if recipe not in RECIPES:
         raise UsageError(f"there is no recipe {recipe!r}; there are {', '.join(RECIPES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is not empty; choose another place")
+        raise UsageError(f"{out} exists and is not empty; choose another folder")
     base = load(model, classes=classes, device=device)
     names = base.classes.names
     if target is not None and target not in names:
@@ -112,7 +112,7 @@ def attack(
     lines = [f"{known['label']}: accuracy {after.accuracy:.3f} (before: {before.accuracy:.3f})"]
     for item, success, control in zip(made.planted, after.success, before.success, strict=True):
         lines.append(
-            f"  {item.trigger.family} trigger to {names[item.target]!r}: attack success {success:.3f} "
+            f"  {item.trigger.family} trigger to {names[item.target]!r}: attack success rate {success:.3f} "
             f"(before: {control:.3f})"
         )
     lines.append(f"written to {out}")
@@ -138,7 +138,7 @@ def _read(
         )
     folder = folder.sample(limit, seed=seed)
     if len(folder) < MIN_IMAGES:
-        raise UsageError(f"an attack needs at least {MIN_IMAGES} images, {images} has {len(folder)}")
+        raise UsageError(f"an attack needs at least {MIN_IMAGES} images, but {images} has only {len(folder)}")
     pixels = torch.from_numpy(folder.pixels(base.preprocessing, console.progress))
     labelled = LabelledImages(pixels, torch.tensor(folder.labels(ordered), dtype=torch.long))
     labelled = labelled[torch.randperm(len(labelled), generator=torch.Generator().manual_seed(seed))]

@@ -20,7 +20,7 @@ budget = click.option(
     type=click.Choice(["quick", "standard", "thorough"]),
     default="standard",
     show_default=True,
-    help="Effort that the search for triggers makes. A larger budget takes longer and finds weaker triggers.",
+    help="Effort of the search for triggers. A larger budget makes more optimisation steps and takes longer.",
 )
 classes = click.option(
     "--classes",
