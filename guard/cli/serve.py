@@ -96,7 +96,9 @@ def _default(name: str, field: "FieldInfo") -> str:
     return f"  [default: {shown.removesuffix('.0')}]"
 
 
-@click.command(cls=SettingsCommand)
+@click.command(
+    cls=SettingsCommand, short_help="Serve a vetted model, or proxy the server that serves it, and screen requests."
+)
 @click.option(
     "--config",
     type=options.PATH,

@@ -147,7 +147,7 @@ class _Checks:
 
 
 class _ModelChecks:
-    """The checks of one model, in the order in which a start would fail."""
+    """The checks of one model, in the order of a start."""
 
     def __init__(self, settings: ModelSettings, sidecar: _Checks) -> None:
         self.settings, self._sidecar = settings, sidecar

@@ -114,7 +114,7 @@ class ModelSettings(BaseModel):
         default=0.0,
         ge=0,
         le=1e6,
-        description="Highest number of flagged images per second that guard examines again, with the suspected trigger "
+        description="Maximum number of flagged images per second that guard examines again, with the suspected trigger "
         "removed from the image. If the decision does not depend on anything that a trigger could be, the flag is "
         "withdrawn. This needs --model; 0 turns second looks off.",
     )

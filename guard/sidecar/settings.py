@@ -151,21 +151,21 @@ class Settings(ModelSettings, BaseSettings):
     max_queued: int = Field(
         default=256,
         ge=0,
-        description="Highest number of requests in each process that wait for a worker thread. Further requests are "
+        description="Maximum number of requests in each process that wait for a worker thread. Further requests are "
         "not checked, and --failure-policy decides whether they are served.",
     )
     max_concurrent: int = Field(
         default=256,
         ge=1,
-        description="Highest number of requests in each process that are handled at the same time. Further requests "
+        description="Maximum number of requests in each process that are handled at the same time. Further requests "
         "are refused with RESOURCE_EXHAUSTED.",
     )
-    max_batch: int = Field(default=256, ge=1, le=65_536, description="Highest number of images in one request.")
+    max_batch: int = Field(default=256, ge=1, le=65_536, description="Maximum number of images in one request.")
     max_pixels: int = Field(
-        default=50_000_000, ge=1, description="Highest number of pixels of an encoded image after decoding."
+        default=50_000_000, ge=1, description="Maximum number of pixels of an encoded image after decoding."
     )
     max_message_bytes: int = Field(
-        default=64 * 2**20, ge=1024, le=2**31 - 1, description="Largest size of a request or a reply in bytes."
+        default=64 * 2**20, ge=1024, le=2**31 - 1, description="Maximum size of a request or a reply in bytes."
     )
     timeout: float = Field(
         default=1.0,
@@ -192,12 +192,12 @@ class Settings(ModelSettings, BaseSettings):
     evidence_rows: int = Field(
         default=100_000,
         ge=1,
-        description="Highest number of records in the evidence log. The oldest records are deleted first.",
+        description="Maximum number of records in the evidence log. The oldest records are deleted first.",
     )
     evidence_bytes: int = Field(
         default=2**30,
         ge=2**18,
-        description="Largest size of the evidence log in bytes. The oldest records are deleted first.",
+        description="Maximum size of the evidence log in bytes. The oldest records are deleted first.",
     )
     evidence_days: float = Field(
         default=90.0, gt=0, le=36_500, description="Number of days after which a record of the evidence log is deleted."
@@ -213,7 +213,7 @@ class Settings(ModelSettings, BaseSettings):
         default=1e7,
         ge=1e3,
         lt=1e12,
-        description="Lowest average number of clean images between two false alarms of the stream monitor.",
+        description="Minimum average number of clean images between two false alarms of the stream monitor.",
     )
     drain_delay: float = Field(
         default=0.0,

@@ -135,7 +135,7 @@ def test_rest_on_loopback_is_not_a_warning(server: InferenceServer, rest: Rest) 
     ids=["nothing", "registry", "pages", "nested", "list"],
 )
 def test_other_http_servers_are_no_concern(server: InferenceServer, rest: Rest, answers: Any) -> None:
-    assert look(server.address, rest_ports=(rest(answers),))["rest"].detail.startswith("not found")
+    assert look(server.address, rest_ports=(rest(answers),))["rest"].detail.startswith("no REST interface was found")
 
 
 def test_only_the_beginning_of_a_body_is_read(rest: Rest) -> None:
