@@ -150,7 +150,7 @@ class Checker:
 
     def _score(self, embeddings: Floats, request: Request, images: Floats | None) -> Outcome:
         with self.metrics.stage("screening"):
-            found = self._detector.judge(embeddings)
+            found = self._detector.score(embeddings)
         names = self._detector.screen.triggers
         flags = self.watch.follow(found, request, images)
         return Outcome(

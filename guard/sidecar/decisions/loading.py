@@ -1,6 +1,5 @@
 """Read what a model is served and screened with."""
 
-from guard import profiles
 from guard.classifiers import ExportedClassifier
 from guard.errors import ProfileError
 from guard.profiles import Profile
@@ -34,7 +33,7 @@ def read_profile(settings: ModelSettings) -> Profile:
     """
     if settings.profile is None:
         raise ValueError("settings are checked before")
-    return profiles.read(settings.profile)
+    return Profile.open(settings.profile)
 
 
 def match(profile: Profile, model: ExportedClassifier, settings: ModelSettings) -> None:
