@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from guard import __version__, profiles
+from guard import __version__
 from guard.classifiers import ClassList
 from guard.profiles import CalibrationRecord, Document, ModelRecord, Profile, Reference, TriggerRecord
-from guard.profiles.profile import SCHEMA, VettingRecord
+from guard.profiles.document import SCHEMA, VettingRecord
 from guard.screening import Banks, Detector, Screen, default_k, threshold
 from guard.vetting.results import ReferenceModel, Verdict
 
@@ -63,7 +63,7 @@ def write_profile(directory: Path, model: ModelRecord, world: World, rows: int, 
     banks = Banks.fit(clean, stamped, np.ascontiguousarray(head), k=default_k(rows, classes))
     screen = Screen(banks)
     scores = screen.score_samples(world.draw(_BEHIND, generator))
-    alarms = int(Detector(screen, scores, ALPHA).judge(world.draw(_HELD_OUT, generator)).flags.sum())
+    alarms = int(Detector(screen, scores, ALPHA).score(world.draw(_HELD_OUT, generator)).flags.sum())
     calibration = CalibrationRecord(
         banks.k,
         banks.tails,
@@ -84,7 +84,7 @@ def write_profile(directory: Path, model: ModelRecord, world: World, rows: int, 
     tensors = {name: {"mask": np.ones((1, *pixels[1:]), np.float32), "pattern": np.zeros(pixels, np.float32)}
                for name in _TRIGGERS}  # fmt: skip
     profile = Profile(document, tensors, Reference(banks, scores))
-    profiles.write(profile, directory, report="")
+    profile.save(directory)
     return profile
 
 

@@ -186,7 +186,7 @@ def main() -> None:
     for name in zoo.select(options.models):
         encoder = load(str(zoo.model(name)))
         folder = ImageFolder.scan(zoo.root / "images" / zoo.models[name].images / "vetting")
-        images = torch.from_numpy(folder.sample(2 * IMAGES, seed=0).pixels(encoder.preprocessing))
+        images = encoder.read(folder.sample(2 * IMAGES, seed=0))
         images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
         searched, held_out = images.tensor_split(2)
         settings = PublishedSettings()

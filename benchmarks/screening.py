@@ -23,7 +23,6 @@ from PIL import Image, ImageFilter
 from scipy.stats import betabinom
 
 from benchmarks._record import RESULTS, heading
-from guard import profiles
 from guard.classifiers import ImageFolder
 from guard.evaluation import Zoo
 from guard.evaluation.images import ImageSet
@@ -89,7 +88,7 @@ def _measure(subject: Subject, large: Path | None) -> dict[str, Any]:
     if not vetting.triggers or subject.pixels.calibration is None or subject.pixels.requests is None:
         return row
     images, requests = subject.pixels.calibration, subject.requests.numpy()
-    bare = profiles.build(subject.classifier, vetting)
+    bare = Profile.build(subject.classifier, vetting)
     triggered = np.concatenate([attack.embeddings.numpy() for attack in subject.attacks])
     triggered = triggered[np.random.default_rng(0).permutation(len(triggered))]
 
@@ -98,26 +97,26 @@ def _measure(subject: Subject, large: Path | None) -> dict[str, Any]:
         return embedded
 
     row["poison"] = [_poisoned(subject, bare, images, share, requests, triggered) for share in POISON]
-    profile = profiles.calibrate(bare, subject.classifier, images, ALPHAS[0])
+    profile = bare.calibrate(subject.classifier, images, ALPHAS[0])
     detector = profile.detector()
     row["splits"] = [_splits(profile, detector, requests, alpha) for alpha in ALPHAS]
     row["restart"] = _survives_restart(profile, detector, requests)
-    judged = detector.judge(requests)
+    judged = detector.score(requests)
     targets = [attack.target for attack in subject.attacks]
     genuine = np.isin(judged.scores.classes, targets)
     row["genuine"] = [int(judged.flags[genuine].sum()), int(genuine.sum())]
     each = _detector(profile, ALPHAS[0], per_class=True)
-    again = each.judge(requests).flags
+    again = each.score(requests).flags
     row["per_class"] = {
         "genuine": [int(again[genuine].sum()), int(genuine.sum())],
         "alarms": [int(again.sum()), len(again)],
-        "detected": [int(each.judge(triggered).flags.sum()), len(triggered)],
+        "detected": [int(each.score(triggered).flags.sum()), len(triggered)],
         "classes": len(each.own_threshold),
     }
     row["corrupted"] = {}
     for name, change in CORRUPTIONS.items():
         changed = embed(_changed(subject.pixels.requests, change))
-        flags = detector.judge(changed).flags
+        flags = detector.score(changed).flags
         row["corrupted"][name] = [int(flags.sum()), len(flags), *_watched(detector, requests, changed, 1.0)]
     row["streams"] = {str(share): _watched(detector, requests, triggered, share) for share in SHARES}
     row["streams"]["0"] = _watched(detector, requests, requests, 0.0)
@@ -134,7 +133,7 @@ def _poisoned(
     rows = generator.choice(len(images), round(share * len(images)), replace=False)
     for attack, part in zip(subject.attacks, np.array_split(rows, len(subject.attacks)), strict=True):
         poisoned[part] = attack.trigger.stamp(images[part])
-    profile = profiles.calibrate(bare, subject.classifier, poisoned, ALPHAS[0])
+    profile = bare.calibrate(subject.classifier, poisoned, ALPHAS[0])
     record = profile.document.calibration
     left_out = {int(item.image) for item in record.left_out} if record else set()
     clean_left_out = len(left_out - set(rows.tolist()))
@@ -145,8 +144,8 @@ def _poisoned(
     for alpha in ALPHAS:
         detector = _detector(profile, alpha)
         result[str(alpha)] = {
-            "detected": [int(detector.judge(triggered).flags.sum()), len(triggered)],
-            "alarms": [int(detector.judge(requests).flags.sum()), len(requests)],
+            "detected": [int(detector.score(triggered).flags.sum()), len(triggered)],
+            "alarms": [int(detector.score(requests).flags.sum()), len(requests)],
         }
     return result
 
@@ -191,9 +190,9 @@ def _rates(pool: Floats, rank: int) -> list[float]:
 
 def _survives_restart(profile: Profile, detector: Detector, requests: Floats) -> bool:
     with tempfile.TemporaryDirectory() as folder:
-        profiles.write(profile, Path(folder) / "profile", report="")
-        again = profiles.read(Path(folder) / "profile").detector().judge(requests)
-        return bool(np.array_equal(again.p_values, detector.judge(requests).p_values))
+        profile.save(Path(folder) / "profile")
+        again = Profile.open(Path(folder) / "profile").detector().score(requests)
+        return bool(np.array_equal(again.p_values, detector.score(requests).p_values))
 
 
 def _watched(detector: Detector, clean: Floats, other: Floats, share: float) -> list[Any]:
@@ -224,11 +223,11 @@ def _large(
     found, calibration = ImageFolder.scan(folder).sample(max(LARGE), seed=0), subject.pixels.calibration
     if calibration is None or profile.reference is None:
         raise AssertionError("the zoo has calibration images")
-    pixels = torch.from_numpy(found.pixels(subject.classifier.preprocessing))
+    pixels = subject.classifier.read(found)
     clean = subject.classifier.embed(pixels).numpy()
     stamped = {
         name: subject.classifier.embed(trigger.stamp(pixels)).numpy()
-        for name, trigger in profiles.load_triggers(profile).items()
+        for name, trigger in profile.load_triggers().items()
     }
     kept, results = subject.classifier.embed(calibration).numpy(), []
     for size in LARGE:
@@ -242,7 +241,7 @@ def _large(
         pool = np.concatenate([screen.score_samples(part).values for part in (kept, requests)])
         rates = _rates(pool, int(ALPHAS[0] * (len(pool) // 2 + 1) + 1e-9))
         detector = Detector(screen, screen.score_samples(kept), ALPHAS[1])
-        hits = detector.judge(triggered).flags
+        hits = detector.score(triggered).flags
         results.append(
             {
                 "size": size,

@@ -241,7 +241,7 @@ class Run:
             record = ModelRecord("no model", ClassifierDigest(parts).root, parts, _CLASSES, preprocessing, WIDTH)
             profile = write_profile(directory, record, world, rows, seed=self._seed)
             drawn = world.draw(2 * IMAGES, generator)
-            np.save(replies, drawn[~profile.detector().judge(drawn).flags][:IMAGES])
+            np.save(replies, drawn[~profile.detector().score(drawn).flags][:IMAGES])
         return directory, replies
 
 

@@ -1,6 +1,7 @@
 """Public names that are imported when they are first used.
 
-The serving path must not load torch, yet `guard.classifiers` and `guard.vetting` export both kinds of names.
+`import guard` must be cheap, and the serving path must not load torch, yet `guard`, `guard.classifiers` and
+`guard.vetting` export names that need it.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,11 +9,11 @@ from importlib import import_module
 
 
 def lazy(package: str, names: Mapping[str, str]) -> Callable[[str], object]:
-    """A module-level `__getattr__` (PEP 562) that imports each name from its submodule on first use.
+    """Return a module-level `__getattr__` (PEP 562) that imports each name from its submodule on first use.
 
     Args:
         package: The package's `__name__`.
-        names: Public name → submodule that defines it.
+        names: Public name → submodule that it is imported from.
     """
 
     def load(name: str) -> object:

@@ -8,8 +8,8 @@ import open_clip
 import pytest
 import torch
 
-from guard import profiles
 from guard.classifiers import Classifier, ClassList, export, load, save
+from guard.profiles import Profile
 from guard.triggers import Patch
 from guard.vetting import (
     BUDGETS,
@@ -91,7 +91,7 @@ def trigger() -> Patch:
 
 
 @pytest.fixture(scope="session")
-def profile(classifier: Classifier, images: torch.Tensor, trigger: Patch) -> profiles.Profile:
+def profile(classifier: Classifier, images: torch.Tensor, trigger: Patch) -> Profile:
     """A profile as after vetting and calibration, with that trigger as the reconstructed one."""
     entries = tuple(
         ClassStatistic(
@@ -145,14 +145,14 @@ def profile(classifier: Classifier, images: torch.Tensor, trigger: Patch) -> pro
         seconds=0.1,
         passes=1,
     )
-    return profiles.calibrate(profiles.build(classifier, vetting), classifier, images, 0.02)
+    return Profile.build(classifier, vetting).calibrate(classifier, images, 0.02)
 
 
 @pytest.fixture
-def profile_directory(profile: profiles.Profile, tmp_path: Path) -> Path:
+def profile_directory(profile: Profile, tmp_path: Path) -> Path:
     """That profile on disk, fresh for each test."""
     directory = tmp_path / "profile"
-    profiles.write(profile, directory, report="<html></html>")
+    profile.save(directory, report="<html></html>")
     return directory
 
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from guard import profiles
 from guard.evidence import EVIDENCE_FILE, EvidenceLog
+from guard.profiles import Profile
 from guard.triggers import Patch
 from guard.vetting import BUDGETS, ReconstructedTrigger, ReferenceModel, Verdict, Vetting
 from tests.conftest import SIZE, random_images
@@ -178,14 +178,14 @@ def _prepare(folder: Path, seed: int) -> Pool:
         passes=0,
     )
     images = random_images(_CALIBRATION + CLEAN + TRIGGERED, seed=seed)
-    profile = profiles.calibrate(profiles.build(classifier, vetting), classifier, images[:_CALIBRATION], ALPHA)
-    profiles.write(profile, folder / "profile", report="")
+    profile = Profile.build(classifier, vetting).calibrate(classifier, images[:_CALIBRATION], ALPHA)
+    profile.save(folder / "profile")
     weights = classifier.model.visual.weight.detach().numpy().T
     np.save(folder / "weights.npy", weights)
     clean, others = images[_CALIBRATION:-TRIGGERED], images[-TRIGGERED:]
     pixels: Floats = torch.cat([clean, trigger.stamp(others)]).numpy().astype(np.float32) / np.float32(255)
     embeddings: Floats = pixels.reshape(len(pixels), -1) @ weights
-    return Pool(pixels, embeddings, profile.detector().judge(embeddings).flags)
+    return Pool(pixels, embeddings, profile.detector().score(embeddings).flags)
 
 
 def _free_ports(count: int) -> list[int]:

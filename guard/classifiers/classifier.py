@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from guard.classifiers.classes import ClassList
 from guard.classifiers.digest import ClassifierDigest, canonical, sha256
+from guard.classifiers.images import ImageFolder
 from guard.classifiers.preprocessing import Preprocessing
 
 ENCODE_BATCH = 256
@@ -68,6 +69,21 @@ class Classifier:
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the image tower's input."""
         return 3, self.preprocessing.size, self.preprocessing.size
+
+    def read(self, folder: ImageFolder, progress: Callable[[str, int, int], None] = lambda *_: None) -> Tensor:
+        """Read all images of a folder at the resolution of this classifier.
+
+        Args:
+            folder: The images.
+            progress: Called with a description, the number of images read, and the number of all images.
+
+        Returns:
+            uint8, shape [N, 3, H, W], in the order of `folder.files`.
+
+        Raises:
+            ImageError: A file cannot be decoded; the error names it.
+        """
+        return torch.from_numpy(folder.pixels(self.preprocessing, progress))
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """L2-normalised image embeddings.

@@ -51,7 +51,7 @@ class _Tower(torch.nn.Module):
         return embedding, embedding @ self.head + self.bias
 
 
-def export(classifier: Classifier, directory: Path, images: Tensor) -> ExportParity:
+def export(classifier: Classifier, directory: Path | str, images: Tensor) -> ExportParity:
     """Write a classifier as ONNX, check it on real images, and only then let it appear.
 
     Args:
@@ -63,6 +63,7 @@ def export(classifier: Classifier, directory: Path, images: Tensor) -> ExportPar
         ExportError: The exported model computes something else.
         ImageError: There are too few images to check it on.
     """
+    directory = Path(directory)
     if len(images) < MIN_PARITY_IMAGES:
         raise ImageError(f"the parity check needs at least {MIN_PARITY_IMAGES} images, there are {len(images)}")
     device = classifier.device

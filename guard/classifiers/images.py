@@ -75,12 +75,13 @@ class ImageFolder:
     files: tuple[Path, ...]
 
     @classmethod
-    def scan(cls, root: Path) -> "ImageFolder":
+    def scan(cls, root: Path | str) -> "ImageFolder":
         """Find the images below `root`, at any depth; hidden files are left out.
 
         Raises:
             ImageError: The folder does not exist or holds no image.
         """
+        root = Path(root)
         if not root.is_dir():
             raise ImageError(f"there is no folder {root}")
         files = sorted(

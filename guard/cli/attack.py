@@ -139,7 +139,7 @@ def _read(
     folder = folder.sample(limit, seed=seed)
     if len(folder) < MIN_IMAGES:
         raise UsageError(f"an attack needs at least {MIN_IMAGES} images, but {images} has only {len(folder)}")
-    pixels = torch.from_numpy(folder.pixels(base.preprocessing, console.progress))
+    pixels = base.read(folder, console.progress)
     labelled = LabelledImages(pixels, torch.tensor(folder.labels(ordered), dtype=torch.long))
     labelled = labelled[torch.randperm(len(labelled), generator=torch.Generator().manual_seed(seed))]
     count = round((1 - HELD_OUT) * len(labelled))

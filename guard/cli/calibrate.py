@@ -73,28 +73,27 @@ def calibrate(
     The smallest possible false-alarm rate is 1 / (n + 1), where n is 40 % of the number of images, or two thirds of the
     number of embeddings.
     """
+    import guard
     from guard import profiles, report
-    from guard.classifiers import ImageFolder, load
 
     if (images is None) == (embeddings is None):
         raise UsageError("give one of --images and --embeddings")
     console = Console(as_json=as_json)
-    stored = profiles.read(profile)
+    stored = guard.Profile.open(profile)
     if embeddings is not None:
         if k is not None or model is not None:
             raise UsageError("--k and --model need --images: with --embeddings the banks stay as they are")
         vectors = profiles.read_embeddings(embeddings, stored.document.model.embedding)
-        calibrated = profiles.calibrate_embeddings(stored, vectors, alpha, per_class=per_class, seed=seed)
+        calibrated = stored.recalibrate(vectors, alpha, per_class=per_class, seed=seed)
         text = report.render(calibrated, report.examples(calibrated))
     elif images is not None:
-        folder = ImageFolder.scan(images).sample(limit, seed=seed)
-        classifier = load(model or stored.document.model.source, classes=stored.document.model.classes, device=device)
+        folder = guard.ImageFolder.scan(images).sample(limit, seed=seed)
+        classifier = guard.load(
+            model or stored.document.model.source, classes=stored.document.model.classes, device=device
+        )
         stored.check_model(classifier.digest)
-        import torch
-
-        pixels = torch.from_numpy(folder.pixels(classifier.preprocessing, console.progress))
-        calibrated = profiles.calibrate(
-            stored,
+        pixels = classifier.read(folder, console.progress)
+        calibrated = stored.calibrate(
             classifier,
             pixels,
             alpha,
@@ -105,7 +104,7 @@ def calibrate(
             progress=console.say,
         )
         text = report.render(calibrated, report.examples(calibrated, pixels))
-    profiles.write(calibrated, profile, report=text)
+    calibrated.save(profile, report=text)
     record = calibrated.document.calibration
     if record is None:
         raise AssertionError("calibration leaves a record")

@@ -52,11 +52,11 @@ def export(
     The form hugging-face is a CLIPModel directory for the library transformers, with the same weights under other
     names.
     """
-    from guard.classifiers import ImageFolder, load
+    import guard
 
     console = Console(as_json=as_json)
     if form == "hugging-face":
-        classifier = load(model, classes=classes, device=device)
+        classifier = guard.load(model, classes=classes, device=device)
         from guard.classifiers import save_hugging_face
 
         save_hugging_face(out, classifier)
@@ -64,14 +64,10 @@ def export(
         return
     if images is None:
         raise UsageError("--format onnx needs --images for its parity check")
-    folder = ImageFolder.scan(images).sample(limit, seed=seed)
-    classifier = load(model, classes=classes, device=device)
-    import torch
-
-    from guard.classifiers import export as write
-
-    pixels = torch.from_numpy(folder.pixels(classifier.preprocessing, console.progress))
-    parity = write(classifier, out, pixels)
+    folder = guard.ImageFolder.scan(images).sample(limit, seed=seed)
+    classifier = guard.load(model, classes=classes, device=device)
+    pixels = classifier.read(folder, console.progress)
+    parity = guard.export(classifier, out, pixels)
     console.result(
         parity,
         f"parity on {parity.images} images: embeddings differ by at most {parity.max_difference:.1e}, "

@@ -125,11 +125,11 @@ def log(
 
 
 def _show(record: "Record", out: Path, profile: Path | None, console: Console) -> None:
-    from guard import profiles
     from guard._files import replacing
     from guard.evidence import record_page
+    from guard.profiles import Profile
 
-    page = record_page(record, None if profile is None else profiles.read(profile))
+    page = record_page(record, None if profile is None else Profile.open(profile))
     with replacing(out, mode=0o600) as file:
         file.write(page.encode())
     console.result({**record.document(), "page": str(out)}, f"page: {out}")

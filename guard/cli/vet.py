@@ -73,22 +73,18 @@ def vet(
     The exit code is 0 for no evidence of a backdoor (of the attack families tested), 1 for backdoored and 3 for
     inconclusive.
     """
+    import guard
     from guard import profiles, report
-    from guard.classifiers import ImageFolder, load
 
     console = Console(as_json=as_json)
     profiles.check_place(out)
     texts = profiles.read_vocabulary(vocabulary) if vocabulary else ()
-    folder = ImageFolder.scan(images).sample(limit, seed=seed)
-    classifier = load(model, classes=classes, device=device)
-    reference = load(base, classes=classes, device=device) if base else None
-    import torch
-
-    from guard.vetting import vet as examine
-
-    pixels = torch.from_numpy(folder.pixels(classifier.preprocessing, console.progress))
+    folder = guard.ImageFolder.scan(images).sample(limit, seed=seed)
+    classifier = guard.load(model, classes=classes, device=device)
+    reference = guard.load(base, classes=classes, device=device) if base else None
+    pixels = classifier.read(folder, console.progress)
     searches = cache or out.with_name(f".{out.name}.searches")
-    vetting = examine(
+    vetting = guard.vet(
         classifier,
         pixels,
         base=reference,
@@ -97,8 +93,8 @@ def vet(
         cache=searches,
         progress=console.progress,
     )
-    profile = profiles.build(classifier, vetting, vocabulary=texts)
-    profiles.write(profile, out, report=report.render(profile, report.examples(profile, pixels)))
+    profile = guard.Profile.build(classifier, vetting, vocabulary=texts)
+    profile.save(out, report=report.render(profile, report.examples(profile, pixels)))
     if cache is None:
         shutil.rmtree(searches, ignore_errors=True)
     document = profile.document.vetting

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from guard.attacks import LabelledImages
 from guard.classifiers import ClassList, ImageFolder, Preprocessing
@@ -35,7 +36,7 @@ class DemoData:
     vetting: LabelledImages
     calibration: LabelledImages
     requests: LabelledImages
-    groups: Tensor | None = None
+    groups: NDArray[np.int64] | None = None
 
 
 def from_digits(*, seed: int) -> DemoData:
@@ -48,7 +49,7 @@ def from_digits(*, seed: int) -> DemoData:
 
     parts = part(0, 800, 2), part(800, 1000, 2), part(1000, 1500, 6), part(1500, 1797, 2)
     calibration = (original >= 1000) & (original < 1500)
-    return DemoData(digits.CLASSES, *parts, groups=original[calibration])
+    return DemoData(digits.CLASSES, *parts, groups=original[calibration].numpy())
 
 
 def from_folder(

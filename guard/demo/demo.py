@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from guard import profiles, report
+from guard import report
 from guard._files import replace_file
 from guard.classifiers import Preprocessing, export
 from guard.demo import traffic
@@ -117,17 +117,12 @@ def run(
         name: _vet(name, models, data, out, recipe.budget, seed, say, progress) for name in ("backdoored", "clean-twin")
     }
     laps.lap("vetting")
-    profile = profiles.calibrate(
-        profiles.build(models["backdoored"].classifier, vettings["backdoored"]),
-        models["backdoored"].classifier,
-        data.calibration.pixels,
-        ALPHA,
-        groups=data.groups,
-        seed=seed,
-        progress=say,
+    backdoored = models["backdoored"].classifier
+    profile = Profile.build(backdoored, vettings["backdoored"]).calibrate(
+        backdoored, data.calibration.pixels, ALPHA, groups=data.groups, seed=seed, progress=say
     )
     _write(profile, data, out / "profiles" / "backdoored")
-    export(models["backdoored"].classifier, out / "exported", data.calibration.pixels[:512])
+    export(backdoored, out / "exported", data.calibration.pixels[:512])
     laps.lap("calibration and export")
     trigger = attack_trigger(recipe, seed=seed)
     clean, triggered, latency, metrics = _attack(out, data, trigger, preprocessing, say)
@@ -176,7 +171,7 @@ def _vet(
         cache=out / "searches",
         progress=labelled,
     )
-    profile = profiles.build(models[name].classifier, vetting)
+    profile = Profile.build(models[name].classifier, vetting)
     _write(profile, data, out / "profiles" / name)
     target = vetting.verdict.target
     say(f"{name}: {vetting.verdict.outcome}{'' if target is None else f', target {data.classes.names[target]!r}'}")
@@ -185,7 +180,7 @@ def _vet(
 
 def _write(profile: Profile, data: DemoData, directory: Path) -> None:
     text = report.render(profile, report.examples(profile, data.vetting.pixels))
-    profiles.write(profile, directory, report=text)
+    profile.save(directory, report=text)
 
 
 def _attack(

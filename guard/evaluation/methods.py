@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from guard import profiles
 from guard.baselines import DecreeSettings, clip_inspector, collapse
 from guard.errors import UsageError
 from guard.evaluation.results import (
@@ -23,6 +22,7 @@ from guard.evaluation.results import (
 )
 from guard.evaluation.statistics import auroc
 from guard.evaluation.subject import EvaluationSettings, Subject
+from guard.profiles import Profile
 from guard.screening import DENSITY, threshold
 from guard.vetting import BUDGETS, Conclusion, FamilyResult, ReconstructedTrigger, Vetting, effect
 from guard.vetting.batches import halves
@@ -163,8 +163,8 @@ def _score(subject: Subject, vetting: Vetting) -> ScoreFigures:
     if calibration is None:
         raise AssertionError("the method needs calibration images")
     # The largest alpha that any calibration supports; the thresholds are set below, from the same scores.
-    profile = profiles.calibrate(
-        profiles.build(subject.classifier, vetting), subject.classifier, calibration, 0.5, seed=subject.settings.seed
+    profile = Profile.build(subject.classifier, vetting).calibrate(
+        subject.classifier, calibration, 0.5, seed=subject.settings.seed
     )
     reference = profile.reference
     if reference is None:

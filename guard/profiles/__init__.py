@@ -1,26 +1,23 @@
-"""Read, write and validate a profile; build one from a vetting, and calibrate it.
-
-Reading imports without torch.
-"""
+"""A profile and its file: what a sidecar reads, without torch."""
 
 from typing import TYPE_CHECKING
 
 from guard._lazy import lazy
-from guard.profiles.embeddings import read_embeddings, write_embeddings
-from guard.profiles.profile import (
+from guard.profiles.document import (
     CalibrationRecord,
     Document,
     LeftOut,
     ModelRecord,
     NearestText,
-    Profile,
     Reference,
     TriggerRecord,
+    VettingRecord,
 )
-from guard.profiles.storage import REPORT_FILE, check_place, read, write
+from guard.profiles.embeddings import read_embeddings, write_embeddings
+from guard.profiles.profile import Profile
+from guard.profiles.storage import REPORT_FILE, check_place
 
 if TYPE_CHECKING:
-    from guard.profiles.building import build, calibrate, calibrate_embeddings, load_triggers
     from guard.profiles.vocabulary import read_vocabulary
 
 __all__ = [
@@ -33,22 +30,11 @@ __all__ = [
     "Profile",
     "Reference",
     "TriggerRecord",
-    "build",
-    "calibrate",
-    "calibrate_embeddings",
+    "VettingRecord",
     "check_place",
-    "load_triggers",
-    "read",
     "read_embeddings",
     "read_vocabulary",
-    "write",
     "write_embeddings",
 ]
 
-__getattr__ = lazy(
-    __name__,
-    {
-        **dict.fromkeys(("build", "calibrate", "calibrate_embeddings", "load_triggers"), "building"),
-        "read_vocabulary": "vocabulary",
-    },
-)
+__getattr__ = lazy(__name__, {"read_vocabulary": "vocabulary"})

@@ -1,211 +1,224 @@
-"""The profile: what vetting learned about one classifier, in the form that a sidecar reads. No torch here."""
+"""A profile: what vetting found out about one classifier, and what calibration added, in memory and on disk.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+Opening, using and recalibrating a profile works without torch. Building one from a vetting, calibrating it with images
+and loading its triggers need torch, which is imported there.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.classifiers.classes import ClassList
 from guard.classifiers.digest import ClassifierDigest
-from guard.classifiers.preprocessing import Preprocessing
 from guard.errors import ProfileError
-from guard.screening import Banks, Detector, Scores, Screen, SearchMethod, Tail, Threshold
-from guard.vetting.results import Check, FamilyResult, ReferenceModel, Verdict
+from guard.profiles import storage
+from guard.profiles.document import Array, CalibrationRecord, Document, LeftOut, Reference, TriggerTensors
+from guard.screening import Banks, Detector, Screen, SearchMethod, calibration, default_k
 
-SCHEMA = 4
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Array = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class ModelRecord:
-    """Which classifier a profile is of.
-
-    Attributes:
-        source: Where it was loaded from, as the user gave it.
-        digest: Root digest.
-        parts: Digest of each part, so that a mismatch can name what differs.
-        classes: Class names and templates.
-        preprocessing: From an image to the tower's input.
-        embedding: Length of an embedding.
-    """
-
-    source: str
-    digest: str
-    parts: Mapping[str, str]
-    classes: ClassList
-    preprocessing: Preprocessing
-    embedding: int
-
-
-@dataclass(frozen=True)
-class NearestText:
-    """A text that lies near a target feature.
-
-    Attributes:
-        text: A class name, or a word of the vocabulary.
-        cosine: Between the feature and the text's embedding, in [-1, 1].
-    """
-
-    text: str
-    cosine: float
-
-
-@dataclass(frozen=True)
-class TriggerRecord:
-    """A reconstructed trigger; its tensors lie in `triggers.safetensors`.
-
-    Attributes:
-        id: Names it in metrics and replies.
-        family: Which transformation it is.
-        target: Class index that it leads to.
-        norm: Its norm.
-        norm_unit: Unit of the norm.
-        success: Success on images that were not used to find it, in [0, 1].
-        p_value: Of its class: combined over families, corrected for classes.
-        nearest: The texts nearest to its target feature, nearest first.
-    """
-
-    id: str
-    family: str
-    target: int
-    norm: float
-    norm_unit: str
-    success: float
-    p_value: float
-    nearest: tuple[NearestText, ...]
-
-
-@dataclass(frozen=True)
-class VettingRecord:
-    """How a classifier was examined, and with what result.
-
-    Attributes:
-        verdict: The result.
-        evidence: One entry per trigger family.
-        checks: The smallest triggers of the classes that stand out, tried on held-out images.
-        effort: How hard was searched; the seeds are among it.
-        images: Number of images used to search, and kept out for the check.
-        reference_model: What the classifier was compared with.
-        device: Where it ran.
-        seconds: Wall-clock time.
-        passes: Images pushed through image towers.
-    """
-
-    verdict: Verdict
-    results: tuple[FamilyResult, ...]
-    checks: tuple[Check, ...]
-    effort: Mapping[str, Mapping[str, float]]
-    images: tuple[int, int]
-    reference_model: ReferenceModel
-    device: str
-    seconds: float
-    passes: int
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A clean image that was given for calibration, and not used.
-
-    Attributes:
-        image: Its name, or its number where it has none.
-        part: Whether it was meant for the banks or for the threshold.
-        trigger: Id of the trigger that it seems to carry.
-    """
-
-    image: str
-    part: Literal["bank", "calibration"]
-    trigger: str
-
-
-@dataclass(frozen=True)
-class CalibrationRecord:
-    """How requests are compared, and how the threshold was set.
-
-    Attributes:
-        k: Neighbour that distances are taken to.
-        tails: For each score its tail over the bank's own images.
-        shrinkage: Of the whitening.
-        threshold: The threshold on the whole, its alpha, and the number of scores behind it.
-        per_class: Whether classes with enough images have a threshold of their own.
-        reference: Number of embeddings in the reference bank, and in each stamped bank.
-        held_out: Number of images kept out of banks and threshold.
-        false_alarms: How many of these are flagged.
-        left_out: Images that seem to carry a trigger.
-        seed: Of the split.
-    """
-
-    k: int
-    tails: Mapping[str, Tail]
-    shrinkage: float
-    threshold: Threshold
-    per_class: bool
-    reference: int
-    held_out: int
-    false_alarms: int
-    left_out: tuple[LeftOut, ...]
-    seed: int
-
-
-@dataclass(frozen=True)
-class Document:
-    """`profile.json`.
-
-    Attributes:
-        schema: Version of this form.
-        guard: Version of guard that wrote it.
-        created: RFC 3339 time, UTC.
-        model: Which classifier it is of.
-        vetting: How that was examined, and with what result.
-        triggers: What stood out.
-        calibration: Set by calibration; None before.
-        files: SHA-256 of the tensor files beside it.
-    """
-
-    schema: int
-    guard: str
-    created: str
-    model: ModelRecord
-    vetting: VettingRecord
-    triggers: tuple[TriggerRecord, ...]
-    calibration: CalibrationRecord | None
-    files: Mapping[str, str]
-
-
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """What the sidecar compares requests with: `reference.safetensors`.
-
-    Attributes:
-        banks: Embeddings of clean images, without and with each trigger.
-        clean: Scores of clean images that are in no bank.
-    """
-
-    banks: Banks
-    clean: Scores
+    from guard.classifiers import Classifier
+    from guard.triggers import Trigger
+    from guard.vetting import Vetting
 
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """A whole profile in memory.
+    """What is known about one classifier: how it was vetted, its reconstructed triggers, its banks and threshold.
+
+    A profile never changes: `calibrate` returns another one.
 
     Attributes:
-        document: `profile.json`.
-        triggers: Trigger id → tensor name → values: `triggers.safetensors`.
+        document: The contents of `profile.json`.
+        triggers: Tensors of the reconstructed triggers: trigger id → tensor name → values.
         reference: Banks and calibration scores; None before calibration.
     """
 
     document: Document
-    triggers: Mapping[str, Mapping[str, Array]]
+    triggers: TriggerTensors
     reference: Reference | None = None
 
-    def check_model(self, digest: ClassifierDigest) -> None:
-        """Make sure that the profile is of this classifier.
+    @classmethod
+    def build(cls, classifier: "Classifier", vetting: "Vetting", *, vocabulary: Sequence[str] = ()) -> "Profile":
+        """Make the profile of a classifier that was vetted; it is not calibrated yet.
+
+        Args:
+            classifier: The classifier that was vetted.
+            vetting: What `guard.vet` returned for this classifier.
+            vocabulary: Texts, besides the class names, that may name what a trigger leads to.
+        """
+        from guard.profiles.building import build
+
+        return cls(*build(classifier, vetting, vocabulary))
+
+    @classmethod
+    def open(cls, directory: Path | str) -> "Profile":
+        """Read a profile from disk and check all of it.
 
         Raises:
-            ProfileError: It is of another; the message names the parts that differ.
+            ProfileError: A file is missing or damaged, tensors are missing, of a wrong shape or not finite, or the
+                profile was written by a newer guard.
+        """
+        return cls(*storage.read(Path(directory)))
+
+    def save(self, directory: Path | str, *, report: str | None = None) -> None:
+        """Write the profile; an older one in its place is replaced as a whole, or kept if anything fails.
+
+        Args:
+            directory: Folder to write.
+            report: Text of `report.html` (`guard.report.render`); None to write no report.
+
+        Raises:
+            UsageError: Something other than a profile lies in the directory.
+        """
+        storage.write(Path(directory), self.document, self.triggers, self.reference, report)
+
+    def calibrate(
+        self,
+        classifier: "Classifier",
+        images: "Tensor",
+        alpha: float,
+        *,
+        k: int | None = None,
+        per_class: bool = False,
+        names: Sequence[str] | None = None,
+        groups: NDArray[np.int64] | None = None,
+        seed: int = 0,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> "Profile":
+        """Build the reference bank and the stamped banks, and set the threshold.
+
+        The images are split at random: 40 % fill the banks, 40 % set the threshold, and on the last 20 % false alarms
+        are counted. The images must be clean, of the kind that the deployment will see, and not ones that the model was
+        trained on: a model knows its training images better, and the threshold would be too low.
+
+        Images that seem to carry a reconstructed trigger are left out of banks and threshold, and listed
+        (`guard.screening.hygiene`). Where these were clean after all, the rate of false alarms may exceed alpha by the
+        share of them among the images that set the threshold.
+
+        Args:
+            classifier: The classifier of this profile; it computes the embeddings.
+            images: uint8, shape [N, 3, H, W], at the classifier's resolution (`Classifier.read`).
+            alpha: False-alarm rate that the operator accepts, in (0, 1).
+            k: The neighbour that distances are taken to; default is `guard.screening.default_k`.
+            per_class: Whether alpha must apply to each predicted class that has enough images.
+            names: Names of the images, by which those that are left out are listed; default is their number.
+            groups: int64, shape [N]: images of one group, such as the frames of one film, stay on one side of the
+                split. A near-duplicate in the bank makes an image look more ordinary than any request will, so that a
+                split through groups sets the threshold too low. Default: each image is a group of its own.
+            seed: Seed for the random split.
+            progress: Called with a short description of each step.
+
+        Returns:
+            The calibrated profile; an earlier calibration is replaced.
+
+        Raises:
+            ProfileError: The profile belongs to another classifier.
+            ImageError: There are too few images for banks of k.
+            UsageError: There are too few images for this alpha.
+        """
+        self.check_model(classifier.digest)
+        parts = calibration.split(np.arange(len(images)) if groups is None else groups, seed)
+        bank = parts.banks
+        if k is None:
+            k = default_k(len(bank), len(classifier.classes.names))
+        calibration.check_bank_size(len(bank), k)
+        progress(f"embedding {len(images)} images")
+        embeddings = classifier.embed(images).numpy()
+        targets = {record.id: record.target for record in self.document.triggers}
+        stamped = {}
+        for name, trigger in self.load_triggers().items():
+            progress(f"embedding {len(bank)} images with the trigger {name}")
+            stamped[name] = targets[name], classifier.embed(trigger.stamp(images[bank])).numpy()
+        head = np.ascontiguousarray(classifier.head.float().cpu().numpy().T)
+        banks, carrying = calibration.fit_banks(embeddings[bank], stamped, head, k=k)
+        called = [str(row) for row in range(len(images))] if names is None else names
+        left_out = tuple(LeftOut(called[bank[row]], "bank", trigger) for row, trigger in carrying.items())
+        return self._calibrated(banks, embeddings, parts, alpha, per_class, seed, called, left_out)
+
+    def recalibrate(self, embeddings: Array, alpha: float, *, per_class: bool = False, seed: int = 0) -> "Profile":
+        """Set the threshold anew from embeddings of clean requests, such as recorded traffic.
+
+        The banks stay as they are, because stamping needs pixels. Two thirds of the embeddings set the threshold, on
+        the others false alarms are counted.
+
+        Args:
+            embeddings: float32, shape [N, D], as the model computed them, of clean requests.
+            alpha: False-alarm rate, in (0, 1).
+            per_class: Whether alpha must apply to each predicted class that has enough embeddings.
+            seed: Seed for the random split.
+
+        Returns:
+            The profile with another threshold.
+
+        Raises:
+            ProfileError: The profile was never calibrated with images.
+            RequestError: The embeddings were not computed by this model.
+            UsageError: There are too few embeddings for this alpha.
+        """
+        if self.reference is None or self.document.calibration is None:
+            raise ProfileError(
+                "the profile has no banks yet; calibrate it with images once, embeddings only replace the threshold"
+            )
+        parts = calibration.split_without_banks(len(embeddings), seed)
+        called = [str(row) for row in range(len(embeddings))]
+        left_out = tuple(item for item in self.document.calibration.left_out if item.part == "bank")
+        return self._calibrated(self.reference.banks, embeddings, parts, alpha, per_class, seed, called, left_out)
+
+    def _calibrated(
+        self,
+        banks: Banks,
+        embeddings: Array,
+        parts: calibration.Split,
+        alpha: float,
+        per_class: bool,  # noqa: FBT001 - handed through
+        seed: int,
+        names: Sequence[str],
+        left_out: tuple[LeftOut, ...],
+    ) -> "Profile":
+        """The profile with these banks, and a threshold set from the embeddings."""
+        found = calibration.calibrate(
+            banks, embeddings[parts.threshold], embeddings[parts.held_out], alpha, per_class=per_class
+        )
+        more = tuple(
+            LeftOut(names[parts.threshold[row]], "calibration", trigger) for row, trigger in found.left_out.items()
+        )
+        record = CalibrationRecord(
+            banks.k,
+            banks.tails,
+            banks.whitening.shrinkage,
+            found.threshold,
+            per_class,
+            len(banks.reference),
+            found.held_out,
+            found.false_alarms,
+            left_out + more,
+            seed,
+        )
+        return replace(
+            self, document=replace(self.document, calibration=record), reference=Reference(banks, found.clean)
+        )
+
+    def load_triggers(self) -> "dict[str, Trigger]":
+        """The reconstructed triggers as transformations of images, by id.
+
+        Raises:
+            ProfileError: A trigger is of a family that this guard does not know, or its tensors do not make a trigger
+                of that family.
+        """
+        from guard.profiles.building import load_triggers
+
+        return load_triggers(self.document, self.triggers)
+
+    def check_model(self, digest: ClassifierDigest) -> None:
+        """Make sure that the profile belongs to this classifier.
+
+        Raises:
+            ProfileError: The profile belongs to another classifier; the message names the parts that differ.
         """
         if digest.root != self.document.model.digest:
             parts = digest.differences(ClassifierDigest(self.document.model.parts))
@@ -215,10 +228,10 @@ class Profile:
             )
 
     def detector(self, method: SearchMethod = "exact", alpha: float | None = None) -> Detector:
-        """What decides about requests.
+        """The detector that decides about requests.
 
         Args:
-            method: How neighbours are found.
+            method: How nearest neighbours are searched: `exact` or `approximate`.
             alpha: False-alarm rate, in (0, 1); None for that of the calibration.
 
         Raises:
@@ -228,11 +241,11 @@ class Profile:
         """
         if self.reference is None or self.document.calibration is None:
             raise ProfileError("the profile has no reference bank yet; run guard calibrate on it")
-        calibration = self.document.calibration
+        record = self.document.calibration
         screen = Screen(self.reference.banks, method=method)
-        rate = calibration.threshold.alpha if alpha is None else alpha
-        return Detector(screen, self.reference.clean, rate, per_class=calibration.per_class)
+        rate = record.threshold.alpha if alpha is None else alpha
+        return Detector(screen, self.reference.clean, rate, per_class=record.per_class)
 
     def class_name(self, index: int) -> str:
-        """Name of a class."""
+        """Name of the class with this index."""
         return self.document.model.classes.names[index]

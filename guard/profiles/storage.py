@@ -15,7 +15,7 @@ from guard._documents import read_object, validated
 from guard._files import check_replaceable, replace_directory
 from guard.classifiers.digest import PARTS, ClassifierDigest, sha256
 from guard.errors import ProfileError, UsageError
-from guard.profiles.profile import SCHEMA, Array, CalibrationRecord, Document, Profile, Reference
+from guard.profiles.document import SCHEMA, Array, CalibrationRecord, Document, Reference, TriggerTensors
 from guard.screening import DENSITY, Banks, Scores, Screen, Whitening, check_alpha, match
 from guard.triggers import FORMS, check_tensors
 
@@ -52,38 +52,30 @@ def check_place(directory: Path) -> None:
     check_replaceable(directory, marker=DOCUMENT_FILE)
 
 
-def write(profile: Profile, directory: Path, *, report: str) -> None:
-    """Write a profile; an older one in its place is replaced at once, or kept if anything fails.
-
-    Args:
-        profile: What to write.
-        directory: The profile's folder.
-        report: The text of `report.html`.
-    """
+def write(
+    directory: Path, document: Document, triggers: TriggerTensors, reference: Reference | None, report: str | None
+) -> None:
+    """Write the contents of a profile (`Profile.save`)."""
     files = {
         TRIGGERS_FILE: save_tensors(
-            {f"{trigger}/{name}": np.asarray(values, order="C") for trigger, tensors in profile.triggers.items()
+            {f"{trigger}/{name}": np.asarray(values, order="C") for trigger, tensors in triggers.items()
              for name, values in tensors.items()}
         )
     }  # fmt: skip
-    if profile.reference is not None:
-        files[REFERENCE_FILE] = save_tensors(_reference_tensors(profile.reference))
-    document = replace(profile.document, files={name: sha256(data) for name, data in files.items()})
+    if reference is not None:
+        files[REFERENCE_FILE] = save_tensors(_reference_tensors(reference))
+    document = replace(document, files={name: sha256(data) for name, data in files.items()})
     text = json.dumps(asdict(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with replace_directory(directory, marker=DOCUMENT_FILE) as temporary:
         for name, data in files.items():
             (temporary / name).write_bytes(data)
-        (temporary / REPORT_FILE).write_text(report, encoding="utf-8")
+        if report is not None:
+            (temporary / REPORT_FILE).write_text(report, encoding="utf-8")
         (temporary / DOCUMENT_FILE).write_text(text, encoding="utf-8")
 
 
-def read(directory: Path) -> Profile:
-    """Read and check a profile.
-
-    Raises:
-        ProfileError: A file is missing or damaged, tensors are missing, of a wrong shape or not finite, or the profile
-            was written by a newer guard.
-    """
+def read(directory: Path) -> tuple[Document, TriggerTensors, Reference | None]:
+    """Read and check the contents of a profile (`Profile.open`)."""
     document = _read_document(directory / DOCUMENT_FILE)
     triggers: dict[str, dict[str, Array]] = {trigger.id: {} for trigger in document.triggers}
     for name, values in _read_tensors(directory / TRIGGERS_FILE, document).items():
@@ -103,7 +95,7 @@ def read(directory: Path) -> Profile:
                 ) from error
     calibration = document.calibration
     reference = _read_reference(directory / REFERENCE_FILE, document, calibration) if calibration else None
-    return Profile(document, triggers, reference)
+    return document, triggers, reference
 
 
 def _read_document(path: Path) -> Document:

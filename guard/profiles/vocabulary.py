@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from guard.classifiers.classifier import Classifier
 from guard.errors import ClassListError
-from guard.profiles.profile import NearestText
+from guard.profiles.document import NearestText
 
 NEAREST = 5
 """Texts that are kept for each feature."""

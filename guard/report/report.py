@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from guard.profiles import Profile, load_triggers
+from guard.profiles import Profile
 from guard.report import pictures, reading
 from guard.report.difference import AMPLIFICATION, difference
 from guard.triggers import Patch, Trigger
@@ -80,7 +80,7 @@ def examples(profile: Profile, images: Tensor | None = None) -> dict[str, Exampl
     """One example for each trigger of a profile, by id; on test cards where there are no images."""
     if images is None:
         images = _test_cards(profile.document.model.preprocessing.size)
-    return {name: example(trigger, images) for name, trigger in load_triggers(profile).items()}
+    return {name: example(trigger, images) for name, trigger in profile.load_triggers().items()}
 
 
 def _test_cards(side: int) -> Tensor:

@@ -12,18 +12,18 @@ from guard.screening.neighbours import Embeddings
 from guard.screening.screen import DENSITY, Scores, Screen, match
 
 MIN_ATTACK, MIN_DRIFT = 99, 99
-"""Clean scores that a monitored stream needs; with fewer its bounds are too wide to notice anything."""
+"""Number of clean scores that a monitored stream needs; with fewer its bounds are too wide to notice anything."""
 DRIFT = "drift"
 
 
 @dataclass(frozen=True, eq=False)
 class Judgement:
-    """What is decided about a batch of requests.
+    """What a detector decides about a batch of requests.
 
     Attributes:
-        scores: Where they lie.
-        p_values: How often a clean request scores as high, shape [N].
-        flags: Whether that is at most alpha, shape [N].
+        scores: The scores of each request, the trigger that it matches best, and the class that it is predicted as.
+        p_values: Conformal p-value of each request: how often a clean request scores as high; float64, shape [N].
+        flags: Whether each request is flagged, because its p-value is at most alpha; bool, shape [N].
     """
 
     scores: Scores
@@ -32,16 +32,22 @@ class Judgement:
 
 
 class Detector:
-    """A screen, and the clean scores that its own are compared with.
+    """Decides about requests: compares their scores with the scores of clean images.
+
+    `guard.Profile.detector` makes one.
 
     Args:
-        screen: Scores requests.
-        clean: Its scores of clean images that are in no bank.
+        screen: Computes the scores.
+        clean: Scores that the screen computed for clean images that are in no bank.
         alpha: False-alarm rate, in (0, 1).
-        per_class: Whether the rate shall hold for each predicted class, not only on the whole.
+        per_class: Whether the rate must apply to each predicted class, not only to all requests together.
 
     Attributes:
-        threshold: On the whole, where classes have none of their own.
+        screen: As given.
+        alpha: As given.
+        per_class: As given.
+        size: Number of clean scores.
+        threshold: Threshold on the score of a request, for classes that have no threshold of their own.
 
     Raises:
         UsageError: There are too few clean scores for alpha.
@@ -60,14 +66,19 @@ class Detector:
 
     @property
     def own_threshold(self) -> tuple[int, ...]:
-        """The classes that have enough clean images for a threshold of their own."""
+        """Indices of the classes that have enough clean images for a threshold of their own."""
         return self._conformal.own
 
-    def judge(self, embeddings: Embeddings) -> Judgement:
-        """Decide about requests.
+    def score(self, embeddings: Embeddings) -> Judgement:
+        """Score requests, and decide which of them to flag.
 
         Args:
-            embeddings: Shape [N, D].
+            embeddings: Image embeddings of the model that the profile belongs to: float32, shape [N, D], of any length
+                above 0, since they are L2-normalised here.
+
+        Returns:
+            For each request its scores, its p-value in [1 / (n + 1), 1], and whether it is flagged. Larger scores are
+            more suspicious; smaller p-values are.
 
         Raises:
             RequestError: Wrong shape, a value that is not finite, or a zero vector.
@@ -77,11 +88,11 @@ class Detector:
         return Judgement(scores, found, self._conformal.flags(found))
 
     def part_p_values(self, scores: Scores) -> Mapping[str, NDArray[np.float64]]:
-        """p-values of each score by itself, uncorrected, shape [N] each: what a stream monitor bets on."""
+        """The uncorrected p-values of each score by name, shape [N] each: what a monitor bets on."""
         return {name: p_values(clean, scores.parts[name]) for name, clean in self._parts.items()}
 
     def streams(self) -> tuple[WatchedScore, ...]:
-        """What a monitor can watch: the match to each trigger, and density on the whole and within each class."""
+        """The streams that a monitor can watch: the match to each trigger, and the density over all and per class."""
         attack = [
             WatchedScore(match(name), "attack", self.size) for name in self.screen.triggers if self.size >= MIN_ATTACK
         ]
@@ -90,7 +101,7 @@ class Detector:
         return (*attack, *drift, *within)
 
     def observations(self, scores: Scores) -> list[dict[str, float]]:
-        """For each request the p-values of the streams that it is part of."""
+        """For each request its p-value in each stream that the request belongs to, by name of the stream."""
         found = self.part_p_values(scores)
         rows = []
         for row, k in enumerate(scores.classes.tolist()):
@@ -104,5 +115,5 @@ class Detector:
 
 
 def drift_of(index: int) -> str:
-    """Name of the stream that watches one class."""
+    """Name of the stream that watches the density within one class."""
     return f"{DRIFT} class {index}"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from guard import profiles
+from guard.profiles import Profile
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_triggered_requests_are_flagged_and_clean_ones_pass(result: dict[str, An
 
 
 def test_what_it_leaves_is_usable(out: Path) -> None:
-    profile = profiles.read(out / "profiles" / "backdoored")
+    profile = Profile.open(out / "profiles" / "backdoored")
     assert profile.document.vetting.verdict.target == 0
     assert profile.document.vetting.reference_model.kind == "base"
     for name in ("base", "backdoored", "clean-twin"):

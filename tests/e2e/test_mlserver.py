@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from guard import profiles
 from guard.classifiers import ExportedClassifier
+from guard.profiles import Profile
 from guard.triggers import Patch
 from tests.conftest import random_images
 from tests.e2e.environments import environment
@@ -88,11 +88,11 @@ def mlserver(mlserver_python: Path, exported: Path, tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="module")
 def addresses(
-    mlserver: str, exported: Path, profile: profiles.Profile, tmp_path_factory: pytest.TempPathFactory
+    mlserver: str, exported: Path, profile: Profile, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
     """Where to ask: the server itself, and two sidecars before it."""
     folder = tmp_path_factory.mktemp("sidecars")
-    profiles.write(profile, folder / "profile", report="")
+    profile.save(folder / "profile")
     launch = Launcher(folder)
     common = ("--profile", folder / "profile", "--upstream", mlserver, "--timeout", "30")
     with ExitStack() as stack:
@@ -276,13 +276,13 @@ def decide(address: str, images: Floats) -> list[str]:
 
 @pytest.mark.parametrize("via", VIAS[1:])
 def test_triggered_images_are_flagged_and_clean_ones_pass(
-    addresses: dict[str, str], via: str, clean: Floats, triggered: Floats, profile: profiles.Profile,
+    addresses: dict[str, str], via: str, clean: Floats, triggered: Floats, profile: Profile,
     classify: ExportedClassifier,
 ) -> None:  # fmt: skip
     detector = profile.detector()
     for batch, most in ((clean, "pass"), (triggered, "flag")):
         found = decide(addresses[via], batch)
-        flags = detector.judge(classify.run(batch)[0]).flags
+        flags = detector.score(classify.run(batch)[0]).flags
         assert found == ["flag" if flag else "pass" for flag in flags]
         assert found.count(most) >= 0.8 * len(batch)
 
@@ -315,7 +315,7 @@ def test_kserves_client(
 
 def test_mlservers_own_streaming_client(
     addresses: dict[str, str], via: str, mlserver_python: Path, clean: Floats, triggered: Floats,
-    profile: profiles.Profile, classify: ExportedClassifier, tmp_path: Path,
+    profile: Profile, classify: ExportedClassifier, tmp_path: Path,
 ) -> None:  # fmt: skip
     batches = {f"{index:03}": (clean, triggered)[index % 2][index : index + 2] for index in range(8)}
     np.savez(tmp_path / "in.npz", **batches)  # type: ignore[arg-type] # as above
@@ -325,7 +325,7 @@ def test_mlservers_own_streaming_client(
     for name, batch in batches.items():
         embeddings, logits = classify.run(batch)
         np.testing.assert_allclose(found[name], logits, atol=1e-4)
-        decision = "flag" if detector.judge(embeddings).flags.any() else "pass"
+        decision = "flag" if detector.score(embeddings).flags.any() else "pass"
         assert str(found[f"decision-{name}"]) == ("" if via == "direct" else decision)
 
 

@@ -153,7 +153,7 @@ class Checker:
 
     def _score(self, embeddings: Floats, message: ModelInferRequest, trace_id: str, images: Floats | None) -> Outcome:
         with self.metrics.stage("screening"):
-            found = self._detector.judge(embeddings)
+            found = self._detector.score(embeddings)
         names = self._detector.screen.triggers
         flags = self.watch.follow(found, message, trace_id, images)
         return Outcome(

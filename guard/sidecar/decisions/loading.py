@@ -1,6 +1,5 @@
 """Reading of the profile and of the exported classifier of a model."""
 
-from guard import profiles
 from guard.classifiers import ExportedClassifier
 from guard.errors import ProfileError
 from guard.profiles import Profile
@@ -34,7 +33,7 @@ def read_profile(settings: ModelSettings) -> Profile:
     """
     if settings.profile is None:
         raise ValueError("the settings name no profile")
-    return profiles.read(settings.profile)
+    return Profile.open(settings.profile)
 
 
 def match(profile: Profile, model: ExportedClassifier, settings: ModelSettings) -> None:

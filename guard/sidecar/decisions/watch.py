@@ -124,7 +124,7 @@ class Watch:
             return SecondLook(
                 triggers,
                 embed=lambda images: model.run(model.preprocessing.normalise(images)),
-                p_values=lambda embeddings: self._detector.judge(embeddings).p_values,
+                p_values=lambda embeddings: self._detector.score(embeddings).p_values,
                 classes=document.model.classes.names,
                 alpha=self._detector.alpha,
                 max_per_second=self._settings.second_looks,

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from guard import profiles
 from guard.classifiers import ExportedClassifier
 from guard.demo.traffic import scrape
+from guard.profiles import Profile
 from guard.protocol import SERVICE
 from guard.protocol.inference_pb2 import (
     ModelInferRequest,
@@ -118,9 +118,9 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launcher:
 
 
 @pytest.fixture(scope="session")
-def served_profile(profile: profiles.Profile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def served_profile(profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("served") / "profile"
-    profiles.write(profile, directory, report="")
+    profile.save(directory)
     return directory
 
 

@@ -88,7 +88,7 @@ def operator(sidecar: Sidecar) -> Iterator[Operator]:
 
 @pytest.fixture(scope="module")
 def flagged(classify: ExportedClassifier, profile: Profile, triggered: Floats) -> Floats:
-    return triggered[profile.detector().judge(classify.run(triggered)[0]).flags]
+    return triggered[profile.detector().score(classify.run(triggered)[0]).flags]
 
 
 def test_the_service_says_what_the_sidecar_is_and_what_it_screens_with(

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from guard import profiles
 from guard.classifiers.digest import ClassifierDigest
 from guard.diagnostics import Status
 from guard.diagnostics.preflight import preflight
@@ -100,7 +99,7 @@ def test_a_configuration_that_is_wrong_is_one_line_and_code_2(served_profile: Pa
 def test_a_profile_of_another_model_fails_the_digest(exported: Path, profile: Profile, tmp_path: Path) -> None:
     parts = {**profile.document.model.parts, "weights": "0" * 64}
     other = replace(profile.document.model, parts=parts, digest=ClassifierDigest(parts).root)
-    profiles.write(replace(profile, document=replace(profile.document, model=other)), tmp_path / "other", report="")
+    replace(profile, document=replace(profile.document, model=other)).save(tmp_path / "other")
     assert failed(findings(model=exported, profile=tmp_path / "other")) == {"digest": 4}
 
 
@@ -108,7 +107,7 @@ def test_a_profile_without_calibration_fails_and_one_that_is_missing_hides_nothi
     exported: Path, profile: Profile, tmp_path: Path
 ) -> None:
     fresh = Profile(replace(profile.document, calibration=None), profile.triggers)
-    profiles.write(fresh, tmp_path / "fresh", report="")
+    fresh.save(tmp_path / "fresh")
     assert failed(findings(model=exported, profile=tmp_path / "fresh")) == {"calibration": 4}
     found = findings(model=exported, profile=tmp_path / "absent")
     assert failed(found) == {"profile": 4}

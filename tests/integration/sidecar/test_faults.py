@@ -43,16 +43,16 @@ FAULTY = """
 import os, pathlib
 from guard.screening import Detector
 
-judge, folder = Detector.judge, pathlib.Path(os.environ["FAULTS"])
+score, folder = Detector.score, pathlib.Path(os.environ["FAULTS"])
 
 def faulty(self, embeddings):
     if (folder / "raise").exists():
         raise ZeroDivisionError("broken on purpose")
     if (folder / "block").exists():
         (folder / "gate").read_bytes()
-    return judge(self, embeddings)
+    return score(self, embeddings)
 
-Detector.judge = faulty
+Detector.score = faulty
 """
 """Loaded by the sidecar's interpreter as it starts: screening that fails, or that waits for somebody at the gate."""
 
@@ -295,7 +295,7 @@ def test_under_open_what_such_a_model_answers_is_screened_and_never_passes(
 ) -> None:
     server.reset()
     images = np.concatenate([clean, triggered])
-    flags = profile.detector().judge(classify.run(images)[0]).flags
+    flags = profile.detector().score(classify.run(images)[0]).flags
     arguments = source_arguments(source, server, exported)
     lenient = ("--profile", served_profile, "--require-vetted", "--failure-policy", "open", "--mode", "block")
     with launch(*arguments, *lenient) as sidecar, connected(sidecar.address) as client:

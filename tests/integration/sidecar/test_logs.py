@@ -85,7 +85,7 @@ def test_a_sidecar_logs_in_the_form_that_was_asked_for(
 
 @pytest.fixture(scope="module")
 def flagged(classify: Any, profile: Any, triggered: Floats) -> Floats:
-    images: Floats = triggered[profile.detector().judge(classify.run(triggered)[0]).flags]
+    images: Floats = triggered[profile.detector().score(classify.run(triggered)[0]).flags]
     return images
 
 

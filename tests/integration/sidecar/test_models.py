@@ -69,13 +69,13 @@ def configuration(place: Path, models: Sequence[Mapping[str, object]], **top: ob
 @pytest.fixture(scope="module")
 def loose(profile: Profile, classifier: Classifier, images: Any) -> Profile:
     """The profile calibrated for more false alarms."""
-    return profiles.calibrate(profile, classifier, images, 0.1, seed=1)
+    return profile.calibrate(classifier, images, 0.1, seed=1)
 
 
 @pytest.fixture(scope="module")
 def loose_profile(loose: Profile, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("loose") / "profile"
-    profiles.write(loose, directory, report="")
+    loose.save(directory)
     return directory
 
 
@@ -97,14 +97,14 @@ def other(profile: Profile, images: Any, tmp_path_factory: pytest.TempPathFactor
     export(classifier, folder / "exported", images)
     model = replace(profile.document.model, digest=classifier.digest.root, parts=classifier.digest.parts)
     own = replace(profile, document=replace(profile.document, model=model, calibration=None), reference=None)
-    calibrated = profiles.calibrate(own, classifier, images, 0.05)
-    profiles.write(calibrated, folder / "profile", report="")
+    calibrated = own.calibrate(classifier, images, 0.05)
+    calibrated.save(folder / "profile")
     classify = ExportedClassifier(folder / "exported", threads=1, gpu=False)
     return Other(folder / "exported", calibrated, folder / "profile", classify)
 
 
 def judged(profile: Profile, classify: ExportedClassifier, images: Floats) -> NDArray[np.float64]:
-    return profile.detector().judge(classify.run(images)[0]).p_values
+    return profile.detector().score(classify.run(images)[0]).p_values
 
 
 @pytest.fixture(scope="module")
@@ -598,7 +598,7 @@ def broken(kind: str, profile: Profile, other: Other, folder: Path) -> Path:
     place = folder / kind
     if kind == "uncalibrated":
         profile = Profile(replace(profile.document, calibration=None), profile.triggers)
-    profiles.write(other.profile if kind == "foreign" else profile, place, report="")
+    other.profile if kind == "foreign" else profile.save(place)
     if kind == "truncated":
         file = place / "reference.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
@@ -615,7 +615,7 @@ def test_a_profile_that_is_replaced_is_taken_between_two_requests_and_a_broken_o
     assert changing.counts() == (0, 0, 0)
     with traffic(sidecar, doubtful[:1]) as sent:
         eventually(lambda: len(sent.replies) > 5, "traffic")
-        profiles.write(loose, changing.profile, report="")
+        loose.save(changing.profile)
         eventually(lambda: sidecar.metric("guard_alpha_ratio", model="a") == 0.1, "the new profile")
         after = len(sent.replies) + 5
         eventually(lambda: len(sent.replies) > after, "more traffic")
@@ -630,7 +630,7 @@ def test_a_profile_that_is_replaced_is_taken_between_two_requests_and_a_broken_o
         assert changing.counts() == (1, 4, 1)
         after = len(sent.replies) + 5
         eventually(lambda: len(sent.replies) > after, "more traffic")
-        profiles.write(profile, changing.profile, report="")
+        profile.save(changing.profile)
         changing.look()
         assert changing.counts() == (2, 4, 0)
         after = len(sent.replies) + 5
@@ -690,7 +690,7 @@ def test_a_model_and_its_profile_are_replaced_together(
         # Half of the way: both old ones stay, as they belong together.
         assert changing.counts() == (0, 1, 1)
         np.testing.assert_allclose(logits(client), classify.run(passed[:1])[1][0], atol=1e-4)
-        profiles.write(other.profile, changing.profile, report="")
+        other.profile.save(changing.profile)
         changing.look()
         assert changing.counts() == (1, 1, 0)
         for _ in range(3):
@@ -736,8 +736,8 @@ def test_an_alpha_replaces_that_of_the_calibration(
     embeddings = classify.run(images)[0]
     # Where rounding decides, a batch and a single image may differ.
     clear = abs(detector.screen.score_samples(embeddings).values - detector.threshold.value) > 0.01
-    expected = detector.judge(embeddings).flags[clear]
-    assert expected.sum() > profile.detector().judge(embeddings).flags.sum()
+    expected = detector.score(embeddings).flags[clear]
+    assert expected.sum() > profile.detector().score(embeddings).flags.sum()
     with (
         launch("--model", exported, "--profile", served_profile, "--alpha", "0.2") as sidecar,
         connected(sidecar.address) as client,

@@ -9,7 +9,6 @@ import grpc
 import numpy as np
 import pytest
 
-from guard import profiles
 from guard.classifiers import ExportedClassifier
 from guard.classifiers.digest import ClassifierDigest
 from guard.profiles import Profile
@@ -153,7 +152,7 @@ def test_a_profile_of_another_model_is_one_line_and_code_4(exported: Path, profi
     model = profile.document.model
     parts = {**model.parts, "weights": "0" * 64}
     other = replace(model, parts=parts, digest=ClassifierDigest(parts).root)
-    profiles.write(replace(profile, document=replace(profile.document, model=other)), tmp_path / "other", report="")
+    replace(profile, document=replace(profile.document, model=other)).save(tmp_path / "other")
     code, lines = refused_start("--model", exported, "--profile", tmp_path / "other")
     assert code == 4
     assert len(lines) == 1, lines
@@ -164,7 +163,7 @@ def test_a_profile_that_was_not_calibrated_is_one_line_and_code_4(
     exported: Path, profile: Profile, tmp_path: Path
 ) -> None:
     fresh = Profile(replace(profile.document, calibration=None), profile.triggers)
-    profiles.write(fresh, tmp_path / "fresh", report="")
+    fresh.save(tmp_path / "fresh")
     code, lines = refused_start("--model", exported, "--profile", tmp_path / "fresh")
     assert code == 4
     assert len(lines) == 1, lines

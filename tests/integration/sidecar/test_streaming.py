@@ -124,12 +124,12 @@ def reading(start: Start, tritons: Server) -> Iterator[Sidecar]:
 
 @pytest.fixture(scope="module")
 def flagged(classify: ExportedClassifier, profile: Profile, triggered: Floats) -> Floats:
-    return triggered[profile.detector().judge(classify.run(triggered)[0]).p_values < 0.01]
+    return triggered[profile.detector().score(classify.run(triggered)[0]).p_values < 0.01]
 
 
 @pytest.fixture(scope="module")
 def passed(classify: ExportedClassifier, profile: Profile, clean: Floats) -> Floats:
-    return clean[profile.detector().judge(classify.run(clean)[0]).p_values > 0.1]
+    return clean[profile.detector().score(classify.run(clean)[0]).p_values > 0.1]
 
 
 def request(images: Floats, request_id: str = "", **more: Any) -> bytes:

@@ -30,7 +30,7 @@ def ask(sidecar: Sidecar, images: Floats, **more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def flagged(classify: ExportedClassifier, profile: Profile, triggered: Floats) -> Floats:
-    return triggered[profile.detector().judge(classify.run(triggered)[0]).flags]
+    return triggered[profile.detector().score(classify.run(triggered)[0]).flags]
 
 
 def test_each_flagged_image_is_noted_with_what_led_to_it(
@@ -128,8 +128,8 @@ def test_a_sample_of_the_traffic_sets_a_new_threshold(
     assert embeddings.shape == (80, 16)
     known = {tuple(row) for row in classifier.embed(random_images(100, seed=9)).numpy().round(3).tolist()}
     assert {tuple(row) for row in embeddings.round(3).tolist()} <= known
-    before = profiles.read(served_profile)
-    after = profiles.calibrate_embeddings(before, embeddings, 0.05).document.calibration
+    before = Profile.open(served_profile)
+    after = before.recalibrate(embeddings, 0.05).document.calibration
     assert after
     assert before.document.calibration
     assert after.reference == before.document.calibration.reference

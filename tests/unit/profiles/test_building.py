@@ -9,7 +9,7 @@ from guard import profiles
 from guard.classifiers import Classifier
 from guard.errors import EmbeddingsError, ProfileError, UsageError
 from guard.profiles import Profile
-from guard.profiles.profile import Array
+from guard.profiles.document import Array
 from guard.triggers import FAMILIES, Patch
 from tests.conftest import SIZE
 
@@ -21,8 +21,8 @@ def test_near_duplicates_stay_on_one_side_of_the_split(
     copies = images[:60].repeat(4, 1, 1, 1)
     bare = replace(profile, document=replace(profile.document, triggers=()), triggers={})
     apart, together = (
-        profiles.calibrate(bare, classifier, copies, 0.05, k=1, groups=groups).reference
-        for groups in (None, torch.arange(60).repeat(4))
+        bare.calibrate(classifier, copies, 0.05, k=1, groups=groups).reference
+        for groups in (None, np.tile(np.arange(60), 4))
     )
     assert apart
     assert together
@@ -33,8 +33,8 @@ def test_near_duplicates_stay_on_one_side_of_the_split(
 
 def test_without_groups_each_image_is_one(profile: Profile, classifier: Classifier, images: torch.Tensor) -> None:
     plain, grouped = (
-        profiles.calibrate(profile, classifier, images, 0.05, groups=groups).document.calibration
-        for groups in (None, torch.arange(len(images)))
+        profile.calibrate(classifier, images, 0.05, groups=groups).document.calibration
+        for groups in (None, np.arange(len(images)))
     )
     assert plain == grouped
 
@@ -50,8 +50,7 @@ def test_images_that_carry_a_trigger_are_left_out_and_named(
     poisoned[rows] = trigger.stamp(images[rows])
     names = [f"{place:04}.png" for place in range(len(images))]
     clean, other = (
-        profiles.calibrate(profile, classifier, part, 0.05, names=names).document.calibration
-        for part in (images, poisoned)
+        profile.calibrate(classifier, part, 0.05, names=names).document.calibration for part in (images, poisoned)
     )
     assert clean
     assert other
@@ -69,7 +68,7 @@ def test_embeddings_alone_replace_the_threshold_and_need_banks(
     profile: Profile, classifier: Classifier, images: torch.Tensor
 ) -> None:
     embeddings = classifier.embed(images).numpy()
-    again = profiles.calibrate_embeddings(profile, embeddings, 0.01, per_class=True)
+    again = profile.recalibrate(embeddings, 0.01, per_class=True)
     assert again.reference
     assert profile.reference
     assert again.reference.banks is profile.reference.banks
@@ -79,9 +78,9 @@ def test_embeddings_alone_replace_the_threshold_and_need_banks(
     assert record.threshold.size + record.held_out + len(record.left_out) == len(images)
     bare = Profile(replace(profile.document, calibration=None), profile.triggers)
     with pytest.raises(ProfileError, match="calibrate it with images once"):
-        profiles.calibrate_embeddings(bare, embeddings, 0.01)
+        bare.recalibrate(embeddings, 0.01)
     with pytest.raises(UsageError, match="at least 999"):
-        profiles.calibrate_embeddings(profile, embeddings, 0.001)
+        profile.recalibrate(embeddings, 0.001)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +116,8 @@ def test_triggers_of_every_family_come_back_from_disk(profile: Profile, images: 
     shape, generator = (3, SIZE, SIZE), torch.Generator().manual_seed(0)
     found = {name: family.constrain(family.start(1, shape, generator))[0] for name, family in FAMILIES.items()}
     tensors = {name: {key: t.numpy() for key, t in trigger.tensors().items()} for name, trigger in found.items()}
-    profiles.write(with_triggers(profile, tensors), tmp_path / "profile", report="")
-    read = profiles.load_triggers(profiles.read(tmp_path / "profile"))
+    with_triggers(profile, tensors).save(tmp_path / "profile")
+    read = Profile.open(tmp_path / "profile").load_triggers()
     for name, trigger in found.items():
         assert torch.equal(read[f"{name}-1"].stamp(images[:4]), trigger.stamp(images[:4]))
 
@@ -140,15 +139,15 @@ def test_tensors_that_make_no_trigger_are_refused(
 ) -> None:
     hostile = with_triggers(profile, {family: {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}})
     with pytest.raises(ProfileError, match=reason):
-        profiles.load_triggers(hostile)
+        hostile.load_triggers()
 
 
 def test_a_file_with_tensors_that_make_no_trigger_is_refused_and_an_unknown_family_is_handed_on(
     profile: Profile, tmp_path: Path
 ) -> None:
     field = np.zeros((2, 8, 9), np.float32)
-    profiles.write(with_triggers(profile, {"warp": {"field": field}}), tmp_path / "damaged", report="")
+    with_triggers(profile, {"warp": {"field": field}}).save(tmp_path / "damaged")
     with pytest.raises(ProfileError, match=r"'warp-1' is not a warp trigger: field has shape"):
-        profiles.read(tmp_path / "damaged")
-    profiles.write(with_triggers(profile, {"curse": {"field": field}}), tmp_path / "newer", report="")
-    assert profiles.read(tmp_path / "newer").triggers.keys() == {"curse-1"}
+        Profile.open(tmp_path / "damaged")
+    with_triggers(profile, {"curse": {"field": field}}).save(tmp_path / "newer")
+    assert Profile.open(tmp_path / "newer").triggers.keys() == {"curse-1"}

@@ -12,12 +12,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from guard import profiles
 from guard.classifiers import Classifier
 from guard.classifiers.digest import PARTS, ClassifierDigest, sha256
 from guard.errors import ProfileError, UsageError
 from guard.profiles import Profile, storage
-from guard.profiles.profile import SCHEMA
+from guard.profiles.document import SCHEMA
 
 DOCUMENT, TRIGGERS, REFERENCE = "profile.json", "triggers.safetensors", "reference.safetensors"
 Tensors = dict[str, NDArray[Any]]
@@ -25,7 +24,7 @@ Tensors = dict[str, NDArray[Any]]
 
 def refused(directory: Path, file: str) -> str:
     with pytest.raises(ProfileError) as caught:
-        profiles.read(directory)
+        Profile.open(directory)
     message = str(caught.value)
     assert file in message
     assert str(directory) in message
@@ -59,7 +58,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def test_a_profile_is_read_as_it_was_written(profile: Profile, profile_directory: Path) -> None:
-    read = profiles.read(profile_directory)
+    read = Profile.open(profile_directory)
     assert asdict(replace(read.document, files={})) == asdict(replace(profile.document, files={}))
     assert set(read.document.files) == {TRIGGERS, REFERENCE}
     assert read.triggers.keys() == profile.triggers.keys()
@@ -79,13 +78,13 @@ def test_a_profile_is_read_as_it_was_written(profile: Profile, profile_directory
         np.testing.assert_array_equal(after.banks.stamped[name], bank)
     assert list(after.clean.parts) == list(before.clean.parts)
     requests = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
-    judged, again = profile.detector().judge(requests), read.detector().judge(requests)
+    judged, again = profile.detector().score(requests), read.detector().score(requests)
     np.testing.assert_array_equal(again.p_values, judged.p_values)
 
 
 def test_a_large_bank_is_mapped_and_not_copied(profile_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "MAPPED_BYTES", 0)
-    reference = profiles.read(profile_directory).reference
+    reference = Profile.open(profile_directory).reference
     assert reference is not None
     for bank in (reference.banks.reference, *reference.banks.stamped.values()):
         assert isinstance(bank, np.memmap)
@@ -93,7 +92,7 @@ def test_a_large_bank_is_mapped_and_not_copied(profile_directory: Path, monkeypa
 
 
 def test_a_bank_outlives_its_file(profile_directory: Path) -> None:
-    reference = profiles.read(profile_directory).reference
+    reference = Profile.open(profile_directory).reference
     assert reference is not None
     before = [bank.copy() for bank in reference.banks.stamped.values()]
     with (profile_directory / REFERENCE).open("r+b") as file:
@@ -112,7 +111,7 @@ def test_tensors_that_are_too_large_are_not_read(profile_directory: Path) -> Non
 
 def test_writing_what_was_read_changes_nothing(profile_directory: Path, tmp_path: Path) -> None:
     again = tmp_path / "deep" / "again"
-    profiles.write(profiles.read(profile_directory), again, report="<html></html>")
+    Profile.open(profile_directory).save(again, report="<html></html>")
     assert document(again) == document(profile_directory)
     for file in (TRIGGERS, REFERENCE):
         assert (again / file).read_bytes() == (profile_directory / file).read_bytes()
@@ -120,8 +119,8 @@ def test_writing_what_was_read_changes_nothing(profile_directory: Path, tmp_path
 
 def test_a_profile_that_was_not_calibrated_is_read_and_has_no_screen(profile: Profile, tmp_path: Path) -> None:
     fresh = Profile(replace(profile.document, calibration=None), profile.triggers)
-    profiles.write(fresh, tmp_path / "fresh", report="")
-    read = profiles.read(tmp_path / "fresh")
+    fresh.save(tmp_path / "fresh")
+    read = Profile.open(tmp_path / "fresh")
     assert read.reference is None
     assert not (tmp_path / "fresh" / REFERENCE).exists()
     with pytest.raises(ProfileError, match="run guard calibrate"):
@@ -132,8 +131,8 @@ def test_a_profile_without_triggers_is_read(
     profile: Profile, classifier: Classifier, images: torch.Tensor, tmp_path: Path
 ) -> None:
     bare = Profile(replace(profile.document, triggers=()), {})
-    profiles.write(profiles.calibrate(bare, classifier, images, 0.02), tmp_path / "clean", report="")
-    read = profiles.read(tmp_path / "clean")
+    bare.calibrate(classifier, images, 0.02).save(tmp_path / "clean")
+    read = Profile.open(tmp_path / "clean")
     assert read.triggers == {}
     assert read.detector().screen.triggers == ()
 
@@ -254,7 +253,7 @@ def test_any_value_of_the_document_may_be_anything_without_another_error(profile
             parent[path[-1]] = value
             (profile_directory / DOCUMENT).write_text(json.dumps(changed), encoding="utf-8")
             try:
-                read = profiles.read(profile_directory)
+                read = Profile.open(profile_directory)
                 if read.document.calibration is not None:
                     read.detector()
             except ProfileError as error:
@@ -384,7 +383,7 @@ def test_a_failed_write_leaves_the_old_profile_and_nothing_else(
     for method in ("write_bytes", "write_text"):
         monkeypatch.setattr(Path, method, filling(getattr(Path, method)))
     with pytest.raises(OSError, match="No space left"):
-        profiles.write(profile, profile_directory, report="another")
+        profile.save(profile_directory, report="another")
     monkeypatch.undo()
     assert contents(profile_directory) == before
     assert [path.name for path in profile_directory.parent.iterdir()] == [profile_directory.name]
@@ -396,18 +395,16 @@ def test_a_document_that_cannot_be_written_leaves_the_old_profile(profile: Profi
     assert calibration is not None
     broken = replace(calibration, threshold=replace(calibration.threshold, value=float("nan")))
     with pytest.raises(ValueError, match="JSON compliant"):
-        profiles.write(
-            replace(profile, document=replace(profile.document, calibration=broken)), profile_directory, report=""
-        )
+        replace(profile, document=replace(profile.document, calibration=broken)).save(profile_directory)
     assert contents(profile_directory) == before
 
 
 def test_a_profile_takes_the_place_of_an_older_one_as_a_whole(profile: Profile, profile_directory: Path) -> None:
     fresh = Profile(replace(profile.document, calibration=None), profile.triggers)
-    profiles.write(fresh, profile_directory, report="new")
+    fresh.save(profile_directory, report="new")
     assert set(contents(profile_directory)) == {DOCUMENT, TRIGGERS, "report.html"}
     assert [path.name for path in profile_directory.parent.iterdir()] == [profile_directory.name]
-    assert profiles.read(profile_directory).document.calibration is None
+    assert Profile.open(profile_directory).document.calibration is None
 
 
 def test_a_foreign_directory_is_not_replaced(profile: Profile, tmp_path: Path) -> None:
@@ -415,7 +412,7 @@ def test_a_foreign_directory_is_not_replaced(profile: Profile, tmp_path: Path) -
     foreign.mkdir()
     (foreign / "mine.txt").write_text("precious", encoding="utf-8")
     with pytest.raises(UsageError, match=r"photos exists and has no profile\.json"):
-        profiles.write(profile, foreign, report="")
+        profile.save(foreign)
     assert contents(foreign) == {"mine.txt": b"precious"}
     assert list(tmp_path.iterdir()) == [foreign]
 
@@ -424,14 +421,14 @@ def test_a_foreign_file_is_not_replaced(profile: Profile, tmp_path: Path) -> Non
     foreign = tmp_path / "notes"
     foreign.write_text("precious", encoding="utf-8")
     with pytest.raises(UsageError, match="choose another place"):
-        profiles.write(profile, foreign, report="")
+        profile.save(foreign)
     assert foreign.read_text(encoding="utf-8") == "precious"
 
 
 def test_an_empty_directory_is_filled(profile: Profile, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    profiles.write(profile, tmp_path / "empty", report="")
-    assert profiles.read(tmp_path / "empty").reference is not None
+    profile.save(tmp_path / "empty")
+    assert Profile.open(tmp_path / "empty").reference is not None
 
 
 def test_a_profile_is_accepted_for_its_model(profile: Profile) -> None:
@@ -460,7 +457,7 @@ def test_a_profile_of_release_0_1_is_read_under_todays_names(profile: Profile, p
         vetting["effort"]["self_control"] = vetting["effort"].pop("derived_reference")
 
     change_document(profile_directory, older)
-    read = profiles.read(profile_directory).document
+    read = Profile.open(profile_directory).document
     assert read.schema == SCHEMA
     assert {item.reference_model for item in read.vetting.results} == {"derived"}
     assert read.vetting.checks == profile.document.vetting.checks

@@ -8,8 +8,8 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from guard import profiles, report
-from guard.profiles import NearestText, Profile
+from guard import report
+from guard.profiles import Document, NearestText, Profile
 from guard.triggers import FAMILIES, Additive, InvertibleTrigger, Patch
 from guard.vetting import ClassStatistic, FamilyResult, ReferenceModel
 from tests.conftest import SIZE
@@ -34,7 +34,7 @@ def vetted(profile: Profile, **changes: object) -> Profile:
 def renamed(profile: Profile, name: str) -> Profile:
     """The profile with this name for the class that is accused, everywhere."""
     text = json.dumps(asdict(profile.document)).replace('"dog"', json.dumps(name))
-    document = TypeAdapter(profiles.Document).validate_json(text)
+    document = TypeAdapter(Document).validate_json(text)
     return replace(profile, document=document)
 
 

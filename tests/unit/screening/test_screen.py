@@ -127,8 +127,8 @@ def test_triggered_requests_are_told_from_genuine_images_of_the_target_class() -
     clean, requests = embeddings(1500, seed=3), embeddings(1500, seed=4)
     screen = Screen(Banks.fit(CLEAN, {"first": quiet_trigger(CLEAN, 1)}, HEAD, k=4))
     detector = Detector(screen, screen.score_samples(clean), 0.01)
-    found = detector.judge(quiet_trigger(requests, 1)).flags.mean()
-    genuine = detector.judge(requests[(requests @ HEAD).argmax(1) == 1])
+    found = detector.score(quiet_trigger(requests, 1)).flags.mean()
+    genuine = detector.score(requests[(requests @ HEAD).argmax(1) == 1])
     raw = Neighbours(CLEAN), Neighbours(quiet_trigger(CLEAN, 1))
 
     def euclidean(values: Floats) -> NDArray[Any]:

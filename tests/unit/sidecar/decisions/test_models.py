@@ -12,9 +12,9 @@ import pytest
 from numpy.typing import NDArray
 from torch import Tensor
 
-from guard import profiles
 from guard.classifiers import Classifier
 from guard.errors import GuardError
+from guard.profiles import Profile
 from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.sidecar import Settings
 from guard.sidecar.decisions.evidence import Recorder
@@ -32,9 +32,9 @@ Make = Callable[..., Models]
 
 
 @pytest.fixture(scope="module")
-def place(profile: profiles.Profile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "profile"
-    profiles.write(profile, directory, report="")
+    profile.save(directory)
     return directory
 
 
@@ -157,7 +157,7 @@ def test_a_model_that_cannot_be_loaded_stops_the_start(make: Make, tmp_path: Pat
 
 
 def test_a_certificate_beside_the_profile_does_not_make_the_monitor_forget_and_a_new_calibration_does(
-    place: Path, profile: profiles.Profile, classifier: Classifier, images: Tensor, trigger: Patch, tmp_path: Path
+    place: Path, profile: Profile, classifier: Classifier, images: Tensor, trigger: Patch, tmp_path: Path
 ) -> None:
     directory = tmp_path / "profile"
     shutil.copytree(place, directory)
@@ -183,7 +183,7 @@ def test_a_certificate_beside_the_profile_does_not_make_the_monitor_forget_and_a
         asyncio.run(models.refresh())
         check(attack[:1])
         assert alarm() == 1
-        profiles.write(profiles.calibrate(profile, classifier, images, 0.1, seed=1), directory, report="")
+        profile.calibrate(classifier, images, 0.1, seed=1).save(directory)
         asyncio.run(models.refresh())
         check(attack[:1])
         assert alarm() == 0

@@ -1,0 +1,187 @@
+"""What a profile says, as records: the contents of `profile.json`, and the banks beside it. No torch here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from guard.classifiers.classes import ClassList
+from guard.classifiers.preprocessing import Preprocessing
+from guard.screening import Banks, Scores, Tail, Threshold
+from guard.vetting.results import Check, FamilyResult, ReferenceModel, Verdict
+
+SCHEMA = 4
+
+Array = NDArray[np.float32]
+TriggerTensors = Mapping[str, Mapping[str, Array]]
+"""Trigger id → tensor name → values."""
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """The classifier that a profile belongs to.
+
+    Attributes:
+        source: Where the classifier was loaded from, as the user gave it.
+        digest: Root digest of the classifier.
+        parts: Digest of each part of the classifier, so that a mismatch can name what differs.
+        classes: Class names and prompt templates.
+        preprocessing: How an image becomes the input of the image tower.
+        embedding: Length of an embedding.
+    """
+
+    source: str
+    digest: str
+    parts: Mapping[str, str]
+    classes: ClassList
+    preprocessing: Preprocessing
+    embedding: int
+
+
+@dataclass(frozen=True)
+class NearestText:
+    """A text whose embedding lies near the target feature of a trigger.
+
+    Attributes:
+        text: A class name, or a text of the vocabulary.
+        cosine: Cosine between the target feature and the embedding of the text, in [-1, 1].
+    """
+
+    text: str
+    cosine: float
+
+
+@dataclass(frozen=True)
+class TriggerRecord:
+    """A reconstructed trigger; its tensors are in `triggers.safetensors`.
+
+    Attributes:
+        id: Name of the trigger in metrics and replies.
+        family: Kind of transformation (`guard.triggers.FAMILIES`).
+        target: Index of the class that the trigger leads to.
+        norm: Norm of the trigger, in `norm_unit`.
+        norm_unit: Unit of the norm.
+        success: Attack success rate on images that were not used to find the trigger, in [0, 1].
+        p_value: p-value of the target class, combined over families and corrected for the number of classes.
+        nearest: The texts nearest to the target feature, nearest first.
+    """
+
+    id: str
+    family: str
+    target: int
+    norm: float
+    norm_unit: str
+    success: float
+    p_value: float
+    nearest: tuple[NearestText, ...]
+
+
+@dataclass(frozen=True)
+class VettingRecord:
+    """How a classifier was examined, and with what result.
+
+    Attributes:
+        verdict: The conclusion about the classifier.
+        results: One result for each trigger family.
+        checks: The smallest triggers found for the classes that stand out, tried on held-out images.
+        effort: Settings of the searches, with their seeds.
+        images: Number of images that were searched on, and number that were held out for the check.
+        reference_model: The model that the classifier was compared with.
+        device: The torch device that the examination ran on.
+        seconds: Wall-clock time of the examination, in seconds.
+        passes: Number of images that went through image towers.
+    """
+
+    verdict: Verdict
+    results: tuple[FamilyResult, ...]
+    checks: tuple[Check, ...]
+    effort: Mapping[str, Mapping[str, float]]
+    images: tuple[int, int]
+    reference_model: ReferenceModel
+    device: str
+    seconds: float
+    passes: int
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """An image that was given for calibration and not used, because it seems to carry a trigger.
+
+    Attributes:
+        image: Name of the image, or its number where it has no name.
+        part: `bank` for an image that was to fill the banks, `calibration` for one that was to set the threshold.
+        trigger: Id of the trigger that the image seems to carry.
+    """
+
+    image: str
+    part: Literal["bank", "calibration"]
+    trigger: str
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """How requests are compared, and how the threshold was set.
+
+    Attributes:
+        k: The neighbour that distances are taken to.
+        tails: For each score the tail of its distribution over the images of the bank.
+        shrinkage: Shrinkage of the covariance that embeddings are whitened with.
+        threshold: The threshold on all requests, its alpha, and the number of scores that it was set from.
+        per_class: Whether classes with enough images have a threshold of their own.
+        reference: Number of embeddings in the reference bank, and in each stamped bank.
+        held_out: Number of images that were kept out of banks and threshold.
+        false_alarms: Number of held-out images that are flagged.
+        left_out: Images that seem to carry a trigger.
+        seed: Seed for the random split of the images.
+    """
+
+    k: int
+    tails: Mapping[str, Tail]
+    shrinkage: float
+    threshold: Threshold
+    per_class: bool
+    reference: int
+    held_out: int
+    false_alarms: int
+    left_out: tuple[LeftOut, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """The contents of `profile.json`.
+
+    Attributes:
+        schema: Version of the document's form.
+        guard: Version of guard that wrote the document.
+        created: Time of creation: RFC 3339, UTC.
+        model: The classifier that the profile belongs to.
+        vetting: How the classifier was examined, and with what result.
+        triggers: The reconstructed triggers.
+        calibration: How the detector was calibrated; None before calibration.
+        files: SHA-256 of each tensor file beside the document.
+    """
+
+    schema: int
+    guard: str
+    created: str
+    model: ModelRecord
+    vetting: VettingRecord
+    triggers: tuple[TriggerRecord, ...]
+    calibration: CalibrationRecord | None
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What requests are compared with: the contents of `reference.safetensors`.
+
+    Attributes:
+        banks: Embeddings of clean images, without a trigger and with each trigger.
+        clean: Scores of clean images that are in no bank.
+    """
+
+    banks: Banks
+    clean: Scores
