@@ -1,4 +1,4 @@
-"""A small network that writes a perturbation for each image."""
+"""A generator: a small network that computes a perturbation for each image."""
 
 import math
 from dataclasses import dataclass
@@ -13,25 +13,25 @@ from guard.triggers.forms import GENERATOR_SLOPE
 
 _CHANNELS = 8
 _WRITTEN = 12
-"""Channels that the last convolution writes: red, green and blue of 2 × 2 pixels."""
+"""Channels of the last convolution: red, green and blue of 2 × 2 pixels."""
 _START_RADIUS = 16 / 255
 _RAW_SCALE = 8.0
-"""Standard deviation of raw weights at the start. The search takes steps of about 0.4, made for sigmoids; so a step is
-5 % of a weight."""
+"""Standard deviation of raw weights at the start. The search takes steps of about 0.4, which suit sigmoids; with this
+scale, a step is 5 % of a weight."""
 
 
 @dataclass(frozen=True, eq=False)
 class Generator(InvertibleTrigger):
     """x ↦ clip(x + radius · tanh(g(x)), 0, 1), with a convolutional network g.
 
-    For attacks that make a different trigger for each image (input-aware, Nguyen and Tran, NeurIPS 2020; LIRA, Doan et
-    al., ICCV 2021), and for what no other family has a form for. g is far smaller than theirs: three 3 × 3 convolutions
-    with leaky ReLUs between them, at half the resolution, which takes a quarter of the time; the last writes 2 × 2
-    pixels at once. Beside the image it sees two channels with the place along x and y in [−1, 1], so that it can act at
-    one place. Its reach, 11 px, does not grow with the image.
+    This family is for attacks that make a different trigger for each image (input-aware, Nguyen and Tran, NeurIPS 2020;
+    LIRA, Doan et al., ICCV 2021), and for triggers that no other family can express. g is far smaller than theirs:
+    three 3 × 3 convolutions with leaky ReLUs between them, at half the resolution, which takes a quarter of the time;
+    the last one writes 2 × 2 pixels at once. Besides the image it gets two channels with the position along x and y in
+    [−1, 1], so that it can act at one place. Its receptive field, 11 px, does not grow with the image.
 
     Attributes:
-        first: Weights from image and place to C channels: shape [C, 5, 3, 3] or [K, C, 5, 3, 3].
+        first: Weights from image and position to C channels: shape [C, 5, 3, 3] or [K, C, 5, 3, 3].
         first_bias: Shape [C] or [K, C].
         second: Shape [C, C, 3, 3] or [K, C, C, 3, 3].
         second_bias: Shape [C] or [K, C].
@@ -53,7 +53,7 @@ class Generator(InvertibleTrigger):
     strength: ClassVar[str] = "radius"
 
     def apply(self, images: Tensor) -> Tensor:
-        """Run the network (K of them side by side, as groups of channels), add and clip."""
+        """Run the network (or K networks side by side, as groups of channels), add its output and clip."""
         count, _, height, width = images.shape
         lead = self.radius.shape
         groups = lead.numel()
@@ -75,12 +75,12 @@ class Generator(InvertibleTrigger):
         return (images + self.radius[..., None, None, None, None] * delta).clamp(0, 1)
 
     def norm(self) -> Tensor:
-        """The radius in steps of 1/255: a bound of the ℓ∞ norm of the change, whatever the image."""
+        """Return the radius in steps of 1/255, which bounds the ℓ∞ norm of the change for every image."""
         return 255 * self.radius
 
     @classmethod
     def start(cls, count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Raw:  # noqa: ARG003 - any size
-        """Random networks at 16/255."""
+        """Start with random networks and a radius of 16/255."""
         device, channels = generator.device, _CHANNELS
         sizes = {
             "first": (channels, 5, 3, 3),
@@ -96,7 +96,10 @@ class Generator(InvertibleTrigger):
 
     @classmethod
     def constrain(cls, raw: Raw) -> Self:
-        """Weights scaled by √(2 / inputs) (He et al., ICCV 2015), so that tanh starts neither flat nor linear."""
+        """Return the trigger that the parameters stand for.
+
+        Weights are scaled by √(2 / inputs) (He et al., ICCV 2015), so that tanh starts neither saturated nor linear.
+        """
         weights = {
             name: raw[name] * (math.sqrt(2 / raw[name][0, 0].numel()) / _RAW_SCALE)
             for name in ("first", "second", "third")

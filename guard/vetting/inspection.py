@@ -1,15 +1,16 @@
-"""CLIP-Inspector: what a trigger of a given strength can do for each class.
+"""Inspection: what a trigger of limited strength can do for each class.
 
 Jindal et al., "CLIP-Inspector" (CVPR 2026 Findings), optimise one additive perturbation per class in an ℓ∞ ball, by the
-margin, in one epoch over unlabelled images, and call a class with an outlying loss backdoored. `clip_inspector` is that
-method. `Inspector` keeps its objective and its budget, and changes three things that cost it verdicts:
+margin, in one epoch over unlabelled images, and call a class with an outlying loss backdoored. That method, as it was
+published, is `guard.baselines.clip_inspector`. `Inspector` keeps its objective and its budget, and changes three things
+that led to wrong verdicts:
 
-- the ball is that of any family of triggers, since an additive one holds neither a patch nor a warp;
+- the ball is that of any family of triggers, since an additive ball contains neither a patch nor a warp;
 - the loss is the distance of `guard.vetting.lead`, against a reference model where there is one;
-- classes are judged by `guard.vetting.nulls`, with a p-value, not by a constant.
+- classes are judged by `guard.vetting.nulls`, with a p-value instead of a constant.
 
 A search for the *smallest* trigger, as in Neural Cleanse and in this package's reconstructions, needs ten times the
-steps for a statistic that repeats less well: it ends at whichever norm the last lucky batch let through.
+steps and gives a statistic that is less repeatable: it ends at whichever norm the last lucky batch let through.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,28 +38,28 @@ RADII: Mapping[str, float] = MappingProxyType(
         "generator": 16.0,
     }
 )
-"""Radius of each family's ball, in its unit of norm: strong enough for an attacker's shortcut, too weak for most
-natural ones. Chosen on the zoo `small` of seed 0."""
+"""Radius of the ball of each family, in its unit of norm: large enough for an attacker's shortcut, and too small for
+most natural shortcuts. Chosen on the zoo `small` of seed 0."""
 
 HEAD_START = 0.5
 """Share of a class's lead on untouched images that is taken from its lead under the trigger. Images are nearer to some
-classes than to others by nature, which widens the null. Taking none hides weak backdoors in that spread; taking all
-singles out, besides backdoors, the classes that a fine-tuning on shifted images moved. Chosen on the zoo `small` of
-seed 0, one clean model at a time left out of the table of nulls."""
+classes than to others by nature, which widens the null. To subtract nothing hides weak backdoors in that spread; to
+subtract all of it singles out, besides backdoors, the classes that a fine-tuning on shifted images moved. Chosen on the
+zoo `small` of seed 0, one clean model at a time left out of the table of nulls."""
 
 
 @dataclass(frozen=True)
 class Inspected:
-    """What the ball of one family can do for one class.
+    """What the triggers in the ball of one family can do for one class.
 
     Attributes:
         target: Class index.
-        lead: The mean lead of the class under the trigger, the negative of `Lead.distance`, less `HEAD_START` of what
-            it is without one; larger is more suspicious.
-        success: Share of the last images, of other classes, that go to the class on the suspect and not on the
-            reference model, in [0, 1].
-        raw: Unconstrained parameters of the trigger: where a reconstruction starts.
-        passes: Images pushed through image towers.
+        lead: Mean lead of the class under the trigger, which is the negative of `Lead.distance`, less `HEAD_START`
+            times its lead without a trigger; larger is more suspicious.
+        success: Share of the images of other classes in the last batches that go to the class on the suspect and not on
+            the reference model, in [0, 1].
+        raw: Unconstrained parameters of the trigger, from which a reconstruction starts.
+        passes: Number of images pushed through image towers.
     """
 
     target: int
@@ -69,13 +70,13 @@ class Inspected:
 
 
 class Inspector:
-    """A search for several classes side by side, which can be carried on for some of them.
+    """A search for several classes side by side, which can be continued for some of them.
 
     Args:
-        lead: Measures the distance.
-        family: Which transformations are searched.
+        lead: Measures how far each class is from winning.
+        family: Family of triggers that is searched.
         targets: int64, shape [K]: candidate classes.
-        settings: How hard to look.
+        settings: How much work to do.
     """
 
     def __init__(
@@ -94,9 +95,9 @@ class Inspector:
         self.steps = 0
 
     def run(self, steps: int, targets: Sequence[int]) -> list[Inspected]:
-        """Search until `steps` steps are done, for some of the classes, and say what was found for them.
+        """Search until `steps` steps are done, for some of the classes, and return what was found for them.
 
-        Those that are left out stay where they are; they cannot be taken up again.
+        Classes that are left out keep their state, and their search cannot be resumed.
         """
         places = {target: k for k, target in enumerate(self._targets.tolist())}
         active = torch.tensor([places[target] for target in targets], device=self._targets.device)
