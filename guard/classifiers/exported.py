@@ -5,11 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
 
 from guard._documents import read_document
+from guard._types import Floats
 from guard.classifiers.classes import ClassList
 from guard.classifiers.digest import canonical
 from guard.classifiers.preprocessing import Preprocessing
@@ -92,7 +91,7 @@ class ExportedClassifier:
         """Where it really runs, such as `CUDAExecutionProvider`."""
         return str(self._session.get_providers()[0])
 
-    def run(self, inputs: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def run(self, inputs: Floats) -> tuple[Floats, Floats]:
         """One pass.
 
         Args:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from guard._types import Floats
 from guard.errors import ImageError
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 MAX_PIXELS = 50_000_000
 """Largest image that is held in memory unless a caller says otherwise, when it is decoded and after its short side was
 scaled to the model's input: 150 MB as RGB."""
-Pixels = NDArray[np.float32]
 
 Interpolation = Literal["bicubic", "bilinear"]
 RESAMPLING: dict[Interpolation, int] = {"bicubic": 3, "bilinear": 2}
@@ -82,21 +82,21 @@ class Preprocessing:
             image = image.convert("RGB")
         return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
-    def normalise(self, pixels: NDArray[np.uint8] | Pixels) -> Pixels:
+    def normalise(self, pixels: NDArray[np.uint8] | Floats) -> Floats:
         """From pixels, uint8 or float32 in [0, 1], to the tower's input: float32, shape […, 3, size, size]."""
         scaled = pixels.astype(np.float32) / np.float32(255) if pixels.dtype == np.uint8 else pixels
         mean = np.asarray(self.mean, np.float32)[:, None, None]
         std = np.asarray(self.std, np.float32)[:, None, None]
-        normalised: Pixels = (scaled - mean) / std
+        normalised: Floats = (scaled - mean) / std
         return normalised
 
-    def restore(self, normalised: Pixels) -> Pixels:
+    def restore(self, normalised: Floats) -> Floats:
         """The inverse of `normalise`: float32 pixels, in [0, 1] if these were."""
         mean = np.asarray(self.mean, np.float32)[:, None, None]
         std = np.asarray(self.std, np.float32)[:, None, None]
-        pixels: Pixels = normalised * std + mean
+        pixels: Floats = normalised * std + mean
         return pixels
 
-    def __call__(self, image: "Image.Image", *, max_pixels: int = MAX_PIXELS) -> Pixels:
+    def __call__(self, image: "Image.Image", *, max_pixels: int = MAX_PIXELS) -> Floats:
         """The tower's input for one image: float32, shape [3, size, size]; raises as `pixels` does."""
         return self.normalise(self.pixels(image, max_pixels=max_pixels))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from guard._types import Floats
 from guard.errors import GuardError, MissingDependencyError
 
 START_SECONDS = 60
@@ -101,7 +102,7 @@ def client_library() -> ModuleType:
     return tritonclient.grpc  # type: ignore[no-any-return]
 
 
-def send(addresses: list[str], inputs: NDArray[np.float32]) -> list[Replies]:
+def send(addresses: list[str], inputs: Floats) -> list[Replies]:
     """Send each image on its own to each of several sidecars, one after the other, so that they meet the same machine.
 
     Args:
@@ -137,7 +138,7 @@ def send(addresses: list[str], inputs: NDArray[np.float32]) -> list[Replies]:
     ]
 
 
-def _tensor(grpc: ModuleType, images: NDArray[np.float32]) -> Any:  # noqa: ANN401 - tritonclient has no types
+def _tensor(grpc: ModuleType, images: Floats) -> Any:  # noqa: ANN401 - tritonclient has no types
     tensor = grpc.InferInput("image", list(images.shape), "FP32")
     tensor.set_data_from_numpy(images)
     return tensor

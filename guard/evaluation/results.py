@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 
 from guard._documents import read_document
 from guard._files import replace_file
+from guard._types import Floats
 from guard.errors import GuardError
 from guard.evaluation.statistics import Auroc
 from guard.vetting.results import Check
@@ -20,8 +20,6 @@ from guard.vetting.verdict import Conclusion
 FORMAT = 3
 _RECOVERED, _TRUE = "recovered", "true"
 _MAX_RESULT_BYTES = 256 * 2**20
-
-Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -198,8 +196,8 @@ class Features:
             the truth is not known.
     """
 
-    recovered: Array | None = None
-    true: Array | None = None
+    recovered: Floats | None = None
+    true: Floats | None = None
 
 
 class Store:

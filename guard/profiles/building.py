@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from guard import __version__
+from guard._types import Floats
 from guard.classifiers.classifier import Classifier
 from guard.errors import ImageError, ProfileError
 from guard.profiles.profile import (
     SCHEMA,
-    Array,
     CalibrationRecord,
     Document,
     LeftOut,
@@ -169,7 +169,7 @@ def calibrate(
 
 
 def calibrate_embeddings(
-    profile: Profile, embeddings: Array, alpha: float, *, per_class: bool = False, seed: int = 0
+    profile: Profile, embeddings: Floats, alpha: float, *, per_class: bool = False, seed: int = 0
 ) -> Profile:
     """Set the threshold of a calibrated profile anew, from embeddings of clean requests, such as recorded traffic.
 
@@ -207,7 +207,7 @@ def _check_size(banks: int, k: int, count: int) -> None:
 
 
 def _fit(
-    profile: Profile, clean: Array, stamped: dict[str, Array], head: Array, k: int, names: Sequence[str]
+    profile: Profile, clean: Floats, stamped: dict[str, Floats], head: Floats, k: int, names: Sequence[str]
 ) -> tuple[Banks, tuple[LeftOut, ...]]:
     """The banks, without the images that seem to carry a trigger."""
     targets = {record.id: record.target for record in profile.document.triggers}
@@ -224,7 +224,7 @@ def _fit(
 def _threshold(
     profile: Profile,
     banks: Banks,
-    embeddings: Array,
+    embeddings: Floats,
     behind: int,
     alpha: float,
     per_class: bool,  # noqa: FBT001 - handed through

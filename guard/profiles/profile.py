@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from guard._types import Floats
 from guard.classifiers.classes import ClassList
 from guard.classifiers.digest import ClassifierDigest
 from guard.classifiers.preprocessing import Preprocessing
@@ -16,8 +14,6 @@ from guard.vetting.results import Check, FamilyResult, ReferenceModel
 from guard.vetting.verdict import Verdict
 
 SCHEMA = 4
-
-Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -199,7 +195,7 @@ class Profile:
     """
 
     document: Document
-    triggers: Mapping[str, Mapping[str, Array]]
+    triggers: Mapping[str, Mapping[str, Floats]]
     reference: Reference | None = None
 
     def check_model(self, digest: ClassifierDigest) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from guard._types import Floats
+
 Undo = Callable[[Floats], Floats]
 """From an image, shape [3, H, W], values in [0, 1], to the same image without the trigger."""
 

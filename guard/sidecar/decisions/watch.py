@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from guard._types import Floats
 from guard.classifiers import ExportedClassifier
 from guard.errors import GuardError, UsageError
 from guard.evidence import Record, thumbnail
@@ -30,7 +31,6 @@ from guard.sidecar.telemetry.metrics import ModelMetrics
 log = logging.getLogger(__name__)
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?P<trace>(?!0{32})[0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
