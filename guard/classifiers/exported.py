@@ -1,18 +1,17 @@
 """The exported form of a classifier: ONNX, and a manifest that says what it is. No torch here."""
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
-from guard._documents import read_document
+from guard._documents import read_bytes, read_document
 from guard._types import Floats
 from guard.classifiers.classes import ClassList
-from guard.classifiers.digest import canonical
+from guard.classifiers.digest import canonical, sha256
 from guard.classifiers.preprocessing import Preprocessing
-from guard.errors import ModelError
+from guard.errors import ModelError, first_line
 
 MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "classifier.json"
@@ -112,14 +111,9 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _session(path: Path, sha256: str, *, threads: int, gpu: bool) -> Any:  # noqa: ANN401 - onnxruntime has no types
-    try:
-        if path.stat().st_size > MAX_MODEL_BYTES:
-            raise ModelError(f"{path} is larger than {MAX_MODEL_BYTES} bytes")
-        data = path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
-    if hashlib.sha256(data).hexdigest() != sha256:
+def _session(path: Path, expected: str, *, threads: int, gpu: bool) -> Any:  # noqa: ANN401 - onnxruntime has no types
+    data = read_bytes(path, MAX_MODEL_BYTES, ModelError)
+    if sha256(data) != expected:
         raise ModelError(f"{path} is not the file that was exported (its SHA-256 differs); export the model again")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -131,7 +125,7 @@ def _session(path: Path, sha256: str, *, threads: int, gpu: bool) -> Any:  # noq
         # From bytes, so that the file that was hashed is the file that runs, and external data cannot be followed.
         return onnxruntime.InferenceSession(data, sess_options=options, providers=providers)
     except Exception as error:  # ONNX Runtime's errors share no public base
-        raise ModelError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0][:200]}") from error
+        raise ModelError(f"ONNX Runtime cannot load {path}: {first_line(error)}") from error
 
 
 def _has_gpu() -> bool:

@@ -21,7 +21,7 @@ from guard.classifiers.files import (
     missing_weights,
 )
 from guard.classifiers.preprocessing import Preprocessing
-from guard.errors import MissingDependencyError, ModelError
+from guard.errors import MissingDependencyError, ModelError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -65,12 +65,6 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(previous)
-
-
-def first_line(error: Exception) -> str:
-    """What a foreign error says, short enough for one line."""
-    lines = str(error).strip().splitlines()
-    return " ".join(line.strip() for line in lines[:2])[:300] if lines else type(error).__name__
 
 
 def load_open_clip(directory: Path, source: str, classes: Path | ClassList | None, device: str | None) -> "Classifier":

@@ -14,7 +14,7 @@ import torch
 from guard import __version__
 from guard._workers import workers
 from guard.classifiers.digest import canonical, sha256
-from guard.errors import GuardError, UsageError, ZooError
+from guard.errors import GuardError, UsageError, ZooError, first_line
 from guard.evaluation.images import ImageSet
 from guard.evaluation.methods import METHODS, Method
 from guard.evaluation.results import FORMAT, Detection, Features, Result, Screening, Store
@@ -256,8 +256,7 @@ def _work(task: _Task, progress: Progress = lambda *_: None) -> _Done:
         except GuardError as error:
             failures.setdefault(str(error), []).append(name)
         except Exception as error:  # noqa: BLE001 - whatever a strange model makes torch raise
-            line = str(error).strip().partition("\n")[0][:300]
-            failures.setdefault(f"{type(error).__name__}: {line}", []).append(name)
+            failures.setdefault(f"{type(error).__name__}: {first_line(error)}", []).append(name)
     return _Done(tuple(results), tuple(Failure(task.model, tuple(names), reason) for reason, names in failures.items()))
 
 

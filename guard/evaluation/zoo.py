@@ -11,7 +11,7 @@ from pydantic import Field, StringConstraints
 
 from guard._documents import read_document
 from guard.classifiers.digest import sha256
-from guard.errors import ZooError
+from guard.errors import ZooError, first_line
 
 if TYPE_CHECKING:
     from guard.triggers import Trigger
@@ -212,8 +212,7 @@ def _trigger(family: str, tensors: Mapping[str, Any], what: str) -> "Trigger":
         trigger: Trigger = KINDS[family].from_tensors(tensors)
         stamped = trigger.apply(torch.full((1, 3, 64, 64), 0.5))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ZooError(f"{what}: these tensors make no {family} trigger: {reason}") from error
+        raise ZooError(f"{what}: these tensors make no {family} trigger: {first_line(error)}") from error
     if stamped.shape != (1, 3, 64, 64) or not bool(torch.isfinite(stamped).all()):
         raise ZooError(f"{what}: these tensors make no {family} trigger: it does not give an image")
     return trigger

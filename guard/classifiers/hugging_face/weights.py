@@ -30,8 +30,8 @@ from guard.classifiers.hugging_face.config import (
     read_preprocessing,
 )
 from guard.classifiers.hugging_face.tokenizer import check_tokenizer, tokenizer_files
-from guard.classifiers.open_clip import first_line, import_open_clip, pick_device, quiet
-from guard.errors import ModelError
+from guard.classifiers.open_clip import import_open_clip, pick_device, quiet
+from guard.errors import ModelError, first_line
 
 HF_WEIGHTS_FILE = "model.safetensors"
 HF_INDEX_FILE = "model.safetensors.index.json"
