@@ -1,7 +1,7 @@
-"""From an image to what the image tower takes, without torch.
+"""The transform from an image to the input of the image tower, without torch.
 
-open_clip builds its transform from torchvision. A sidecar must compute the same without it, so the transform is
-written here once, on Pillow and numpy, and used by vetting and serving alike; a test holds it bit for bit against
+open_clip builds its transform from torchvision. A sidecar must compute the same values without it, so the transform is
+written here once, with Pillow and numpy, and used by vetting and serving alike; a test compares it bit by bit with
 `open_clip.image_transform`.
 """
 
@@ -83,7 +83,7 @@ class Preprocessing:
         return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
     def normalise(self, pixels: NDArray[np.uint8] | Floats) -> Floats:
-        """From pixels, uint8 or float32 in [0, 1], to the tower's input: float32, shape […, 3, size, size]."""
+        """Turn pixels, uint8 or float32 in [0, 1], into the tower's input: float32, shape […, 3, size, size]."""
         scaled = pixels.astype(np.float32) / np.float32(255) if pixels.dtype == np.uint8 else pixels
         mean = np.asarray(self.mean, np.float32)[:, None, None]
         std = np.asarray(self.std, np.float32)[:, None, None]
@@ -91,7 +91,7 @@ class Preprocessing:
         return normalised
 
     def restore(self, normalised: Floats) -> Floats:
-        """The inverse of `normalise`: float32 pixels, in [0, 1] if these were."""
+        """Invert `normalise`: float32 pixels, in [0, 1] if the original pixels were."""
         mean = np.asarray(self.mean, np.float32)[:, None, None]
         std = np.asarray(self.std, np.float32)[:, None, None]
         pixels: Floats = normalised * std + mean
