@@ -39,12 +39,12 @@ def read_bytes(path: Path, limit: int, error: type[GuardError], *, missing: str 
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise error(f"cannot read {path}: it is not a regular file")
-            data = b"" if status.st_size > limit else file.read(limit + 1)
+            data = file.read(min(status.st_size, limit) + 1)
     except FileNotFoundError as cause:
         raise error(missing or f"there is no file {path}") from cause
     except OSError as cause:
         raise error(f"cannot read {path}: {cause.strerror}") from cause
-    if status.st_size > limit or len(data) > limit:
+    if len(data) > limit:
         raise error(f"{path} is larger than {limit} bytes")
     return data
 

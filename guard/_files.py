@@ -1,4 +1,4 @@
-"""Writing that is whole or did not happen, and stamps that tell whether a file has changed."""
+"""Files and directories that are written whole or not at all, and stamps that show whether a file has changed."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from guard.errors import UsageError
 
 
 def check_replaceable(target: Path, *, marker: str) -> None:
-    """Make sure that `replace_directory` may write there; worth asking before long work.
+    """Make sure that `replace_directory` may write to `target`, for a check before long work.
 
     Raises:
         UsageError: `target` is a file, or a directory of another kind.
@@ -29,7 +29,8 @@ def replace_directory(target: Path, *, marker: str) -> Iterator[Path]:
 
     Args:
         target: The directory to write; its parents are created.
-        marker: A file that every directory of this kind has. A `target` without it is somebody's, and is not replaced.
+        marker: A file that every directory of this kind has. A `target` without it belongs to somebody
+            else, and is not replaced.
 
     Raises:
         UsageError: `target` is a file, or a directory of another kind, or cannot be written.

@@ -90,3 +90,9 @@ class ZooError(GuardError):
 
 class RequestError(GuardError):
     """An inference request is malformed; the message is safe to send back to the client."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for one line of a message of ours."""
+    lines = str(error).strip().splitlines()
+    return " ".join(line.strip() for line in lines[:2])[:300] if lines else type(error).__name__

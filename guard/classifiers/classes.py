@@ -17,14 +17,14 @@ _MAX_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class ClassList:
-    """What a zero-shot head is made of.
+    """The class names and prompt templates that a zero-shot head is made of.
 
     Attributes:
         names: Class names, in the order of the head's outputs; unique, not blank, at least two.
         templates: Prompts with one `{}` each, into which a name is put.
 
     Raises:
-        ClassListError: One of these does not hold.
+        ClassListError: The names or the templates do not meet these conditions.
     """
 
     names: tuple[str, ...]
@@ -46,7 +46,7 @@ class ClassList:
                 raise ClassListError(f"the prompt template {template!r} needs exactly one {{}} for the class name")
 
     def prompts(self, name: str) -> tuple[str, ...]:
-        """The prompts of one class."""
+        """The prompts of one class, one per template."""
         return tuple(template.replace("{}", name) for template in self.templates)
 
     @classmethod
@@ -55,10 +55,10 @@ class ClassList:
 
         Args:
             path: Either JSON (`{"classes": [...], "templates": [...]}`, templates optional), or text with one class
-                name on each line; or `everyday`, if there is no such file, for `ClassList.everyday`.
+                name on each line; `everyday` means `ClassList.everyday`, unless there is a file of that name.
 
         Raises:
-            ClassListError: The file cannot be read or does not hold a class list.
+            ClassListError: The file cannot be read or does not contain a usable class list.
         """
         if path == Path(EVERYDAY) and not path.exists():
             return cls.everyday()
@@ -76,16 +76,16 @@ class ClassList:
 
     @classmethod
     def everyday(cls) -> "ClassList":
-        """The names of a few hundred everyday things, for a CLIP that is no classifier yet.
+        """A few hundred names of everyday things, for a CLIP model that is not used as a classifier yet.
 
-        What a backdoor leads to is then named by whichever is nearest, even if it is none of them.
+        The target of a backdoor is then described by the nearest of these names, even if it is none of them.
         """
         return cls(
             tuple(resources.files("guard.classifiers").joinpath(f"{EVERYDAY}.txt").read_text("utf-8").split("\n")[:-1])
         )
 
     def to_json(self) -> str:
-        """The JSON form that `read` reads."""
+        """The list as JSON, in the form that `read` accepts."""
         return json.dumps({"classes": self.names, "templates": self.templates}, ensure_ascii=False, indent=2) + "\n"
 
 

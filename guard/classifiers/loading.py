@@ -1,4 +1,4 @@
-"""From a path or a hub tag to a classifier: which reader a model is for."""
+"""Choose the reader for a model: by its path, its hub tag and the files in it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +27,8 @@ def load(model: str, *, classes: Path | ClassList | None = None, device: str | N
             `CLIPModel` directory (`config.json`, `preprocessor_config.json` and `model.safetensors`, whole or in
             shards), `ARCH::FILE` for a safetensors file of an architecture that open_clip knows by name, or a hub tag
             `hf-hub:OWNER/NAME`, optionally with `@REVISION`, of either kind of directory.
-        classes: Class list, or a file of one (`ClassList.read`); default is the `classes.json` beside the weights.
-        device: torch device; default is a GPU if there is one.
+        classes: Class list, or the path of one (`ClassList.read`); by default the `classes.json` beside the weights.
+        device: torch device; by default a GPU if there is one.
 
     Raises:
         ModelError: The model is missing, damaged, a pickle, or asks to run code of its own.
@@ -57,12 +57,12 @@ def _download(tag: str) -> Path:
 
     repository, _, revision = tag.partition("@")
     try:
-        # Many repositories hold both forms; the second is fetched only where the first is not there.
+        # Many repositories contain both forms; the second is fetched only if the first is missing.
         for patterns in (_OPEN_CLIP_FILES, _HUGGING_FACE_FILES):
             directory = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
             if (directory / CONFIG_FILE).is_file():
                 break
-    except Exception as error:  # the hub client raises dozens of types, all of which mean this
+    except Exception as error:  # the hub client raises dozens of types, all of which mean that the fetch failed
         raise ModelError(f"cannot fetch {HUB_PREFIX}{tag}: {error}") from error
     return directory
 

@@ -21,7 +21,7 @@ from guard.classifiers.files import (
     missing_weights,
 )
 from guard.classifiers.preprocessing import Preprocessing
-from guard.errors import MissingDependencyError, ModelError
+from guard.errors import MissingDependencyError, ModelError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def import_open_clip() -> Any:  # noqa: ANN401 - open_clip publishes no types
-    """Import open_clip, and explain the way in which that usually fails.
+    """Import open_clip, with an explanation of the most common failure.
 
     Raises:
         ModuleNotFoundError: It is not installed.
@@ -49,7 +49,7 @@ def import_open_clip() -> Any:  # noqa: ANN401 - open_clip publishes no types
 
 
 def pick_device(name: str | None = None) -> "torch.device":
-    """The device to run on: the one named, else a GPU if torch can use one, else the CPU."""
+    """The device with this name; without a name a GPU if torch can use one, else the CPU."""
     import_open_clip()
     import torch
 
@@ -58,19 +58,13 @@ def pick_device(name: str | None = None) -> "torch.device":
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """open_clip warns on the root logger that no weights were loaded, which is what guard asks of it."""
+    """Silence open_clip's warning, on the root logger, that no weights were loaded: guard loads them itself."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
         logging.disable(previous)
-
-
-def first_line(error: Exception) -> str:
-    """What a foreign error says, short enough for one line."""
-    lines = str(error).strip().splitlines()
-    return " ".join(line.strip() for line in lines[:2])[:300] if lines else type(error).__name__
 
 
 def load_open_clip(directory: Path, source: str, classes: Path | ClassList | None, device: str | None) -> "Classifier":
@@ -117,17 +111,17 @@ def save(
     *,
     extra: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an open_clip directory with its class list; whole or not at all.
+    """Write an open_clip directory with its class list, whole or not at all.
 
     Args:
-        directory: Created; replaced if it exists.
+        directory: The directory to write; an older open_clip directory is replaced.
         model: An open_clip model.
-        config: The document of `open_clip_config.json`: `model_cfg` and `preprocess_cfg`.
-        classes: Written as `classes.json`.
+        config: The content of `open_clip_config.json`: `model_cfg` and `preprocess_cfg`.
+        classes: The class list, written to `classes.json`.
         extra: Further files, name → text, such as a record of the training.
 
     Raises:
-        UsageError: `directory` holds something else.
+        UsageError: `directory` contains something else.
     """
     from safetensors.torch import save_file
 
@@ -175,10 +169,10 @@ def _refuse_absurd_sizes(path: Path, towers: tuple[Mapping[str, Any], ...]) -> N
 
 
 def _preprocessing(config: Mapping[str, Any]) -> Preprocessing:
-    """From the preprocessing that open_clip resolved for the built model.
+    """The preprocessing that open_clip resolved for the model that it built.
 
     Raises:
-        ModelError: It is of a kind that guard does not reproduce exactly.
+        ModelError: guard does not reproduce this kind of preprocessing exactly.
     """
     size = config["size"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -188,7 +182,7 @@ def _preprocessing(config: Mapping[str, Any]) -> Preprocessing:
     if height != width or mode not in {"shortest", "squash"} or interpolation not in {"bicubic", "bilinear"}:
         raise ModelError(
             f"the model's preprocessing is not supported: size {height}×{width}, resize mode {mode!r}, interpolation "
-            f"{interpolation!r}; square inputs with shortest or squash, bicubic or bilinear, are"
+            f"{interpolation!r}; guard supports square inputs, shortest or squash, and bicubic or bilinear"
         )
     mean, std = (tuple(float(value) for value in config[key]) for key in ("mean", "std"))
     return Preprocessing(height, mean, std, interpolation, mode)  # type: ignore[arg-type]  # lengths checked by use
@@ -220,6 +214,6 @@ def _build(
         preprocessing = _preprocessing(open_clip.get_model_preprocess_cfg(model))
     except ModelError:
         raise
-    except Exception as error:  # whatever a hostile configuration makes open_clip raise
+    except Exception as error:  # a hostile configuration can make open_clip raise anything
         raise ModelError(f"{source} cannot be loaded by open_clip: {first_line(error)}") from error
     return Classifier(model, model_config, tokenizer, preprocessing, class_list, source=source, device=target)

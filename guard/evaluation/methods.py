@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
+from guard._types import Floats
 from guard.baselines import DecreeSettings, clip_inspector, collapse
 from guard.errors import UsageError
 from guard.evaluation.results import (
-    Array,
     Detection,
     FamilyFinding,
     Features,
@@ -182,7 +182,7 @@ def _score(subject: Subject, vetting: Vetting) -> ScoreFigures:
     )
 
 
-def _at_alpha(alpha: float, calibration: Array, clean: Array, stamped: Sequence[Array]) -> ThresholdFigures:
+def _at_alpha(alpha: float, calibration: Floats, clean: Floats, stamped: Sequence[Floats]) -> ThresholdFigures:
     triggered = sum(len(part) for part in stamped)
     try:
         value = threshold(calibration, alpha).value

@@ -1,7 +1,7 @@
-"""The log of what was flagged, for a person to review.
+"""The log of flagged requests, for a person to review.
 
-A sidecar writes it (`EvidenceWriter`), `guard log` reads it (`EvidenceLog`). Imports without torch, jinja2 and pyarrow;
-and without SQLAlchemy, as long as nothing is written or read: a sidecar that keeps no log starts sooner.
+A sidecar writes it (`EvidenceWriter`), `guard log` reads it (`EvidenceLog`). The package imports without torch, jinja2
+and pyarrow, and loads SQLAlchemy only when a log is opened: a sidecar that keeps no log starts sooner.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Write records to a file that other programs read."""
+"""Export records to a file for other programs."""
 
 import csv
 import json
@@ -15,26 +15,26 @@ from guard.evidence.records import COLUMNS, Record
 
 _CHUNK = 1000
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
-"""Spreadsheets take the wide ones too."""
+"""Characters that begin a formula; spreadsheets accept the full-width ones too."""
 
 
 def export(records: Iterable[Record], path: Path) -> int:
-    """Write records to a file, a few at a time; it appears when it is whole. Thumbnails are left out.
+    """Write records, without their thumbnails, to a file that appears when it is complete.
 
-    The end of the name decides: `.csv`, `.jsonl` (an object on each line) or `.parquet`. All three hold the fields of
-    `Record` under their names, `id` first. In CSV scores and thresholds are JSON, and a text that a spreadsheet would
-    take for a formula begins with an apostrophe: request ids come from clients.
+    The suffix decides the format: `.csv`, `.jsonl` (an object on each line) or `.parquet`. All three contain the fields
+    of `Record` under their names, `id` first. In CSV, scores and thresholds are JSON, and a text that a spreadsheet
+    would take for a formula begins with an apostrophe, because request ids come from clients.
 
     Args:
-        records: What to write.
-        path: The file; its mode is 0600, as that of the log.
+        records: The records to write; only a few are in memory at a time.
+        path: The file to write; its mode is 0600, like that of the log.
 
     Returns:
         The number of records written.
 
     Raises:
-        UsageError: The name ends otherwise, or the file cannot be written.
-        MissingDependencyError: Parquet needs pyarrow.
+        UsageError: The suffix is none of these, or the file cannot be written.
+        MissingDependencyError: pyarrow, which Parquet needs, is not installed.
     """
     writers: dict[str, Callable[[Iterable[Record], IO[bytes]], int]] = {
         ".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet

@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from guard._types import Floats
 from guard.classifiers.classes import ClassList
 from guard.classifiers.preprocessing import Preprocessing
 from guard.screening import Banks, Scores, Tail, Threshold
@@ -14,8 +12,7 @@ from guard.vetting.results import Check, FamilyResult, ReferenceModel, Verdict
 
 SCHEMA = 4
 
-Array = NDArray[np.float32]
-TriggerTensors = Mapping[str, Mapping[str, Array]]
+TriggerTensors = Mapping[str, Mapping[str, Floats]]
 """Trigger id → tensor name → values."""
 
 

@@ -13,9 +13,10 @@ from safetensors.numpy import save as save_tensors
 
 from guard._documents import read_object, validated
 from guard._files import check_replaceable, replace_directory
+from guard._types import Floats
 from guard.classifiers.digest import PARTS, ClassifierDigest, sha256
 from guard.errors import ProfileError, UsageError
-from guard.profiles.document import SCHEMA, Array, CalibrationRecord, Document, Reference, TriggerTensors
+from guard.profiles.document import SCHEMA, CalibrationRecord, Document, Reference, TriggerTensors
 from guard.screening import DENSITY, Banks, Scores, Screen, Whitening, check_alpha, match
 from guard.triggers import FORMS, check_tensors
 
@@ -77,7 +78,7 @@ def write(
 def read(directory: Path) -> tuple[Document, TriggerTensors, Reference | None]:
     """Read and check the contents of a profile (`Profile.open`)."""
     document = _read_document(directory / DOCUMENT_FILE)
-    triggers: dict[str, dict[str, Array]] = {trigger.id: {} for trigger in document.triggers}
+    triggers: dict[str, dict[str, Floats]] = {trigger.id: {} for trigger in document.triggers}
     for name, values in _read_tensors(directory / TRIGGERS_FILE, document).items():
         trigger, _, tensor = name.partition("/")
         if trigger not in triggers:
@@ -218,7 +219,7 @@ def _views(path: Path, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
     return tensors
 
 
-def _read_tensors(path: Path, document: Document) -> dict[str, Array]:
+def _read_tensors(path: Path, document: Document) -> dict[str, Floats]:
     tensors = {}
     for name, values in _views(path, _contents(path, document)).items():
         if values.dtype != np.float32:

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from guard._types import Floats
 from guard.triggers.forms import GENERATOR_SLOPE, YCRCB_TO_RGB, check_tensors
 
-Floats = NDArray[np.float32]
 Undo = Callable[[Floats], Floats]
 """From an image, shape [3, H, W], values in [0, 1], to the same image without the trigger."""
 

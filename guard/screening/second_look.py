@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.screening.counterfactuals import Floats, Undo, boxes, fill, low_pass, undoing
+from guard._types import Floats
+from guard.screening.counterfactuals import Undo, boxes, fill, low_pass, undoing
 from guard.triggers.forms import StoredTrigger
 
 SecondLookOutcome = Literal["confirmed", "withdrawn", "undecided", "skipped"]

@@ -1,4 +1,4 @@
-"""The tokenizer files of a Hugging Face `CLIPModel` directory: CLIP's own vocabulary, or refused."""
+"""The tokenizer files of a Hugging Face `CLIPModel` directory; any vocabulary other than CLIP's is refused."""
 
 import json
 from pathlib import Path
@@ -16,14 +16,14 @@ _Merges = list[tuple[str, ...]]
 
 
 def check_tokenizer(directory: Path) -> None:
-    """Make sure that a directory's tokenizer, where it ships one, has the vocabulary that guard will use.
+    """Make sure that the tokenizer of a directory, if it has one, has the vocabulary that guard will use.
 
-    guard tokenizes with open_clip's `SimpleTokenizer`. Vocabulary, merges and added tokens are compared with it. The
-    cleaning of the text before is open_clip's (and OpenAI's): it repairs mojibake, straightens quotes and unescapes
-    HTML, which transformers' newer tokenizers do not do.
+    guard tokenizes with open_clip's `SimpleTokenizer`. Vocabulary, merges and added tokens are compared with it. Text
+    is cleaned first as open_clip (and OpenAI) do it: mojibake is repaired, quotes are straightened and HTML is
+    unescaped, which transformers' newer tokenizers do not do.
 
     Raises:
-        ModelError: A file is damaged, or holds another vocabulary.
+        ModelError: A file is damaged, or contains another vocabulary.
     """
     vocabulary, merges = _clip()
     for name in ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json", "tokenizer_config.json"):
@@ -42,7 +42,7 @@ def check_tokenizer(directory: Path) -> None:
 
 
 def tokenizer_files(context_length: int) -> dict[str, str]:
-    """The files that transformers makes the same tokenizer from: name → text."""
+    """The files from which transformers builds the same tokenizer: name → text."""
     vocabulary, merges = _clip()
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length}
     return {

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from guard._types import Floats
 from guard.classifiers import ExportedClassifier, Preprocessing, decode
 from guard.errors import ImageError, RequestError
 from guard.profiles import Profile
@@ -22,8 +22,6 @@ from guard.sidecar.policy import Decision, Outcome, Reason
 from guard.sidecar.telemetry.metrics import ModelMetrics
 
 log = logging.getLogger(__name__)
-
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """A uniform sample of the traffic, for the next calibration."""
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from guard._types import Floats
 
 
 class Reservoir:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from guard._types import Floats
 from guard.classifiers import ExportedClassifier
 from guard.errors import GuardError, ProfileError
 from guard.evidence import Record, thumbnail
@@ -31,7 +32,6 @@ from guard.triggers import StoredTrigger
 log = logging.getLogger(__name__)
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?P<trace>(?!0{32})[0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)

@@ -174,7 +174,7 @@ def test_a_profile_adds_pictures(tmp_path: Path, profile: Profile, profile_direc
         (("--show", "1", "--export", "x.csv"), UsageError, "--show takes one record"),
         (("--out", "x.html"), UsageError, "need --show"),
         (("--profile", "p"), UsageError, "need --show"),
-        (("--since", "soon"), UsageError, "is no time"),
+        (("--since", "soon"), UsageError, "is not a time"),
         (("--export", "x.xls"), UsageError, "must end in one of"),
         (("--show", "9"), EvidenceError, "has no record 9"),
     ],

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from guard import profiles
+from guard._types import Floats
 from guard.classifiers import Classifier
 from guard.errors import EmbeddingsError, ProfileError, UsageError
 from guard.profiles import Profile
-from guard.profiles.document import Array
 from guard.triggers import FAMILIES, Patch
 from tests.conftest import SIZE
 
@@ -104,7 +104,7 @@ def test_a_file_that_holds_no_embeddings_is_refused(content: object, reason: str
         profiles.read_embeddings(path, 16)
 
 
-def with_triggers(profile: Profile, triggers: dict[str, dict[str, Array]]) -> Profile:
+def with_triggers(profile: Profile, triggers: dict[str, dict[str, Floats]]) -> Profile:
     """A profile, not calibrated, with other triggers: family → tensors."""
     known = profile.document.triggers[0]
     records = tuple(replace(known, id=f"{family}-1", family=family) for family in triggers)
