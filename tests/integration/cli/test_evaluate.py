@@ -55,7 +55,7 @@ def test_withheld_labels_give_predictions_only(zoo: Path, vet: FakeVetting, tmp_
     out = tmp_path / "out"
     result = evaluate(zoo, "--methods", "vetting-derived", "--out", out)
     assert result.exit_code == 0, result.output
-    assert "the labels are withheld: no figures, 4 predictions" in result.stdout
+    assert "there are no figures; 4 predictions" in result.stdout
     outcomes = {entry["model"]: entry["outcome"] for entry in json.loads((out / "predictions.json").read_text())}
     assert outcomes == {"attacked": "backdoored", **dict.fromkeys(("base", "benign", "tried"), "no evidence")}
     assert not (out / "summary.json").exists()
@@ -97,7 +97,7 @@ def test_wrong_usage_is_refused_before_the_work(zoo: Path, vet: FakeVetting, tmp
     assert isinstance(refused.exception, UsageError)
     assert evaluate(zoo, "--alpha", "1.5").exit_code == 2
     (zoo / "evaluation").symlink_to(tmp_path)
-    assert "leads elsewhere" in str(evaluate(zoo).exception)
+    assert "is a symbolic link" in str(evaluate(zoo).exception)
     assert not vet.calls
 
 
