@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from guard.classifiers import load, save_hugging_face
 from guard.cli import cli
 from guard.errors import UsageError, ZooError
 from guard.vetting import BUDGETS, DerivedReferenceSettings, Effort, InspectionSettings, SearchSettings
+from tests.program import guard
 from tests.zoo import FakeVetting, make_zoo
 
 
@@ -123,8 +122,7 @@ def test_processes_side_by_side(zoo: Path, vet: FakeVetting) -> None:
     assert evaluate(zoo, "--methods", "vetting-derived").exit_code == 0
     assert len(vet.calls) == 4
     (zoo / "models" / "tried" / "open_clip_model.safetensors").write_bytes(b"")
-    command = [sys.executable, "-m", "guard", "evaluate", zoo, "--methods", "vetting-derived", "--jobs", "2", "--json"]
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=300)
+    result = guard("evaluate", zoo, "--methods", "vetting-derived", "--jobs", "2", "--json")
     assert result.returncode == 4, result.stderr
     assert "Traceback" not in result.stderr
     summary = json.loads(result.stdout)
