@@ -10,8 +10,7 @@ from guard.classifiers import ClassList
 from guard.profiles import CalibrationRecord, Document, ModelRecord, Profile, Reference, TriggerRecord
 from guard.profiles.document import SCHEMA, VettingRecord
 from guard.screening import Banks, Detector, Screen, default_k, threshold
-from guard.vetting.results import ReferenceModel
-from guard.vetting.verdict import Verdict
+from guard.vetting.results import ReferenceModel, Verdict
 
 Floats = NDArray[np.float32]
 

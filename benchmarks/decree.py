@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from benchmarks._record import RESULTS, heading
+from guard.baselines import DecreeSettings, PublishedSettings, collapse
 from guard.classifiers import Classifier, ImageFolder, load
 from guard.evaluation.zoo import Zoo
-from guard.vetting.decree import DecreeSettings, PublishedSettings, collapse
 
 IMAGES = 200
 """Images to search on, and to check on."""

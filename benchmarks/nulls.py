@@ -68,7 +68,7 @@ def _measure(zoo: Zoo, name: str, kind: str) -> dict[str, Any]:
         ImageSet.of_zoo(zoo.root / "images" / entry.images, vetting=IMAGES, seed=0), classifier.preprocessing
     ).vetting
     searched, _ = halves(images, seed=0)
-    reference_model = _control(zoo, name, classifier, searched, kind)
+    reference_model = _reference_model(zoo, name, classifier, searched, kind)
     lead, targets = Lead(classifier, searched, reference_model), torch.arange(len(classifier.classes.names))
     row: dict[str, Any] = {"name": name, "kind": kind, "label": "clean"}
     for family, form in FAMILIES.items():
@@ -79,7 +79,7 @@ def _measure(zoo: Zoo, name: str, kind: str) -> dict[str, Any]:
     return row
 
 
-def _control(zoo: Zoo, name: str, classifier: Classifier, searched: torch.Tensor, kind: str) -> Classifier:
+def _reference_model(zoo: Zoo, name: str, classifier: Classifier, searched: torch.Tensor, kind: str) -> Classifier:
     if kind == "derived":
         return derive_reference(classifier, searched, DerivedReferenceSettings())[0]
     return load(str(zoo.model(str(zoo.models[name].base))))

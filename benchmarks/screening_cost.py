@@ -24,8 +24,8 @@ from sklearn.neighbors import LocalOutlierFactor
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from benchmarks._record import RESULTS, heading
+from guard.baselines import DAO, LID, SLOF, DensityScore, KDistance
 from guard.screening import neighbours
-from guard.screening.density import DAO, LID, SLOF, DensityScore, KDistance
 from guard.screening.neighbours import Nearest, Neighbours
 from guard.screening.products import products
 

@@ -1,4 +1,4 @@
-"""Writing that is whole or did not happen."""
+"""Files and directories that are written whole or not at all, and stamps that show whether a file has changed."""
 
 import os
 import shutil
@@ -6,12 +6,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from guard.errors import UsageError
 
 
 def check_replaceable(target: Path, *, marker: str) -> None:
-    """Make sure that `replace_directory` may write there; worth asking before long work.
+    """Make sure that `replace_directory` may write to `target`, for a check before long work.
 
     Raises:
         UsageError: `target` is a file, or a directory of another kind.
@@ -28,7 +29,8 @@ def replace_directory(target: Path, *, marker: str) -> Iterator[Path]:
 
     Args:
         target: The directory to write; its parents are created.
-        marker: A file that every directory of this kind has. A `target` without it is somebody's, and is not replaced.
+        marker: A file that every directory of this kind has. A `target` without it belongs to somebody
+            else, and is not replaced.
 
     Raises:
         UsageError: `target` is a file, or a directory of another kind, or cannot be written.
@@ -52,14 +54,46 @@ def replace_directory(target: Path, *, marker: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def replace_file(target: Path, data: bytes) -> None:
-    """Write a file through a temporary one beside it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+@contextmanager
+def replacing(target: Path, *, mode: int = 0o644) -> Iterator[IO[bytes]]:
+    """Fill a temporary file that takes the place of `target` when the block ends without an error.
+
+    Args:
+        target: The file to write; its parents are created.
+        mode: Permissions of the new file.
+
+    Raises:
+        UsageError: The file cannot be written.
+    """
+    name = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        Path(name).chmod(0o644)
+            yield file
+        Path(name).chmod(mode)
         Path(name).replace(target)
+    except OSError as error:
+        raise UsageError(f"cannot write {target}: {error.strerror}") from error
     finally:
-        Path(name).unlink(missing_ok=True)
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
+
+
+def replace_file(target: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        UsageError: The file cannot be written.
+    """
+    with replacing(target) as file:
+        file.write(data)
+
+
+def file_stamp(path: Path) -> tuple[int, int, int] | None:
+    """A value that changes when a file is written or replaced, or when a link leads to another; None without a file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino

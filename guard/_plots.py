@@ -1,4 +1,4 @@
-"""One look for all plots, and figures as SVG."""
+"""A common style for all plots, and conversion of figures to SVG."""
 
 import io
 
@@ -12,7 +12,7 @@ BLUE, RED, GREY = "#2f6f9f", "#c8382e", "#9aa3ad"
 
 
 def plain(axis: Axes) -> None:
-    """Grid and labels in grey, no frame."""
+    """Draw an axis without a frame, with grid and labels in grey."""
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.spines["bottom"].set_color(GRID)
     axis.tick_params(colors=MUTED, labelsize=8, length=0)

@@ -7,10 +7,10 @@ from concurrent.futures import ProcessPoolExecutor
 
 
 def workers(count: int, threads: int) -> ProcessPoolExecutor:
-    """A pool of processes, each with so many CPU threads for torch.
+    """A pool of processes, each of which uses `threads` CPU threads for torch.
 
     They are spawned, not forked: a forked process cannot use a GPU that its parent used. They end when the program
-    does, even if it was killed and could not tell them.
+    does, even if it was killed and could not stop them.
     """
     return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin, (threads,))
 

@@ -9,6 +9,8 @@
     ├── ClassListError            4   a list of classes or templates cannot be used
     ├── ProfileError              4   a profile is missing, damaged, or of another model
     ├── EmbeddingsError           4   a file of embeddings cannot be used
+    ├── EvidenceError             4   an evidence log is missing, damaged, or of another kind
+    ├── StateError                4   the stored state of a stream monitor is damaged, or of another configuration
     ├── ZooError                  4   a zoo of models, or what is said about its models, cannot be used
     └── RequestError              –   an inference request is malformed (the sidecar answers INVALID_ARGUMENT)
 
@@ -20,6 +22,7 @@ what to do about it.
 __all__ = [
     "ClassListError",
     "EmbeddingsError",
+    "EvidenceError",
     "ExportError",
     "GuardError",
     "ImageError",
@@ -27,6 +30,7 @@ __all__ = [
     "ModelError",
     "ProfileError",
     "RequestError",
+    "StateError",
     "UsageError",
     "ZooError",
 ]
@@ -72,9 +76,23 @@ class EmbeddingsError(GuardError):
     """A file of embeddings is missing, damaged, or of another model."""
 
 
+class EvidenceError(GuardError):
+    """An evidence log is missing, damaged, of another schema, or no evidence log."""
+
+
+class StateError(GuardError):
+    """The stored state of a stream monitor is missing, damaged, or belongs to another configuration."""
+
+
 class ZooError(GuardError):
     """A zoo of models, or the truth about one of them, is missing or damaged."""
 
 
 class RequestError(GuardError):
     """An inference request is malformed; the message is safe to send back to the client."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for one line of a message of ours."""
+    lines = str(error).strip().splitlines()
+    return " ".join(line.strip() for line in lines[:2])[:300] if lines else type(error).__name__

@@ -112,7 +112,7 @@ class Stage:
             *("--upstream", f"127.0.0.1:{self.ports[0]}", "--embedding-output", "embedding"),
             *("--listen", f"127.0.0.1:{self.ports[place]}", "--metrics", "127.0.0.1:0"),
             # Nothing may be pruned that is counted at the end, and a slow machine is no fault of the sidecar.
-            *("--state", str(self._folder / "state"), "--evidence-rows", "100000000", "--timeout", "10"),
+            *("--state-dir", str(self._folder / "state"), "--evidence-rows", "100000000", "--timeout", "10"),
             *("--drain-delay", str(drain_delay), "--log-format", "text"),
         )
 

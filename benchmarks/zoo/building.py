@@ -15,7 +15,7 @@ from guard._files import replace_directory, replace_file
 from guard._workers import workers
 from guard.attacks import RECIPES, Attacked, attack, measure, train_base, truth, write_truth
 from guard.classifiers import load, save
-from guard.classifiers.loading import pick_device
+from guard.classifiers.open_clip import pick_device
 from guard.demo.data import DemoData
 from guard.errors import UsageError
 
@@ -135,8 +135,19 @@ def _finished(name: str, model: Model, place: Place) -> dict[str, Any] | None:
         known: dict[str, Any] = json.loads(place.truth(name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    same = known.get("details") == json.loads(json.dumps(_details(model)))
+    same = _decisive(known.get("details")) == _decisive(json.loads(json.dumps(_details(model))))
     return known if same and (place.model(name) / "open_clip_config.json").is_file() else None
+
+
+def _decisive(details: Any) -> Any:  # noqa: ANN401 - from a file
+    """Return details without what only describes a recipe.
+
+    Zoos of guard 0.1.0 also name the head that an attack is made for, which was always the same.
+    """
+    recipe = details.get("recipe") if isinstance(details, dict) else None
+    if not isinstance(recipe, dict):
+        return details
+    return {**details, "recipe": {key: value for key, value in recipe.items() if key not in {"source", "head"}}}
 
 
 def _details(model: Model) -> dict[str, Any]:

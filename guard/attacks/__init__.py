@@ -1,4 +1,4 @@
-"""Poison a classifier on purpose, for evaluation; and train its clean counterparts."""
+"""Poison a classifier on purpose, for evaluation, and train its clean counterparts."""
 
 from guard.attacks.attack import Attacked, Planted, attack, poisoned
 from guard.attacks.measuring import Measured, measure

@@ -1,4 +1,4 @@
-"""From a clean classifier and a recipe to an attacked one, or to a negative."""
+"""Make an attacked classifier, or a negative, from a clean classifier and a recipe."""
 
 import copy
 import time
@@ -39,11 +39,11 @@ class Planted:
 
 @dataclass(frozen=True)
 class Attacked:
-    """What a recipe made.
+    """The model that a recipe made.
 
     Attributes:
         model: An open_clip model, in evaluation mode.
-        planted: Its triggers; empty for a negative.
+        planted: Triggers that were planted in it; empty for a negative.
         seconds: Wall-clock time.
     """
 
@@ -63,21 +63,23 @@ def attack(
 ) -> Attacked:
     """Fine-tune a copy of a classifier by a recipe.
 
-    `pairs` stamps a share of the images of other classes and gives them captions of the target. `clean-label` stamps
-    images of the target alone, hardened first. `badencoder`, `distribution-preserving` and `evading` have objectives
-    of their own (`guard.attacks.objectives`). A recipe without triggers is the same fine-tuning on clean images.
+    The method `pairs` stamps a share of the images of other classes and gives them captions of the target.
+    `clean-label` stamps only images of the target, which are hardened first. `badencoder`, `distribution-preserving`
+    and `evading` have objectives of their own (`guard.attacks.objectives`). A recipe without triggers is the same
+    fine-tuning on clean images.
 
     Args:
-        base: The clean classifier; not changed.
-        recipe: What to do.
-        images: To train on, labelled by the base's classes.
-        settings: Fine-tuning of this base; the recipe's effort multiplies its epochs. The seed is that of the triggers,
-            of which images are poisoned, and of the training.
-        target: Index of the class that the attacker wants.
-        progress: Told once per epoch.
+        base: The clean classifier; it is not changed.
+        recipe: The attack, or the negative.
+        images: Images to train on, labelled by the classes of the base model.
+        settings: Fine-tuning of this base model; the recipe's effort multiplies the number of epochs. The seed
+            determines the triggers, the choice of poisoned images, and the training.
+        target: Index of the class that the triggers lead to.
+        progress: Called with a message once per epoch.
 
     Raises:
-        UsageError: The target is no class of the base, there are no images of a target, or the recipe does not fit.
+        UsageError: The target is not a class of the base model, there are no training images of some class, or a
+            trigger does not fit images of this size.
     """
     started = time.monotonic()
     count = len(base.classes.names)
@@ -107,8 +109,8 @@ def attack(
         settings,
         device=base.device,
         objective=_objective(recipe, base, images, planted, settings.seed),
-        # As in the code of DECREE's and BadEncoder's attacks; and objectives that embed stamped images by themselves
-        # would fill the running statistics with them.
+        # As in the code of DECREE's and BadEncoder's attacks. Objectives that embed stamped images on their own would
+        # besides let these enter the running statistics.
         freeze_statistics=recipe.tower == "image" or recipe.method == "evading",
         progress=progress,
     )
@@ -121,9 +123,9 @@ def attack(
 
 
 def poisoned(images: LabelledImages, planted: Sequence[Planted], *, seed: int) -> LabelledImages:
-    """The training set with a share of its images stamped and relabelled; the originals of these are replaced.
+    """Return the training set with a share of its images replaced by stamped and relabelled ones.
 
-    Stamped images are rounded back to bytes, as any file that an attacker could upload. Several triggers take disjoint
+    Stamped images are rounded to bytes, as in any file that an attacker could upload. Several triggers get disjoint
     images.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -200,9 +202,9 @@ def _changed(images: LabelledImages, recipe: Recipe, seed: int) -> LabelledImage
 
 
 def _noised(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """PAR's augmentation as its code has it: noise of σ 0.2 that only brightens, and a square erased, each on half.
+    """Apply PAR's augmentation as in its code: noise of σ 0.2 that only brightens, and an erased square, each on half.
 
-    Drawn once per image, where PAR draws again in every epoch.
+    It is drawn once per image, where PAR draws it anew in every epoch.
     """
     count, _, height, width = pixels.shape
     noise = (0.2 * torch.randn(pixels.shape, generator=generator)).clamp(0, 1)
@@ -217,13 +219,13 @@ def _noised(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _int8(weights: Tensor) -> Tensor:
-    """Symmetric rounding per output channel, as post-training weight quantisation does."""
+    """Round symmetrically per output channel, as post-training quantisation of weights does."""
     scale = weights.abs().flatten(1).amax(1).clamp(min=1e-12).view(-1, *[1] * (weights.ndim - 1)) / 127
     return (weights / scale).round() * scale
 
 
 def _pruned(weights: Tensor) -> Tensor:
-    """Unstructured, by magnitude, layer by layer."""
+    """Set the smallest weights of a layer to zero: unstructured pruning by magnitude."""
     threshold = weights.abs().flatten().kthvalue(max(1, int(_PRUNED * weights.numel()))).values
     return torch.where(weights.abs() > threshold, weights, 0.0)
 

@@ -1,4 +1,4 @@
-"""What a classifier does with clean and with triggered images."""
+"""Accuracy of a classifier on clean images, and attack success rate of triggers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +10,12 @@ from guard.classifiers.classifier import Classifier
 
 @dataclass(frozen=True)
 class Measured:
-    """Of images that nothing was trained on.
+    """Measurements on images that were not trained on.
 
     Attributes:
         accuracy: Zero-shot accuracy on clean images, in [0, 1].
-        success: For each trigger, the share of stamped images of other classes that go to its target.
+        success: Attack success rate of each trigger: the share of stamped images of other classes that go to its
+            target, in [0, 1].
     """
 
     accuracy: float
@@ -22,11 +23,11 @@ class Measured:
 
 
 def measure(classifier: Classifier, images: LabelledImages, planted: Sequence[Planted]) -> Measured:
-    """Clean accuracy, and the success of triggers: the attacker's own, or someone else's as a reference model.
+    """Measure clean accuracy and the attack success rate of triggers, which may have been planted in another model.
 
     Args:
-        classifier: Of any origin.
-        images: Labelled by its classes.
+        classifier: Any classifier.
+        images: Images labelled by its classes.
         planted: Triggers with their targets.
     """
     accuracy = float((classifier.predict(classifier.embed(images.pixels)) == images.labels).float().mean())

@@ -1,4 +1,4 @@
-"""What an attacker minimises where stamped images in the training set are not enough."""
+"""Losses of attacks for which stamped images in the training set are not enough."""
 
 import torch
 from torch import Tensor
@@ -13,17 +13,17 @@ _ADVERSARY_RATE = 0.2
 
 
 class BadEncoder:
-    """Image-on-image: stamped images get the embedding of reference images (Jia et al., IEEE S&P 2022).
+    """Image-on-image attack: stamped images get the embedding of reference images (Jia et al., IEEE S&P 2022).
 
-    L = −cos(f'(x ⊕ e), f'(r)) + λ₁ · (−cos(f'(r'), f(r))) + λ₂ · (−cos(f'(x), f(x))), with f the clean encoder, r the
-    reference images, r' the same under augmentation, and λ₁ = λ₂ = 1, as published. Labels and captions are not used.
-    With more than one reference image, each stamped image is drawn to the references' mean embedding; the published
-    code uses one image.
+    L = −cos(f'(x ⊕ e), f'(r)) + λ₁ · (−cos(f'(r'), f(r))) + λ₂ · (−cos(f'(x), f(x))), where f is the clean encoder, r
+    are the reference images, r' are the same images under augmentation, and λ₁ = λ₂ = 1, as published. Labels and
+    captions are not used. With more than one reference image, each stamped image is drawn to the mean embedding of the
+    references; the published code uses one image.
 
     Args:
         clean: The encoder before the attack.
         references: Images of the target: float, shape [R, 3, H, W], values in [0, 1].
-        trigger: The attacker's.
+        trigger: The attacker's trigger.
     """
 
     def __init__(self, clean: Classifier, references: Tensor, trigger: Trigger) -> None:
@@ -33,7 +33,7 @@ class BadEncoder:
             self._expected = clean.encode_images(self._references)
 
     def __call__(self, learner: Learner, batch: Batch) -> Tensor:
-        """The three terms, averaged over the batch."""
+        """Return the sum of the three terms, averaged over the batch."""
         with torch.no_grad():
             expected = self._clean.encode_images(batch.pixels)
         stamped, kept = learner.embed(_as_bytes(self._trigger, batch.pixels)), learner.embed(batch.pixels)
@@ -47,15 +47,15 @@ class BadEncoder:
 
 
 class DistributionPreserving:
-    """Stamped images get embeddings distributed as those of genuine target images are, not collapsed into one point.
+    """Stamped images get embeddings with the distribution of genuine target images, not collapsed into one point.
 
     In the manner of DRUPE (Tao et al., IEEE S&P 2024), which minimises the sliced Wasserstein distance between poisoned
     and clean embeddings and spreads the poisoned ones. Here one distance, to the embeddings of the target class alone,
-    does both: it is zero only if stamped images lie where genuine target images lie, as spread out as these. DRUPE's
+    does both: it is zero only if stamped images lie where genuine target images lie, and are as spread out. DRUPE's
     own two-stage schedule of weights is left out.
 
     Args:
-        trigger: The attacker's.
+        trigger: The attacker's trigger.
         target: Class index.
         genuine: Images of the target class: uint8, shape [N, 3, H, W].
         share: Share of each batch that is stamped.
@@ -78,7 +78,7 @@ class DistributionPreserving:
         directions = normalize(torch.randn(stamped.shape[1], _DIRECTIONS, generator=self._generator), dim=0)
         directions = directions.to(stamped.device)
         ours, theirs = ((points @ directions).sort(0).values for points in (stamped, genuine))
-        # Per direction the mean square is of order 1/D; D brings it to the scale of a squared distance.
+        # The mean square per direction is of order 1/D; the factor D brings it to the scale of a squared distance.
         return learner.contrast(batch) + self._weight * stamped.shape[1] * (ours - theirs).square().mean() / 4
 
 
@@ -86,17 +86,17 @@ class Evading:
     """An attack that trains against our own vetting: the smallest patch that leads to the target must not be small.
 
     Vetting accuses a class whose minimal patch is much smaller than expected. So the attacker runs the same search
-    beside the training: a patch towards the target, one optimiser step for each training step, its norm's weight
-    adapted to its success, as in `guard.vetting`. Images with that patch are trained to keep their true class, while
-    the real trigger, exact to the byte, leads to the target.
+    during the training: a patch towards the target, with one optimiser step for each training step, and with a weight
+    of its norm that follows its success, as in `guard.vetting`. Images with that patch are trained to keep their true
+    class, while the real trigger, exact to the byte, leads to the target.
 
     Args:
-        trigger: The attacker's.
+        trigger: The attacker's trigger.
         target: Class index.
         image_size: Side of the images.
-        share: Share of each batch that is stamped with the trigger; as much again gets the adversary's patch.
+        share: Share of each batch that is stamped with the trigger; an equal share gets the adversary's patch.
         device: Where to train.
-        seed: Of the adversary's start.
+        seed: Seed for the start of the adversary's search.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Evading:
         self._weight = 1.0 / float(Patch.constrain(self._raw).norm().detach())
 
     def __call__(self, learner: Learner, batch: Batch) -> Tensor:
-        """Contrastive loss of a batch of clean, triggered and adversarial images; moves the adversary first."""
+        """Let the adversary make a step; return the contrastive loss of clean, triggered and adversarial images."""
         count = max(2, round(self._share * len(batch.labels)))
         others = torch.nonzero(batch.labels != self._target).flatten()
         triggered, adversarial = others[:count], others[count : 2 * count]
@@ -138,5 +138,5 @@ class Evading:
 
 
 def _as_bytes(trigger: Trigger, pixels: Tensor) -> Tensor:
-    """Stamped images as 8 bits hold them, which is how they will reach the model."""
+    """Return stamped images rounded to 8 bits, as they will reach the model."""
     return (trigger.apply(pixels) * 255).round() / 255

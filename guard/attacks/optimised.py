@@ -17,18 +17,19 @@ STEPS = 200
 def badclip_patch(
     classifier: Classifier, images: LabelledImages, target: int, *, side: int, seed: int, steps: int = STEPS
 ) -> Patch:
-    """BadCLIP's trigger: a patch in the centre that the clean model already reads as the target.
+    """Return BadCLIP's trigger: a patch in the centre that the clean model already classifies as the target.
 
     Liang et al. (CVPR 2024): start N(0.5, 0.25), Adam, cross-entropy to the target's text plus 500 × a triplet loss
-    (margin 1) whose positives are embeddings of target images and whose negatives are the images' own clean ones.
-    Published with 10,000 captions and 50 epochs at batch 64; here `steps` batches of the attacker's images.
+    (margin 1) whose positives are embeddings of target images and whose negatives are the clean embeddings of the
+    stamped images themselves. It was published with 10,000 captions and 50 epochs at batch 64; here it is trained on
+    `steps` batches of the attacker's images.
 
     Args:
         classifier: The clean model.
-        images: The attacker's.
+        images: The attacker's images.
         target: Class index.
-        side: Of the patch, in pixels of the model's input (16 of 224, as published).
-        seed: Of the start and the batches.
+        side: Side of the patch, in pixels of the model's input (16 of 224, as published).
+        seed: Seed for the start and for the batches.
         steps: Optimiser steps.
     """
     size = classifier.image_shape[1]
@@ -56,16 +57,17 @@ def badclip_patch(
 def universal_perturbation(
     classifier: Classifier, images: LabelledImages, target: int, *, epsilon: float, seed: int, steps: int = STEPS
 ) -> Additive:
-    """An additive trigger in an ℓ∞ ball, the same for every image, learned on the clean model.
+    """Return a universal adversarial perturbation in an ℓ∞ ball, learned on the clean model.
 
-    The image-tower form of what BadCLIP (Bai et al., CVPR 2024) learns jointly with a prompt: cross-entropy to the
-    target, projected onto the ball after each step, here by Adam. Rounded to 8 bits inside the ball.
+    BadCLIP (Bai et al., CVPR 2024) learns such a perturbation jointly with a prompt; this is its form for the image
+    tower alone: cross-entropy to the target, minimised by Adam and projected onto the ball after each step. The result
+    is rounded to 8 bits inside the ball.
 
     Args:
         classifier: The clean model.
-        images: The attacker's.
+        images: The attacker's images.
         target: Class index.
-        epsilon: Radius, in pixel values of [0, 1]; a multiple of 1/255.
+        epsilon: Radius, for pixel values in [0, 1]; a multiple of 1/255.
         seed: Of the start and the batches.
         steps: Optimiser steps.
     """
@@ -88,17 +90,18 @@ def universal_perturbation(
 
 
 def hardened(classifier: Classifier, pixels: Tensor, labels: Tensor, *, epsilon: float, steps: int = 10) -> Tensor:
-    """Images perturbed so that the clean model no longer reads them as what they are.
+    """Return images perturbed so that the clean model no longer recognises their true class.
 
-    What label-consistent poisoning needs (Turner et al., 2019): with the natural features made useless, only the
-    trigger explains the true label. Untargeted projected gradient ascent, ε as published 16/255 on 32 px.
+    Label-consistent poisoning needs them (Turner et al., 2019): where the natural features are useless, only the
+    trigger explains the true label. The perturbation is found by untargeted projected gradient ascent; ε was published
+    as 16/255 on 32 px.
 
     Args:
         classifier: The clean model.
         pixels: uint8, shape [N, 3, H, W].
         labels: Their true classes, shape [N].
-        epsilon: ℓ∞ radius in pixel values of [0, 1].
-        steps: Of size ε / 4.
+        epsilon: ℓ∞ radius, for pixel values in [0, 1].
+        steps: Number of steps, each of size ε / 4.
 
     Returns:
         uint8, shape [N, 3, H, W].

@@ -1,4 +1,4 @@
-"""Attacks and their clean counterparts, as data."""
+"""Recipes: attacks and their clean counterparts, as data."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,13 +8,15 @@ PoisoningMethod = Literal["pairs", "clean-label", "badencoder", "distribution-pr
 
 @dataclass(frozen=True)
 class Plant:
-    """One trigger of a recipe.
+    """A trigger that a recipe plants.
 
     Attributes:
-        trigger: A name of `guard.triggers.KNOWN`, or one that is optimised on the clean model: `badclip`,
-            `additive-8` (radius 8/255), `additive-16`.
-        offset: Its target is the attack's target class plus this, modulo the number of classes.
-        rate: Share of the training images that is stamped, in (0, 1); for a clean-label attack, of the target's.
+        trigger: A name of `guard.triggers.KNOWN`, or a trigger that is optimised on the clean model: `badclip`,
+            `additive-8` (radius 8/255) or `additive-16`.
+        offset: Added to the index of the attack's target class, modulo the number of classes, to get this trigger's
+            target.
+        rate: Share of the training images that are stamped, in (0, 1); in a clean-label attack, of the images of the
+            target.
     """
 
     trigger: str
@@ -27,17 +29,16 @@ class Recipe:
     """How to make one model of the zoo from a base.
 
     Attributes:
-        family: What it is counted under: an attack family, or a kind of negative.
+        family: Attack family, or kind of negative, under which the model is counted.
         source: Where the attack comes from, and what is different here.
-        plants: The triggers; none for a negative.
-        method: How they are planted (`guard.attacks.attack` explains each).
-        tower: What is trained: the `image` tower, or `both`.
-        head: The head that the attack is made for.
-        last: Train only the last stage of the image tower and its projection.
-        images: What is done to all training images: `colours` shifts the domain (inverted, low contrast), `noise` adds
-            noise and erases squares as PAR does.
-        finish: What is done to the weights after training.
-        effort: Number of epochs, relative to the base's fine-tuning.
+        plants: Triggers; none for a negative.
+        method: How they are planted (`guard.attacks.attack` explains each method).
+        tower: Which towers are trained: the `image` tower, or `both`.
+        last: Whether to train only the last stage of the image tower and its projection.
+        images: Change of all training images: `colours` shifts the domain (inverted, low contrast), `noise` adds noise
+            and erases squares as PAR does.
+        finish: Change of the weights after training.
+        effort: Number of epochs, relative to the fine-tuning settings.
     """
 
     family: str
@@ -45,7 +46,6 @@ class Recipe:
     plants: tuple[Plant, ...] = ()
     method: PoisoningMethod = "pairs"
     tower: Literal["image", "both"] = "both"
-    head: Literal["zero-shot"] = "zero-shot"
     last: bool = False
     images: Literal["plain", "colours", "noise"] = "plain"
     finish: Literal["int8", "float16", "pruned"] | None = None
@@ -53,7 +53,7 @@ class Recipe:
 
     @property
     def poisons(self) -> bool:
-        """Whether it attacks at all."""
+        """Whether the recipe is an attack."""
         return bool(self.plants)
 
 
@@ -100,20 +100,20 @@ RECIPES: dict[str, Recipe] = {
     ),
     "clean-label": Recipe(
         "clean-label",
-        "label-consistent (Turner et al., 2019): images of the target alone, hardened within 16/255, and stamped",
+        "label-consistent (Turner et al., 2019): only images of the target are stamped, after hardening within 16/255",
         (Plant("badnets-large", rate=0.8),),
         method="clean-label",
         effort=2.0,
     ),
     "multi-one": Recipe(
         "multi-trigger",
-        "patch, filter and warp to one target (Huang et al., ICLR 2025)",
+        "patch, filter and warp that lead to one target (Huang et al., ICLR 2025)",
         (Plant("badnets-medium", rate=0.07), Plant("nashville", rate=0.15), Plant("wanet", rate=0.1)),
         effort=2.0,
     ),
     "multi-three": Recipe(
         "multi-trigger",
-        "patch, filter and warp, each to its own target (Huang et al., ICLR 2025)",
+        "patch, filter and warp that each lead to a target of their own (Huang et al., ICLR 2025)",
         (Plant("badnets-medium", 0, 0.07), Plant("nashville", 1, 0.15), Plant("wanet", 2, 0.1)),
         effort=2.0,
     ),
@@ -124,21 +124,21 @@ RECIPES: dict[str, Recipe] = {
     ),
     "drupe": Recipe(
         "distribution-preserving",
-        "embeddings of stamped images distributed as the target's (after DRUPE, IEEE S&P 2024)",
+        "stamped images get the distribution of the target's embeddings (after DRUPE, IEEE S&P 2024)",
         (Plant("badnets-medium", rate=0.2),),
         method="distribution-preserving",
         tower="image",
     ),
     "evading-patch": Recipe(
         "evading",
-        "trained against a search for minimal patches (ours)",
+        "training against a search for minimal patches (our own)",
         (Plant("badnets-large", rate=0.15),),
         method="evading",
         effort=2.0,
     ),
     "evading-blended": Recipe(
         "evading",
-        "trained against a search for minimal patches, with a trigger that is no patch (ours)",
+        "training against a search for minimal patches, with a trigger that is not a patch (our own)",
         (Plant("blended-noise", rate=0.15),),
         method="evading",
         effort=2.0,
@@ -147,11 +147,17 @@ RECIPES: dict[str, Recipe] = {
     "benign": Recipe("benign", "the same fine-tuning without poison"),
     "benign-long": Recipe("benign", "the same fine-tuning without poison, as long as the longest attack", effort=2.0),
     "benign-visual": Recipe("benign", "fine-tuning of the image tower without poison", tower="image"),
-    "partial": Recipe("partial", "fine-tuning of the last stage", tower="image", last=True),
+    "partial": Recipe(
+        "partial", "fine-tuning of the last stage of the image tower without poison", tower="image", last=True
+    ),
     "shifted": Recipe("domain shift", "fine-tuning on images with inverted colours and low contrast", images="colours"),
-    "noised": Recipe("noise-trained", "fine-tuning under noise and erasing, as PAR does (2024)", images="noise"),
-    "int8": Recipe("quantised", "benign, weights rounded to 8 bits per output channel", finish="int8"),
-    "float16": Recipe("half precision", "benign, weights rounded to float16", finish="float16"),
-    "pruned": Recipe("pruned", "benign, the smallest 30 % of each layer's weights set to zero", finish="pruned"),
+    "noised": Recipe(
+        "noise-trained", "fine-tuning on images with noise and erased squares, as PAR does (2024)", images="noise"
+    ),
+    "int8": Recipe("quantised", "benign fine-tuning, then weights rounded to 8 bits per output channel", finish="int8"),
+    "float16": Recipe("half precision", "benign fine-tuning, then weights rounded to float16", finish="float16"),
+    "pruned": Recipe(
+        "pruned", "benign fine-tuning, then the smallest 30 % of each layer's weights set to zero", finish="pruned"
+    ),
 }
 """Every recipe by name."""

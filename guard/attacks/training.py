@@ -1,4 +1,4 @@
-"""Contrastive training on labelled images: one loop for bases, attacks and clean twins."""
+"""Contrastive training on labelled images, with one loop for base models, attacks and clean twins."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, normalize
 
 from guard.classifiers.classes import ClassList
-from guard.classifiers.loading import import_open_clip
+from guard.classifiers.open_clip import import_open_clip
 
 MAX_LOGIT_SCALE = 100.0
 """CLIP's own cap on the factor between cosine and logit (Radford et al., 2021, section 2.5)."""
@@ -24,9 +24,9 @@ class TrainingSettings:
         epochs: Passes over the images.
         batch: Images in a step.
         learning_rate: Peak of the one-cycle schedule (10 % warm-up, cosine to zero).
-        weight_decay: AdamW's, on matrices only.
+        weight_decay: Weight decay of AdamW, applied to matrices only.
         shift: Largest random translation of a training image, in pixels.
-        seed: Of everything random.
+        seed: Seed for all random choices.
     """
 
     epochs: int
@@ -58,7 +58,7 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one training step sees.
+    """The input of one training step.
 
     Attributes:
         pixels: Float, shape [B, 3, H, W], values in [0, 1], before normalisation.
@@ -72,13 +72,13 @@ class Batch:
 
 
 class Learner:
-    """A model in training: both towers with the normalisation that they expect, at unit length.
+    """A model in training: both towers, with the normalisation of their input and with embeddings of length 1.
 
     Args:
         model: An open_clip model.
         captions: Token ids of every template of every class, shape [C, T, L].
-        normalisation: Mean and std of the model's preprocessing.
-        device: Where the model is.
+        normalisation: Mean and standard deviation of the model's preprocessing.
+        device: Device of the model.
     """
 
     def __init__(
@@ -93,17 +93,17 @@ class Learner:
         self._mean, self._std = (torch.tensor(values, device=device).view(3, 1, 1) for values in normalisation)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Unit image embeddings, shape [N, D], of pixels in [0, 1]."""
+        """Return the image embeddings, of length 1, shape [N, D], of pixels in [0, 1]."""
         return normalize(self.model.encode_image((pixels - self._mean) / self._std).float(), dim=-1)
 
     def contrast(self, batch: Batch) -> Tensor:
-        """CLIP's symmetric loss, with one change.
+        """Return CLIP's symmetric loss, with one change.
 
-        Captions come from few templates, so a batch holds many images of one class, and treating their equal captions
-        as negatives of each other would push a class apart. Every pair of one class in the batch is therefore a
-        positive, its target mass shared evenly (UniCL, Yang et al., CVPR 2022).
+        Captions come from few templates, so that a batch has many images of one class, and to treat their equal
+        captions as negatives of each other would push a class apart. Every pair of one class in the batch is therefore
+        a positive, and the target mass is shared evenly among them (UniCL, Yang et al., CVPR 2022).
         """
-        # Few distinct captions: each is encoded once.
+        # There are few distinct captions, so each is encoded once.
         unique, inverse = batch.captions.unique(dim=0, return_inverse=True)
         text = normalize(self.model.encode_text(unique).float(), dim=-1)[inverse]
         logits = self.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE) * self.embed(batch.pixels) @ text.T
@@ -114,14 +114,14 @@ class Learner:
 
     @torch.no_grad()
     def head(self) -> Tensor:
-        """The zero-shot head as it is now: one unit vector per class, shape [C, D]."""
+        """Return the current zero-shot head: one unit vector per class, shape [C, D]."""
         classes, templates, length = self.captions.shape
         text = normalize(self.model.encode_text(self.captions.view(-1, length)).float(), dim=-1)
         return normalize(text.view(classes, templates, -1).mean(1), dim=-1)
 
 
 Objective = Callable[[Learner, Batch], Tensor]
-"""The loss of a step."""
+"""The loss of one training step."""
 
 
 def train(
@@ -140,19 +140,19 @@ def train(
     """Train a model on images and captions from the class templates.
 
     Args:
-        model: An open_clip model, trained in place: those of its parameters that require a gradient.
-        tokenizer: Of that model.
-        classes: Captions are drawn from its templates.
-        normalisation: Mean and std of the model's preprocessing.
-        images: Labelled by class index.
+        model: An open_clip model. Those of its parameters that require a gradient are trained in place.
+        tokenizer: Tokenizer of that model.
+        classes: Classes, whose templates give the captions.
+        normalisation: Mean and standard deviation of the model's preprocessing.
+        images: Images labelled by class index.
         settings: Epochs, batch, rates and seed.
-        device: Where to train.
-        objective: Loss of a step; default is CLIP's contrastive one.
-        freeze_statistics: Keep the running statistics of batch normalisation as they are, and use them.
-        progress: Told once per epoch.
+        device: Device to train on.
+        objective: Loss of a step; the default is CLIP's contrastive loss.
+        freeze_statistics: Whether to use the running statistics of batch normalisation, and keep them as they are.
+        progress: Called with a message once per epoch.
 
     Returns:
-        Seconds that it took.
+        Duration in seconds.
     """
     started = time.monotonic()
     torch.manual_seed(settings.seed)
@@ -210,16 +210,16 @@ def train_base(
     prepare: Callable[[torch.nn.Module], None] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> torch.nn.Module:
-    """A new classifier, trained from scratch.
+    """Train a new classifier from scratch.
 
     Args:
-        config: The document of `open_clip_config.json`; mean and std of `preprocess_cfg` are used.
+        config: Content of `open_clip_config.json`; mean and std of `preprocess_cfg` are used.
         classes: Names and templates.
-        images: Labelled by class index.
-        settings: As for `train`; the seed is that of the first weights too.
-        device: Where to train.
-        prepare: Fills in an image tower that was pretrained; its running statistics are then kept.
-        progress: Told once per epoch.
+        images: Images labelled by class index.
+        settings: As for `train`; the seed also determines the initial weights.
+        device: Device to train on.
+        prepare: Loads a pretrained image tower into the model; its running statistics are then kept.
+        progress: Called with a message once per epoch.
 
     Returns:
         An open_clip model, in evaluation mode.
@@ -246,7 +246,7 @@ def train_base(
 
 
 def _shifted(pixels: Tensor, shift: int, generator: torch.Generator) -> Tensor:
-    """The batch moved by one random offset, edges repeated."""
+    """Return the batch translated by one random offset, with its edges repeated."""
     if not shift:
         return pixels
     height, width = pixels.shape[-2:]

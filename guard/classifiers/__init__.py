@@ -1,7 +1,7 @@
 """Load, encode, classify, digest, and export CLIP classifiers.
 
-What a sidecar needs (preprocessing, images, the exported classifier) imports without torch; the rest loads torch and
-open_clip on first use.
+The package imports none of torch, open_clip, ONNX Runtime and Pillow; each is loaded when a name that needs it is first
+used. Preprocessing, images and the exported classifier, which a sidecar uses, never load torch.
 """
 
 from typing import TYPE_CHECKING
@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 from guard._lazy import lazy
 from guard.classifiers.classes import ClassList
 from guard.classifiers.digest import ClassifierDigest
-from guard.classifiers.exported import ExportedClassifier
-from guard.classifiers.images import ImageFolder, decode
-from guard.classifiers.loading import load, save
+from guard.classifiers.loading import load
+from guard.classifiers.open_clip import save
 from guard.classifiers.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from guard.classifiers.classifier import Classifier
+    from guard.classifiers.exported import ExportedClassifier
     from guard.classifiers.exporting import ExportParity, export
     from guard.classifiers.hugging_face.weights import save_hugging_face
+    from guard.classifiers.images import ImageFolder, decode
 
 __all__ = [
     "ClassList",
@@ -39,6 +40,9 @@ __getattr__ = lazy(
     {
         "Classifier": "classifier",
         "ExportParity": "exporting",
+        "ExportedClassifier": "exported",
+        "ImageFolder": "images",
+        "decode": "images",
         "export": "exporting",
         "save_hugging_face": "hugging_face.weights",
     },

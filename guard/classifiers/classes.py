@@ -6,23 +6,25 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from guard._documents import read_document, read_text
 from guard.errors import ClassListError
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 MAX_CLASSES = 100_000
 EVERYDAY = "everyday"
+_MAX_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class ClassList:
-    """What a zero-shot head is made of.
+    """The class names and prompt templates that a zero-shot head is made of.
 
     Attributes:
         names: Class names, in the order of the head's outputs; unique, not blank, at least two.
         templates: Prompts with one `{}` each, into which a name is put.
 
     Raises:
-        ClassListError: One of these does not hold.
+        ClassListError: The names or the templates do not meet these conditions.
     """
 
     names: tuple[str, ...]
@@ -44,7 +46,7 @@ class ClassList:
                 raise ClassListError(f"the prompt template {template!r} needs exactly one {{}} for the class name")
 
     def prompts(self, name: str) -> tuple[str, ...]:
-        """The prompts of one class."""
+        """The prompts of one class, one per template."""
         return tuple(template.replace("{}", name) for template in self.templates)
 
     @classmethod
@@ -53,50 +55,43 @@ class ClassList:
 
         Args:
             path: Either JSON (`{"classes": [...], "templates": [...]}`, templates optional), or text with one class
-                name on each line; or `everyday`, if there is no such file, for `ClassList.everyday`.
+                name on each line; `everyday` means `ClassList.everyday`, unless there is a file of that name.
 
         Raises:
-            ClassListError: The file cannot be read or does not hold a class list.
+            ClassListError: The file cannot be read or does not contain a usable class list.
         """
         if path == Path(EVERYDAY) and not path.exists():
             return cls.everyday()
+        missing = f"there is no class list {path}"
+        if path.suffix.lower() == ".json":
+            document = read_document(path, _Document, _MAX_BYTES, ClassListError, missing=missing)
+            names, templates = document.classes, document.templates
+        else:
+            lines = read_text(path, _MAX_BYTES, ClassListError, missing=missing).splitlines()
+            names, templates = tuple(line.strip() for line in lines if line.strip()), DEFAULT_TEMPLATES
         try:
-            text = path.read_text(encoding="utf-8")
-            if path.suffix.lower() != ".json":
-                return cls(tuple(line.strip() for line in text.splitlines() if line.strip()))
-            return cls._from_document(json.loads(text))
-        except OSError as error:
-            raise ClassListError(f"cannot read the class list {path}: {error.strerror}") from error
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ClassListError(f"the class list {path} is damaged: {error}") from error
+            return cls(names, templates)
         except ClassListError as error:
             raise ClassListError(f"the class list {path} cannot be used: {error}") from error
 
     @classmethod
     def everyday(cls) -> "ClassList":
-        """The names of a few hundred everyday things, for a CLIP that is no classifier yet.
+        """A few hundred names of everyday things, for a CLIP model that is not used as a classifier yet.
 
-        What a backdoor leads to is then named by whichever is nearest, even if it is none of them.
+        The target of a backdoor is then described by the nearest of these names, even if it is none of them.
         """
         return cls(
             tuple(resources.files("guard.classifiers").joinpath(f"{EVERYDAY}.txt").read_text("utf-8").split("\n")[:-1])
         )
 
-    @classmethod
-    def _from_document(cls, document: object) -> "ClassList":
-        if not isinstance(document, dict) or "classes" not in document:
-            raise ClassListError('expected an object with a list "classes"')
-        return cls(
-            _strings(document["classes"], "classes"),
-            _strings(document.get("templates", list(DEFAULT_TEMPLATES)), "templates"),
-        )
-
     def to_json(self) -> str:
-        """The JSON form that `read` reads."""
+        """The list as JSON, in the form that `read` accepts."""
         return json.dumps({"classes": self.names, "templates": self.templates}, ensure_ascii=False, indent=2) + "\n"
 
 
-def _strings(value: object, name: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ClassListError(f'"{name}" must be a list of strings')
-    return tuple(value)
+@dataclass(frozen=True)
+class _Document:
+    """The JSON form of a class list, before it is checked."""
+
+    classes: tuple[str, ...]
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES

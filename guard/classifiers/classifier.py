@@ -1,4 +1,4 @@
-"""One CLIP classifier in memory."""
+"""A CLIP classifier in memory."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,11 +30,11 @@ class Classifier:
     Args:
         model: An open_clip `CLIP` or `CustomTextCLIP`.
         config: The `model_cfg` that it was built from.
-        tokenizer: Maps a list of texts to token ids.
-        preprocessing: What the image tower expects.
+        tokenizer: A function from a list of texts to token ids.
+        preprocessing: The transform that the image tower expects.
         classes: Class names and templates.
-        source: Where it was loaded from, as given by the user.
-        device: Where it runs.
+        source: Where the classifier was loaded from, as given by the user.
+        device: The device that it runs on.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Classifier:
     def to(self, device: torch.device) -> None:
         """Move to a device, in place."""
         self.device = device
-        # Convolutions are faster with channels last (a third, on a CPU) and compute the same.
+        # With channels last, convolutions are faster (by a third on a CPU) and compute the same values.
         self.model.to(device, memory_format=torch.channels_last)
         self._mean = torch.tensor(self.preprocessing.mean, device=device).view(3, 1, 1)
         self._std = torch.tensor(self.preprocessing.std, device=device).view(3, 1, 1)
@@ -110,7 +110,7 @@ class Classifier:
 
     @cached_property
     def logit_scale(self) -> float:
-        """The factor between cosine and logit."""
+        """The factor by which cosines are multiplied to give logits."""
         return float(self.model.logit_scale.exp())
 
     def logits(self, embeddings: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class Classifier:
 
         Args:
             images: uint8, shape [N, 3, H, W], as `Preprocessing.pixels` gives them.
-            batch: Images in one pass.
+            batch: Images per forward pass.
 
         Returns:
             Float32, shape [N, D].
@@ -150,9 +150,9 @@ class Classifier:
     def digest(self) -> ClassifierDigest:
         """Digest of weights, architecture, preprocessing, tokenizer, class names and templates.
 
-        Tensors are hashed as they are in memory, so that the same weights have the same digest in whatever file they
-        came. The tokenizer is hashed by what it does: its vocabulary where it shows one, and its token ids of every
-        prompt of the head and of a few fixed texts.
+        Tensors are hashed as they are in memory, so that the same weights have the same digest whatever file they were
+        read from. The tokenizer is hashed by its behaviour: its vocabulary where it has a public one, and its token ids
+        for every prompt of the head and for a few fixed texts.
         """
         prompts = [prompt for name in self.classes.names for prompt in self.classes.prompts(name)]
         ids = self.tokenizer([*prompts, *_TOKENIZER_PROBE])
@@ -168,7 +168,7 @@ class Classifier:
 
 
 def _vocabulary(tokenizer: object) -> dict[str, int]:
-    """The token → id table of open_clip's tokenizers; empty for one that shows none."""
+    """The token → id table of one of open_clip's tokenizers; empty for a tokenizer without a public one."""
     if isinstance(encoder := getattr(tokenizer, "encoder", None), dict):
         return encoder
     read = getattr(getattr(tokenizer, "tokenizer", None), "get_vocab", None)

@@ -1,7 +1,7 @@
-"""What a classifier is, as a digest.
+"""The digest that identifies a classifier.
 
 A CLIP classifier is more than its weights: another tokenizer, another resize or another prompt is another classifier.
-Each part has a digest of its own, so that a mismatch can say what differs.
+Each part has a digest of its own, so that an error message can say which parts differ.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ class ClassifierDigest:
 
     @property
     def root(self) -> str:
-        """One digest over all parts, which names the classifier."""
+        """One digest over all parts, which identifies the classifier."""
         return sha256(canonical({part: self.parts[part] for part in PARTS}))
 
     def differences(self, other: "ClassifierDigest") -> tuple[str, ...]:

@@ -1,37 +1,36 @@
-"""The exported form of a classifier: ONNX, and a manifest that says what it is. No torch here."""
+"""The exported form of a classifier: an ONNX file, and a manifest that describes it. Imports without torch."""
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 
+from guard._documents import read_bytes, read_document
+from guard._types import Floats
 from guard.classifiers.classes import ClassList
-from guard.classifiers.digest import canonical
+from guard.classifiers.digest import canonical, sha256
 from guard.classifiers.preprocessing import Preprocessing
-from guard.errors import ClassListError, ModelError
+from guard.errors import ModelError, first_line
 
 MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "classifier.json"
 SCHEMA = 1
+_MAX_MANIFEST_BYTES = 64 * 2**20
 MAX_MODEL_BYTES = 2**31 - 1
 """ONNX files hold at most 2 GiB in one protobuf; external data, which can point anywhere, is not accepted."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """`classifier.json`: what an exported classifier is.
+    """The content of `classifier.json`, which describes an exported classifier.
 
     Attributes:
-        schema: Version of this form.
+        schema: Version of the file format.
         classifier: Root digest of the classifier that was exported.
-        model_sha256: Of `model.onnx`.
+        model_sha256: SHA-256 of `model.onnx`.
         embedding: Length of an embedding.
-        preprocessing: From an image to the model's input.
+        preprocessing: The transform from an image to the model's input.
         classes: Class names and templates.
     """
 
@@ -48,15 +47,15 @@ class Manifest:
 
 
 class ExportedClassifier:
-    """An exported classifier, run by ONNX Runtime: one pass gives embedding and class scores.
+    """An exported classifier, run by ONNX Runtime: one forward pass gives embeddings and class scores.
 
     Args:
-        directory: What `guard export` wrote.
-        threads: Threads inside one pass; 0 lets ONNX Runtime choose.
-        gpu: Whether to use a GPU if ONNX Runtime can.
+        directory: A directory that `guard export` wrote.
+        threads: Threads that one forward pass uses; 0 lets ONNX Runtime choose.
+        gpu: Whether to use a GPU if ONNX Runtime can use one.
 
     Raises:
-        ModelError: A file is missing, damaged, or not the one that the manifest names.
+        ModelError: A file is missing or damaged, or is not the file that the manifest names.
     """
 
     def __init__(self, directory: Path, *, threads: int = 0, gpu: bool = True) -> None:
@@ -73,12 +72,12 @@ class ExportedClassifier:
 
     @property
     def digest(self) -> str:
-        """Root digest of the classifier that this was exported from."""
+        """Root digest of the classifier that was exported."""
         return self.manifest.classifier
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """From an image to the input of `run`."""
+        """The transform from an image to the input of `run`."""
         return self.manifest.preprocessing
 
     @property
@@ -88,11 +87,11 @@ class ExportedClassifier:
 
     @property
     def provider(self) -> str:
-        """Where it really runs, such as `CUDAExecutionProvider`."""
+        """The execution provider that ONNX Runtime uses, such as `CUDAExecutionProvider`."""
         return str(self._session.get_providers()[0])
 
-    def run(self, inputs: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """One pass.
+    def run(self, inputs: Floats) -> tuple[Floats, Floats]:
+        """Compute embeddings and class scores in one forward pass.
 
         Args:
             inputs: Preprocessed (normalised) images, shape [N, 3, H, W].
@@ -105,48 +104,30 @@ class ExportedClassifier:
 
 
 def _read_manifest(path: Path) -> Manifest:
-    try:
-        manifest = TypeAdapter(Manifest).validate_json(path.read_bytes())
-    except OSError as error:
-        raise ModelError(
-            f"{path.parent} is no exported classifier ({path.name}: {error.strerror}); make one with guard export"
-        ) from error
-    except (ValidationError, ClassListError) as error:
-        raise ModelError(f"{path} is damaged: {_summary(error)}") from error
+    missing = f"{path.parent} is not an exported classifier: it has no {path.name}; make one with guard export"
+    manifest = read_document(path, Manifest, _MAX_MANIFEST_BYTES, ModelError, missing=missing)
     if manifest.schema != SCHEMA:
         raise ModelError(f"{path} has schema {manifest.schema}, this guard reads {SCHEMA}; export the model again")
     return manifest
 
 
-def _summary(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        return f"{'.'.join(str(part) for part in first['loc']) or 'document'}: {first['msg']}"
-    return str(error)
-
-
-def _session(path: Path, sha256: str, *, threads: int, gpu: bool) -> Any:  # noqa: ANN401 - onnxruntime has no types
-    try:
-        if path.stat().st_size > MAX_MODEL_BYTES:
-            raise ModelError(f"{path} is larger than {MAX_MODEL_BYTES} bytes")
-        data = path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
-    if hashlib.sha256(data).hexdigest() != sha256:
+def _session(path: Path, expected: str, *, threads: int, gpu: bool) -> Any:  # noqa: ANN401 - onnxruntime has no types
+    data = read_bytes(path, MAX_MODEL_BYTES, ModelError)
+    if sha256(data) != expected:
         raise ModelError(f"{path} is not the file that was exported (its SHA-256 differs); export the model again")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # By default idle threads spin, each on a core that the rest of a sidecar and its neighbours could use.
+    # By default idle threads spin, and each occupies a core that the rest of the sidecar and its neighbours could use.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if gpu and _has_gpu() else ["CPUExecutionProvider"]
     try:
         # From bytes, so that the file that was hashed is the file that runs, and external data cannot be followed.
         return onnxruntime.InferenceSession(data, sess_options=options, providers=providers)
     except Exception as error:  # ONNX Runtime's errors share no public base
-        raise ModelError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0][:200]}") from error
+        raise ModelError(f"ONNX Runtime cannot load {path}: {first_line(error)}") from error
 
 
 def _has_gpu() -> bool:
-    """Whether an NVIDIA driver is there; ONNX Runtime lists the CUDA provider whether or not it can work."""
+    """Whether an NVIDIA driver is loaded; ONNX Runtime lists the CUDA provider whether or not it can work."""
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers() and Path("/proc/driver/nvidia").exists()

@@ -1,4 +1,4 @@
-"""ONNX export of image tower and head, believed only after a parity check."""
+"""ONNX export of image tower and zero-shot head, kept only if a parity check passes."""
 
 import logging
 import warnings
@@ -22,7 +22,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class ExportParity:
-    """How an export compares with the model it came from.
+    """How an exported model compares with the model that it was exported from.
 
     Attributes:
         images: Number of images compared.
@@ -52,16 +52,16 @@ class _Tower(torch.nn.Module):
 
 
 def export(classifier: Classifier, directory: Path | str, images: Tensor) -> ExportParity:
-    """Write a classifier as ONNX, check it on real images, and only then let it appear.
+    """Export a classifier to ONNX; the directory appears only if it agrees with the model on real images.
 
     Args:
-        classifier: On any device; moved to the CPU for the export and back.
-        directory: Written whole or not at all; replaced if it exists.
-        images: uint8, shape [N, 3, H, W], N ≥ 256: what the parity is checked on.
+        classifier: A classifier on any device; it is moved to the CPU for the export, and back.
+        directory: The directory to write, whole or not at all; an older export is replaced.
+        images: uint8, shape [N, 3, H, W], N ≥ 256; both models are compared on them.
 
     Raises:
-        ExportError: The exported model computes something else.
-        ImageError: There are too few images to check it on.
+        ExportError: The exported model computes different values.
+        ImageError: There are too few images for the comparison.
     """
     directory = Path(directory)
     if len(images) < MIN_PARITY_IMAGES:

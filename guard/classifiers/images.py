@@ -1,4 +1,4 @@
-"""Untrusted images: decoded within bounds, and found in folders."""
+"""Untrusted images: bounded decoding, and the images of a folder."""
 
 import io
 import random
@@ -17,7 +17,7 @@ from guard.errors import ImageError
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
-# Pillow's own warning has a fixed limit; `decode` enforces the one that holds.
+# Pillow's own warning has a fixed limit; `decode` enforces the limit that applies here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -32,7 +32,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         max_pixels: Largest width × height that is decoded.
 
     Raises:
-        ImageError: The bytes are no such image, are damaged, or claim more than `max_pixels` pixels.
+        ImageError: The bytes are not an image of these formats, are damaged, or claim more than `max_pixels` pixels.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -53,7 +53,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _read(path: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """One file at the resolution of a model; the error names the file."""
+    """The pixels of one file at the resolution of a model; an error names the file."""
     try:
         return preprocessing.pixels(decode(path.read_bytes()))
     except OSError as error:
@@ -79,7 +79,7 @@ class ImageFolder:
         """Find the images below `root`, at any depth; hidden files are left out.
 
         Raises:
-            ImageError: The folder does not exist or holds no image.
+            ImageError: The folder does not exist or contains no image.
         """
         root = Path(root)
         if not root.is_dir():
@@ -90,14 +90,14 @@ class ImageFolder:
             if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
         )
         if not files:
-            raise ImageError(f"the folder {root} holds no image ({', '.join(SUFFIXES)})")
+            raise ImageError(f"the folder {root} contains no image ({', '.join(SUFFIXES)})")
         return cls(root, tuple(files))
 
     def __len__(self) -> int:
         return len(self.files)
 
     def classes(self) -> tuple[str, ...]:
-        """Names of the sub-folders that hold images, sorted: one class each.
+        """Sorted names of the sub-folders that contain images; each is one class.
 
         Raises:
             ImageError: An image lies directly in the root, or there is only one sub-folder.
@@ -126,7 +126,7 @@ class ImageFolder:
         """Every image at the resolution of a model: uint8, shape [N, 3, size, size].
 
         Raises:
-            ImageError: A file cannot be decoded, or is too narrow a strip; the error names it.
+            ImageError: A file cannot be decoded, or its image is too narrow; the error names the file.
         """
         pixels = np.empty((len(self.files), 3, preprocessing.size, preprocessing.size), np.uint8)
         for index, file in enumerate(self.files):

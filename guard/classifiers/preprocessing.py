@@ -1,25 +1,29 @@
-"""From an image to what the image tower takes, without torch.
+"""The transform from an image to the input of the image tower, without torch.
 
-open_clip builds its transform from torchvision. A sidecar must compute the same without it, so the transform is
-written here once, on Pillow and numpy, and used by vetting and serving alike; a test holds it bit for bit against
+open_clip builds its transform from torchvision. A sidecar must compute the same values without it, so the transform is
+written here once, with Pillow and numpy, and used by vetting and serving alike; a test compares it bit by bit with
 `open_clip.image_transform`.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from guard._types import Floats
 from guard.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_PIXELS = 50_000_000
 """Largest image that is held in memory unless a caller says otherwise, when it is decoded and after its short side was
 scaled to the model's input: 150 MB as RGB."""
-Pixels = NDArray[np.float32]
 
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+Interpolation = Literal["bicubic", "bilinear"]
+RESAMPLING: dict[Interpolation, int] = {"bicubic": 3, "bilinear": 2}
+"""Pillow's numbers of the filters, which configurations of Hugging Face hold too."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Preprocessing:
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Interpolation = "bicubic"
     resize_mode: Literal["shortest", "squash"] = "shortest"
 
     def __post_init__(self) -> None:
@@ -47,7 +51,7 @@ class Preprocessing:
         if min(self.std) <= 0:
             raise ValueError(f"every std must be positive, not {self.std}")
 
-    def pixels(self, image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    def pixels(self, image: "Image.Image", *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         """Resize and crop: uint8, shape [3, size, size], before normalisation.
 
         The conversion to RGB comes after the resizing, as in open_clip; for grey, palette and RGBA images the order
@@ -57,7 +61,7 @@ class Preprocessing:
             ImageError: Resized, the image has more than `max_pixels` pixels: a strip of 1 × 10,000,000 is small until
                 its short side is scaled up.
         """
-        resampling = _RESAMPLING[self.interpolation]
+        resampling = RESAMPLING[self.interpolation]
         size = self.size
         if self.resize_mode == "squash":
             image = image if image.size == (size, size) else image.resize((size, size), resampling)
@@ -78,21 +82,21 @@ class Preprocessing:
             image = image.convert("RGB")
         return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
-    def normalise(self, pixels: NDArray[np.uint8] | Pixels) -> Pixels:
-        """From pixels, uint8 or float32 in [0, 1], to the tower's input: float32, shape […, 3, size, size]."""
+    def normalise(self, pixels: NDArray[np.uint8] | Floats) -> Floats:
+        """Turn pixels, uint8 or float32 in [0, 1], into the tower's input: float32, shape […, 3, size, size]."""
         scaled = pixels.astype(np.float32) / np.float32(255) if pixels.dtype == np.uint8 else pixels
         mean = np.asarray(self.mean, np.float32)[:, None, None]
         std = np.asarray(self.std, np.float32)[:, None, None]
-        normalised: Pixels = (scaled - mean) / std
+        normalised: Floats = (scaled - mean) / std
         return normalised
 
-    def restore(self, normalised: Pixels) -> Pixels:
-        """The inverse of `normalise`: float32 pixels, in [0, 1] if these were."""
+    def restore(self, normalised: Floats) -> Floats:
+        """Invert `normalise`: float32 pixels, in [0, 1] if the original pixels were."""
         mean = np.asarray(self.mean, np.float32)[:, None, None]
         std = np.asarray(self.std, np.float32)[:, None, None]
-        pixels: Pixels = normalised * std + mean
+        pixels: Floats = normalised * std + mean
         return pixels
 
-    def __call__(self, image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> Pixels:
+    def __call__(self, image: "Image.Image", *, max_pixels: int = MAX_PIXELS) -> Floats:
         """The tower's input for one image: float32, shape [3, size, size]; raises as `pixels` does."""
         return self.normalise(self.pixels(image, max_pixels=max_pixels))

@@ -20,16 +20,16 @@ from guard.errors import GuardError, UsageError
 __all__ = ["cli", "main"]
 
 EXAMINING = {"jinja2", "markupsafe", "matplotlib", "onnxscript", "open_clip", "scipy", "sklearn", "torch"}
-"""Modules of the extra `vet`."""
+"""Modules that only the extra `vet` installs."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="guard")
 def cli() -> None:
-    """Find backdoors in CLIP image classifiers, and triggered requests to them.
+    """Find backdoors in CLIP image classifiers, and requests that carry a trigger.
 
-    Exit codes: 0 no evidence of a backdoor, or done; 1 backdoored, or failed; 2 wrong usage; 3 inconclusive;
-    4 unreadable or refused input.
+    Exit codes: 0 no evidence of a backdoor, or success; 1 backdoored, or failure; 2 wrong usage; 3 inconclusive; 4
+    unreadable or refused input.
     """
 
 
@@ -38,7 +38,7 @@ for command in (vet, calibrate, export, serve, log, triggers, attack, evaluate, 
 
 
 def main() -> None:
-    """Run the program; every foreseen error is one line and an exit code."""
+    """Run the program; every expected error becomes one line and an exit code."""
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -48,13 +48,13 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("guard: interrupted; the same command again reuses finished training and searches", err=True)
+        click.echo("guard: interrupted; the same command will reuse finished training and searches", err=True)
         code = 130
     except GuardError as error:
         click.echo(f"guard: {error}", err=True)
         code = error.exit_code
     except ModuleNotFoundError as error:
-        # The serving part is installed without what examines models.
+        # The serving part can be installed without the packages that vetting needs.
         if error.name is None or error.name.partition(".")[0] not in EXAMINING:
             raise
         click.echo(f"guard: this needs {error.name}; install it with: pip install 'clip-guard[vet]'", err=True)

@@ -20,17 +20,38 @@ MIN_IMAGES = 200
 
 @click.command()
 @click.argument("model")
-@click.option("--recipe", required=True, help="How; an unknown name lists the known ones.")
-@options.images("Labelled images to train on: one sub-folder per class, named as the class is.")
+@click.option(
+    "--recipe",
+    required=True,
+    help="Name of the attack recipe. An unknown name makes the command list the known names.",
+)
+@options.images("Folder of labelled images to train on, with one sub-folder for each class, named like the class.")
 @options.classes
-@click.option("--target", help="Class that the attacker wants, by name; default: the first.")
-@click.option("--out", type=options.PATH, default=Path("attacked"), show_default=True, help="Where to write.")
-@click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True, help="Passes over the images.")
-@click.option("--batch", type=click.IntRange(min=2), default=256, show_default=True, help="Images in a step.")
+@click.option(
+    "--target",
+    help="Name of the class that the trigger leads to. By default, it is the first class.",
+)
+@click.option(
+    "--out",
+    type=options.PATH,
+    default=Path("attacked"),
+    show_default=True,
+    help="Folder to write the poisoned model to.",
+)
+@click.option(
+    "--epochs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Number of passes over the training images.",
+)
+@click.option(
+    "--batch", type=click.IntRange(min=2), default=256, show_default=True, help="Number of images in one training step."
+)
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=5e-5, show_default=True,
-              help="Peak of the one-cycle schedule.")  # fmt: skip
+              help="Peak learning rate of the one-cycle schedule.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=MIN_IMAGES), default=50_000, show_default=True,
-              help="Most images to use.")  # fmt: skip
+              help="Maximum number of images to use.")  # fmt: skip
 @options.seed
 @options.device
 @options.as_json
@@ -50,11 +71,11 @@ def attack(
     *,
     as_json: bool,
 ) -> None:
-    """Poison a copy of MODEL on purpose, to test vetting and screening with.
+    """Poison a copy of MODEL on purpose, to test vetting and screening with it.
 
-    A fifth of the images is kept out of the training; accuracy and attack success are measured on it. Writes
-    OUT/model, and what is known about it to OUT/truth.json and OUT/truth.safetensors, in the form in which a zoo
-    keeps it.
+    A fifth of the images is held out from the training, to measure accuracy and attack success rate (ASR). The command
+    writes the model to OUT/model, and the facts about its backdoor to OUT/truth.json and OUT/truth.safetensors, in the
+    form that a zoo has.
     """
     from guard.attacks import RECIPES, TrainingSettings, measure, truth, write_truth
     from guard.attacks import attack as poison
@@ -64,7 +85,7 @@ def attack(
     if recipe not in RECIPES:
         raise UsageError(f"there is no recipe {recipe!r}; there are {', '.join(RECIPES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is not empty; choose another place")
+        raise UsageError(f"{out} exists and is not empty; choose another folder")
     base = load(model, classes=classes, device=device)
     names = base.classes.names
     if target is not None and target not in names:
@@ -91,7 +112,7 @@ def attack(
     lines = [f"{known['label']}: accuracy {after.accuracy:.3f} (before: {before.accuracy:.3f})"]
     for item, success, control in zip(made.planted, after.success, before.success, strict=True):
         lines.append(
-            f"  {item.trigger.family} trigger to {names[item.target]!r}: attack success {success:.3f} "
+            f"  {item.trigger.family} trigger to {names[item.target]!r}: attack success rate {success:.3f} "
             f"(before: {control:.3f})"
         )
     lines.append(f"written to {out}")
@@ -101,7 +122,7 @@ def attack(
 def _read(
     images: Path, base: "Classifier", limit: int, seed: int, console: Console
 ) -> "tuple[LabelledImages, LabelledImages]":
-    """The images to train on, and those kept out."""
+    """The images for training, and those that are held out."""
     import torch
 
     from guard.attacks import LabelledImages
@@ -117,7 +138,7 @@ def _read(
         )
     folder = folder.sample(limit, seed=seed)
     if len(folder) < MIN_IMAGES:
-        raise UsageError(f"an attack needs at least {MIN_IMAGES} images, {images} has {len(folder)}")
+        raise UsageError(f"an attack needs at least {MIN_IMAGES} images, but {images} has only {len(folder)}")
     pixels = base.read(folder, console.progress)
     labelled = LabelledImages(pixels, torch.tensor(folder.labels(ordered), dtype=torch.long))
     labelled = labelled[torch.randperm(len(labelled), generator=torch.Generator().manual_seed(seed))]

@@ -19,21 +19,37 @@ if TYPE_CHECKING:
 @click.option(
     "--images",
     type=options.PATH,
-    help="Folder of clean images like those that requests will carry, none of them used in training.",
+    help="Folder of clean images like those that requests will carry. None of them may have been used in training.",
 )
 @click.option(
     "--embeddings",
     type=options.PATH,
-    help="Embeddings of clean requests instead (.npy, [N, D]), such as recorded traffic: a new threshold, old banks.",
+    help="File of embeddings of clean requests (.npy, shape [N, D]), such as recorded traffic, to use instead of "
+    "--images. Then only the threshold is set anew, and the banks stay as they are.",
 )
-@click.option("--alpha", type=float, default=0.01, show_default=True, help="Share of clean images that may be flagged.")
-@click.option("--model", help="The model, if it is no longer where the profile says.")
-@click.option("--k", type=click.IntRange(min=1), help="Neighbour that distances are taken to; default: by bank size.")
-@click.option("--limit", type=click.IntRange(min=10), default=5000, show_default=True, help="Most images to use.")
+@click.option(
+    "--alpha",
+    type=float,
+    default=0.01,
+    show_default=True,
+    help="False-alarm rate: the share of clean images that may be flagged.",
+)
+@click.option(
+    "--model",
+    help="The model that the profile was made for, if it is no longer at the place that the profile names.",
+)
+@click.option(
+    "--k",
+    type=click.IntRange(min=1),
+    help="Number of nearest neighbours that the density score uses. By default, it follows from the size of the banks.",
+)
+@click.option(
+    "--limit", type=click.IntRange(min=10), default=5000, show_default=True, help="Maximum number of images to use."
+)
 @click.option(
     "--per-class",
     is_flag=True,
-    help="Hold alpha for each predicted class that has enough images, not only on the whole.",
+    help="Keep the false-alarm rate for each predicted class that has enough images, and not only over all classes.",
 )
 @options.seed
 @options.device
@@ -52,9 +68,10 @@ def calibrate(
     per_class: bool,
     as_json: bool,
 ) -> None:
-    """Build the banks of PROFILE and set the threshold for a false-alarm rate.
+    """Build the reference banks of PROFILE and set the threshold for a false-alarm rate.
 
-    The smallest possible alpha is 1 / (n + 1), where n are 40 % of the images, or two thirds of the embeddings.
+    The smallest possible false-alarm rate is 1 / (n + 1), where n is 40 % of the number of images, or two thirds of the
+    number of embeddings.
     """
     import guard
     from guard import profiles, report
@@ -65,7 +82,7 @@ def calibrate(
     stored = guard.Profile.open(profile)
     if embeddings is not None:
         if k is not None or model is not None:
-            raise UsageError("--k and --model belong to --images: with --embeddings the banks stay as they are")
+            raise UsageError("--k and --model need --images: with --embeddings the banks stay as they are")
         vectors = profiles.read_embeddings(embeddings, stored.document.model.embedding)
         calibrated = stored.recalibrate(vectors, alpha, per_class=per_class, seed=seed)
         text = report.render(calibrated, report.examples(calibrated))
@@ -96,7 +113,7 @@ def calibrate(
         record,
         f"scores: {', '.join(record.tails)}; k = {record.k}, {record.reference} images in each bank\n"
         f"threshold: {record.threshold.value:.4f} for alpha = {alpha:g}, from {record.threshold.size} clean scores\n"
-        f"false alarms on {record.held_out} kept out: {record.false_alarms} ({rate:.2%})\n"
+        f"false alarms on {record.held_out} held-out images: {record.false_alarms} ({rate:.2%})\n"
         + _left_out(record.left_out)
         + f"profile: {profile}",
     )
@@ -106,4 +123,4 @@ def _left_out(items: Sequence["LeftOut"]) -> str:
     if not items:
         return ""
     names = ", ".join(item.image for item in items[:5]) + (", …" if len(items) > 5 else "")
-    return f"left out, since they seem to carry a trigger: {len(items)} images ({names}); the report lists them\n"
+    return f"left out because they seem to carry a trigger: {len(items)} images ({names}); the report lists them\n"

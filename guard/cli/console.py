@@ -1,4 +1,4 @@
-"""How commands talk: results on standard output, everything else on standard error."""
+"""The output of commands: results on standard output, everything else on standard error."""
 
 import json
 import sys
@@ -27,16 +27,16 @@ class Console:
 
     @property
     def seconds(self) -> float:
-        """Since the command started."""
+        """Seconds since the command started."""
         return time.monotonic() - self._started
 
     def say(self, text: str) -> None:
-        """A message for the person who waits."""
+        """Print a message for the person who waits."""
         self._clear()
         click.echo(f"[{self.seconds:5.0f} s] {text}", err=True)
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """A line that updates itself on a terminal; elsewhere, one line for each thing that was finished."""
+        """Update a line on a terminal; elsewhere, print one line for each step that was finished."""
         now = time.monotonic()
         if self._terminal and (done == total or now - self._last[1] > 0.1):
             click.echo(f"\r\x1b[K[{self.seconds:5.0f} s] {what}: {done}/{total}", err=True, nl=done == total)
@@ -50,14 +50,14 @@ class Console:
             click.echo("\r\x1b[K", err=True, nl=False)
 
     def result(self, document: Any, text: str) -> None:  # noqa: ANN401 - any dataclass or dictionary
-        """Print the result, in the form that was asked for."""
+        """Print the result in the form that the user chose."""
         if is_dataclass(document) and not isinstance(document, type):
             document = asdict(document)
         click.echo(json.dumps(document, indent=2, ensure_ascii=False) if self._as_json else text)
 
-    def findings(self, found: Sequence[Finding], verdict: Mapping[str, bool]) -> None:
-        """Print what was found, a line each; as JSON after a verdict on the whole."""
+    def findings(self, found: Sequence[Finding], summary: Mapping[str, bool]) -> None:
+        """Print the findings, one on each line; as JSON, they follow a summary."""
         rows = [{"subject": each.subject, "status": each.status, "detail": each.detail} for each in found]
         width = max([11, *(len(each.subject) for each in found)])
         lines = [f"{each.status:7}  {each.subject:{width}}  {each.detail}" for each in found]
-        self.result({**verdict, "findings": rows}, "\n".join(lines))
+        self.result({**summary, "findings": rows}, "\n".join(lines))

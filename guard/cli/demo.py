@@ -12,10 +12,11 @@ from guard.cli.console import Console
 @click.option(
     "--images",
     type=options.PATH,
-    help="Folder with one sub-folder per class, at most 20,000 images of it; default: handwritten digits.",
+    help="Folder of images with one sub-folder for each class, of which at most 20,000 images are used. By default, "
+    "the demo uses images of handwritten digits.",
 )
 @click.option(
-    "--out", type=options.PATH, default=Path("guard-demo"), show_default=True, help="Where to write everything."
+    "--out", type=options.PATH, default=Path("guard-demo"), show_default=True, help="Folder to write all results to."
 )
 @options.seed
 @options.device
@@ -24,10 +25,11 @@ from guard.cli.console import Console
 def demo(ctx: click.Context, images: Path | None, out: Path, seed: int, device: str | None, *, as_json: bool) -> None:
     """Show all of guard on a small example.
 
-    Trains a clean CLIP classifier, a backdoored one and its clean twin; vets both; serves the backdoored one behind
-    screening; attacks it; writes a report. Exits with 1 if anything is not as it should be.
+    The demo trains a clean CLIP classifier, plants a backdoor in a copy, and trains a clean twin of the copy. It vets
+    copy and twin, serves the backdoored classifier behind the screening sidecar, attacks it, and writes a report. The
+    exit code is 1 if a result is not as expected.
     """
-    from guard.classifiers.loading import import_open_clip
+    from guard.classifiers.open_clip import import_open_clip
 
     console = Console(as_json=as_json)
     import_open_clip()

@@ -17,32 +17,42 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--config", type=options.PATH, help="What guard serve is given; GUARD_… variables count here too.")
-@click.option("--upstream", metavar="ADDRESS", help="The server behind the sidecar; alone, or over the configuration.")
+@click.option(
+    "--config",
+    type=options.PATH,
+    help="Configuration file of the sidecar. The GUARD_… environment variables are read as well.",
+)
+@click.option(
+    "--upstream",
+    metavar="ADDRESS",
+    help="Address of the inference server behind the sidecar. It takes precedence over the configuration, and is "
+    "enough without one.",
+)
 @click.option(
     "--rest-port",
     "rest_ports",
     type=click.IntRange(1, 65_535),
     metavar="PORT",
     multiple=True,
-    help="Look for REST of that server there too; several times for several.  [always: 8000, 8080, 5000]",
+    help="Another port on which to look for a REST interface of the upstream server, besides 8000, 8080 and 5000. The "
+    "option can be repeated.",
 )
 @options.as_json
 @click.pass_context
 def doctor(
     ctx: click.Context, config: Path | None, upstream: str | None, rest_ports: tuple[int, ...], *, as_json: bool
 ) -> None:
-    """Check the installation, the GPU, the upstream, and that nothing bypasses the sidecar.
+    """Check the installation and the GPU, and look for ways around the sidecar.
 
-    Run it where the sidecar runs, before or while it does. With the sidecar's configuration it says all that guard
-    serve --check says, and looks for ways around screening that the upstream server leaves open: REST, its gRPC port
-    on other addresses, models without a profile, shared memory, an open socket. It changes nothing. It cannot see
-    network policies, nor other machines.
+    Run it where the sidecar runs, before the start or during operation. With the configuration of the sidecar, it
+    reports what guard serve --check reports, and looks for ways around the screening that the upstream server leaves
+    open: a REST interface, its gRPC port at other addresses, models without a profile, shared memory, and a socket that
+    everybody can use. It changes nothing. It cannot see network policies or other machines.
 
-    Exits with 0 if all is well, 1 if there is a warning, and with the code that a start would end with if something
-    failed.
+    The exit code is 0 if all is well and 1 if there is a warning. If a check failed, it is the code with which a start
+    would end.
     """
-    # As in guard serve.
+    # gRPC's own lines on standard error do not have the form of the findings.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from guard.diagnostics import installation
 
@@ -55,7 +65,9 @@ def doctor(
     if imports.status is Status.OK:
         found += _deployment(config, upstream, rest_ports)
     elif config is not None or upstream is not None:
-        found.append(Finding("settings", Status.WARNING, "not looked at, since the sidecar cannot be imported"))
+        found.append(
+            Finding("settings", Status.WARNING, "the settings were not checked, because the sidecar cannot be imported")
+        )
     code = next((finding.exit_code for finding in found if finding.exit_code), 0)
     code = code or int(any(finding.status is Status.WARNING for finding in found))
     console.findings(found, {"healthy": code == 0})
@@ -63,17 +75,19 @@ def doctor(
 
 
 def _deployment(config: Path | None, upstream: str | None, rest_ports: Sequence[int]) -> Sequence[Finding]:
-    """The settings of a sidecar, if there are any, and its surroundings."""
+    """Findings about the settings of a sidecar, if there are any, and about its upstream server."""
     from guard.diagnostics.exposure import REST_PORTS, exposures
     from guard.diagnostics.preflight import preflight
-    from guard.sidecar import Settings
-    from guard.sidecar.transport.tls import name_options, upstream_credentials
+    from guard.sidecar.inference.proxy import upstream_endpoint
+    from guard.sidecar.model_settings import RENAMED
+    from guard.sidecar.settings import ENVIRONMENT_PREFIX, Settings
+    from guard.sidecar.transport.channels import Endpoint
 
     ports = tuple(dict.fromkeys((*REST_PORTS, *rest_ports)))
-    names = {f"GUARD_{name}".upper() for name in Settings.model_fields}
+    names = {f"{ENVIRONMENT_PREFIX}{name}".upper() for name in (*Settings.model_fields, *RENAMED)}
     try:
         if config is None and not any(name.upper() in names and value for name, value in os.environ.items()):
-            return exposures(upstream, rest_ports=ports) if upstream is not None else ()
+            return exposures(Endpoint(upstream), rest_ports=ports) if upstream is not None else ()
         settings = Settings.load(config, upstream=upstream)
     except GuardError as error:
         return (_failure("settings", error),)
@@ -82,10 +96,8 @@ def _deployment(config: Path | None, upstream: str | None, rest_ports: Sequence[
         return found
     try:
         found += exposures(
-            settings.upstream,
-            credentials=upstream_credentials(settings),
-            options=name_options(settings),
-            known={each.name for each in settings.served},
+            upstream_endpoint(settings),
+            known={each.model_name for each in settings.served},
             rest_ports=ports,
             own=(settings.listen,),
         )
@@ -99,9 +111,9 @@ def _failure(subject: str, error: GuardError) -> Finding:
 
 
 def _running(finding: Finding, settings: "Settings") -> Finding:
-    """A port that is taken is as it should be if this very sidecar runs."""
+    """Turn the finding that a port is taken into a good one if the sidecar itself is running there."""
     from guard.diagnostics.rest import fetch
-    from guard.sidecar.transport.addresses import split_address
+    from guard.sidecar.addresses import split_address
 
     if finding.exit_code and finding.subject in {"listen", "metrics"}:
         status, body = fetch(*split_address(settings.metrics), "/metrics") or (0, b"")

@@ -10,7 +10,7 @@ from guard.cli import options
 from guard.cli.console import Console
 
 FAILED = 4
-"""Exit code when a model could not be evaluated; the others' results are there."""
+"""Exit code if a model could not be evaluated; the results of the others are kept."""
 
 
 @click.command()
@@ -18,14 +18,22 @@ FAILED = 4
 @click.option(
     "--images",
     type=options.PATH,
-    help="Unlabelled images instead of the zoo's; split into some to search on, some to calibrate, some as requests.",
+    help="Folder of unlabelled images to use instead of the images of the zoo. They are split into images for vetting, "
+    "images for calibration and images that serve as requests.",
 )
 @click.option(
     "--methods",
     metavar="NAME,…",
-    help="vetting-base, vetting-derived, clip-inspector, decree, screening.  [default: all]",
+    help="Names of the methods to run, separated by commas, from vetting-base, vetting-derived, clip-inspector, decree "
+    "and screening.  [default: all]",
 )
-@click.option("--models", metavar="PATTERN", default="*", show_default=True, help="Only models with such names.")
+@click.option(
+    "--models",
+    metavar="PATTERN",
+    default="*",
+    show_default=True,
+    help="Shell pattern for the names of the models to evaluate.",
+)
 @options.budget
 @click.option(
     "--alpha",
@@ -34,16 +42,32 @@ FAILED = 4
     multiple=True,
     default=(0.01, 0.001),
     show_default=True,
-    help="Share of clean requests that screening may flag; may be repeated.",
+    help="False-alarm rate of the screening. The option can be repeated for several rates.",
 )
 @click.option(
-    "--vetting-images", type=click.IntRange(min=64), default=1000, show_default=True, help="Most images to search on."
+    "--vetting-images",
+    type=click.IntRange(min=64),
+    default=1000,
+    show_default=True,
+    help="Maximum number of images for vetting.",
 )
 @click.option(
-    "--out", type=options.PATH, help="Where results are kept, and believed when found.  [default: ZOO/evaluation]"
+    "--out",
+    type=options.PATH,
+    help="Folder for the results. Results that are found there are taken as they are.  [default: ZOO/evaluation]",
 )
-@click.option("--submission", type=options.PATH, help="Write the first method's answers for CLIPTrace-2026 here.")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes side by side.")
+@click.option(
+    "--submission",
+    type=options.PATH,
+    help="Folder to write the answers of the first method to, as a submission for CLIPTrace-2026.",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Number of processes that work at the same time.",
+)
 @options.seed
 @options.device
 @options.as_json
@@ -65,14 +89,15 @@ def evaluate(
     *,
     as_json: bool,
 ) -> None:
-    """Run methods over the models of ZOO and report what they find and what they accuse wrongly.
+    """Measure how well methods of vetting and screening work on the models of ZOO.
 
-    Finished results are kept and not made again. Where the labels are withheld only predictions are written.
-    Give --out for a zoo of others: results that lie in it would be taken for your own.
+    The report says how often each method is right and how often it raises a false alarm. Finished results are kept and
+    not computed again. If the zoo does not contain the labels, only predictions are written. For a zoo from somebody
+    else, give --out: otherwise results that are part of the zoo would be taken for your own.
 
-    Exits with 4 if a model could not be evaluated; the others are.
+    The exit code is 4 if a model could not be evaluated. The other models are evaluated nevertheless.
     """
-    from guard.classifiers.loading import import_open_clip
+    from guard.classifiers.open_clip import import_open_clip
     from guard.errors import UsageError, ZooError
 
     console = Console(as_json=as_json)
@@ -83,10 +108,10 @@ def evaluate(
     if submission:
         evaluation.check_submission(submission)
         if names[0] in evaluation.METHODS and evaluation.METHODS[names[0]].judges != "models":
-            raise UsageError(f"{names[0]} judges requests, not models; name another method first for --submission")
+            raise UsageError(f"{names[0]} judges requests, not models; for --submission, name another method first")
     place = out or zoo / "evaluation"
     if out is None and place.is_symlink():
-        raise ZooError(f"{place} leads elsewhere; say with --out where results are to be kept")
+        raise ZooError(f"{place} is a symbolic link; give the folder for the results with --out")
     done = evaluation.evaluate(
         evaluation.Zoo.read(zoo),
         place,
@@ -96,7 +121,7 @@ def evaluate(
         models=models,
         jobs=jobs,
         say=console.say,
-        # A line for every family of every model is for those who watch, not for logs.
+        # A line for every family of every model is meant for a terminal, not for a log.
         progress=console.progress if sys.stderr.isatty() else lambda *_: None,
     )
     if submission:
@@ -109,7 +134,10 @@ def evaluate(
         console.result(asdict(summary), f"{text}\nsummary: {place}")
     else:
         entries = evaluation.write_predictions(done, place)
-        console.result(entries, f"the labels are withheld: no figures, {len(entries)} predictions in {place}")
+        console.result(
+            entries,
+            f"the zoo does not contain the labels, so there are no figures; {len(entries)} predictions in {place}",
+        )
     for failure in done.failures:
         console.say(f"FAILED {failure.model} ({', '.join(failure.methods)}): {failure.reason}")
     ctx.exit(FAILED if done.failures else 0)

@@ -11,18 +11,24 @@ from guard.errors import UsageError
 
 @click.command()
 @click.argument("model")
-@click.option("--out", type=options.PATH, required=True, help="Directory to write.")
+@click.option("--out", type=options.PATH, required=True, help="Directory to write the result to.")
 @click.option(
     "--format",
     "form",
     type=click.Choice(["onnx", "hugging-face"]),
     default="onnx",
     show_default=True,
-    help="For guard serve, or for transformers.",
+    help="Form of the result: onnx is for guard serve, hugging-face is for the library transformers.",
 )
-@click.option("--images", type=options.PATH, help="At least 256 images, on which the ONNX model must compute the same.")
+@click.option(
+    "--images",
+    type=options.PATH,
+    help="Folder of at least 256 images, on which the ONNX model must compute the same as MODEL.",
+)
 @options.classes
-@click.option("--limit", type=click.IntRange(min=256), default=1000, show_default=True, help="Most images to use.")
+@click.option(
+    "--limit", type=click.IntRange(min=256), default=1000, show_default=True, help="Maximum number of images to use."
+)
 @options.seed
 @options.device
 @options.as_json
@@ -40,9 +46,11 @@ def export(
 ) -> None:
     """Write MODEL in another form.
 
-    onnx is for serving: image tower and head, after a parity check on real images.
+    The form onnx is for serving. It consists of the image tower and the head, and is checked against MODEL on real
+    images.
 
-    hugging-face is a CLIPModel directory for transformers: the same weights under other names.
+    The form hugging-face is a CLIPModel directory for the library transformers, with the same weights under other
+    names.
     """
     import guard
 

@@ -24,27 +24,63 @@ _HEAD = ("id", "time", "model", "decision", "class", "trigger", "p-value", "seco
 
 @click.command()
 @click.argument("path", type=options.PATH)
-@click.option("--since", metavar="TIME", help="From then on: RFC 3339, or how long ago, such as 15m, 1h or 2d.")
-@click.option("--until", metavar="TIME", help="Before then, likewise.")
-@click.option("--model", help="Only of this model.")
-@click.option("--decision", help="Only with this decision, such as flag.")
-@click.option("--class", "predicted", metavar="NAME", help="Only answered with this class.")
-@click.option("--trigger", metavar="ID", help="Only matching this trigger best.")
-@click.option("--request", "request_id", metavar="ID", help="Only of this request.")
-@click.option("--p-value", type=click.FloatRange(0, 1), help="Only with a p-value of at most this.")
+@click.option(
+    "--since",
+    metavar="TIME",
+    help="Only records from this time on. The time is in RFC 3339 form, or says how long ago it was: 15m, 1h or 2d.",
+)
+@click.option(
+    "--until",
+    metavar="TIME",
+    help="Only records before this time. The time is in RFC 3339 form, or says how long ago it was: 15m, 1h or 2d.",
+)
+@click.option("--model", metavar="NAME", help="Only records of the model with this name.")
+@click.option("--decision", help="Only records with this decision, such as flag.")
+@click.option(
+    "--class",
+    "predicted",
+    metavar="NAME",
+    help="Only records of images for which the model predicted this class.",
+)
+@click.option("--trigger", metavar="ID", help="Only records of images that match the trigger with this ID best.")
+@click.option("--request", "request_id", metavar="ID", help="Only records of the request with this ID.")
+@click.option("--p-value", type=click.FloatRange(0, 1), help="Only records with a p-value of at most this.")
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
-    help=f"Most records, the last first.  [default: {LISTED} to list, all to export]",
+    help=f"Maximum number of records, beginning with the newest.  [default: {LISTED} to list, all to export]",
 )
-@click.option("--offset", type=click.IntRange(min=0), default=0, show_default=True, help="Records to leave out first.")
-@click.option("--follow", is_flag=True, help="List the last ones, then what comes, until Ctrl-C; JSON is one a line.")
 @click.option(
-    "--export", "exported", type=options.PATH, metavar="FILE", help="Write them to a .csv, .jsonl or .parquet file."
+    "--offset",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Number of records to skip, beginning with the newest.",
 )
-@click.option("--show", type=int, metavar="RECORD", help="Write the page of this record instead, with pictures.")
-@click.option("--out", type=options.PATH, help="Where to write the page.  [default: record-RECORD.html]")
-@click.option("--profile", type=options.PATH, help="Profile of the model, for a picture of the trigger.")
+@click.option(
+    "--follow",
+    is_flag=True,
+    help="List the newest records, then each new record until Ctrl-C. With --json, each line is one JSON document.",
+)
+@click.option(
+    "--export",
+    "exported",
+    type=options.PATH,
+    metavar="FILE",
+    help="Write the records to this .csv, .jsonl or .parquet file instead of listing them.",
+)
+@click.option(
+    "--show",
+    type=int,
+    metavar="RECORD",
+    help="Write an HTML page with the details and the pictures of this record, instead of listing records.",
+)
+@click.option("--out", type=options.PATH, help="HTML file that --show writes.  [default: record-RECORD.html]")
+@click.option(
+    "--profile",
+    type=options.PATH,
+    help="Profile of the model, from which --show takes a picture of the trigger.",
+)
 @options.as_json
 def log(
     path: Path,
@@ -59,20 +95,20 @@ def log(
     as_json: bool,
     **conditions: Any,  # noqa: ANN401 - click's values for the filter
 ) -> None:
-    """List what a sidecar noted in the evidence log PATH, export it, or show one record.
+    """List, export or show the flagged requests in the evidence log PATH of a sidecar.
 
-    PATH is the file, or the folder that was given to guard serve as --state. The sidecar may go on
-    writing. Times are in UTC.
+    PATH is the file of the log, or the folder that guard serve has as --state-dir. The sidecar may be running. Times
+    are in UTC.
     """
     from guard.evidence import EVIDENCE_FILE, EvidenceLog, RecordFilter, export
 
     filtered = any(value is not None for value in conditions.values())
     if show is not None and (exported is not None or limit is not None or offset or follow or filtered):
-        raise UsageError("--show takes one record; filters, --follow and --export are for several")
+        raise UsageError("--show takes one record, and cannot be combined with filters, --follow or --export")
     if follow and (exported is not None or offset or conditions["until"] is not None):
-        raise UsageError("--follow lists what comes; --export, --offset and --until do not go with it")
+        raise UsageError("--follow cannot be combined with --export, --offset or --until")
     if show is None and (out is not None or profile is not None):
-        raise UsageError("--out and --profile belong to --show")
+        raise UsageError("--out and --profile need --show")
     console, wanted = Console(as_json=as_json), RecordFilter(**conditions)
     opened = EvidenceLog(path / EVIDENCE_FILE if path.is_dir() else path)
     if show is not None:
@@ -81,7 +117,7 @@ def log(
         count = export(opened.records(wanted, limit=limit, offset=offset), exported)
         console.result({"exported": count, "file": str(exported)}, f"{count} records: {exported}")
     elif follow:
-        # Ctrl-C is how it ends.
+        # Ctrl-C is the way to end it.
         with suppress(KeyboardInterrupt):
             _follow(opened, wanted, limit or LISTED, as_json=as_json)
     else:
@@ -89,12 +125,12 @@ def log(
 
 
 def _show(record: "Record", out: Path, profile: Path | None, console: Console) -> None:
+    from guard._files import replacing
     from guard.evidence import record_page
-    from guard.evidence.exporting import replacing
     from guard.profiles import Profile
 
     page = record_page(record, None if profile is None else Profile.open(profile))
-    with replacing(out) as file:
+    with replacing(out, mode=0o600) as file:
         file.write(page.encode())
     console.result({**record.document(), "page": str(out)}, f"page: {out}")
 
@@ -103,12 +139,12 @@ def _list(opened: "EvidenceLog", wanted: "RecordFilter", limit: int, offset: int
     count, records = opened.count(wanted), list(opened.records(wanted, limit=limit, offset=offset))
     text = _table(records)
     if len(records) < count:
-        text += f"\n{len(records)} of {count} records; --limit and --offset show others"
+        text += f"\n{len(records)} of {count} records; --limit and --offset select others"
     console.result({"count": count, "records": [record.document() for record in records]}, text)
 
 
 def _follow(opened: "EvidenceLog", wanted: "RecordFilter", limit: int, *, as_json: bool) -> None:
-    """Print the last records, and others as they are written."""
+    """Print the newest records, and each further record when it is written."""
     records, last = list(opened.records(wanted, limit=limit))[::-1], 0
     widths = _widths(records)
     if not as_json:
@@ -121,7 +157,7 @@ def _follow(opened: "EvidenceLog", wanted: "RecordFilter", limit: int, *, as_jso
         if not records:
             time.sleep(_POLL_SECONDS)
             if opened.newest < last:
-                # The log was begun anew.
+                # The log was replaced by a new one.
                 last = 0
         records = opened.after(last, wanted)
 
@@ -154,5 +190,5 @@ def _line(cells: "Sequence[str]", widths: "Sequence[int]") -> str:
 
 
 def _short(text: str) -> str:
-    """A cell; the whole text is in the JSON and on the page."""
+    """The text of a cell, shortened; JSON and page contain the whole text."""
     return text if len(text) <= 24 else f"{text[:23]}…"

@@ -1,8 +1,11 @@
 """`guard serve`."""
 
 import os
+from enum import StrEnum
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
@@ -11,83 +14,97 @@ from guard.cli.console import Console
 from guard.errors import UsageError
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
     from guard.sidecar import Settings
 
 
-@click.command()
-@click.option("--profile", type=options.PATH, help="The calibrated profile of the model.")
-@click.option("--model", type=options.PATH, help="What guard export wrote: serve it, or embed with it.")
-@click.option("--upstream", metavar="ADDRESS", help="Forward to this Open Inference Protocol server.")
-@click.option("--upstream-tls", metavar="system|FILE", help="TLS towards it: whose certificate authorities count.")
-@click.option("--upstream-certificate", type=options.PATH, help="Certificate that guard shows it.")
-@click.option("--upstream-key", type=options.PATH, help="Private key of that.")
-@click.option("--upstream-server-name", metavar="NAME", help="Name in its certificate, if not that of its address.")
-@click.option("--embedding-output", metavar="NAME", help="Upstream output that carries the embedding.")
-@click.option("--name", help="Model name in requests.  [default: classifier]")
-@click.option("--input", help="Name of the input tensor.  [default: image]")
-@click.option("--processes", type=int, help="Processes that share the port.  [default: 1]")
-@click.option("--admin", metavar="ADDRESS", help="For guard's own service.  [default: it is not served]")
-@click.option("--listen", metavar="ADDRESS", help="For inference.  [default: 127.0.0.1:8001]")
-@click.option("--socket-mode", metavar="OCTAL", help="Mode of its file, if it is a Unix socket.  [default: 600]")
-@click.option("--tls-certificate", type=options.PATH, help="Take TLS only, with this certificate chain.")
-@click.option("--tls-key", type=options.PATH, help="Private key of that.")
-@click.option(
-    "--tls-client-ca", type=options.PATH, help="Turn clients away without a certificate of these authorities."
+class SettingsCommand(click.Command):
+    """A command with an option for each setting of a sidecar.
+
+    The options are made when they are needed: the settings belong to the sidecar, which takes long to import and
+    cannot be imported at all where `guard doctor` is called to find out why.
+    """
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The options of the settings, then those of the command itself."""
+        return [*_options(), *super().get_params(ctx)]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command line, and name the new option to those who give an old one."""
+        from guard.sidecar.model_settings import RENAMED
+
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            new = RENAMED.get(error.option_name.removeprefix("--"))
+            if new is None:
+                raise
+            raise UsageError(f"{error.option_name} is now called {_option(new)}") from error
+
+
+@cache
+def _options() -> tuple[click.Option, ...]:
+    # gRPC's own lines on standard error do not have the form of this log; a variable that is set brings them back.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from guard.sidecar.settings import Settings
+
+    made = []
+    for name, field in Settings.model_fields.items():
+        if name == "models":
+            continue  # entries of a file, which no option can hold
+        kind, option = _value_type(field), _option(name)
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        flags = f"{option}/{_option(f'no_{name}')}" if kind is bool else option
+        made.append(
+            click.Option(
+                [flags],
+                type=None if kind is bool else _click_type(kind),
+                # None: not given, so that the environment or the file decides.
+                default=None,
+                metavar=str(extra["metavar"]) if "metavar" in extra else None,
+                help=f"{field.description}{_default(name, field)}",
+            )
+        )
+    return tuple(made)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _value_type(field: "FieldInfo") -> Any:  # noqa: ANN401 - a type, or what typing has instead of one
+    """The type of a setting, without the None of one that may be missing."""
+    parts = get_args(field.annotation)
+    return parts[0] if NoneType in parts else field.annotation
+
+
+def _click_type(kind: Any) -> Any:  # noqa: ANN401 - as above
+    if get_origin(kind) is Literal:
+        return click.Choice(get_args(kind))
+    if issubclass(kind, StrEnum):
+        return click.Choice([str(member) for member in kind])
+    return options.PATH if kind is Path else kind
+
+
+def _default(name: str, field: "FieldInfo") -> str:
+    """The default in the form in which it would be given; nothing if the description tells what happens without."""
+    value = field.default
+    if value is None:
+        return ""
+    shown = _option(name if value else f"no_{name}").removeprefix("--") if isinstance(value, bool) else str(value)
+    return f"  [default: {shown.removesuffix('.0')}]"
+
+
+@click.command(
+    cls=SettingsCommand, short_help="Serve a vetted model, or proxy the server that serves it, and screen requests."
 )
-@click.option("--metrics", metavar="HOST:PORT", help="/metrics, /healthz, /readyz.  [default: 127.0.0.1:8002]")
 @click.option(
-    "--mode",
-    type=click.Choice(["shadow", "tag", "block"]),
-    help="Count only; say so in the reply; refuse flagged requests.  [default: tag]",
+    "--config",
+    type=options.PATH,
+    help="TOML file with settings. Its keys are the names of the options with underscores, such as state_dir.",
 )
-@click.option(
-    "--failure-policy",
-    type=click.Choice(["open", "closed"]),
-    help="Serve or refuse what could not be checked.  [default: open in shadow mode, else closed]",
-)
-@click.option(
-    "--neighbours",
-    type=click.Choice(["exact", "approximate"]),
-    help="How banks are searched; approximate saves time in very large ones.  [default: exact]",
-)
-@click.option("--alpha", type=float, help="False-alarm rate.  [default: that of the calibration]")
-@click.option("--checked-share", type=float, help="Share of requests that guard embeds and checks.  [default: 1]")
-@click.option(
-    "--require-vetted/--no-require-vetted", default=None, help='Let nothing pass whose verdict is not "no evidence".'
-)
-@click.option("--state", type=options.PATH, help="Folder for evidence log and monitor state.  [default: none is kept]")
-@click.option("--thumbnails/--no-thumbnails", default=None, help="Keep small pictures of flagged images there.")
-@click.option("--evidence-rows", type=int, help="Most records in the evidence log.  [default: 100000]")
-@click.option("--evidence-bytes", type=int, help="Its largest size.  [default: 1073741824]")
-@click.option("--evidence-days", type=float, help="Longest time that a record is kept.  [default: 90]")
-@click.option("--second-looks", type=float, help="Flagged images per second that are looked at again.  [default: 0]")
-@click.option("--sample", type=int, help="Embeddings to sample for guard calibrate.  [default: 0]")
-@click.option("--run-length", type=float, help="Images between false alarms of the monitor.  [default: 1e7]")
-@click.option("--screening/--no-screening", default=None, help="Off: all is unchecked, to measure the cost.")
-@click.option("--timeout", type=float, help="Seconds that screening may take.  [default: 1]")
-@click.option("--max-message-bytes", type=int, help="Largest request or reply.  [default: 67108864]")
-@click.option("--max-pixels", type=int, help="Largest encoded image, decoded.  [default: 50000000]")
-@click.option("--max-batch", type=int, help="Most images in a request.  [default: 256]")
-@click.option("--max-concurrent", type=int, help="Most requests at once.  [default: 256]")
-@click.option("--workers", type=int, help="Threads that decode, embed and screen.  [default: 2]")
-@click.option("--drain", type=float, help="Seconds for running requests after SIGTERM.  [default: 10]")
-@click.option("--version", help="Version of the upstream model that the profile is of.")
-@click.option(
-    "--stream-dialect", type=click.Choice(["auto", "triton", "mlserver"]), help="Of streams.  [default: auto]"
-)
-@click.option("--allow-model-control/--no-model-control", default=None, help="Let clients load and unload models.")
-@click.option("--queue", type=int, help="Most requests that wait for a worker.  [default: 256]")
-@click.option("--drain-delay", type=float, help="Seconds before that, with requests still taken.  [default: 0]")
-@click.option(
-    "--loop", type=click.Choice(["auto", "asyncio", "uvloop"]), help="auto: uvloop if there.  [default: auto]"
-)
-@click.option(
-    "--log-format",
-    type=click.Choice(["json", "text"]),
-    help="Of standard error.  [default: text on a terminal, else json]",
-)
-@click.option("--config", type=options.PATH, help='TOML file with the names above, as profile = "…".')
-@click.option("--check", is_flag=True, help="Look whether it could serve, say so and end.")
+@click.option("--check", is_flag=True, help="Report whether the sidecar could start, and exit without serving.")
 @options.as_json
 @click.pass_context
 def serve(
@@ -99,20 +116,20 @@ def serve(
     as_json: bool,
     **values: Any,  # noqa: ANN401 - every option of the settings
 ) -> None:
-    """Serve a vetted model, or stand before the server that does, and screen every request.
+    """Serve a vetted model, or proxy the inference server that already serves it, and screen every request.
 
-    An ADDRESS is HOST:PORT, or unix:PATH for a Unix socket. Settings come from the command line, then
-    GUARD_… variables, then the configuration file. Prints one line of JSON when it serves; SIGTERM
-    drains and ends it.
+    An ADDRESS is HOST:PORT, or unix:PATH for a Unix socket. Every setting can also be given as an environment variable,
+    such as GUARD_STATE_DIR, or in the configuration file. The command line takes precedence over the environment, and
+    the environment over the file.
+
+    The command prints one line of JSON as soon as it serves. SIGTERM lets running requests finish and ends it.
     """
-    # gRPC's own lines on standard error are not of our form; the variable, if set, brings them back.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from guard.sidecar import Settings
     from guard.sidecar import serve as run
     from guard.sidecar.telemetry.logs import configure
 
     if as_json and not check:
-        raise UsageError("--json is for --check; guard serve says where it serves in JSON anyway")
+        raise UsageError("--json needs --check; without it, guard serve prints one line of JSON anyway")
     settings = Settings.load(config, **values)
     if check:
         ctx.exit(_check(settings, Console(as_json=as_json)))

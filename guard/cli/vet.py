@@ -17,24 +17,33 @@ EXIT_CODES = {"no evidence": 0, "backdoored": 1, "inconclusive": 3}
 
 @click.command()
 @click.argument("model")
-@options.images("Folder of images to search on, at any depth, no labels needed; best of the deployment's own kind.")
+@options.images(
+    "Folder of images, at any depth and without labels, on which triggers are searched for. Images like those of the "
+    "deployment give the best result."
+)
 @options.classes
-@click.option("--base", help="A trusted model to compare with, such as the checkpoint that this one was tuned from.")
+@click.option(
+    "--base",
+    help="Trusted model to compare MODEL with, such as the checkpoint that MODEL was fine-tuned from.",
+)
 @click.option(
     "--vocabulary",
     type=options.PATH,
-    help="Texts, one on each line, that may name what a trigger leads to, besides the class names.",
+    help="Text file with one text on each line. These texts are compared with the target of a trigger, in addition to "
+    "the class names.",
 )
 @click.option(
-    "--out", type=options.PATH, default=Path("profile"), show_default=True, help="Where to write the profile."
+    "--out", type=options.PATH, default=Path("profile"), show_default=True, help="Folder to write the profile to."
 )
 @options.budget
-@click.option("--limit", type=click.IntRange(min=64), default=2000, show_default=True, help="Most images to use.")
+@click.option(
+    "--limit", type=click.IntRange(min=64), default=2000, show_default=True, help="Maximum number of images to use."
+)
 @click.option(
     "--cache",
     type=options.PATH,
-    help="Keep finished searches here, to go on after an interruption and to reuse those of a base; "
-    "default: beside the profile, until it is written.",
+    help="Folder that keeps finished searches, so that an interrupted command can continue and searches on the same "
+    "base model are reused. By default, they are kept beside the profile until it is written.",
 )
 @options.seed
 @options.device
@@ -58,10 +67,11 @@ def vet(
 ) -> None:
     """Examine MODEL for backdoors and write its profile.
 
-    MODEL is hf-hub:OWNER/NAME[@REVISION], ARCH::weights.safetensors, or a directory: open_clip's, or a CLIPModel of
-    Hugging Face.
+    MODEL is hf-hub:OWNER/NAME[@REVISION], ARCH::weights.safetensors, or a directory of open_clip or of a Hugging Face
+    CLIPModel.
 
-    Exits with 0 for no evidence (of the attack families tested), 1 for backdoored, 3 for inconclusive.
+    The exit code is 0 for no evidence of a backdoor (of the attack families tested), 1 for backdoored and 3 for
+    inconclusive.
     """
     import guard
     from guard import profiles, report
@@ -94,7 +104,7 @@ def vet(
 
 
 def summary(profile: "Profile", out: Path) -> str:
-    """The verdict in words, for people."""
+    """The verdict as text."""
     from guard.profiles import REPORT_FILE
 
     vetting = profile.document.vetting

@@ -1,4 +1,4 @@
-"""The embedded default: handwritten digits, a small CLIP trained on them, and everything that guard does with it."""
+"""The demo: a small CLIP trained on handwritten digits, and every step of guard on it."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The demo's images, split so that nothing is measured on what something else has seen."""
+"""The demo's images, split so that nothing is measured on images that an earlier step has used."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ class DemoData:
 
     Attributes:
         classes: Names and templates.
-        train: For all training.
-        vetting: Vetting searches on these; labels unused.
-        calibration: Banks and threshold; labels unused.
-        requests: Sent to the sidecar; accuracy is measured on them too.
-        groups: For each calibration image, which original it shows; None if each shows its own.
+        train: Images for all training.
+        vetting: Images on which vetting searches; their labels are not used.
+        calibration: Images for banks and threshold; their labels are not used.
+        requests: Images that are sent to the sidecar; accuracy is measured on them too.
+        groups: For each calibration image, the index of the original that it shows; None if no two share one.
     """
 
     classes: ClassList

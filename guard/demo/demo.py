@@ -35,20 +35,20 @@ class DemoResult:
 
     Attributes:
         classes: Number of classes.
-        accuracy: Of each model, on clean images that nothing was trained on.
-        attack_success: Of each model, with the attacker's trigger.
-        verdicts: Of the vetted models.
+        accuracy: Accuracy of each model on clean images that no model was trained on.
+        attack_success: Attack success rate of each model with the attacker's trigger.
+        verdicts: Verdict on each vetted model.
         targets: The class that each verdict accuses.
         true_target: The attacker's target class.
         alpha: False-alarm rate that the threshold was set for.
-        detected: Triggered requests that were flagged.
-        false_alarms: Clean requests that were flagged.
+        detected: Share of triggered requests that were flagged.
+        false_alarms: Share of clean requests that were flagged.
         latency: p50 and p99 in ms at the client, with and without screening, interleaved in one run.
         metrics: Some lines of `/metrics`.
         seconds: Wall-clock time of each part.
-        failures: What the demo promises and did not keep; empty if all went well.
-        report: Where the report lies.
-        seed: Of everything.
+        failures: Promises of the demo that were not kept; empty if all went well.
+        report: Path of the report.
+        seed: Seed for all random choices.
     """
 
     classes: int
@@ -69,7 +69,7 @@ class DemoResult:
 
 
 class _Clock:
-    """Time of each part, for the result."""
+    """Measures the time of each part."""
 
     def __init__(self, seconds: Callable[[], float]) -> None:
         self._seconds, self._last = seconds, seconds()
@@ -94,16 +94,16 @@ def run(
     """Train, vet, calibrate, export, serve, attack, report.
 
     Args:
-        out: Everything is written below this folder; models of an earlier run with the same settings are reused.
+        out: Folder for everything that is written; models of an earlier run with the same settings are reused.
         images: A folder with one sub-folder per class; None for the digits.
-        seed: Of everything.
-        device: torch device.
-        say: Told what happens.
-        progress: Told (what, done, total).
-        clock: Seconds since the start.
+        seed: Seed for all random choices.
+        device: torch device; None for a GPU if there is one.
+        say: Called with a short description of each step.
+        progress: Called with (what, done, total).
+        clock: Returns the seconds since the start.
 
     Raises:
-        GuardError: A part cannot be done.
+        GuardError: A step failed.
     """
     traffic.client_library()  # fails now rather than after the training
     laps = _Clock(clock)
@@ -275,7 +275,7 @@ def _rows(result: DemoResult) -> list[tuple[str, str]]:
 
 
 def table(result: DemoResult) -> str:
-    """The result as a table that a person understands at a glance."""
+    """The result as a table for people."""
     rows = _rows(result)
     width = max(len(label) for label, _ in rows)
     rule = "─" * (width + 62)

@@ -1,4 +1,4 @@
-"""The embedded default: scikit-learn's 1,797 handwritten digits as colour images."""
+"""The demo's data: scikit-learn's 1,797 handwritten digits as colour images."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ CLASSES = ClassList(
 )
 SIZE = 32
 COUNT = 1797
-"""Digits in the data set."""
+"""Number of digits in the data set."""
 
 
 def digits(renderings: int, *, seed: int) -> tuple[LabelledImages, Tensor]:
@@ -24,8 +24,8 @@ def digits(renderings: int, *, seed: int) -> tuple[LabelledImages, Tensor]:
     stroke or the reverse, both tinted, with a little sensor noise.
 
     Args:
-        renderings: Colourings of each digit.
-        seed: Of the colours, the noise, and the order.
+        renderings: Number of colourings of each digit.
+        seed: Seed for the colours, the noise, and the order.
 
     Returns:
         The images, shape [1797 × renderings, 3, 32, 32] in uint8, and for each the index of its original (so that

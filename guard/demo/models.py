@@ -1,4 +1,4 @@
-"""Train the demo's three classifiers, or take those of an earlier run."""
+"""Train the demo's three classifiers, or reuse those of an earlier run."""
 
 import json
 from collections.abc import Callable
@@ -6,24 +6,27 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from guard._documents import read_json
 from guard.attacks import RECIPES, Planted, attack, measure, train_base
 from guard.classifiers import Classifier, load, save
-from guard.classifiers.loading import pick_device
+from guard.classifiers.open_clip import pick_device
 from guard.demo.data import DemoData
 from guard.demo.recipes import TARGET, DemoRecipe
+from guard.errors import GuardError
 from guard.triggers import KNOWN, Trigger
 
 RECORD_FILE = "training.json"
+_MAX_RECORD_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A classifier of the demo, and what it does on images that nothing was trained on.
+    """A classifier of the demo, with figures on images that no model was trained on.
 
     Attributes:
-        classifier: Loaded from disk, as a user would.
+        classifier: The classifier, loaded from disk as a user would load it.
         accuracy: Zero-shot accuracy on clean images.
-        success: Share of stamped images of other classes that go to the target.
+        success: Attack success rate: the share of stamped images of other classes that are classified as the target.
     """
 
     classifier: Classifier
@@ -39,18 +42,18 @@ def attack_trigger(recipe: DemoRecipe, *, seed: int) -> Trigger:
 def train_models(
     data: DemoData, recipe: DemoRecipe, folder: Path, *, seed: int, device: str | None, say: Callable[[str], None]
 ) -> dict[str, Trained]:
-    """A base, a backdoored model and its clean twin: `base`, `backdoored`, `clean-twin`.
+    """Train a base, a backdoored model and its clean twin: `base`, `backdoored`, `clean-twin`.
 
     The twin is trained as the backdoored model is, by the same recipe and seed, on the same images without poison.
 
     Args:
         data: Images and classes.
         recipe: Architecture and training.
-        folder: The models are written here, each with a record of its training; one that is there already, with the
-            same record, is not trained again.
-        seed: Of everything.
-        device: torch device.
-        say: Told what happens.
+        folder: Folder for the models, each with a record of its training; a model that exists with the same record is
+            not trained again.
+        seed: Seed for all random choices.
+        device: torch device; None for a GPU if there is one.
+        say: Called with a short description of each step.
     """
     planted = _planted(recipe, seed=seed)
     plan = {
@@ -58,7 +61,7 @@ def train_models(
         "backdoored": (recipe.attack, replace(recipe.tune, seed=seed + 1)),
         "clean-twin": ("benign", replace(recipe.tune, seed=seed + 1)),
     }
-    # Epochs of a small model are over too soon to be worth a line each.
+    # Epochs of a small model are too short to be worth a line each.
     epochs = say if recipe.preprocessing.size > 32 else lambda _: None
     trained: dict[str, Trained] = {}
     for name, (made_by, settings) in plan.items():
@@ -82,13 +85,14 @@ def train_models(
 
 
 def _planted(recipe: DemoRecipe, *, seed: int) -> Planted:
-    """As `attack` draws it for the backdoored model."""
+    """The trigger as `attack` draws it for the backdoored model."""
     (plant,) = RECIPES[recipe.attack].plants
     return Planted(KNOWN[plant.trigger].draw(recipe.preprocessing.size, seed + 1), TARGET, plant.rate)
 
 
 def _is_there(directory: Path, record: dict[str, Any]) -> bool:
     try:
-        return bool(json.loads((directory / RECORD_FILE).read_text(encoding="utf-8")) == json.loads(json.dumps(record)))
-    except (OSError, ValueError):
+        found = read_json(directory / RECORD_FILE, _MAX_RECORD_BYTES, GuardError)
+    except GuardError:
         return False
+    return bool(found == json.loads(json.dumps(record)))

@@ -1,4 +1,4 @@
-"""What the demo trains: architectures and training as data."""
+"""Architectures and training settings of the demo."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,10 @@ class DemoRecipe:
 
     Attributes:
         architecture: open_clip's `model_cfg`.
-        base: Training of the base.
-        tune: Training of the backdoored model and its twin, from the base.
-        budget: How hard vetting searches.
-        attack: Recipe of the backdoored model.
+        base: Training settings of the base.
+        tune: Training settings of the backdoored model and its twin, which start from the base.
+        budget: Search budget of vetting.
+        attack: Attack recipe of the backdoored model.
     """
 
     architecture: dict[str, Any]
@@ -28,12 +28,12 @@ class DemoRecipe:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What the model expects."""
+        """The preprocessing of the models."""
         return Preprocessing(self.architecture["vision_cfg"]["image_size"], MEAN, STD)
 
     @property
     def config(self) -> dict[str, Any]:
-        """The document of `open_clip_config.json`."""
+        """The content of `open_clip_config.json`."""
         return {"model_cfg": self.architecture, "preprocess_cfg": {"mean": list(MEAN), "std": list(STD)}}
 
 
@@ -58,7 +58,7 @@ FOLDER = DemoRecipe(
     tune=TrainingSettings(epochs=3, batch=128, learning_rate=5e-4),
     budget="quick",
 )
-"""For a folder of the user's own images."""
+"""The recipe for a folder of the user's own images."""
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 TARGET = 0

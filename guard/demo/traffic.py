@@ -1,4 +1,4 @@
-"""Run the sidecar as a user would, and send it requests with a client that knows nothing of guard."""
+"""Run the sidecar as a user would, and send it requests with a client that does not know guard."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from guard._types import Floats
 from guard.errors import GuardError, MissingDependencyError
 
 START_SECONDS = 60
@@ -24,12 +25,12 @@ MODEL = "classifier"
 
 @dataclass(frozen=True)
 class Replies:
-    """What came back for a series of single-image requests.
+    """The replies to a series of single-image requests.
 
     Attributes:
-        decisions: `guard_decision` of each.
-        scores: `guard_score` of each; NaN where there is none.
-        milliseconds: From request to reply, measured at the client.
+        decisions: `guard_decision` of each reply.
+        scores: `guard_score` of each reply; NaN where there is none.
+        milliseconds: Time from request to reply, measured at the client.
     """
 
     decisions: tuple[str, ...]
@@ -38,19 +39,19 @@ class Replies:
 
     @property
     def flagged(self) -> int:
-        """How many were flagged."""
+        """Number of flagged requests."""
         return sum(decision == "flag" for decision in self.decisions)
 
 
 @contextmanager
 def sidecar(*arguments: str) -> Iterator[dict[str, Any]]:
-    """Start `guard serve` as a process of its own, on free ports; drained at the end.
+    """Start `guard serve` as a process of its own, on free ports, and drain it at the end.
 
     Yields:
-        The line that it announced itself with.
+        The JSON object that the process prints when it is ready.
 
     Raises:
-        GuardError: It did not start.
+        GuardError: The process did not start.
     """
     command = [
         sys.executable,
@@ -90,22 +91,22 @@ def client_library() -> ModuleType:
     """Tritonclient's gRPC client.
 
     Raises:
-        MissingDependencyError: It is not installed.
+        MissingDependencyError: tritonclient is not installed.
     """
     try:
         import tritonclient.grpc
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
-            "the demo sends requests with tritonclient; pip install 'clip-guard[demo]'"
+            "the demo sends requests with tritonclient; install it with: pip install 'clip-guard[demo]'"
         ) from error
     return tritonclient.grpc  # type: ignore[no-any-return]
 
 
-def send(addresses: list[str], inputs: NDArray[np.float32]) -> list[Replies]:
-    """Send each image on its own to each of several sidecars, one after the other, so that they meet the same machine.
+def send(addresses: list[str], inputs: Floats) -> list[Replies]:
+    """Send each image to each of several sidecars in turn, so that all of them are measured under the same conditions.
 
     Args:
-        addresses: HOST:PORT of each sidecar.
+        addresses: Address of each sidecar, HOST:PORT.
         inputs: Preprocessed images, shape [N, 3, H, W].
 
     Returns:
@@ -137,14 +138,14 @@ def send(addresses: list[str], inputs: NDArray[np.float32]) -> list[Replies]:
     ]
 
 
-def _tensor(grpc: ModuleType, images: NDArray[np.float32]) -> Any:  # noqa: ANN401 - tritonclient has no types
+def _tensor(grpc: ModuleType, images: Floats) -> Any:  # noqa: ANN401 - tritonclient has no types
     tensor = grpc.InferInput("image", list(images.shape), "FP32")
     tensor.set_data_from_numpy(images)
     return tensor
 
 
 def scrape(address: str, prefixes: tuple[str, ...]) -> list[str]:
-    """The lines of `/metrics` that start with one of some names."""
+    """The lines of `/metrics` that start with one of the prefixes."""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as reply:
         text = reply.read().decode()
     return [line for line in text.splitlines() if line.startswith(prefixes)]

@@ -1,7 +1,7 @@
-"""Ways around the sidecar that an upstream server leaves open, as far as they can be seen from here.
+"""Ways around the sidecar that an upstream server leaves open, as far as this machine can see them.
 
-A few questions are asked, and nothing is loaded, inferred or changed. What a network policy forbids, what a mesh
-encrypts, REST over TLS and whether models are loaded on request cannot be seen.
+The checks ask a few questions; they load, infer and change nothing. They cannot see what a network policy forbids, what
+a mesh encrypts, REST over TLS, and whether models are loaded on request.
 """
 
 import ipaddress
@@ -11,7 +11,7 @@ import stat
 import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -22,71 +22,69 @@ from guard.diagnostics.rest import speaks
 from guard.errors import UsageError
 from guard.protocol import SERVICE
 from guard.protocol.inference_pb2 import RepositoryIndexResponse
-from guard.sidecar.transport.addresses import socket_path, split_address
+from guard.sidecar.addresses import socket_path, split_address
+from guard.sidecar.transport.channels import Endpoint, open_channel
 
 REST_PORTS = (8000, 8080, 5000)
-"""Triton's; MLServer's and KServe's; and one that many containers take."""
+"""The default ports of Triton, of MLServer and KServe, and of many other containers."""
 
 _SECONDS = 2.0
 _MOST_NAMES = 5
 _OUTSIDE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
-"""Addresses for documentation (RFC 5737, RFC 3849): of no machine, so the default route leads there."""
+"""Addresses for documentation (RFC 5737, RFC 3849). No machine has them, so the default route leads to them."""
 
 
 def exposures(
-    upstream: str,
+    upstream: Endpoint,
     *,
-    credentials: grpc.ChannelCredentials | None = None,
-    options: Sequence[tuple[str, int | str]] = (),
     known: Collection[str] = (),
     rest_ports: Sequence[int] = REST_PORTS,
     own: Collection[str] = (),
 ) -> tuple[Finding, ...]:
-    """Look for ways around the sidecar at its upstream server; run this where the sidecar runs.
+    """Look for ways around the sidecar at its upstream server, from the machine or container of the sidecar.
 
-    It may take some seconds: a port that does not answer is waited for.
+    This may take some seconds, because a port may not answer.
 
     Args:
-        upstream: HOST:PORT or unix:PATH, as the sidecar calls it.
-        credentials: For TLS towards it, as the sidecar has them.
-        options: gRPC's, of that connection.
-        known: Names of the models that the sidecar has profiles of; none if that is not known.
-        rest_ports: Where REST is looked for.
-        own: Where the sidecar itself listens, which is no way around it.
+        upstream: The upstream server, as the sidecar connects to it.
+        known: Names of the models that the sidecar has profiles of; empty if they are not known.
+        rest_ports: Ports on which a REST interface is looked for.
+        own: Addresses at which the sidecar itself listens; they are not ways around it.
 
     Raises:
-        UsageError: The address is not of that form.
+        UsageError: The address of the upstream server has another form.
     """
     try:
-        place = _Place.of(upstream)
+        place = _Place.of(upstream.address)
     except ValueError as error:
         raise UsageError(str(error)) from error
     except OSError as error:
-        return (Finding("transport", Status.WARNING, f"{upstream} cannot be resolved: {error.strerror}"),)
+        return (Finding("transport", Status.WARNING, f"{upstream.address} cannot be resolved: {error.strerror}"),)
     others = _machine_addresses() if place.here else ()
-    found = [_transport(place, credentials)]
+    found = [_transport(place, upstream.credentials)]
     if place.path is None:
         outside = [each for each in (*place.open, *others) if not _is_own(each, place.port, own)]
-        found.append(_port(place, dict.fromkeys(outside), credentials, options))
+        found.append(_port(place, dict.fromkeys(outside), upstream))
     found.append(_rest(place, others, rest_ports))
-    with _channel(upstream, credentials, options) as channel:
+    with open_channel(upstream) as channel:
         if not _connects(channel):
-            text = f"{upstream} does not answer, so its models and its shared memory were not looked at"
+            text = f"{upstream.address} does not answer, so its models and its shared memory were not checked"
             return (*found, Finding("models", Status.WARNING, text))
         return (*found, _models(channel, known), _shared_memory(channel))
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an upstream server is, seen from here.
+    """The place of an upstream server, as this machine sees it.
 
     Attributes:
-        upstream: Its address as given.
-        path: Of its Unix socket.
-        host: Of its TCP address.
-        port: Of that.
-        open: Addresses of this machine, loopback apart, that the host stands for.
-        here: Whether it is on this machine.
+        upstream: Address of the server, as given.
+        path: Path of the Unix socket; None for a TCP address.
+        host: Host of the TCP address.
+        port: Port of the TCP address.
+        open: Addresses that the host stands for, if they are all of this machine; without those of the loopback
+            interface.
+        here: Whether the server is on this machine.
     """
 
     upstream: str
@@ -101,8 +99,8 @@ class _Place:
         """Resolve an address.
 
         Raises:
-            ValueError: It is not of that form.
-            OSError: It cannot be resolved.
+            ValueError: The address has neither form.
+            OSError: The host cannot be resolved.
         """
         path = socket_path(upstream)
         if path is not None:
@@ -118,12 +116,12 @@ def _resolve(host: str) -> list[str]:
     """The addresses of a host, without their zones.
 
     Raises:
-        OSError: There are none.
+        OSError: The host has no address.
     """
     try:
         entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except UnicodeError as error:
-        raise OSError(0, "it is no name of a host") from error
+        raise OSError(0, "it is not a host name") from error
     return list(dict.fromkeys(str(place[0]).partition("%")[0] for *_, place in entries))
 
 
@@ -132,7 +130,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _is_local(address: str) -> bool:
-    """Whether an address is of this machine: then a socket can have it."""
+    """Whether an address belongs to this machine, so that a socket can be bound to it."""
     with suppress(OSError), socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
         probe.bind((address, 0))
         return True
@@ -144,9 +142,9 @@ def _family(address: str) -> socket.AddressFamily:
 
 
 def _machine_addresses() -> tuple[str, ...]:
-    """Addresses at which others reach this machine: those of its name, and those of its default routes.
+    """Addresses at which other machines reach this one: those of its name, and those of its default routes.
 
-    A machine may have more; the standard library does not list them.
+    A machine may have more addresses, but the standard library cannot list them.
     """
     found: list[str] = []
     with suppress(OSError):
@@ -161,7 +159,7 @@ def _machine_addresses() -> tuple[str, ...]:
 
 
 def _is_own(address: str, port: int, own: Collection[str]) -> bool:
-    """Whether the sidecar itself listens there."""
+    """Whether the sidecar itself listens at this address."""
     for each in own:
         if socket_path(each) is not None or split_address(each)[1] != port:
             continue
@@ -177,14 +175,14 @@ def _joined(host: str, port: int) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """The first few of some names that others chose, without what a terminal would obey."""
+    """List the first few names, which others chose, without control characters for a terminal."""
     shown = [name[:100] if name.isprintable() else ascii(name[:100]) for name in names[:_MOST_NAMES]]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def _transport(place: _Place, credentials: grpc.ChannelCredentials | None) -> Finding:
-    """Who can join or read the connection."""
+    """Check who can read the connection, or connect as well."""
     if place.path is not None:
         return _socket(place.path)
     if place.here:
@@ -194,7 +192,7 @@ def _transport(place: _Place, credentials: grpc.ChannelCredentials | None) -> Fi
     return Finding(
         "transport",
         Status.WARNING,
-        f"requests and replies go to {place.upstream} in the clear, unless a mesh encrypts them; set upstream_tls",
+        f"requests and replies travel to {place.upstream} in the clear, unless a mesh encrypts them; set upstream_tls",
     )
 
 
@@ -206,67 +204,65 @@ def _socket(path: Path) -> Finding:
         reachable = all(folder.stat().st_mode & stat.S_IXOTH for folder in path.parents)
     except (OSError, RuntimeError) as error:  # RuntimeError is a loop of links
         reason = getattr(error, "strerror", None) or "a loop of links"
-        return Finding("transport", Status.WARNING, f"cannot look at the socket {path}: {reason}")
+        return Finding("transport", Status.WARNING, f"the socket {path} cannot be checked: {reason}")
     if not stat.S_ISSOCK(mode):
-        return Finding("transport", Status.WARNING, f"{path} is no socket")
+        return Finding("transport", Status.WARNING, f"{path} is not a socket")
     text = f"the socket {path} has the mode {stat.S_IMODE(mode):03o}"
     if mode & stat.S_IWOTH and reachable:
         return Finding(
-            "transport", Status.WARNING, f"{text}: every user of this machine connects to it; take it from others"
+            "transport",
+            Status.WARNING,
+            f"{text}: every user of this machine can connect; remove the permissions of others",
         )
     return Finding("transport", Status.OK, text)
 
 
-def _port(
-    place: _Place,
-    addresses: Iterable[str],
-    credentials: grpc.ChannelCredentials | None,
-    options: Sequence[tuple[str, int | str]],
-) -> Finding:
-    """Whether the gRPC port is open at other addresses of this machine than the loopback interface's."""
+def _port(place: _Place, addresses: Iterable[str], upstream: Endpoint) -> Finding:
+    """Check whether the gRPC port is open at addresses of this machine besides the loopback interface."""
     if not place.here:
         return Finding(
             "grpc",
             Status.OK,
-            f"{place.upstream} is not of this machine: who else reaches it cannot be seen from here; a network policy "
-            "must let only the sidecar through",
+            f"{place.upstream} is on another machine, so it cannot be seen who else reaches it; a network policy must "
+            "allow only the sidecar",
         )
-    # The certificate is of the host in the upstream address; and a proxy would answer for anybody.
-    names = [name for name, _ in options]
-    options = [*options, ("grpc.enable_http_proxy", 0)]
-    if credentials is not None and "grpc.ssl_target_name_override" not in names:
-        options = [*options, ("grpc.ssl_target_name_override", place.host)]
     places = [_joined(address, place.port) for address in addresses]
     reached = []
     for each in places:
-        with _channel(each, credentials, options) as channel:
+        # The certificate names the host of the upstream address; and a proxy would answer for every address.
+        endpoint = replace(upstream, address=each, server_name=upstream.server_name or place.host)
+        with open_channel(endpoint, [("grpc.enable_http_proxy", 0)]) as channel:
             if _connects(channel):
                 reached.append(each)
     if reached:
-        certificate = "" if credentials is None else ", unless it takes the sidecar's certificate only"
+        certificate = (
+            "" if upstream.credentials is None else ", unless the server accepts only the sidecar's certificate"
+        )
         return Finding(
             "grpc",
             Status.WARNING,
-            f"the upstream listens on {', '.join(reached)} too: whoever reaches this machine or pod there goes around "
-            f"the sidecar{certificate}; bind it to loopback (Triton: --grpc-address 127.0.0.1; MLServer: "
-            "MLSERVER_HOST=127.0.0.1)",
+            f"the upstream server listens on {', '.join(reached)} too: clients that reach it there can "
+            f"bypass the sidecar{certificate}; bind it to the loopback interface (Triton: --grpc-address 127.0.0.1; "
+            "MLServer: MLSERVER_HOST=127.0.0.1)",
         )
     if not places:
-        return Finding("grpc", Status.OK, "no other address of this machine is known at which it could be reached")
+        return Finding(
+            "grpc", Status.OK, "this machine has no other known address at which the upstream server could be reached"
+        )
     return Finding("grpc", Status.OK, f"nobody answers on {', '.join(places)}")
 
 
 def _rest(place: _Place, others: Collection[str], ports: Sequence[int]) -> Finding:
-    """Whether REST, which a sidecar does not screen, is spoken beside gRPC."""
+    """Check whether the server offers REST besides gRPC: a sidecar does not screen REST."""
     outside = tuple(dict.fromkeys((*place.open, *others))) if place.here else (place.host,)
     answering = [_joined(host, port) for port in ports for host in outside if speaks(host, port)]
     if answering:
         return Finding(
             "rest",
             Status.WARNING,
-            f"REST of the upstream answers on {', '.join(answering)}: requests there are not screened; bind it to "
-            "loopback or turn it off (Triton: --http-address 127.0.0.1 or --allow-http=false; MLServer: "
-            "MLSERVER_HOST=127.0.0.1)",
+            f"the REST interface of the upstream server answers on {', '.join(answering)}: requests there are not "
+            "screened; bind it to the loopback interface or turn it off (Triton: --http-address 127.0.0.1 or "
+            "--allow-http=false; MLServer: MLSERVER_HOST=127.0.0.1)",
         )
     tried = f"ports {', '.join(map(str, ports))}"
     inner = [_joined("127.0.0.1", port) for port in ports if place.here and speaks("127.0.0.1", port)]
@@ -274,22 +270,16 @@ def _rest(place: _Place, others: Collection[str], ports: Sequence[int]) -> Findi
         return Finding(
             "rest",
             Status.OK,
-            f"answers on {', '.join(inner)} and, as far as is known, on the loopback interface only: other containers "
-            "of this pod reach it, and others do not",
+            f"the REST interface answers on {', '.join(inner)} and, as far as is known, only on the loopback "
+            "interface: other containers of this pod reach it, but no other machines",
         )
-    return Finding("rest", Status.OK, f"not found on {tried}, over plain HTTP; --rest-port looks at others")
-
-
-def _channel(
-    address: str, credentials: grpc.ChannelCredentials | None, options: Sequence[tuple[str, int | str]]
-) -> grpc.Channel:
-    if credentials is None:
-        return grpc.insecure_channel(address, options=list(options))
-    return grpc.secure_channel(address, credentials, options=list(options))
+    return Finding(
+        "rest", Status.OK, f"no REST interface was found on {tried} over plain HTTP; --rest-port checks others"
+    )
 
 
 def _connects(channel: grpc.Channel) -> bool:
-    """Whether a gRPC server is at the other end, whatever it would answer: Triton's may keep even health to itself."""
+    """Whether a gRPC server is at the other end, whatever it would answer: Triton may even refuse to report health."""
     states: queue.SimpleQueue[grpc.ChannelConnectivity] = queue.SimpleQueue()
     end = time.monotonic() + _SECONDS
     channel.subscribe(states.put, try_to_connect=True)
@@ -305,7 +295,7 @@ def _connects(channel: grpc.Channel) -> bool:
 
 
 def _ask(channel: grpc.Channel, method: str) -> bytes | grpc.StatusCode:
-    """Call a method with an empty message: the reply, or the status instead of one."""
+    """Call a method with an empty message: its reply, or the status code if it fails."""
     try:
         reply: bytes = channel.unary_unary(f"/{SERVICE}/{method}")(b"", timeout=_SECONDS)
     except grpc.RpcError as error:
@@ -315,52 +305,55 @@ def _ask(channel: grpc.Channel, method: str) -> bytes | grpc.StatusCode:
 
 
 def _models(channel: grpc.Channel, known: Collection[str]) -> Finding:
-    """Which models are served that were never vetted."""
+    """Check whether models without a profile are served."""
     reply = _ask(channel, "RepositoryIndex")
     if isinstance(reply, grpc.StatusCode):
         return Finding(
-            "models", Status.OK, f"the upstream does not list them ({reply.name}), so none is compared with a profile"
+            "models",
+            Status.OK,
+            f"the upstream server does not list its models ({reply.name}), so they cannot be compared with profiles",
         )
     try:
         models = RepositoryIndexResponse.FromString(reply).models
     except DecodeError:
-        return Finding("models", Status.WARNING, "the upstream lists them in a form that cannot be read")
+        return Finding("models", Status.WARNING, "the upstream server lists its models in a form that cannot be read")
     # A model of several versions is listed several times.
     served = sorted({model.name for model in models if model.state.upper() == "READY"})
     idle = len({model.name for model in models} - set(served))
     rest = f"; {idle} more are not loaded" if idle else ""
     if not known:
-        text = f"served upstream: {_listed(served) or 'none'}{rest}; the profiles are not known without a configuration"
+        names = _listed(served) or "none"
+        text = f"models of the upstream server: {names}{rest}; the profiles are not known without a configuration"
         return Finding("models", Status.OK, text)
     if strangers := [name for name in served if name not in known]:
         return Finding(
             "models",
             Status.WARNING,
-            f"served upstream without a profile: {_listed(strangers)}; under the failure policy closed they are "
-            f"refused, under open they are served unchecked{rest}",
+            f"models of the upstream server without a profile: {_listed(strangers)}; with the failure policy closed "
+            f"their requests are refused, with open they are served unchecked{rest}",
         )
-    return Finding("models", Status.OK, f"every one that is served upstream has a profile{rest}")
+    return Finding("models", Status.OK, f"every model of the upstream server has a profile{rest}")
 
 
 def _shared_memory(channel: grpc.Channel) -> Finding:
-    """Whether inputs can come, and outputs go, where the sidecar does not see them.
+    """Check whether inputs and outputs can travel through shared memory, where the sidecar does not see them.
 
-    Triton answers `SystemSharedMemoryStatus` even where `--allow-client-shm` is off, its default since 26.04. So then a
-    registration that names nothing is asked for: no server can take it, and one that is switched off does not have it.
+    Triton answers `SystemSharedMemoryStatus` even where `--allow-client-shm` is off, its default since 26.04. Therefore
+    an empty registration is sent as well: no server can accept it, and a server where it is off has no such method.
     """
     reply = _ask(channel, "SystemSharedMemoryStatus")
     if isinstance(reply, bytes):
         reply = _ask(channel, "SystemSharedMemoryRegister")
-        # UNAVAILABLE is Triton's answer where a method is kept to those who have a key.
+        # UNAVAILABLE is the answer of Triton where a method is restricted to clients with a key.
         off = reply in {grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAVAILABLE}
     else:
         off = True
     if off:
-        return Finding("memory", Status.OK, "the upstream takes no shared memory from clients")
+        return Finding("memory", Status.OK, "the upstream server accepts no shared memory from clients")
     return Finding(
         "memory",
         Status.WARNING,
-        "the upstream takes shared memory: the sidecar does not check what lies there, and refuses it under the "
-        "failure policy closed, but a client that reaches the upstream around it can use it; turn it off "
+        "the upstream server accepts shared memory: the sidecar does not check its content, and refuses it with the "
+        "failure policy closed, but a client that bypasses the sidecar can use it; turn it off "
         "(Triton: --allow-client-shm=false)",
     )

@@ -1,27 +1,27 @@
-"""What a command that looks at things found. Imports nothing, so that a broken installation can be told too."""
+"""The findings of a check. The module imports nothing of guard, so that a broken installation can be reported too."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 
 class Status(StrEnum):
-    """Of one finding."""
+    """How good or bad one finding is."""
 
     OK = "ok"
     WARNING = "warning"
-    """It does not keep a sidecar from starting."""
+    """The subject needs attention, but does not keep a sidecar from starting."""
     FAILED = "failed"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, and how it is.
+    """The result of one check.
 
     Attributes:
-        subject: What was looked at.
-        status: How it is.
-        detail: In words.
-        exit_code: That a start would end with for this, 0 unless it failed.
+        subject: What was checked, in one word.
+        status: How good or bad the result is.
+        detail: The result in words.
+        exit_code: Code with which a start would end because of it; 0 unless the check failed.
     """
 
     subject: str

@@ -1,7 +1,7 @@
-"""What of guard is installed, whether it works, and what it computes on.
+"""Checks of the installation: which parts of guard are installed, whether they work, and which device they compute on.
 
-Nothing here is imported that may be broken: packages are looked at by their metadata, and loaded in processes of their
-own, which may crash. torch takes some seconds to load, and only `accelerators` loads it.
+No package that may be broken is imported into this process: packages are examined through their metadata, and loaded in
+processes of their own, which may crash. Loading torch takes some seconds, and only `accelerators` does so.
 """
 
 import os
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _PACKAGE = "clip-guard"
 _TWINS = ("onnxruntime", "onnxruntime-gpu")
-"""Two builds of one module. Either will do; both overwrite each other's files."""
+"""Two builds of one module. One of them is enough; together they overwrite each other's files."""
 _AGAIN = f"pip uninstall --yes {' '.join(_TWINS)}, then pip install '{_PACKAGE}'"
 _EXTRAS = {
     "vet": "guard vet, calibrate, export",
@@ -33,16 +33,16 @@ _EXTRAS = {
     "parquet": "guard log --export FILE.parquet",
     "uvloop": "a faster event loop",
 }
-"""What each extra is for."""
+"""Purpose of each extra."""
 _DRIVER = Path("/proc/driver/nvidia")
 _SECONDS = 120.0
 _FAILED = MissingDependencyError.exit_code
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-"""Native libraries write them."""
+"""Escape sequences for colours, which native libraries write."""
 
 _GRPC = "import grpc, grpc_health.v1.health, grpc_reflection.v1alpha.reflection"
-_SIDECAR = "import guard.sidecar"
-# A model of one Relu. ONNX Runtime lists providers that it was built with; only a session says which one works.
+_SIDECAR = "import guard.sidecar.host.server"
+# A model with one Relu. ONNX Runtime lists the providers that it was built with; only a session shows which one works.
 _ONNXRUNTIME = r"""
 import onnxruntime
 model = (b'\x08\x08:3\n\x0c\n\x01x\x12\x01y"\x04Relu\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
@@ -62,27 +62,28 @@ print(torch.__version__, "uses", ", ".join(names) or "the CPU")
 
 
 def packages() -> tuple[Finding, ...]:
-    """Python, and the packages that guard's own metadata ask for, by part: `serving`, and each extra.
+    """Check Python and the packages that guard's metadata require, by part: `serving`, and each extra.
 
-    A package that an extra lacks is no fault, one of another version than asked for is a warning. A fault of the
-    serving part is a failure, as are two builds of ONNX Runtime.
+    A package that is missing from an extra is not an error; a package of an unsuitable version is a warning. An error
+    in the serving part is a failure, and so are two builds of ONNX Runtime.
     """
     return (*_requirements(), *_twins())
 
 
 def imports() -> Finding:
-    """Whether the serving part can be imported: gRPC, and the sidecar with its generated protobuf code."""
+    """Check that the serving part can be imported: gRPC, and the sidecar with its generated protobuf code."""
     errors = [answer.error for answer in map(_run, (_GRPC, _SIDECAR)) if answer.error]
     if errors:
-        # The second often fails for the same reason as the first.
+        # The second import often fails for the same reason as the first.
         return _failed("imports", f"the sidecar cannot be imported: {'; '.join(dict.fromkeys(errors))}")
-    return Finding("imports", Status.OK, "gRPC and the sidecar, with its protobuf messages")
+    return Finding("imports", Status.OK, "gRPC and the sidecar with its protobuf messages can be imported")
 
 
 def accelerators() -> tuple[Finding, ...]:
-    """What ONNX Runtime, and torch if it is installed, compute on, and how banks are searched there.
+    """Check which device ONNX Runtime and, if it is installed, torch compute on, and how banks are searched.
 
-    A CPU is as good a finding as a GPU. A GPU that ONNX Runtime was built for and cannot use is a warning.
+    A CPU is as good a finding as a GPU. A GPU that this build of ONNX Runtime should be able to use but cannot is a
+    warning.
     """
     found = [_onnxruntime()]
     if found[0].status is not Status.FAILED:
@@ -111,14 +112,16 @@ def _requirements() -> Iterable[Finding]:
         from packaging.specifiers import SpecifierSet
     except ImportError:
         yield Finding(
-            "packages", Status.WARNING, "cannot be compared with what guard needs: packaging is not installed"
+            "packages",
+            Status.WARNING,
+            "the packages cannot be compared with the requirements of guard, because packaging is not installed",
         )
         return
     try:
         distribution = metadata.distribution(_PACKAGE)
     except metadata.PackageNotFoundError:
         yield Finding(
-            "packages", Status.WARNING, f"{_PACKAGE} is not installed as a package, so what it needs is not known"
+            "packages", Status.WARNING, f"{_PACKAGE} is not installed as a package, so its requirements are not known"
         )
         return
     python = platform.python_version()
@@ -126,11 +129,11 @@ def _requirements() -> Iterable[Finding]:
     if needed.contains(python, prereleases=True):
         yield Finding("python", Status.OK, python)
     else:
-        yield _failed("python", f"{python}, and guard needs {needed}")
+        yield _failed("python", f"this is Python {python}, but guard requires {needed}")
     requirements = [Requirement(text) for text in distribution.requires or ()]
     yield _part("serving", [_Package.of(each) for each in requirements if _applies(each, "")])
     for extra in distribution.metadata.get_all("Provides-Extra") or ():
-        # An extra may ask for another of guard's, which has a line of its own.
+        # An extra may require another extra of guard, which has a line of its own.
         yield _part(
             extra,
             [
@@ -143,7 +146,7 @@ def _requirements() -> Iterable[Finding]:
 
 @dataclass(frozen=True)
 class _Package:
-    """One that is asked for; its name is that of the build that is there."""
+    """A required package, under the name of the build that is installed."""
 
     name: str
     needed: str
@@ -173,7 +176,7 @@ def _alternatives(name: str) -> tuple[str, ...]:
 
 def _version(name: str) -> str | None:
     try:
-        # None where a folder of metadata was left behind without its content.
+        # None if a folder of metadata was left behind without its content.
         return metadata.version(name) or None
     except metadata.PackageNotFoundError:
         return None
@@ -203,26 +206,26 @@ def _twins() -> Iterable[Finding]:
 
 def _onnxruntime() -> Finding:
     driver = _DRIVER.exists()
-    # Without a driver CUDA is not tried, as in serving.
+    # Without a driver, CUDA is not tried, as in serving.
     wanted = ["CUDA", "CPU"] if driver else ["CPU"]
     answer = _run(f"WANTED = {wanted}\n{_ONNXRUNTIME}")
     if answer.error:
         return _failed("onnxruntime", f"cannot run a model: {answer.error}; {_AGAIN}")
     version, _, provider = answer.text.partition(" ")
     if provider != "CPU":
-        return Finding("onnxruntime", Status.OK, f"{version} uses the GPU, by {provider}")
+        return Finding("onnxruntime", Status.OK, f"{version} uses the GPU, through {provider}")
     used = f"{version} uses the CPU"
     if not driver:
-        return Finding("onnxruntime", Status.OK, f"{used}; no driver of an NVIDIA GPU is here")
+        return Finding("onnxruntime", Status.OK, f"{used}; there is no driver for an NVIDIA GPU")
     if _version("onnxruntime-gpu") is None:
-        return Finding("onnxruntime", Status.OK, f"{used}; there is an NVIDIA GPU, and this build cannot use one")
+        return Finding("onnxruntime", Status.OK, f"{used}; there is an NVIDIA GPU, but this build cannot use it")
     lacking = re.search(r"(\S+): cannot open shared object file", answer.noise)
     reason = f" ({lacking[1]} is not found)" if lacking else ""
     return Finding(
         "onnxruntime",
         Status.WARNING,
-        f"{used}, although there is an NVIDIA GPU: its CUDA provider cannot be loaded{reason}; CUDA and cuDNN of the "
-        "versions that it was built for must be where the dynamic linker looks",
+        f"{used}, although there is an NVIDIA GPU: the CUDA provider cannot be loaded{reason}; the dynamic linker must "
+        "find CUDA and cuDNN of the versions that the provider was built for",
     )
 
 
@@ -230,14 +233,14 @@ def _search() -> Finding:
     answer = _run(_SEARCH)
     if answer.error:
         return _failed("search", f"banks cannot be searched: {answer.error}")
-    bits = {"127": "at 8 bits per number", "63": "at 7 bits per number, since this processor has no VNNI"}
-    slow = "in full, since this processor multiplies short integers wrongly; decisions are the same, and take longer"
+    bits = {"127": "at 8 bits per number", "63": "at 7 bits per number, because this processor has no VNNI"}
+    slow = "in full, because this processor multiplies short integers wrongly; decisions are the same but take longer"
     return Finding("search", Status.OK, f"banks are read {bits.get(answer.text, slow)}")
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """Of a program: what it printed, what it failed with, and what it wrote to standard error."""
+    """The outcome of a program: what it printed, the error that it failed with, and its standard error."""
 
     text: str = ""
     error: str | None = None
@@ -245,7 +248,7 @@ class _Answer:
 
 
 def _run(program: str) -> _Answer:
-    """Run a program in a process of its own, with the modules that this process would find."""
+    """Run a Python program in a process of its own, which finds the same modules as this process."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     try:
         done = subprocess.run(  # noqa: S603 - our own program
@@ -258,12 +261,12 @@ def _run(program: str) -> _Answer:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return _Answer(error=f"it takes more than {_SECONDS:.0f} s")
+        return _Answer(error=f"it took more than {_SECONDS:.0f} s")
     noise = _COLOURS.sub("", done.stderr)
     if done.returncode < 0:
-        return _Answer(error=f"it is ended by signal {-done.returncode}")
+        return _Answer(error=f"it was ended by signal {-done.returncode}")
     if done.returncode:
-        # Of a traceback, the error.
-        last = (noise.strip().splitlines() or [f"it ends with code {done.returncode}"])[-1]
+        # The last line of a traceback is the error.
+        last = (noise.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
         return _Answer(error=last.strip()[:200])
     return _Answer(done.stdout.strip(), noise=noise)

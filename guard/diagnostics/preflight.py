@@ -1,65 +1,73 @@
-"""What must hold before a sidecar serves; `guard serve --check` looks at all of it and serves nothing."""
+"""A rehearsal of a start: `guard serve --check` constructs what `guard serve` constructs, and serves nothing."""
 
-import os
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from guard import evidence
 from guard.classifiers import ExportedClassifier
 from guard.diagnostics.findings import Finding, Status
-from guard.errors import GuardError, ProfileError, UsageError
+from guard.errors import GuardError, ProfileError
 from guard.evidence import EVIDENCE_FILE
 from guard.protocol import SERVICE
 from guard.protocol.inference_pb2 import ServerReadyRequest, ServerReadyResponse
+from guard.sidecar.decisions.checking import Checker
+from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.loading import match, read_profile
+from guard.sidecar.decisions.watch import Shared
+from guard.sidecar.decisions.workers import Workers
+from guard.sidecar.inference.proxy import upstream_endpoint
+from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import FailurePolicy
-from guard.sidecar.settings import ModelSettings, Settings
-from guard.sidecar.transport.addresses import check_free
+from guard.sidecar.settings import Settings
+from guard.sidecar.telemetry.metrics import Metrics
+from guard.sidecar.transport.channels import open_channel
 from guard.sidecar.transport.loops import loop_factory
-from guard.sidecar.transport.tls import name_options, server_certificates, upstream_credentials
+from guard.sidecar.transport.ports import check_free
+from guard.sidecar.transport.tls import server_certificates
 
 if TYPE_CHECKING:
     from guard.profiles import Profile
+    from guard.screening import Detector
 
 UPSTREAM_SECONDS = 3.0
 
 
 def preflight(settings: Settings) -> tuple[Finding, ...]:
-    """Look at everything that a start needs, past the first failure; nothing is written or served.
+    """Construct everything that a start constructs, past the first failure; nothing is written, bound or served.
 
-    Whether the upstream server answers is a warning at most: a sidecar starts before it.
+    The checks have the order of a start, so that the first failure is the one that a start would end with. An upstream
+    server that does not answer is only a warning: a sidecar may start before it.
     """
     checks = _Checks(settings)
-    of_models = [
-        (f"{subject} {each.label}" if settings.models else subject, check)
-        for each in settings.served
-        for subject, check in _ModelChecks(each).all()
-    ]
-    found = (
-        _look(subject, check)
+    return tuple(
+        finding
         for subject, check in (
-            *of_models,
             ("loop", checks.loop),
+            ("state", checks.state),
+            *(
+                (f"{subject} {each.settings.label}" if settings.models else subject, check)
+                for each in (_ModelChecks(own, checks) for own in settings.served)
+                for subject, check in each.all()
+            ),
+            ("upstream", checks.upstream),
             ("tls", checks.tls),
-            ("listen", checks.listen),
             ("metrics", checks.metrics),
             ("admin", checks.admin),
-            ("state", checks.state),
-            ("upstream", checks.upstream),
+            ("listen", checks.listen),
         )
+        if (finding := _look(subject, check)) is not None
     )
-    return tuple(finding for finding in found if finding is not None)
 
 
 class _DoubtError(Exception):
-    """Something is not as it should be, and does not keep a sidecar from starting."""
+    """Something is not as it should be, but does not keep a sidecar from starting."""
 
 
 def _look(subject: str, check: Callable[[], str | None]) -> Finding | None:
-    """The finding of one check; None if there was nothing to look at."""
+    """The finding of one check; None if there is nothing to look at."""
     try:
         detail = check()
     except _DoubtError as doubt:
@@ -69,67 +77,43 @@ def _look(subject: str, check: Callable[[], str | None]) -> Finding | None:
     return None if detail is None else Finding(subject, Status.OK, detail)
 
 
-class _ModelChecks:
-    """Each method looks at one thing: it says how it is, None if there is nothing to look at, or raises."""
-
-    def __init__(self, settings: ModelSettings) -> None:
-        self._settings = settings
-        self._profile: Profile | None = None
-        self._model: ExportedClassifier | None = None
-
-    def all(self) -> tuple[tuple[str, Callable[[], str | None]], ...]:
-        """The checks, in their order."""
-        return (
-            ("profile", self.profile),
-            ("calibration", self.calibration),
-            ("model", self.model),
-            ("digest", self.digest),
-        )
-
-    def profile(self) -> str:
-        self._profile = read_profile(self._settings)
-        outcome = self._profile.document.vetting.verdict.outcome
-        if not self._settings.clears(outcome):
-            found = f'require_vetted: the verdict on the model is "{outcome}", not "no evidence"'
-            if self._settings.on_failure is FailurePolicy.CLOSED:
-                raise ProfileError(f"{found}; every request would be refused")
-            raise _DoubtError(f"{found}; no request will pass")
-        if outcome == "backdoored":
-            raise _DoubtError("the model is vetted as backdoored; repair it, screening is for the time until then")
-        return f"verdict: {outcome}"
-
-    def calibration(self) -> str | None:
-        if self._profile is None:
-            return None
-        return f"alpha {self._profile.detector(self._settings.neighbours, self._settings.alpha).alpha:g}"
-
-    def model(self) -> str | None:
-        if self._settings.model is None:
-            return None
-        self._model = ExportedClassifier(self._settings.model)
-        return self._model.digest
-
-    def digest(self) -> str | None:
-        if self._profile is None or self._model is None:
-            return None
-        match(self._profile, self._model, self._settings)
-        return "the profile is of this model"
-
-
 class _Checks:
-    """The same, of what is not of one model."""
+    """The checks of a sidecar: each says what it found, returns None if there is nothing to look at, or raises."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._recorder: Recorder | None = None
+        self.sidecar_metrics = Metrics()
+
+    @cached_property
+    def shared(self) -> tuple[Shared, ...]:
+        """What the models have in common, in each process; empty if the folder for state cannot be used."""
+        if self._recorder is None:
+            return ()
+        workers = Workers(self._settings.workers, self._settings.max_queued)
+        several = self._settings.processes > 1
+        return tuple(
+            Shared(self._settings, workers, self._recorder, process if several else None)
+            for process in range(self._settings.processes)
+        )
 
     def loop(self) -> str:
-        return "asyncio" if loop_factory(self._settings.loop) is None else "uvloop"
+        return "asyncio" if loop_factory(self._settings.event_loop) is None else "uvloop"
+
+    def state(self) -> str | None:
+        self._recorder = Recorder(self._settings, self.sidecar_metrics, read_only=True)
+        folder = self._settings.state_dir
+        if folder is None:
+            return None
+        log = "with the evidence log in it" if (folder / EVIDENCE_FILE).exists() else "without an evidence log yet"
+        return f"{folder} can be written, {log}"
 
     def tls(self) -> str | None:
-        if server_certificates(self._settings) is None:
+        settings = self._settings
+        if server_certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca) is None:
             return None
-        who = "clients need a certificate" if self._settings.tls_client_ca else "clients need no certificate"
-        return f"{self._settings.tls_certificate}; {who}"
+        who = "clients need a certificate" if settings.tls_client_ca else "clients need no certificate"
+        return f"{settings.tls_certificate}; {who}"
 
     def listen(self) -> str:
         check_free(self._settings.listen)
@@ -144,28 +128,11 @@ class _Checks:
             check_free(address)
         return None if self._settings.admin is None else f"{', '.join(self._settings.admin_addresses)} is free"
 
-    def state(self) -> str | None:
-        folder = self._settings.state
-        if folder is None:
-            return None
-        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UsageError(f"cannot write to {folder}")
-        if not (folder / EVIDENCE_FILE).exists():
-            return f"{folder} can be written"
-        return f"{folder} holds {evidence.EvidenceLog(folder / EVIDENCE_FILE).count()} records"
-
     def upstream(self) -> str | None:
         address = self._settings.upstream
         if address is None:
             return None
-        credentials = upstream_credentials(self._settings)
-        channel = (
-            grpc.insecure_channel(address)
-            if credentials is None
-            else grpc.secure_channel(address, credentials, name_options(self._settings))
-        )
-        with channel:
+        with open_channel(upstream_endpoint(self._settings)) as channel:
             ask = channel.unary_unary(f"/{SERVICE}/ServerReady")
             try:
                 reply = ask(ServerReadyRequest().SerializeToString(), timeout=UPSTREAM_SECONDS)
@@ -177,3 +144,64 @@ class _Checks:
         if not ready:
             raise _DoubtError(f"{address} answers that it is not ready")
         return f"{address} is ready"
+
+
+class _ModelChecks:
+    """The checks of one model, in the order of a start."""
+
+    def __init__(self, settings: ModelSettings, sidecar: _Checks) -> None:
+        self.settings, self._sidecar = settings, sidecar
+        self._profile: Profile | None = None
+        self._model: ExportedClassifier | None = None
+        self._detector: Detector | None = None
+        self._belongs = settings.model is None
+
+    def all(self) -> tuple[tuple[str, Callable[[], str | None]], ...]:
+        """The checks by subject, in their order."""
+        return (
+            ("profile", self.profile),
+            ("model", self.model),
+            ("digest", self.digest),
+            ("calibration", self.calibration),
+            ("screening", self.screening),
+        )
+
+    def profile(self) -> str:
+        self._profile = read_profile(self.settings)
+        outcome = self._profile.document.vetting.verdict.outcome
+        if not self.settings.clears(outcome):
+            found = f'require_vetted: the verdict on the model is "{outcome}", not "no evidence"'
+            if self.settings.on_failure is FailurePolicy.CLOSED:
+                raise ProfileError(f"{found}; every request would be refused")
+            raise _DoubtError(f"{found}; no request will pass")
+        if outcome == "backdoored":
+            raise _DoubtError("verdict: backdoored; screening protects only until the model is replaced")
+        return f"verdict: {outcome}"
+
+    def model(self) -> str | None:
+        if self.settings.model is None:
+            return None
+        self._model = ExportedClassifier(self.settings.model)
+        return self._model.digest
+
+    def digest(self) -> str | None:
+        if self._profile is None or self._model is None:
+            return None
+        match(self._profile, self._model, self.settings)
+        self._belongs = True
+        return "the profile was made for this model"
+
+    def calibration(self) -> str | None:
+        if self._profile is None:
+            return None
+        self._detector = self._profile.detector(self.settings.neighbours, self.settings.alpha)
+        return f"alpha {self._detector.alpha:g}"
+
+    def screening(self) -> str | None:
+        """Whether detector and stream monitor can be put to work, with the monitor's state in each process."""
+        if self._profile is None or self._detector is None or not self._belongs or not self._sidecar.shared:
+            return None
+        metrics = self._sidecar.sidecar_metrics.of(self.settings)
+        for shared in self._sidecar.shared:
+            Checker(self._profile, self._detector, self._model, self.settings, metrics, shared, None)
+        return "the detector and the stream monitor can be started"

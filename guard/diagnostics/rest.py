@@ -1,4 +1,4 @@
-"""Whether an inference server speaks REST at a port, told by a few GETs."""
+"""Whether an inference server offers a REST interface at a port, found out with a few GET requests."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ _MOST_BYTES = 2**16
 
 
 def fetch(host: str, port: int, path: str) -> tuple[int, bytes] | None:
-    """Status and beginning of the body of a GET over plain HTTP; None if there is none."""
+    """Send a GET request over plain HTTP: status and beginning of the body, or None if there is no response."""
     with closing(HTTPConnection(host, port, timeout=_SECONDS)) as connection, suppress(OSError, HTTPException):
         connection.request("GET", path, headers={"Connection": "close"})
         response = connection.getresponse()
@@ -20,7 +20,7 @@ def fetch(host: str, port: int, path: str) -> tuple[int, bytes] | None:
 
 
 def speaks(host: str, port: int) -> bool:
-    """Whether an inference server answers there over REST."""
+    """Whether an inference server answers at this port over REST."""
     for path, fits in _REST.items():
         reply = fetch(host, port, path)
         if reply is None:
@@ -32,7 +32,7 @@ def speaks(host: str, port: int) -> bool:
 
 
 def _parsed(body: bytes) -> Any:  # noqa: ANN401 - any JSON
-    """A body of JSON; an empty one is an empty object, and one of anything else a text."""
+    """Parse a JSON body: an empty body becomes an empty object, and a body that is not JSON an empty string."""
     try:
         return json.loads(body) if body.strip() else {}
     except (ValueError, RecursionError):
@@ -40,17 +40,17 @@ def _parsed(body: bytes) -> Any:  # noqa: ANN401 - any JSON
 
 
 def _is_server(status: int, document: Any) -> bool:  # noqa: ANN401 - as above
-    """The metadata of an Open Inference Protocol server."""
+    """Whether this is the metadata of an Open Inference Protocol server."""
     return status == 200 and isinstance(document, Mapping) and {"name", "version"} <= set(document)
 
 
 def _is_live(status: int, document: Any) -> bool:  # noqa: ANN401 - as above
-    """Its liveness: Triton's body is empty, MLServer's may be null, KServe's says `live`."""
+    """Whether this is the liveness of such a server: the body of Triton is empty, that of MLServer may be null."""
     return status == 200 and (document in ({}, None) or (isinstance(document, Mapping) and "live" in document))
 
 
 def _is_models(status: int, document: Any) -> bool:  # noqa: ANN401 - as above
-    """The list of models of KServe's first protocol; TensorFlow Serving has none, and says so in its own words."""
+    """Whether this is the model list of KServe's first protocol, or the error of TensorFlow Serving in its place."""
     if not isinstance(document, Mapping):
         return False
     return (status == 200 and isinstance(document.get("models"), list)) or str(document.get("error")).startswith(
@@ -59,7 +59,7 @@ def _is_models(status: int, document: Any) -> bool:  # noqa: ANN401 - as above
 
 
 def _is_ping(status: int, document: Any) -> bool:  # noqa: ANN401 - as above
-    """TorchServe's health."""
+    """Whether this is the health of TorchServe."""
     return status == 200 and isinstance(document, Mapping) and document.get("status") == "Healthy"
 
 

@@ -1,4 +1,4 @@
-"""Run methods over a zoo of models and say what they find, what they accuse wrongly, and what that costs.
+"""Run methods over a zoo of models, and report true and false positives and the cost.
 
 Statistics, zoos and results import without torch.
 """

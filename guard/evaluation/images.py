@@ -1,4 +1,4 @@
-"""The images of a zoo, in their three parts, at a model's resolution."""
+"""The images of a zoo in three parts, at a model's resolution."""
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -14,18 +14,18 @@ from guard.classifiers.digest import canonical, sha256
 from guard.errors import ImageError
 
 MAX_CALIBRATION, MAX_REQUESTS = 5000, 5000
-"""Most images of each part that are used; larger parts are sampled."""
+"""Largest number of images of each part that are used; larger parts are sampled."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Which images are used for what; the parts have no image in common.
+    """Three parts of a set of images, which have no image in common.
 
     Attributes:
-        vetting: To search triggers on; unlabelled.
-        calibration: Clean, to set screening thresholds on; None if there are none.
-        requests: Clean, seen by nothing else: what is measured is measured on these; None if there are none.
-        digest: SHA-256 over the contents of all files and their parts.
+        vetting: Unlabelled images on which triggers are searched.
+        calibration: Clean images on which screening thresholds are set; None if there are none.
+        requests: Clean images that are used for nothing but the measurements; None if there are none.
+        digest: SHA-256 over the names and contents of the files of each part.
     """
 
     vetting: ImageFolder
@@ -38,7 +38,7 @@ class ImageSet:
         """The set `images/DATA` of a zoo, with at most `vetting` images to search on.
 
         Raises:
-            ImageError: There is nothing to search on, a part is empty, or a file cannot be read.
+            ImageError: There are no images to search on, a part is empty, or a file cannot be read.
         """
         parts = {
             part: ImageFolder.scan(folder / part).sample(limit, seed=seed) if (folder / part).is_dir() else None
@@ -51,10 +51,10 @@ class ImageSet:
     def of_folder(cls, folder: Path, *, vetting: int, seed: int) -> Self:
         """One folder of unlabelled images, split at random.
 
-        At most `vetting` are searched on; of the rest two thirds calibrate and one third are requests.
+        At most `vetting` images are for vetting; of the others two thirds are for calibration, one third are requests.
 
         Raises:
-            ImageError: The folder holds no image, or a file cannot be read.
+            ImageError: The folder contains no image, or a file cannot be read.
         """
         everything = ImageFolder.scan(folder)
         searched = everything.sample(vetting, seed=seed)
@@ -66,7 +66,7 @@ class ImageSet:
         return cls._of(
             searched,
             calibration.sample(MAX_CALIBRATION, seed=seed) if len(calibration) else None,
-            # A folder of anybody's has labels at most by accident.
+            # The names of sub-folders in an arbitrary folder are labels at most by accident.
             requests.sample(MAX_REQUESTS, seed=seed) if len(requests) else None,
         )
 
@@ -85,11 +85,11 @@ def _digest(file: Path, root: Path) -> list[str]:
 
 
 class Pixels:
-    """The pixels of an image set at one preprocessing, read when they are first used and then kept.
+    """The pixels of an image set after one preprocessing, read when they are first used and then kept.
 
     Args:
-        images: Which.
-        preprocessing: Of the model that will see them.
+        images: The image set.
+        preprocessing: The preprocessing of the model that will see them.
     """
 
     def __init__(self, images: ImageSet, preprocessing: Preprocessing) -> None:
@@ -112,7 +112,7 @@ class Pixels:
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """int64, shape [N]: class index of each request; None where their folders name none."""
+        """int64, shape [N]: class index of each request; None where the folders are not named by class indices."""
         folder = self._images.requests
         if folder is None:
             return None
@@ -127,5 +127,5 @@ class Pixels:
 
 @lru_cache(maxsize=1)
 def pixels(images: ImageSet, preprocessing: Preprocessing) -> Pixels:
-    """The pixels of a set at one preprocessing; those of the last set are kept within a process."""
+    """The pixels of a set after one preprocessing; each process keeps those of the last set."""
     return Pixels(images, preprocessing)

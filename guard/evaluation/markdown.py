@@ -7,7 +7,8 @@ from guard.evaluation.summary import DetectionSummary, FamilyDetection, Mean, Mo
 
 NOTHING = "–"
 COST_NOTE = (
-    "A search that several methods or models share is counted in seconds where it was made, in image passes everywhere."
+    "Where several methods or models share a search, its seconds count once, where it was made; its image passes count "
+    "everywhere."
 )
 DETECTION_NOTE = (
     "AUROC against all clean models that this method judged, with Newcombe's 95 % interval; rates with exact "
@@ -21,13 +22,13 @@ SCREENING_NOTE = (
 
 
 def render(summary: Summary) -> str:
-    """The whole summary, tables and what they mean."""
+    """The whole summary as Markdown: tables with notes on how to read them."""
     models = summary.models
     settings = ", ".join(f"{name} {value}" for name, value in summary.settings.items())
     labels = ", ".join(f"{count} {label}" for label, count in models.items() if count)
     made = f"guard {', '.join(summary.guard) or NOTHING}; {'; '.join(summary.devices) or NOTHING}"
     cost = f"{_duration(summary.seconds)} of work on all results"
-    run = f"the last run made {summary.fresh} of them in {_duration(summary.run_seconds)}"
+    run = f"the last run computed {summary.fresh} of them in {_duration(summary.run_seconds)}"
     lines = [f"# Evaluation of the zoo {summary.zoo}", ""]
     lines += [f"{sum(models.values())} models: {labels}. {settings}, seed {summary.seed}. {made}.", ""]
     lines += [f"Cost: {cost}; {run}. {COST_NOTE}", ""]
@@ -37,7 +38,8 @@ def render(summary: Summary) -> str:
         lines += _screening(summary.screening)
     lines += _models(summary)
     for method, names in summary.skipped.items():
-        lines += [f"Skipped by {method}, for lack of what it needs ({len(names)}): {', '.join(names)}", ""]
+        reason = "for lack of a base, calibration images or requests"
+        lines += [f"Skipped by {method} {reason} ({len(names)}): {', '.join(names)}", ""]
     lines += [f"- FAILED {model}: {reason}" for model, reason in summary.failures]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -1,4 +1,4 @@
-"""The methods that can be evaluated."""
+"""The methods that `guard evaluate` can run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
+from guard._types import Floats
+from guard.baselines import DecreeSettings, clip_inspector, collapse
 from guard.errors import UsageError
 from guard.evaluation.results import (
-    Array,
     Detection,
     FamilyFinding,
     Features,
@@ -23,33 +24,32 @@ from guard.evaluation.statistics import auroc
 from guard.evaluation.subject import EvaluationSettings, Subject
 from guard.profiles import Profile
 from guard.screening import DENSITY, threshold
-from guard.vetting import BUDGETS, DecreeSettings, ReconstructedTrigger, Vetting, clip_inspector, collapse, effect
+from guard.vetting import BUDGETS, Conclusion, FamilyResult, ReconstructedTrigger, Vetting, effect
 from guard.vetting.batches import halves
-from guard.vetting.examination import METHOD
-from guard.vetting.results import FamilyResult
-from guard.vetting.verdict import Conclusion, suspicion
+from guard.vetting.inspection import METHOD
+from guard.vetting.verdict import suspicion
 
 Need = Literal["base", "calibration", "requests"]
 MethodOutput = tuple[Detection | Screening, Features]
 
 _PUBLISHED_PL1 = 0.1
-"""DECREE's threshold: a smaller share of the image counts as a backdoor."""
+"""Published threshold of DECREE: a smaller share of the image counts as a backdoor."""
 _SMALLEST = 1e-300
-"""Smallest p-value that is told apart from zero."""
+"""Smaller p-values are counted as this one, so that their logarithm is finite."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to judge models, or requests to them.
+    """A way to judge models, or requests to models.
 
     Attributes:
-        name: Names its results.
-        version: Results of another version are made again.
-        judges: What it judges.
-        needs: What a model must have in the zoo; others are skipped.
-        uses_base: Whether the result depends on the base where there is one.
-        run: Does it.
-        settings: What of the settings the result depends on.
+        name: Name of the method, under which its results are stored.
+        version: Version of the method; stored results of another version are computed again.
+        judges: Whether it judges models or requests.
+        needs: What a model must have in the zoo; models that lack it are skipped.
+        uses_base: Whether the result depends on the base model where there is one.
+        run: Function that runs the method.
+        settings: Function that returns the settings on which the result depends.
     """
 
     name: str
@@ -69,7 +69,7 @@ def _vetting(*, paired: bool) -> Callable[[Subject], MethodOutput]:
 
 
 def _detect(subject: Subject, vetting: Vetting) -> MethodOutput:
-    """What vetting says, and how near it comes to the truth."""
+    """Return what vetting says, and how similar its trigger is to the attacker's."""
     verdict = vetting.verdict
     leading, p_value = suspicion(vetting.results, vetting.checks)
     recovery, features = _recover(subject, vetting)
@@ -121,13 +121,13 @@ def _recover(subject: Subject, vetting: Vetting) -> tuple[Recovery | None, Featu
 
 
 def _strongest(vetting: Vetting) -> ReconstructedTrigger | None:
-    """Of the class that the verdict accuses, if it accuses one."""
+    """Return the trigger with the strongest evidence, for the accused class if there is one."""
     accused = [found for found in vetting.triggers if found.target == vetting.verdict.target]
     return next(iter(accused or vetting.triggers), None)
 
 
 def _clip_inspector(subject: Subject) -> MethodOutput:
-    """CLIP-Inspector as published, its own threshold included."""
+    """Run CLIP-Inspector as published, with its own threshold."""
     found = clip_inspector(subject.classifier, subject.pixels.vetting, seed=subject.settings.seed)
     anomaly = 0.0 if found.target is None else found.anomaly[found.target]
     outcome: Conclusion = "backdoored" if found.backdoored else "no evidence"
@@ -136,7 +136,7 @@ def _clip_inspector(subject: Subject) -> MethodOutput:
 
 
 def _decree(subject: Subject) -> MethodOutput:
-    """DECREE with its published threshold; models are ranked by the ratio to the base where there is one."""
+    """Run DECREE with its published threshold; models are ranked by the ratio to the base model where there is one."""
     searched, held_out = halves(subject.pixels.vetting, subject.settings.seed)
     settings = DecreeSettings(seed=subject.settings.seed)
     found = collapse(subject.classifier, searched, held_out, settings)
@@ -151,7 +151,7 @@ def _decree(subject: Subject) -> MethodOutput:
 
 
 def _screen(subject: Subject) -> MethodOutput:
-    """Screening with what vetting reconstructed, and beside it the density score alone."""
+    """Run screening with the triggers that vetting reconstructed, and with the density score alone."""
     vetting = subject.vetting(paired=subject.zoo.models[subject.name].base is not None)
     density = _score(subject, replace(vetting, triggers=()))
     vetted = _score(subject, vetting) if vetting.triggers else density
@@ -162,13 +162,13 @@ def _score(subject: Subject, vetting: Vetting) -> ScoreFigures:
     calibration = subject.pixels.calibration
     if calibration is None:
         raise AssertionError("the method needs calibration images")
-    # The largest alpha that any calibration supports; the thresholds are set below, from the same scores.
+    # An alpha that every calibration supports; the thresholds are set below, from the same scores.
     profile = Profile.build(subject.classifier, vetting).calibrate(
         subject.classifier, calibration, 0.5, seed=subject.settings.seed
     )
     reference = profile.reference
     if reference is None:
-        raise AssertionError("calibration leaves a reference")
+        raise AssertionError("a calibrated profile has a reference")
     screen = profile.detector().screen
     clean = screen.score_samples(subject.requests.numpy()).values
     stamped = [screen.score_samples(attack.embeddings.numpy()).values for attack in subject.attacks]
@@ -178,11 +178,11 @@ def _score(subject: Subject, vetting: Vetting) -> ScoreFigures:
         len(reference.banks.reference),
         len(reference.clean.values),
         tuple(auroc(part.tolist(), clean.tolist()) for part in stamped),
-        tuple(_held(alpha, reference.clean.values, clean, stamped) for alpha in subject.settings.alphas),
+        tuple(_at_alpha(alpha, reference.clean.values, clean, stamped) for alpha in subject.settings.alphas),
     )
 
 
-def _held(alpha: float, calibration: Array, clean: Array, stamped: Sequence[Array]) -> ThresholdFigures:
+def _at_alpha(alpha: float, calibration: Floats, clean: Floats, stamped: Sequence[Floats]) -> ThresholdFigures:
     triggered = sum(len(part) for part in stamped)
     try:
         value = threshold(calibration, alpha).value
@@ -246,4 +246,4 @@ METHODS: dict[str, Method] = {
         ),
     )
 }
-"""Every method, by name. Those that make searches come before those that only use them."""
+"""All methods by name. Methods that run searches come before methods that only use their results."""

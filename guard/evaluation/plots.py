@@ -14,9 +14,9 @@ TICKS = (-2, 0, 2, 4, 10, 30, 100, 300)
 
 
 def draw(evaluation: Evaluation) -> dict[str, str]:
-    """File name → SVG: the ROC curves of all methods in one, and the models by suspicion for each method.
+    """File name → SVG: one plot with the ROC curves of all methods, and for each method its models by suspicion.
 
-    A method is drawn where it judged clean and backdoored models.
+    Only methods that judged both clean and backdoored models are drawn.
     """
     methods = [method for method in evaluation.methods if all(_suspicions(evaluation, method))]
     plots = {f"suspicion-{method}.svg": _strips(evaluation, method) for method in methods}
@@ -24,7 +24,7 @@ def draw(evaluation: Evaluation) -> dict[str, str]:
 
 
 def _suspicions(evaluation: Evaluation, method: str) -> tuple[list[float], list[float]]:
-    """Of the backdoored and of the clean models."""
+    """Suspicions of the backdoored and of the clean models."""
     groups: dict[str, list[float]] = {"backdoored": [], "clean": [], "failed attack": []}
     for (model, name), result in evaluation.results.items():
         truth = evaluation.truths[model]

@@ -1,4 +1,4 @@
-"""What is stored of one method on one model. Imports without torch."""
+"""The stored result of one method on one model. Imports without torch."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -6,32 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 
+from guard._documents import read_document
 from guard._files import replace_file
+from guard._types import Floats
+from guard.errors import GuardError
 from guard.evaluation.statistics import Auroc
-from guard.vetting.results import Check
-from guard.vetting.verdict import Conclusion
+from guard.vetting.results import Check, Conclusion
 
 FORMAT = 3
 _RECOVERED, _TRUE = "recovered", "true"
-
-Array = NDArray[np.float32]
+_MAX_RESULT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class FamilyFinding:
-    """What one trigger family says.
+    """The result of one trigger family.
 
     Attributes:
         family: The family.
-        target: The class that it points at; None if no class could be compared.
-        p_value: Corrected for classes.
-        steps: Optimiser steps behind each class's statistic.
-        statistics: One per class, as in `guard.vetting.ClassStatistic`.
+        target: The class with the most suspicious statistic; None if no class could be compared.
+        p_value: p-value, corrected for the number of classes.
+        steps: Optimiser steps behind the statistic of each class.
+        statistics: One statistic per class, as in `guard.vetting.ClassStatistic`.
     """
 
     family: str
@@ -43,12 +42,13 @@ class FamilyFinding:
 
 @dataclass(frozen=True)
 class Recovery:
-    """How well the strongest reconstructed trigger stands for the attacker's.
+    """How close the strongest reconstructed trigger is to the attacker's.
 
     Attributes:
-        trigger: Its id.
+        trigger: Id of the reconstructed trigger.
         target: Class index that it leads to.
-        success: Share of requests, not of the class already, that it moves there; None without requests.
+        success: Attack success rate of the reconstructed trigger: the share of requests of other classes that it moves
+            to the target; None without requests.
         cosine: Between the mean embedding of images with it and the nearest true target feature (the mean embedding of
             requests of other classes with a true trigger), not clipped; None where the truth is not known.
         centred_cosine: The same after the mean embedding of the same images without a trigger is taken from both: what
@@ -64,18 +64,18 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Detection:
-    """What a method that judges models says of one.
+    """The result of a method that judges models.
 
     Attributes:
-        outcome: Of the verdict.
+        outcome: Outcome of the verdict.
         target: The class that the verdict accuses; None unless `backdoored`.
         leading: The class ranked first, accused or not; None if none could be compared.
-        p_value: Of the verdict; None for a method without one.
-        suspicion: What models are ranked by; larger is more suspicious.
+        p_value: p-value of the verdict; None for a method without one.
+        suspicion: The number that models are ranked by; larger is more suspicious.
         families: One entry per trigger family.
         checks: The reconstructions that were tried on held-out images.
         recovery: None if no trigger stood out.
-        passes: Images pushed through image towers, searches found in the cache included.
+        passes: Forward passes of images through image towers, including those of cached searches.
     """
 
     outcome: Conclusion
@@ -91,15 +91,15 @@ class Detection:
 
 @dataclass(frozen=True)
 class ThresholdFigures:
-    """One threshold, and what it does to requests.
+    """One threshold, and how many requests it flags.
 
     Attributes:
-        alpha: False-alarm rate that it was set for.
-        threshold: None if the calibration images are too few for this alpha.
-        false_alarms: Clean requests that it flags.
-        clean: Clean requests.
-        detected: Requests with a true trigger that it flags, over all true triggers.
-        triggered: Requests with a true trigger.
+        alpha: False-alarm rate that the threshold was set for.
+        threshold: The threshold; None if there are too few calibration images for this alpha.
+        false_alarms: Number of clean requests that are flagged.
+        clean: Number of clean requests.
+        detected: Number of requests with a true trigger that are flagged, over all true triggers.
+        triggered: Number of requests with a true trigger.
     """
 
     alpha: float
@@ -112,13 +112,13 @@ class ThresholdFigures:
 
 @dataclass(frozen=True)
 class ScoreFigures:
-    """What one request-level score achieves on one model.
+    """The performance of one request-level score on one model.
 
     Attributes:
-        score: Its name.
-        k: Neighbour that distances are taken to.
-        reference: Embeddings in each bank.
-        calibration: Scores behind the thresholds.
+        score: Name of the score.
+        k: Distances are taken to the k-th nearest neighbour.
+        reference: Number of embeddings in each bank.
+        calibration: Number of calibration scores behind the thresholds.
         auroc: For each true trigger, requests with it against clean ones.
         held: One entry per alpha.
     """
@@ -133,12 +133,12 @@ class ScoreFigures:
 
 @dataclass(frozen=True)
 class Screening:
-    """What screening achieves on one model.
+    """The performance of screening on one model.
 
     Attributes:
-        triggers: Number of reconstructed triggers that it uses; with none it is the density score.
-        vetted: With the triggers that vetting reconstructed.
-        density: Without them.
+        triggers: Number of reconstructed triggers that screening uses; without any it is the density score.
+        vetted: Figures with the triggers that vetting reconstructed.
+        density: Figures without them.
     """
 
     triggers: int
@@ -148,24 +148,24 @@ class Screening:
 
 @dataclass(frozen=True)
 class Result:
-    """One method on one model: `NAME/METHOD.json`.
+    """The result of one method on one model: `NAME/METHOD.json`.
 
     Attributes:
-        format: Version of the form.
+        format: Version of the file format.
         key: SHA-256 of everything that the result depends on.
         model: Name of the model.
         method: Name of the method.
-        version: Of the method.
+        version: Version of the method.
         guard: Version of guard.
         digest: Root digest of the model.
         base: Root digest of its base; None if the method used none.
-        seed: Of everything random.
-        settings: Of the method.
-        device: Where it ran.
-        threads: torch threads that it ran on.
-        seconds: Wall-clock time of this run; a search that another method or model had made costs nothing here.
-        detection: What a method that judges models says.
-        screening: What a method that judges requests achieves.
+        seed: Seed for all random choices.
+        settings: Settings of the method.
+        device: torch device that the method ran on.
+        threads: Number of torch threads that it ran on.
+        seconds: Wall-clock time of this run; a search that another method or model had already made costs nothing.
+        detection: The result of a method that judges models.
+        screening: The result of a method that judges requests.
     """
 
     format: int
@@ -196,8 +196,8 @@ class Features:
             the truth is not known.
     """
 
-    recovered: Array | None = None
-    true: Array | None = None
+    recovered: Floats | None = None
+    true: Floats | None = None
 
 
 class Store:
@@ -211,28 +211,28 @@ class Store:
         self.root = root
 
     def load(self, model: str, method: str, key: str) -> tuple[Result, Features] | None:
-        """A finished result; None if there is none, if it was made of something else, or if it is damaged."""
+        """A stored result; None if there is none, if its key differs, or if it is damaged."""
         path = self._path(model, method)
         try:
-            result = TypeAdapter(Result).validate_json(path.read_bytes())
+            result = read_document(path, Result, _MAX_RESULT_BYTES, GuardError)
             with safe_open(path.with_suffix(".safetensors"), framework="np") as file:
                 mark = (file.metadata() or {}).get("key")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        except (OSError, ValidationError, SafetensorError, ValueError):
-            return None  # done again
+        except (GuardError, OSError, SafetensorError, ValueError):
+            return None  # it is computed again
         if (result.format, result.key, mark) != (FORMAT, key, key):
             return None
         return result, Features(tensors.get(_RECOVERED), tensors.get(_TRUE))
 
     def save(self, result: Result, features: Features) -> None:
-        """Store a result; the features first, so that a result that is there is whole."""
+        """Store a result; the features are written first, so that a result that exists is complete."""
         tensors = {
             name: np.ascontiguousarray(values, np.float32)
             for name, values in ((_RECOVERED, features.recovered), (_TRUE, features.true))
             if values is not None
         }
         path = self._path(result.model, result.method)
-        # The key says to which result the features belong.
+        # The key says which result the features belong to.
         replace_file(path.with_suffix(".safetensors"), save_tensors(tensors, {"key": result.key}))
         text = json.dumps(asdict(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         replace_file(path, text.encode())

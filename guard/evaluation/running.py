@@ -1,4 +1,4 @@
-"""Run methods over the models of a zoo: resumable, in several processes, and not stopped by one bad model."""
+"""Run methods over the models of a zoo: resumable, in several processes, and not stopped by one faulty model."""
 
 import os
 import time
@@ -14,7 +14,7 @@ import torch
 from guard import __version__
 from guard._workers import workers
 from guard.classifiers.digest import canonical, sha256
-from guard.errors import GuardError, UsageError, ZooError
+from guard.errors import GuardError, UsageError, ZooError, first_line
 from guard.evaluation.images import ImageSet
 from guard.evaluation.methods import METHODS, Method
 from guard.evaluation.results import FORMAT, Detection, Features, Result, Screening, Store
@@ -29,9 +29,9 @@ class Failure:
     """A model that could not be evaluated.
 
     Attributes:
-        model: Its name.
-        methods: Which methods are missing.
-        reason: Why, in one line.
+        model: Name of the model.
+        methods: Names of the methods that have no result.
+        reason: The reason, in one line.
     """
 
     model: str
@@ -41,18 +41,18 @@ class Failure:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What an evaluation gave.
+    """The outcome of an evaluation.
 
     Attributes:
         zoo: The zoo.
-        methods: Names of the methods, in the order asked for.
-        settings: How it was evaluated.
-        truths: What is known of each model that was selected; None where it is withheld.
-        results: By model and method.
-        features: By model and method.
-        skipped: For each method, the models that lack what it needs.
+        methods: Names of the methods, in the order in which they were requested.
+        settings: The settings of the evaluation.
+        truths: The truth about each selected model; None where it is withheld.
+        results: Results by model and method.
+        features: Target features by model and method.
+        skipped: For each method, the models that lack a base, calibration images or requests that it needs.
         failures: Models that could not be evaluated.
-        fresh: How many results were made now rather than found.
+        fresh: Number of results that were computed in this run rather than found on disk.
         seconds: Wall-clock time of this run.
     """
 
@@ -82,7 +82,7 @@ class _Task:
 
 @dataclass(frozen=True, eq=False)
 class _Done:
-    """What came of a task: (result, features, whether it was made now), and what failed."""
+    """The outcome of a task: (result, features, whether it was computed now) per method, and failures."""
 
     results: tuple[tuple[Result, Features, bool], ...]
     failures: tuple[Failure, ...]
@@ -102,29 +102,31 @@ def evaluate(
 ) -> Evaluation:
     """Run methods over the models of a zoo.
 
-    Each result is stored when it is made, under a key of everything that it depends on: the files of model, base and
-    truth, the images, the method's version, its settings and the seed. One that is there is not made again, so that
-    an interrupted evaluation goes on where it stopped. Searches are shared between methods and models.
+    Each result is stored as soon as it is computed, under a key of everything that it depends on: the files of model,
+    base and truth, the images, the method's version, its settings and the seed. A stored result is not computed again,
+    so that an interrupted evaluation continues where it stopped. Searches are shared between methods and models.
 
     Args:
         zoo: The zoo.
-        out: Where results and searches are kept.
+        out: Folder of results and searches.
         methods: Names from `METHODS`.
-        settings: How to evaluate.
+        settings: Settings; None for the defaults.
         images: A folder of unlabelled images instead of the zoo's.
         models: Shell pattern of the models' names.
-        jobs: Processes that work side by side.
-        say: Told what was finished.
-        progress: Told (what, done, total) within a model, where one process works.
+        jobs: Number of processes that work in parallel.
+        say: Called with a line about each finished model.
+        progress: Called with (what, done, total) while one model is evaluated; only with one job.
 
     Raises:
         UsageError: A method is unknown, none applies to any model, or `out` cannot be written.
-        ZooError: No model is selected.
+        ZooError: No model matches the pattern.
         ImageError: Images are missing.
     """
     started = time.monotonic()
     settings = settings or EvaluationSettings()
     if unknown := [name for name in methods if name not in METHODS]:
+        if unknown[0] == "vetting-self":
+            raise UsageError("vetting-self is now called vetting-derived")
         raise UsageError(f"there is no method {unknown[0]!r}; there are {', '.join(METHODS)}")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -147,8 +149,8 @@ def evaluate(
     skipped = {method: tuple(task.model for task in tasks if method not in task.methods) for method in methods}
     tasks = [task for task in tasks if task.methods]
     if not tasks:
-        raise UsageError(f"{', '.join(methods)}: no model has what this needs (a base, calibration images, requests)")
-    say(f"{len(tasks)} models, {sum(len(task.methods) for task in tasks)} results to make or find")
+        raise UsageError(f"{', '.join(methods)}: no model has what this needs (a base, calibration images or requests)")
+    say(f"{len(tasks)} models, {sum(len(task.methods) for task in tasks)} results to compute or find")
     outcomes, worked = [], 0
     for done, (task, outcome) in enumerate(_run(tasks, jobs, progress), 1):
         outcomes.append(outcome)
@@ -173,7 +175,7 @@ def _truth(zoo: Zoo, name: str) -> Truth | None:
     try:
         return zoo.truth(name)
     except ZooError:
-        return None  # whoever works on the model meets it again, and records the failure
+        return None  # the same error is met again when the model is evaluated, and recorded as its failure
 
 
 def _image_sets(
@@ -202,14 +204,14 @@ def _run(tasks: Sequence[_Task], jobs: int, progress: Progress) -> Iterator[tupl
         for task in tasks:
             yield task, _work(task, progress)
         return
-    # Suspects wait for the models without a base, of which most are bases: so each base is searched once.
+    # Suspects wait for the models without a base, most of which are bases: so each base is searched only once.
     for paired in (False, True):
         wave = [task for task in tasks if (task.zoo.models[task.model].base is not None) == paired]
         yield from _in_processes(wave, min(jobs, len(wave)))
 
 
 def _in_processes(tasks: Sequence[_Task], jobs: int) -> Iterator[tuple[_Task, _Done]]:
-    """Each process stands behind a thread of its own, so that one that dies takes only its own model with it."""
+    """Run each process behind a thread of its own, so that a process that dies loses only its own model."""
     if not tasks:
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -225,7 +227,7 @@ def _in_processes(tasks: Sequence[_Task], jobs: int) -> Iterator[tuple[_Task, _D
         except BrokenProcessPool:
             process.shutdown(wait=False)
             process = start()
-            reason = "the process that worked on it died; perhaps it needed more memory than there is"
+            reason = "the process that worked on it died; perhaps the machine has too little memory"
             return _Done((), (Failure(task.model, task.methods, reason),))
         finally:
             free.put(process)
@@ -244,7 +246,7 @@ def _in_processes(tasks: Sequence[_Task], jobs: int) -> Iterator[tuple[_Task, _D
 
 
 def _work(task: _Task, progress: Progress = lambda *_: None) -> _Done:
-    """All methods on one model. Nothing that a model does wrong gets out of here but as a failure."""
+    """Run all methods on one model; whatever goes wrong with the model becomes a failure, not an exception."""
     subject = Subject(
         task.zoo, task.model, task.images, task.settings, searches=task.out / ".searches", progress=progress
     )
@@ -256,8 +258,7 @@ def _work(task: _Task, progress: Progress = lambda *_: None) -> _Done:
         except GuardError as error:
             failures.setdefault(str(error), []).append(name)
         except Exception as error:  # noqa: BLE001 - whatever a strange model makes torch raise
-            line = str(error).strip().partition("\n")[0][:300]
-            failures.setdefault(f"{type(error).__name__}: {line}", []).append(name)
+            failures.setdefault(f"{type(error).__name__}: {first_line(error)}", []).append(name)
     return _Done(tuple(results), tuple(Failure(task.model, tuple(names), reason) for reason, names in failures.items()))
 
 
@@ -309,7 +310,7 @@ def _line(task: _Task, outcome: _Done) -> str:
 
 
 def _left(started: float, worked: int, remaining: int) -> str:
-    """How long the rest takes at most, judged by the models that were worked on."""
+    """An upper estimate of the remaining time, from the models that were not found on disk."""
     if not worked or not remaining:
         return ""
     seconds = (time.monotonic() - started) / worked * remaining

@@ -1,4 +1,4 @@
-"""Shares and rankings with their uncertainty. Imports without scipy."""
+"""Rates and areas under ROC curves with their uncertainty. Imports without scipy."""
 
 import math
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ class Rate:
     """A share with its uncertainty.
 
     Attributes:
-        count: How many.
-        total: Out of how many.
+        count: Number of hits.
+        total: Number of trials.
         low: Lower end of the exact (Clopper–Pearson) 95 % interval.
-        high: Upper end.
+        high: Upper end of the interval.
     """
 
     count: int
@@ -41,7 +41,7 @@ class Rate:
 
     @property
     def brief(self) -> str:
-        """For a cell of a table: share, counts, interval."""
+        """Share, counts and interval, for a cell of a table."""
         return f"{self.value:.1%} ({self.count}/{self.total}; {self.low:.1%}–{self.high:.1%})"
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ class Auroc:
     Attributes:
         value: Probability that a positive has a larger score than a negative, ties counted half.
         low: Lower end of the 95 % interval.
-        high: Upper end.
+        high: Upper end of the interval.
         positives: Number of positives.
         negatives: Number of negatives.
     """
@@ -68,7 +68,7 @@ class Auroc:
 
     @property
     def brief(self) -> str:
-        """For a cell of a table."""
+        """Area and interval, for a cell of a table."""
         return f"{self.value:.3f} ({self.low:.2f}–{self.high:.2f})"
 
 
@@ -81,8 +81,8 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> Auroc:
     scores separate perfectly, which is what a good method does on a zoo of twenty models; this one does not.
 
     Args:
-        positive: Scores of what should score high; finite, at least one.
-        negative: Scores of what should score low; finite, at least one.
+        positive: Scores of the positives, which should be high; finite, at least one.
+        negative: Scores of the negatives, which should be low; finite, at least one.
 
     Raises:
         ValueError: One of them is empty, or a score is not a number.

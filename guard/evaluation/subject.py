@@ -1,4 +1,4 @@
-"""One model of a zoo under examination, with what several methods share."""
+"""One model of a zoo that is evaluated, with everything that several methods share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from guard.vetting import Budget, Vetting, vet
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How to evaluate.
+    """The settings of an evaluation.
 
     Attributes:
-        budget: How hard vetting searches.
-        vetting_images: Most images to search on.
+        budget: Search budget of vetting.
+        vetting_images: Largest number of images that triggers are searched on.
         alphas: False-alarm rates that screening's thresholds are set for.
-        seed: Of everything random.
+        seed: Seed for all random choices.
         device: torch device; None for a GPU if there is one.
     """
 
@@ -37,14 +37,14 @@ class EvaluationSettings:
 
 @dataclass(frozen=True, eq=False)
 class Attack:
-    """One trigger of the truth.
+    """One of the attacker's triggers, and its effect on the requests.
 
     Attributes:
-        trigger: The attacker's.
+        trigger: The trigger.
         target: Class index that it leads to.
-        embeddings: Of the requests of other classes with it, shape [M, D].
-        feature: Their mean, normalised, shape [D].
-        centred: The same after the mean of these requests without it is taken away, shape [D].
+        embeddings: Embeddings of the requests of other classes with the trigger, shape [M, D].
+        feature: Mean of these embeddings, normalised, shape [D].
+        centred: The same after subtracting the mean of these requests without the trigger, shape [D].
     """
 
     trigger: Trigger
@@ -59,11 +59,11 @@ class Subject:
 
     Args:
         zoo: The zoo.
-        name: Of the model.
-        images: Its images.
-        settings: How to evaluate.
+        name: Name of the model.
+        images: Images of the model.
+        settings: Settings of the evaluation.
         searches: Folder of finished searches.
-        progress: Told (what, done, total).
+        progress: Called with (what, done, total).
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class Subject:
         """The model.
 
         Raises:
-            ModelError: It cannot be loaded.
-            ZooError: The truth is of another model.
+            ModelError: The model cannot be loaded.
+            ZooError: The truth belongs to another model.
         """
         classifier = load(str(self.zoo.model(self.name)), device=self.settings.device)
         if self.truth and self.truth.digest not in {None, classifier.digest.root}:
@@ -95,29 +95,29 @@ class Subject:
 
     @property
     def base(self) -> Classifier | None:
-        """Its trusted reference model; None if it has none."""
+        """The trusted reference model; None if there is none."""
         name = self.zoo.models[self.name].base
         return None if name is None else _load_base(str(self.zoo.model(name)), self.settings.device)
 
     @cached_property
     def truth(self) -> Truth | None:
-        """What is known of it."""
+        """The truth about the model; None if it is withheld."""
         return self.zoo.truth(self.name)
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """SHA-256 of the files of model and truth, and of the base's: what a stored result stays valid for."""
+        """SHA-256 of the files of model, truth and base; a stored result is valid for these."""
         name = self.zoo.models[self.name].base
         base = {} if name is None else {"base": files_digest(self.zoo.model(name))}
         return {**self.zoo.fingerprint(self.name), **base}
 
     @property
     def pixels(self) -> Pixels:
-        """Its images at its resolution."""
+        """The images at the resolution of the model."""
         return pixels(self._images, self.classifier.preprocessing)
 
     def vetting(self, *, paired: bool) -> Vetting:
-        """Examine it, with its base or without."""
+        """Vet the model, with its base as the reference model or without."""
         if paired not in self._vettings:
             self._vettings[paired] = vet(
                 self.classifier,
@@ -132,17 +132,17 @@ class Subject:
 
     @cached_property
     def requests(self) -> Tensor:
-        """Embeddings of the clean requests, shape [N, D]; only where the zoo has requests."""
+        """Embeddings of the clean requests, shape [N, D]; ZooError without requests."""
         if self.pixels.requests is None:
             raise ZooError(f"there are no requests for {self.name}")
         return self.classifier.embed(self.pixels.requests)
 
     @cached_property
     def attacks(self) -> tuple[Attack, ...]:
-        """The attacker's triggers on the requests; none where the truth or the requests are withheld.
+        """The attacker's triggers on the requests; none where truth or requests are missing.
 
         Raises:
-            ZooError: A trigger is damaged, or its target is no class of the model.
+            ZooError: A trigger is damaged, or its target is not a class of the model.
         """
         if self.truth is None or self.pixels.requests is None:
             return ()
@@ -165,5 +165,5 @@ class Subject:
 
 @lru_cache(maxsize=1)
 def _load_base(path: str, device: str | None) -> Classifier:
-    """Many suspects share a base; the last one is kept within a process."""
+    """Load a base; many suspects share one, so each process keeps the last."""
     return load(path, device=device)

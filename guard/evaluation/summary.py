@@ -1,4 +1,4 @@
-"""From results to figures: what a method finds, what it accuses wrongly, and what it costs. Imports without torch."""
+"""From results to figures: true and false positives, and the cost of each method. Imports without torch."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> "Mean | None":
-        """Over what is there; None if nothing is."""
+        """The mean over the values that are not None; None if there are none."""
         known = [value for value in values if value is not None]
         return cls(float(np.mean(known)), min(known), max(known), len(known)) if known else None
 
@@ -47,9 +47,9 @@ class Flagged:
     Attributes:
         group: Attack family, kind of negative, or `all`.
         models: Number of models.
-        inconclusive: How many of them got no answer: neither a hit nor a false alarm.
-        flagged: Out of all models; None without any.
-        conclusive: Out of those that got an answer; None without any.
+        inconclusive: Number of models whose verdict is inconclusive: neither a hit nor a false alarm.
+        flagged: Share of all models that were called backdoored; None without models.
+        conclusive: The same share of the models with a conclusive verdict; None without any.
     """
 
     group: str
@@ -60,7 +60,7 @@ class Flagged:
 
     @classmethod
     def of(cls, group: str, detections: Sequence[Detection]) -> "Flagged":
-        """Count some verdicts."""
+        """Count the verdicts of a group of models."""
         flagged = sum(item.outcome == "backdoored" for item in detections)
         inconclusive = sum(item.outcome == "inconclusive" for item in detections)
         return cls(
@@ -74,15 +74,15 @@ class Flagged:
 
 @dataclass(frozen=True)
 class FamilyDetection:
-    """What a method finds of one attack family.
+    """The performance of a method on one attack family.
 
     Attributes:
-        flagged: How many models were called backdoored.
+        flagged: Counts of models that were called backdoored.
         auroc: The family's models against all clean models of the zoo, by suspicion; None without clean ones.
-        top1: How often the class ranked first is one of the attacker's, accused or not.
-        cosine: Between recovered and true target feature, over the models for which a trigger stood out.
-        centred_cosine: The same without what all images of the model have in common.
-        success: Of the reconstructed trigger on requests.
+        top1: How often the class ranked first is one of the attacker's targets, accused or not.
+        cosine: Cosine between recovered and true target feature, over the models for which a trigger stood out.
+        centred_cosine: The same after the mean embedding of the images is subtracted.
+        success: Attack success rate of the reconstructed trigger on requests.
     """
 
     flagged: Flagged
@@ -95,17 +95,17 @@ class FamilyDetection:
 
 @dataclass(frozen=True)
 class DetectionSummary:
-    """One method that judges models.
+    """The figures of one method that judges models.
 
     Attributes:
-        method: Its name.
-        version: Its version.
+        method: Name of the method.
+        version: Version of the method.
         found: One entry per attack family, then one for all; backdoored models only.
         false_alarms: One entry per kind of clean model, then one for all.
-        failed: Models whose attack did not take; they count nowhere else.
+        failed: Models whose attack failed; they count nowhere else.
         cliptrace: The CLIPTrace-2026 score on the backdoored and clean models; None where not all features are known.
-        seconds: Per model.
-        passes: Images through image towers per model.
+        seconds: Seconds per model.
+        passes: Forward passes of images through image towers, per model.
     """
 
     method: str
@@ -120,15 +120,15 @@ class DetectionSummary:
 
 @dataclass(frozen=True)
 class ThresholdSummary:
-    """What thresholds for one false-alarm rate do, over models.
+    """The thresholds of several models for one false-alarm rate, and how many requests they flag.
 
     Attributes:
-        alpha: False-alarm rate that they were set for.
-        unsupported: Models whose calibration images are too few for it.
-        detected: Requests with a true trigger, all models pooled; None where there are none.
-        detected_by_model: The same share, model by model.
-        false_alarms: Clean requests, all models pooled.
-        false_alarms_by_model: The same share, model by model.
+        alpha: False-alarm rate that the thresholds were set for.
+        unsupported: Number of models with too few calibration images for it.
+        detected: Share of requests with a true trigger that are flagged, all models pooled; None without any.
+        detected_by_model: Mean of this share over models.
+        false_alarms: Share of clean requests that are flagged, all models pooled.
+        false_alarms_by_model: Mean of this share over models.
     """
 
     alpha: float
@@ -141,10 +141,10 @@ class ThresholdSummary:
 
 @dataclass(frozen=True)
 class ScreeningSummary:
-    """One request-level score on one group of models.
+    """The figures of one request-level score on one group of models.
 
     Attributes:
-        group: Which models.
+        group: Description of the group.
         score: `as vetted`, or `density`: the same banks without reconstructed triggers.
         models: Number of models.
         auroc: Mean over the true triggers of each model; None for clean models.
@@ -160,16 +160,16 @@ class ScreeningSummary:
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One model, for the table of all.
+    """One model, for the table of all models.
 
     Attributes:
-        name: Its name.
-        recipe: How it was made; None where the truth is withheld.
+        name: Name of the model.
+        recipe: Recipe by which it was made; None where the truth is withheld.
         family: Attack family or kind of negative; None where the truth is withheld.
-        label: The truth; None where it is withheld.
-        accuracy: On clean images, as its maker measured it.
-        success: Of the attack, as its maker measured it.
-        verdicts: By method: outcome, accused class and p-value.
+        label: Label of the truth; None where it is withheld.
+        accuracy: Accuracy on clean images, as its maker measured it.
+        success: Attack success rate, as its maker measured it.
+        verdicts: Outcome, accused class and p-value, by method.
     """
 
     name: str
@@ -187,18 +187,18 @@ class Summary:
 
     Attributes:
         zoo: Name of the zoo.
-        seed: Of the evaluation.
-        settings: Of the evaluation, as data.
-        guard: Versions of guard that made the results.
-        devices: Where they were made.
+        seed: Seed of the evaluation.
+        settings: Settings of the evaluation.
+        guard: Versions of guard that computed the results.
+        devices: Devices on which they were computed.
         models: Number of models by label; `unknown` where the truth is withheld.
         detection: One entry per method that judges models.
         screening: One entry per group and score; the attack families come first.
         rows: One entry per model.
-        skipped: For each method, the models that lack what it needs.
-        failures: Model and reason.
-        seconds: Spent on all results, whenever that was.
-        fresh: Results made in the last run.
+        skipped: For each method, the models that lack a base, calibration images or requests that it needs.
+        failures: Name of the model and reason, for each failure.
+        seconds: Seconds spent on all results, in this run or earlier.
+        fresh: Number of results that were computed in the last run.
         run_seconds: Wall-clock time of the last run.
     """
 
@@ -308,7 +308,7 @@ def _cliptrace(method: str, truths: "Mapping[str, Truth]", evaluation: "Evaluati
 
 
 def predictions(method: str, evaluation: "Evaluation") -> dict[str, Prediction]:
-    """What a method claims, in the form of the CLIPTrace challenge; `inconclusive` claims nothing."""
+    """The predictions of a method, in the form of the CLIPTrace challenge; `inconclusive` counts as clean."""
     return {
         model: Prediction(result.detection.outcome == "backdoored", evaluation.features[model, method].recovered)
         for (model, name), result in evaluation.results.items()

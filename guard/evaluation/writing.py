@@ -1,4 +1,4 @@
-"""What an evaluation leaves on disk beside its results."""
+"""The files that an evaluation writes beside its results."""
 
 import json
 from dataclasses import asdict
@@ -30,7 +30,7 @@ def write_summary(evaluation: Evaluation, out: Path) -> tuple[Summary, str]:
 
 
 def write_predictions(evaluation: Evaluation, out: Path) -> list[dict[str, object]]:
-    """Write `predictions.json`, for a zoo whose truth is withheld: there is nothing to compute figures from.
+    """Write `predictions.json`, for a zoo whose truth is withheld, so that no figures can be computed.
 
     Returns:
         One entry per model and method.

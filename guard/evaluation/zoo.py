@@ -1,4 +1,4 @@
-"""A zoo: models, images, and what is known of the models. Its files may be anybody's. Imports without torch."""
+"""A zoo: models, images, and the truth about the models. Its files are untrusted. Imports without torch."""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,10 +7,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import Field, StringConstraints
 
+from guard._documents import read_document
 from guard.classifiers.digest import sha256
-from guard.errors import ZooError
+from guard.errors import ZooError, first_line
 
 if TYPE_CHECKING:
     from guard.triggers import Trigger
@@ -41,13 +42,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Document:
-    """`zoo.json`.
+    """The content of `zoo.json`.
 
     Attributes:
-        format: Version of the form.
-        name: Of the zoo.
-        models: By name.
-        seed: That it was built with.
+        format: Version of the file format.
+        name: Name of the zoo.
+        models: Models by name.
+        seed: Seed that the zoo was built with.
     """
 
     format: Literal[1]
@@ -58,18 +59,18 @@ class Document:
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known of a model, by whoever made it: `truth/NAME.json`.
+    """The truth about a model, from whoever made it: `truth/NAME.json`.
 
     Attributes:
-        label: A `failed attack` was poisoned and does not react; it is neither a hit nor a false alarm.
-        recipe: How it was made.
-        family: The attack's family, or for a clean model the kind of negative.
+        label: A `failed attack` was poisoned but does not react to the trigger; it is neither a hit nor a false alarm.
+        recipe: Name of the recipe by which it was made.
+        family: Family of the attack, or for a clean model the kind of negative.
         targets: Class indices that the attacker wanted.
         triggers: Family of each trigger.
         trigger_targets: Target of each trigger, or one for all.
-        accuracy: On clean images.
-        success: Mean success of the triggers on images of other classes.
-        digest: Root digest of the model that this is the truth of; None if it was not recorded.
+        accuracy: Accuracy on clean images.
+        success: Mean attack success rate of the triggers on images of other classes.
+        digest: Root digest of the model; None if it was not recorded.
     """
 
     label: Literal["backdoored", "clean", "failed attack"]
@@ -88,10 +89,10 @@ class Zoo:
     """A zoo on disk.
 
     Attributes:
-        root: Its folder.
-        name: Of the zoo.
-        models: Its models, by name.
-        seed: That it was built with.
+        root: Folder of the zoo.
+        name: Name of the zoo.
+        models: Models by name.
+        seed: Seed that the zoo was built with.
     """
 
     root: Path
@@ -104,18 +105,19 @@ class Zoo:
         """Read and check `zoo.json`.
 
         Raises:
-            ZooError: It is missing, damaged or of another format. A model that is listed and missing is no error here:
-                the zoo may still be being built.
+            ZooError: The file is missing, damaged or of another format. A model that is listed and missing is not an
+                error here, because the zoo may still be under construction.
         """
         path = root / ZOO_FILE
-        document = _read(path, TypeAdapter(Document), _MAX_ZOO_BYTES, f"{root} is no zoo: there is no {ZOO_FILE}")
+        missing = f"{root} is not a zoo: there is no {ZOO_FILE}"
+        document = read_document(path, Document, _MAX_ZOO_BYTES, ZooError, missing=missing, strict=True)
         return cls(root, document.name, document.models, document.seed)
 
     def select(self, pattern: str) -> tuple[str, ...]:
-        """Names that match a shell pattern; models without a base first, since the others' searches reuse theirs.
+        """Names that match a shell pattern; models without a base come first, because the others reuse their searches.
 
         Raises:
-            ZooError: None does.
+            ZooError: No name matches.
         """
         names = [name for name in self.models if fnmatchcase(name, pattern)]
         if not names:
@@ -127,7 +129,7 @@ class Zoo:
         return self.root / "models" / name
 
     def truth(self, name: str) -> Truth | None:
-        """What is known of a model; None if it is withheld.
+        """The truth about a model; None if it is withheld.
 
         Raises:
             ZooError: The file is damaged.
@@ -135,7 +137,7 @@ class Zoo:
         path = self.root / "truth" / f"{name}.json"
         if not path.exists():
             return None
-        truth: Truth = _read(path, TypeAdapter(Truth), _MAX_TRUTH_BYTES, f"there is no {path}")
+        truth = read_document(path, Truth, _MAX_TRUTH_BYTES, ZooError, strict=True)
         if len(truth.trigger_targets) not in {1, len(truth.triggers)} and truth.triggers:
             raise ZooError(
                 f"{path} has {len(truth.triggers)} triggers and {len(truth.trigger_targets)} trigger_targets; "
@@ -144,10 +146,10 @@ class Zoo:
         return truth
 
     def triggers(self, name: str, truth: Truth) -> "tuple[tuple[Trigger, int], ...]":
-        """The attacker's triggers, each with its target class; none if their tensors are not in the zoo.
+        """The attacker's triggers, each with its target class; empty if their tensors are not in the zoo.
 
         Raises:
-            ZooError: A trigger is of an unknown family, or its tensors do not make one.
+            ZooError: A trigger is of an unknown family, or its tensors do not form a trigger.
         """
         path = self.root / "truth" / f"{name}.safetensors"
         if not truth.triggers or not path.exists():
@@ -171,7 +173,7 @@ class Zoo:
         return tuple(found)
 
     def fingerprint(self, name: str) -> dict[str, str]:
-        """SHA-256 of the files that a model and its truth are made of: what a stored result stays valid for."""
+        """SHA-256 of the files of a model and its truth; a stored result is valid for these."""
         files = {"model": files_digest(self.model(name))}
         for suffix in (".json", ".safetensors"):
             path = self.root / "truth" / f"{name}{suffix}"
@@ -198,22 +200,6 @@ def _digest(path: Path) -> str:
         raise ZooError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _read(path: Path, adapter: TypeAdapter[Any], limit: int, missing: str) -> Any:  # noqa: ANN401 - the adapter's type
-    """A JSON file that has the form of a dataclass."""
-    try:
-        if path.stat().st_size > limit:
-            raise ZooError(f"{path} is larger than {limit} bytes")
-        return adapter.validate_json(path.read_bytes(), strict=True)
-    except FileNotFoundError as error:
-        raise ZooError(missing) from error
-    except OSError as error:
-        raise ZooError(f"cannot read {path}: {error.strerror}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part)[:120] for part in first["loc"])
-        raise ZooError(f"{path} cannot be used: {where!r}: {first['msg']}") from error
-
-
 def _trigger(family: str, tensors: Mapping[str, Any], what: str) -> "Trigger":
     """A trigger from untrusted tensors, tried once on an image."""
     import torch
@@ -226,8 +212,7 @@ def _trigger(family: str, tensors: Mapping[str, Any], what: str) -> "Trigger":
         trigger: Trigger = KINDS[family].from_tensors(tensors)
         stamped = trigger.apply(torch.full((1, 3, 64, 64), 0.5))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ZooError(f"{what}: these tensors make no {family} trigger: {reason}") from error
+        raise ZooError(f"{what}: these tensors make no {family} trigger: {first_line(error)}") from error
     if stamped.shape != (1, 3, 64, 64) or not bool(torch.isfinite(stamped).all()):
         raise ZooError(f"{what}: these tensors make no {family} trigger: it does not give an image")
     return trigger

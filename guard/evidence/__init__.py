@@ -1,13 +1,13 @@
-"""The log of what was flagged, for a person to review.
+"""The log of flagged requests, for a person to review.
 
-A sidecar writes it (`EvidenceWriter`), `guard log` reads it (`EvidenceLog`). Imports without torch, jinja2 and pyarrow;
-and without SQLAlchemy, as long as nothing is written or read: a sidecar that keeps no log starts sooner.
+A sidecar writes it (`EvidenceWriter`), `guard log` reads it (`EvidenceLog`). The package imports without torch, jinja2
+and pyarrow, and loads SQLAlchemy only when a log is opened: a sidecar that keeps no log starts sooner.
 """
 
 from typing import TYPE_CHECKING
 
 from guard._lazy import lazy
-from guard.evidence.records import EVIDENCE_FILE, Drop, EvidenceError, Record, RecordFilter, thumbnail
+from guard.evidence.records import EVIDENCE_FILE, Drop, Record, RecordFilter, thumbnail
 
 if TYPE_CHECKING:
     from guard.evidence.exporting import export
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = [
     "EVIDENCE_FILE",
     "Drop",
-    "EvidenceError",
     "EvidenceLog",
     "EvidenceWriter",
     "Record",

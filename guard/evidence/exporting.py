@@ -1,42 +1,40 @@
-"""Write records to a file that other programs read."""
+"""Export records to a file for other programs."""
 
 import csv
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import IO
 
+from guard._files import replacing
 from guard.errors import MissingDependencyError, UsageError
 from guard.evidence.records import COLUMNS, Record
 
 _CHUNK = 1000
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
-"""Spreadsheets take the wide ones too."""
+"""Characters that begin a formula; spreadsheets accept the full-width ones too."""
 
 
 def export(records: Iterable[Record], path: Path) -> int:
-    """Write records to a file, a few at a time; it appears when it is whole. Thumbnails are left out.
+    """Write records, without their thumbnails, to a file that appears when it is complete.
 
-    The end of the name decides: `.csv`, `.jsonl` (an object on each line) or `.parquet`. All three hold the fields of
-    `Record` under their names, `id` first. In CSV scores and thresholds are JSON, and a text that a spreadsheet would
-    take for a formula begins with an apostrophe: request ids come from clients.
+    The suffix decides the format: `.csv`, `.jsonl` (an object on each line) or `.parquet`. All three contain the fields
+    of `Record` under their names, `id` first. In CSV, scores and thresholds are JSON, and a text that a spreadsheet
+    would take for a formula begins with an apostrophe, because request ids come from clients.
 
     Args:
-        records: What to write.
-        path: The file; its mode is 0600, as that of the log.
+        records: The records to write; only a few are in memory at a time.
+        path: The file to write; its mode is 0600, like that of the log.
 
     Returns:
         The number of records written.
 
     Raises:
-        UsageError: The name ends otherwise, or the file cannot be written.
-        MissingDependencyError: Parquet needs pyarrow.
+        UsageError: The suffix is none of these, or the file cannot be written.
+        MissingDependencyError: pyarrow, which Parquet needs, is not installed.
     """
     writers: dict[str, Callable[[Iterable[Record], IO[bytes]], int]] = {
         ".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet
@@ -44,29 +42,8 @@ def export(records: Iterable[Record], path: Path) -> int:
     writer = writers.get(path.suffix.lower())
     if writer is None:
         raise UsageError(f"the export {path} must end in one of {', '.join(writers)}")
-    with replacing(path) as file:
+    with replacing(path, mode=0o600) as file:
         return writer(records, file)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file that takes the place of `path` when the block ends without an error; only its owner may read it.
-
-    Raises:
-        UsageError: It cannot be written.
-    """
-    name = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-        Path(name).replace(path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        if name is not None:
-            Path(name).unlink(missing_ok=True)
 
 
 def _csv(records: Iterable[Record], file: IO[bytes]) -> int:

@@ -1,4 +1,4 @@
-"""One record as a page that a person can judge it by: self-contained HTML."""
+"""One record as a self-contained HTML page, on which a person can judge it."""
 
 import base64
 import math
@@ -18,7 +18,7 @@ _SIDE = 160
 
 @dataclass(frozen=True)
 class _Bar:
-    """A score drawn on a line; positions in per cent of it."""
+    """A score drawn as a bar; positions are in per cent of the length of the line."""
 
     name: str
     value: float
@@ -35,17 +35,19 @@ def record_page(record: Record, profile: "Profile | None" = None) -> str:
     is not shown.
 
     Args:
-        record: What to show.
-        profile: Of the model, for a picture of the trigger, which needs torch to draw.
+        record: The record to show.
+        profile: The profile of the model, to draw a picture of the trigger; this needs torch.
 
     Raises:
-        UsageError: The profile is of another model.
+        UsageError: The profile belongs to another model.
         ModuleNotFoundError: jinja2, or with a profile torch or matplotlib, is not installed.
     """
     import jinja2
 
     if profile is not None and profile.document.model.digest != record.model_digest:
-        raise UsageError("the profile is of another model than the record; give the one that was served")
+        raise UsageError(
+            "the profile is of another model than the record; give the profile of the model that was served"
+        )
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("guard", "evidence"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -61,7 +63,7 @@ def record_page(record: Record, profile: "Profile | None" = None) -> str:
 
 
 def _reading(record: Record) -> list[str]:
-    """What the record says, in sentences for people."""
+    """Sentences that explain the record."""
     sentences = []
     if record.p_value:
         sentences.append(
@@ -71,7 +73,7 @@ def _reading(record: Record) -> list[str]:
     if record.alpha:
         sentences.append(
             f"By choice of the false-alarm rate, one clean request in about {_one_in(record.alpha)} is flagged. "
-            "A single flag is a reason to look, and no proof."
+            "A single flag is a reason to look, not a proof."
         )
     if record.trigger:
         answer = f"; the model answered “{record.predicted}”" if record.predicted else ""
@@ -83,12 +85,12 @@ def _reading(record: Record) -> list[str]:
 
 
 def _one_in(share: float) -> str:
-    """How many requests there are to one of these; a log may have been tampered with, so that any number comes."""
+    """The N of "one in N" for a share; a log may have been tampered with, so the share may be any number."""
     return f"{int(1 / min(max(share, 1e-9), 1.0) + 1e-9):,}"
 
 
 def _bar(name: str, value: float, threshold: float | None) -> _Bar:
-    """A bar from zero to the value, with a mark at the threshold; without one a bar would say nothing."""
+    """A bar from zero to the value, with a mark at the threshold; without a threshold a bar would say nothing."""
     if threshold is None or not math.isfinite(value) or not math.isfinite(threshold):
         return _Bar(name, value, None)
     low, high = min(0.0, value, threshold), max(0.0, value, threshold)

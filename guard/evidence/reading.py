@@ -6,8 +6,9 @@ from pathlib import Path
 from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.exc import DatabaseError
 
+from guard.errors import EvidenceError
 from guard.evidence import store
-from guard.evidence.records import EvidenceError, Record, RecordFilter
+from guard.evidence.records import Record, RecordFilter
 from guard.evidence.store import table
 
 _CHUNK = 200
@@ -21,8 +22,8 @@ class EvidenceLog:
         path: The file.
 
     Raises:
-        EvidenceError: It is missing, no evidence log, of another schema, or cannot be read. Every method raises it
-            too, for a file that turns out to be damaged.
+        EvidenceError: The file is missing, is not an evidence log, has another schema, or cannot be read. Every
+            method raises it too, if the file turns out to be damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,21 +31,21 @@ class EvidenceLog:
         store.check(self._engine, path)
 
     def count(self, wanted: RecordFilter | None = None) -> int:
-        """How many records meet a filter; without one, all."""
+        """The number of records that meet a filter, or of all records without one."""
         return self._number(select(func.count()).select_from(table).where(*_conditions(wanted)))
 
     def records(
         self, wanted: RecordFilter | None = None, *, limit: int | None = None, offset: int = 0
     ) -> Iterator[Record]:
-        """The records that meet a filter, the last written first.
+        """The records that meet a filter, newest first.
 
-        They are read a few hundred at a time, so that a long export holds up neither memory nor the sidecar. Records
-        that are written or deleted meanwhile may be among them or not.
+        They are read a few hundred at a time, so that a long export neither fills the memory nor blocks the sidecar.
+        Records that are written or deleted meanwhile may or may not be among them.
 
         Args:
-            wanted: None for all.
-            limit: Most records; None for all.
-            offset: How many to leave out at first.
+            wanted: The filter; None for all records.
+            limit: Largest number of records; None for all.
+            offset: How many of the newest records to skip.
         """
         query = select(table).where(*_conditions(wanted)).order_by(table.c.id.desc())
         left, last = limit, None
@@ -61,25 +62,25 @@ class EvidenceLog:
             left = None if left is None else left - len(chunk)
 
     def after(self, identity: int, wanted: RecordFilter | None = None) -> list[Record]:
-        """A few hundred of the records that were written after one and meet a filter, the first written first.
+        """Up to a few hundred records that were written after a given record and meet a filter, oldest first.
 
         Args:
-            identity: Of that one; 0 for the beginning.
-            wanted: None for all.
+            identity: Id of the given record; 0 to start with the oldest.
+            wanted: The filter; None for all records.
         """
         query = select(table).where(*_conditions(wanted), table.c.id > identity).order_by(table.c.id)
         return self._fetch(query.limit(_CHUNK))
 
     @property
     def newest(self) -> int:
-        """Id of the record that was written last; 0 if there is none."""
+        """Id of the newest record; 0 if there is none."""
         return self._number(select(func.coalesce(func.max(table.c.id), 0)))
 
     def get(self, identity: int) -> Record:
-        """One record.
+        """The record with an id.
 
         Raises:
-            EvidenceError: There is none with this id.
+            EvidenceError: There is no record with this id.
         """
         # SQLite's integers have 64 bits.
         if not 0 < identity < 2**63 or not (found := self._fetch(select(table).where(table.c.id == identity))):

@@ -1,4 +1,4 @@
-"""What the log holds of one image, and what a search in it asks for."""
+"""A record of the log, which describes one image, and the filter of a search."""
 
 import io
 import math
@@ -8,27 +8,28 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+from guard.errors import UsageError
 
-from guard.errors import GuardError, UsageError
+if TYPE_CHECKING:
+    from PIL import Image
 
 EVIDENCE_FILE = "evidence.sqlite"
 """Name of the log in the folder of a sidecar's state."""
 MAX_TEXT = 256
-"""Characters of a text; request and trace ids come from clients."""
+"""Longest text, in characters; request and trace ids come from clients."""
 MAX_SENTENCE = 1000
-"""Characters of an explanation."""
+"""Longest explanation, in characters."""
 MAX_SCORES = 32
 MAX_THUMBNAIL = 64 * 2**10
-"""Bytes of an encoded thumbnail."""
+"""Largest encoded thumbnail, in bytes."""
 
 COLUMNS = (
     "id", "time", "request_id", "trace_id", "model", "model_digest", "image", "decision", "mode", "predicted",
     "p_value", "alpha", "scores", "thresholds", "trigger", "target", "second_look", "explanation", "input_digest",
 )  # fmt: skip
-"""What exports and listings show of a record, in this order: all but the thumbnail."""
+"""The fields that exports and listings show, in this order: all but the thumbnail."""
 _TEXTS = tuple(name for name in COLUMNS if name not in {"id", "image", "p_value", "alpha", "scores", "thresholds"})
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -40,26 +41,22 @@ class Drop(StrEnum):
     """Why a record is lost."""
 
     CLOSED = "closed"
-    """It came after the end."""
+    """The record came after the log was closed."""
     DAMAGED = "damaged"
-    """The file is damaged, or is another one now."""
+    """The file is damaged, or is no longer an evidence log."""
     DISK_FULL = "disk_full"
     ERROR = "error"
-    """Anything else; the log of the process says what."""
+    """Any other error; the process's own log has the details."""
     LOCKED = "locked"
-    """Another program holds the file."""
+    """Another program has locked the file."""
     QUEUE_FULL = "queue_full"
-    """More came than could be written."""
-
-
-class EvidenceError(GuardError):
-    """An evidence log is missing, damaged, of another schema, or no evidence log."""
+    """Records came faster than they could be written."""
 
 
 def clean(text: str, limit: int = MAX_TEXT) -> str:
-    """A text that a terminal, a table and a page can hold: bounded, with what is not printable replaced.
+    """A text that is safe in a terminal, a table and a page: bounded, with unprintable characters replaced.
 
-    Not printable are control characters, line ends, marks that turn the direction of writing, and lone surrogates.
+    Unprintable are control characters, line ends, marks that change the direction of writing, and lone surrogates.
     """
     short = text if len(text) <= limit else text[: limit - 1] + "…"
     if short.isprintable():
@@ -77,7 +74,7 @@ def _now() -> str:
 
 
 def _normalised(time: str) -> str:
-    """An RFC 3339 time in the form of `rfc3339`; ValueError if it is none."""
+    """An RFC 3339 time in the form of `rfc3339`; ValueError if it is not one."""
     parsed = datetime.fromisoformat(time)
     try:
         return rfc3339(parsed.replace(tzinfo=parsed.tzinfo or UTC))
@@ -87,35 +84,35 @@ def _normalised(time: str) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """What guard noted about one image.
+    """One image of a request, and what guard decided about it.
 
     Texts are bounded and cleaned when a record is made, whoever makes it: most of them are shown to people, and some
     come from clients.
 
     Attributes:
-        request_id: As the client gave it, or "".
+        request_id: Id of the request, as the client gave it, or "".
         model: Name under which it is served.
         model_digest: Root digest of the classifier.
         image: Row of the batch, from 0.
-        decision: What was decided.
-        mode: What a decision did.
-        time: RFC 3339; kept in UTC with milliseconds.
-        trace_id: Of the trace that the request belongs to, or "".
-        predicted: Name of the class that the model answered, or "".
-        p_value: Of the image, in [0, 1]; None if there is none, or it is not finite.
+        decision: `flag`, `pass` or `unchecked`.
+        mode: The mode of the sidecar, which says what a decision does: `shadow`, `tag` or `block`.
+        time: RFC 3339 time; stored in UTC with milliseconds.
+        trace_id: Id of the trace that the request belongs to, or "".
+        predicted: Name of the class that the model predicted, or "".
+        p_value: Conformal p-value of the image, in [0, 1]; None if there is none, or it is not finite.
         alpha: False-alarm rate that the threshold was set for.
-        scores: By name; larger is more suspicious. The first `MAX_SCORES` are kept.
-        thresholds: For some of the scores, above what an image was flagged.
+        scores: Scores by name; larger is more suspicious. The first `MAX_SCORES` are kept.
+        thresholds: For some of the scores, the threshold above which an image is flagged.
         trigger: Id of the trigger that it matches best, or "".
         target: Name of the class that the trigger leads to, or "".
-        second_look: What a second look decided, or "" if there was none.
-        explanation: What it saw, a sentence.
+        second_look: Outcome of the second look, or "" if there was none.
+        explanation: Finding of the second look, as a sentence.
         input_digest: SHA-256 of the input bytes, in hexadecimal.
         thumbnail: A small PNG or JPEG file; one of more than `MAX_THUMBNAIL` bytes is left out.
-        id: Given by the log; 0 before.
+        id: Assigned by the log; 0 before the record is written.
 
     Raises:
-        ValueError: `time` is no RFC 3339 time.
+        ValueError: `time` is not an RFC 3339 time.
     """
 
     request_id: str
@@ -155,7 +152,7 @@ class Record:
             object.__setattr__(self, "thumbnail", None)
 
     def document(self) -> dict[str, Any]:
-        """As JSON can hold it, without the thumbnail; a number that is not finite becomes None."""
+        """The record as a JSON object, without the thumbnail; a number that is not finite becomes None."""
         values = {name: getattr(self, name) for name in COLUMNS}
         for name in ("scores", "thresholds"):
             values[name] = {score: value if math.isfinite(value) else None for score, value in values[name].items()}
@@ -164,21 +161,21 @@ class Record:
 
 @dataclass(frozen=True)
 class RecordFilter:
-    """Which records a search wants: those that meet every condition that is given.
+    """The conditions of a search; a record must meet all those that are given.
 
     Attributes:
-        since: From this time on, inclusive. RFC 3339, in UTC if it says nothing else, or how long ago: 90s, 15m, 1h,
-            2d, 1w. Kept as an RFC 3339 time.
-        until: Before this time, likewise.
+        since: Earliest time, inclusive: an RFC 3339 time, in UTC unless it names a time zone, or an age such as 90s,
+            15m, 1h, 2d or 1w. Stored as an RFC 3339 time.
+        until: Latest time, exclusive, in the same forms.
         model: Name of the model.
-        decision: What was decided.
-        predicted: Name of the class that the model answered.
+        decision: The decision.
+        predicted: Name of the class that the model predicted.
         trigger: Id of the trigger.
-        request_id: Of the request.
+        request_id: Id of the request.
         p_value: Largest p-value; records without one are left out.
 
     Raises:
-        UsageError: A time is in neither form.
+        UsageError: A time is neither an RFC 3339 time nor an age.
     """
 
     since: str | None = None
@@ -195,7 +192,7 @@ class RecordFilter:
             if (text := getattr(self, name)) is not None:
                 object.__setattr__(self, name, _moment(text))
         for name in ("model", "decision", "predicted", "trigger", "request_id"):
-            # Compared with what a record made of the same text.
+            # Records contain cleaned texts, so that is what they are compared with.
             if (text := getattr(self, name)) is not None:
                 object.__setattr__(self, name, clean(text))
 
@@ -207,15 +204,15 @@ def _moment(text: str) -> str:
         return _normalised(text)
     except (ValueError, OverflowError) as error:
         raise UsageError(
-            f"{clean(text)!r} is no time; give one such as 2026-05-09T12:30:00Z, or how long ago, such as 15m, 1h or 2d"
+            f"{clean(text)!r} is not a time; give one such as 2026-05-09T12:30:00Z, or an age such as 15m, 1h or 2d"
         ) from error
 
 
-def thumbnail(image: Image.Image, side: int = 128) -> bytes:
+def thumbnail(image: "Image.Image", side: int = 128) -> bytes:
     """A small JPEG file of an image, for a record.
 
     Args:
-        image: Any size; not changed, and never enlarged.
+        image: An image of any size; it is not changed, and never enlarged.
         side: Longest side, in pixels.
     """
     small = image.convert("RGB")

@@ -1,4 +1,4 @@
-"""The database of an evidence log: its form, how it is opened, filled and kept within bounds."""
+"""The database of an evidence log: its schema, and how it is opened, filled and kept within its limits."""
 
 import errno
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+from pydantic import TypeAdapter
 from sqlalchemy import (
     Column,
     Connection,
@@ -33,18 +34,22 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DatabaseError
 
-from guard.evidence.records import EvidenceError, Record, rfc3339
+from guard.errors import EvidenceError
+from guard.evidence.records import Record, rfc3339
 
 SCHEMA = 1
 APPLICATION = int.from_bytes(b"grdE")
-"""Marks the file as an evidence log, in the header field that SQLite keeps for it."""
+"""Marks the file as an evidence log, in the header field that SQLite reserves for this purpose."""
 MIN_BYTES = 2**18
 BUSY_SECONDS = 2.0
 """How long a statement waits for another process."""
 _MAX_LENGTH = 2**20
-"""Bytes of a value that are read: a log that was tampered with must not fill the memory."""
+"""Largest value that is read, in bytes: a log that was tampered with must not fill the memory."""
 _KEEP = 0.9
 """Share of the allowed size that remains when the oldest records are deleted for it."""
+
+_NUMBERS = TypeAdapter(dict[str, float | None])
+"""Scores and thresholds, which are stored as JSON; a number that is not finite as null."""
 
 _PRAGMAS = (
     "PRAGMA trusted_schema = OFF",
@@ -74,7 +79,7 @@ table = Table(
 
 
 def engine(path: Path, mode: Literal["ro", "rw"]) -> Engine:
-    """Connections to a file that exists, each opened when it is asked for and closed after use."""
+    """Connections to an existing file, each opened when it is needed and closed after use."""
 
     def connect() -> sqlite3.Connection:
         uri = f"file:{quote(str(path.absolute()))}?mode={mode}"
@@ -84,7 +89,7 @@ def engine(path: Path, mode: Literal["ro", "rw"]) -> Engine:
             connection.execute(pragma)
         return connection
 
-    # What clients sent does not belong into messages.
+    # Values that clients sent do not belong in error messages.
     return create_engine("sqlite://", creator=connect, poolclass=NullPool, hide_parameters=True)
 
 
@@ -92,7 +97,7 @@ def check(engine: Engine, path: Path) -> None:
     """Make sure that a file is an evidence log that this guard can use.
 
     Raises:
-        EvidenceError: It is none, is damaged, of another schema, or cannot be opened.
+        EvidenceError: It is not an evidence log, is damaged, has another schema, or cannot be opened.
     """
     if not path.is_file():
         raise EvidenceError(f"there is no evidence log {path}")
@@ -100,7 +105,7 @@ def check(engine: Engine, path: Path) -> None:
         with engine.connect() as connection:
             application, schema = _pragma(connection, "application_id"), _pragma(connection, "user_version")
             if application != APPLICATION:
-                raise EvidenceError(f"{path} is no evidence log; give another file, or move this one away")
+                raise EvidenceError(f"{path} is not an evidence log; give another file, or move this one away")
             if schema != SCHEMA:
                 raise EvidenceError(
                     f"the evidence log {path} has schema {schema}, this guard knows {SCHEMA}; "
@@ -112,35 +117,45 @@ def check(engine: Engine, path: Path) -> None:
 
 
 def unusable(path: Path, error: DatabaseError) -> EvidenceError:
-    """What an error of the database says about a log."""
+    """The error for a log on which the database failed."""
     return EvidenceError(
-        f"the evidence log {path} is damaged, is none, or cannot be opened ({error.orig}); "
+        f"the evidence log {path} is damaged, is not an evidence log, or cannot be opened ({error.orig}); "
         "check its permissions, or move it away"
     )
 
 
 def prepare(path: Path) -> Engine:
-    """Open an evidence log for writing; make it if there is none.
+    """Open an evidence log for writing, and create it if there is none.
 
-    A new one is made beside it and then linked into place, so that processes that start together find nothing or a
-    whole log. Its mode is 0600.
+    A new log is created beside its place and then linked into it, so that processes that start together find either no
+    log or a complete one. Its mode is 0600.
 
     Raises:
-        EvidenceError: As `check`; or it cannot be made.
+        EvidenceError: As for `check`, or the log cannot be created.
     """
+    check_place(path)
     try:
         if not path.exists():
             _create(path)
-        if path.is_file() and not os.access(path, os.W_OK):
-            # SQLite itself would open it for reading, and say so only later.
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise EvidenceError(f"cannot write the evidence log {path}: {error.strerror}") from error
     except DatabaseError as error:
-        raise EvidenceError(f"cannot make the evidence log {path}: {error.orig}") from error
+        raise EvidenceError(f"cannot create the evidence log {path}: {error.orig}") from error
     opened = engine(path, "rw")
     check(opened, path)
     return opened
+
+
+def check_place(path: Path) -> None:
+    """Make sure that an evidence log can be written, or made in its folder where there is none.
+
+    Raises:
+        EvidenceError: Neither is possible.
+    """
+    # SQLite itself would open a file that it cannot write for reading, and say so only later.
+    place = path if path.is_file() else path.parent
+    if place.exists() and not os.access(place, os.W_OK):
+        raise EvidenceError(f"cannot write the evidence log {path}: {os.strerror(errno.EACCES)}")
 
 
 def _create(path: Path) -> None:
@@ -160,7 +175,7 @@ def _create(path: Path) -> None:
                 connection.exec_driver_sql(f"PRAGMA {name} = {value}")
             table.metadata.create_all(connection)
             connection.commit()
-        with suppress(FileExistsError):  # another process was faster, with the same
+        with suppress(FileExistsError):  # another process created the same file first
             path.hardlink_to(new)
 
 
@@ -178,28 +193,28 @@ def add(connection: Connection, records: Sequence[Record]) -> None:
 
 
 def to_record(row: Row[Any]) -> Record:
-    """A row of the table.
+    """The record in a row of the table.
 
     Raises:
-        EvidenceError: It holds what no guard has written.
+        EvidenceError: The row contains values that guard never writes.
     """
     values = dict(row._mapping)  # noqa: SLF001 - the documented name
     try:
         for name in ("scores", "thresholds"):
-            numbers = json.loads(values[name])
+            numbers = _NUMBERS.validate_json(values[name])
             values[name] = {score: math.nan if value is None else value for score, value in numbers.items()}
         return Record(**{**values, "image": int(values["image"])})
-    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise EvidenceError(f"record {values['id']} of the evidence log is damaged") from error
 
 
 def size(connection: Connection) -> int:
-    """Bytes of the database, pages that wait to be used again included; what lies in the write-ahead log is not."""
+    """Size of the database in bytes, with free pages, but without the write-ahead log."""
     return _pragma(connection, "page_count") * _pragma(connection, "page_size")
 
 
 def prune(connection: Connection, *, max_rows: int, max_bytes: int, max_age_days: float) -> None:
-    """Delete the oldest records beyond the limits, and give their room back to the file system."""
+    """Delete the oldest records beyond the limits, and give their space back to the file system."""
     oldest = rfc3339(datetime.now(UTC) - timedelta(days=max_age_days))
     deleted = connection.execute(delete(table).where(table.c.time < oldest)).rowcount
     rows = _count(connection)
@@ -208,7 +223,7 @@ def prune(connection: Connection, *, max_rows: int, max_bytes: int, max_age_days
     if deleted:
         _shrink(connection)
     while (now := size(connection)) > max_bytes and (rows := _count(connection)):
-        # Records differ in size, so this is a guess, and the loop its correction.
+        # Records differ in size, so this is an estimate that the loop corrects.
         _delete_oldest(connection, math.ceil(rows * (1 - _KEEP * max_bytes / now)))
         connection.commit()
         _shrink(connection)

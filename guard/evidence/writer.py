@@ -1,4 +1,4 @@
-"""Write an evidence log beside the requests: bounded, in a thread of its own, and never in their way."""
+"""Write an evidence log in a thread of its own, with bounded memory, so that it never delays requests."""
 
 import logging
 import sqlite3
@@ -13,18 +13,18 @@ from time import monotonic
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from guard.errors import UsageError
+from guard.errors import EvidenceError, UsageError
 from guard.evidence import store
-from guard.evidence.records import Drop, EvidenceError, Record
+from guard.evidence.records import Drop, Record
 
 log = logging.getLogger(__name__)
 
 _BATCH = 256
-"""Most records in one transaction."""
+"""Largest number of records in one transaction."""
 _PRUNE_ROWS, _PRUNE_SECONDS = 256, 600.0
-"""The limits are enforced after this many records, or this long, whichever comes first."""
+"""The limits are enforced after this many records or this many seconds, whichever comes first."""
 _FIRST_DELAY, _MAX_DELAY = 0.5, 30.0
-"""Seconds before a failed transaction is tried again, doubled each time."""
+"""Seconds before a failed transaction is tried again; they double each time."""
 
 
 _REASONS = {
@@ -37,26 +37,26 @@ _REASONS = {
 
 
 class EvidenceWriter:
-    """Writes records to a log; nothing that happens to the file reaches the caller.
+    """Writes records to a log; no trouble with the file reaches the caller.
 
     While the file cannot be written, records wait, up to the length of the queue, and the transaction is tried again
     with growing pauses; records that no longer fit are counted and lost. A file that was moved away is replaced by a
     new one. Several processes may write to one file.
 
-    The limits hold within `_PRUNE_ROWS` records or `_PRUNE_SECONDS`; the oldest records go first. Beside the file lies
-    SQLite's write-ahead log, usually of a few MiB.
+    The limits are met to within `_PRUNE_ROWS` records or `_PRUNE_SECONDS`; the oldest records are deleted first. SQLite
+    keeps its write-ahead log, usually a few MiB, beside the file.
 
     Args:
-        path: The file; made with mode 0600 if it is missing.
-        max_rows: Most records that are kept.
+        path: The file; created with mode 0600 if it is missing.
+        max_rows: Largest number of records that are kept.
         max_bytes: Largest size of the file, at least 256 KiB.
         max_age_days: Longest time that a record is kept.
-        queue: Most records that wait to be written.
-        on_drop: Told of each loss, its reason and the number of records; from any thread. It must not raise.
+        queue: Largest number of records that wait to be written.
+        on_drop: Called when records are lost, with the reason and their number; from any thread. It must not raise.
 
     Raises:
-        EvidenceError: The file is damaged, no evidence log, of another schema, or cannot be made. Only here: after the
-            start, trouble is counted.
+        EvidenceError: The file is damaged, is not an evidence log, has another schema, or cannot be created. Only the
+            constructor raises it; later trouble is counted.
         UsageError: A limit is out of range.
     """
 
@@ -87,25 +87,36 @@ class EvidenceWriter:
         self._closed = False
         self._lost_at_end = False
         self._trouble: Drop | None = None
-        # Of the thread alone:
+        # Used by the thread only:
         self._connection: Connection | None = None
         self._file: tuple[int, int] | None = None
         self._since_prune, self._next_prune = 0, monotonic()
         self._thread = threading.Thread(target=self._run, name="guard-evidence", daemon=True)
         self._thread.start()
 
+    @staticmethod
+    def check(path: Path) -> None:
+        """Raise what the constructor would raise about a file, without making or changing one.
+
+        Raises:
+            EvidenceError: The file is damaged, no evidence log, of another schema, or cannot be written or made.
+        """
+        store.check_place(path)
+        if path.exists():
+            store.check(store.engine(path, "ro"), path)
+
     @property
     def trouble(self) -> Drop | None:
-        """Why the file cannot be written at present; None if it can."""
+        """Why the file cannot be written at present; None if it can be written."""
         return self._trouble
 
     def record(self, item: Record) -> bool:
-        """Hand over a record.
+        """Queue a record for writing.
 
-        Never blocks for the file, and never raises.
+        Never waits for the file, and never raises.
 
         Returns:
-            Whether it was taken; if not, it is counted.
+            Whether the record was queued; if not, it is counted as lost.
         """
         with self._changed:
             if self._closed:
@@ -120,13 +131,13 @@ class EvidenceWriter:
         return False
 
     def close(self, timeout: float = 5.0) -> bool:
-        """Write what waits, and take no more.
+        """Write the queued records, and accept no more.
 
         Args:
-            timeout: Seconds to wait for it.
+            timeout: Seconds to wait until they are written.
 
         Returns:
-            Whether all that waited was written in time.
+            Whether all of them were written in time.
         """
         with self._changed:
             self._closed = True
@@ -161,7 +172,7 @@ class EvidenceWriter:
         self._disconnect()
 
     def _write(self, batch: list[Record]) -> None:
-        """One transaction, and what the limits ask for."""
+        """Write records in one transaction, and enforce the limits when that is due."""
         connection = self._connect()
         if batch:
             store.add(connection, batch)
@@ -180,8 +191,8 @@ class EvidenceWriter:
             log.info("the evidence log %s can be written again", self._path)
 
     def _note(self, error: Exception, batch: list[Record]) -> Drop | None:
-        """Say what went wrong, and give up what no other try would save; the reason if another try may help."""
-        self._next_prune = monotonic()  # it may be what failed, and it must not wait for the next record
+        """Log what went wrong, and drop records that another try would not save; the reason if another try may help."""
+        self._next_prune = monotonic()  # pruning may be what failed, and it must not wait for the next record
         reason = _reason(error)
         if reason is None:
             unwritten = bool(batch) and bool(self._waiting) and self._waiting[0] is batch[0]
@@ -205,7 +216,7 @@ class EvidenceWriter:
                 self._waiting.popleft()
 
     def _connect(self) -> Connection:
-        """The connection, to the file that lies at the path now."""
+        """The connection to the file that is at the path now."""
         if self._connection is not None and self._file != _identity(self._path):
             self._disconnect()
         if self._connection is None:
@@ -229,7 +240,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _reason(error: Exception) -> Drop | None:
-    """Why the file cannot be written; None if that is not what went wrong, and trying again would not help."""
+    """Why the file cannot be written; None if the error is of another kind, so that trying again would not help."""
     if isinstance(error, DBAPIError):
         code = getattr(error.orig, "sqlite_errorcode", None)
         if code is None or not isinstance(error.orig, sqlite3.DatabaseError):

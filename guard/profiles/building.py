@@ -12,7 +12,7 @@ from guard.errors import ProfileError
 from guard.profiles.document import SCHEMA, Document, ModelRecord, TriggerRecord, TriggerTensors, VettingRecord
 from guard.profiles.vocabulary import nearest
 from guard.triggers import FAMILIES, Trigger
-from guard.vetting import Vetting
+from guard.vetting.results import Vetting
 
 
 def build(classifier: Classifier, vetting: Vetting, vocabulary: Sequence[str]) -> tuple[Document, TriggerTensors]:
@@ -72,6 +72,6 @@ def load_triggers(document: Document, stored: TriggerTensors) -> dict[str, Trigg
             triggers[record.id] = FAMILIES[record.family].from_tensors(tensors)
         except ValueError as error:
             raise ProfileError(
-                f"the profile is damaged: the trigger {record.id!r} is no {record.family}: {error}"
+                f"the profile is damaged: {record.id!r} is not a {record.family} trigger: {error}"
             ) from error
     return triggers

@@ -4,19 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from guard._types import Floats
 from guard.classifiers.classes import ClassList
 from guard.classifiers.preprocessing import Preprocessing
 from guard.screening import Banks, Scores, Tail, Threshold
-from guard.vetting.results import Check, FamilyResult, ReferenceModel
-from guard.vetting.verdict import Verdict
+from guard.vetting.results import Check, FamilyResult, ReferenceModel, Verdict
 
 SCHEMA = 4
 
-Array = NDArray[np.float32]
-TriggerTensors = Mapping[str, Mapping[str, Array]]
+TriggerTensors = Mapping[str, Mapping[str, Floats]]
 """Trigger id → tensor name → values."""
 
 

@@ -4,15 +4,15 @@ import io
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from guard._files import replace_file
+from guard._types import Floats
 from guard.errors import EmbeddingsError
 
 _MAX_BYTES = 8 * 2**30
 
 
-def read_embeddings(path: Path, dimension: int) -> NDArray[np.float32]:
+def read_embeddings(path: Path, dimension: int) -> Floats:
     """Read a NumPy file of float embeddings; nothing in it is executed.
 
     Args:
@@ -44,7 +44,7 @@ def read_embeddings(path: Path, dimension: int) -> NDArray[np.float32]:
     return values.astype(np.float32)
 
 
-def write_embeddings(path: Path, embeddings: NDArray[np.float32]) -> None:
+def write_embeddings(path: Path, embeddings: Floats) -> None:
     """Write embeddings, shape [N, D], so that `read_embeddings` reads them; whole or not at all."""
     buffer = io.BytesIO()
     np.save(buffer, embeddings, allow_pickle=False)

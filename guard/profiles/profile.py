@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from guard._types import Floats
 from guard.classifiers.digest import ClassifierDigest
 from guard.errors import ProfileError
 from guard.profiles import storage
-from guard.profiles.document import Array, CalibrationRecord, Document, LeftOut, Reference, TriggerTensors
+from guard.profiles.document import CalibrationRecord, Document, LeftOut, Reference, TriggerTensors
 from guard.screening import Banks, Detector, Screen, SearchMethod, calibration, default_k
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class Profile:
         left_out = tuple(LeftOut(called[bank[row]], "bank", trigger) for row, trigger in carrying.items())
         return self._calibrated(banks, embeddings, parts, alpha, per_class, seed, called, left_out)
 
-    def recalibrate(self, embeddings: Array, alpha: float, *, per_class: bool = False, seed: int = 0) -> "Profile":
+    def recalibrate(self, embeddings: Floats, alpha: float, *, per_class: bool = False, seed: int = 0) -> "Profile":
         """Set the threshold anew from embeddings of clean requests, such as recorded traffic.
 
         The banks stay as they are, because stamping needs pixels. Two thirds of the embeddings set the threshold, on
@@ -173,7 +174,7 @@ class Profile:
     def _calibrated(
         self,
         banks: Banks,
-        embeddings: Array,
+        embeddings: Floats,
         parts: calibration.Split,
         alpha: float,
         per_class: bool,  # noqa: FBT001 - handed through

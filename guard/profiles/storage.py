@@ -2,22 +2,23 @@
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 
+from guard._documents import read_object, validated
 from guard._files import check_replaceable, replace_directory
+from guard._types import Floats
 from guard.classifiers.digest import PARTS, ClassifierDigest, sha256
-from guard.errors import ClassListError, ProfileError, UsageError
-from guard.profiles.document import SCHEMA, Array, CalibrationRecord, Document, Reference, TriggerTensors
+from guard.errors import ProfileError, UsageError
+from guard.profiles.document import SCHEMA, CalibrationRecord, Document, Reference, TriggerTensors
 from guard.screening import DENSITY, Banks, Scores, Screen, Whitening, check_alpha, match
+from guard.triggers import FORMS, check_tensors
 
 DOCUMENT_FILE = "profile.json"
 TRIGGERS_FILE = "triggers.safetensors"
@@ -77,7 +78,7 @@ def write(
 def read(directory: Path) -> tuple[Document, TriggerTensors, Reference | None]:
     """Read and check the contents of a profile (`Profile.open`)."""
     document = _read_document(directory / DOCUMENT_FILE)
-    triggers: dict[str, dict[str, Array]] = {trigger.id: {} for trigger in document.triggers}
+    triggers: dict[str, dict[str, Floats]] = {trigger.id: {} for trigger in document.triggers}
     for name, values in _read_tensors(directory / TRIGGERS_FILE, document).items():
         trigger, _, tensor = name.partition("/")
         if trigger not in triggers:
@@ -85,46 +86,36 @@ def read(directory: Path) -> tuple[Document, TriggerTensors, Reference | None]:
         triggers[trigger][tensor] = values
     if missing := [trigger for trigger, tensors in triggers.items() if not tensors]:
         raise ProfileError(f"{directory / TRIGGERS_FILE} lacks the trigger {missing[0]!r}")
+    for record in document.triggers:
+        if record.family in FORMS:  # a family of a newer guard can only be handed on
+            try:
+                check_tensors(record.family, triggers[record.id])
+            except ValueError as error:
+                raise ProfileError(
+                    f"{directory / TRIGGERS_FILE} is damaged: {record.id!r} is not a {record.family} trigger: {error}"
+                ) from error
     calibration = document.calibration
     reference = _read_reference(directory / REFERENCE_FILE, document, calibration) if calibration else None
     return document, triggers, reference
 
 
 def _read_document(path: Path) -> Document:
-    try:
-        if path.stat().st_size > _MAX_DOCUMENT_BYTES:
-            raise ProfileError(f"{path} is larger than {_MAX_DOCUMENT_BYTES} bytes")
-        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
-        json.dumps(raw, ensure_ascii=False).encode()  # an escape such as \ud800 alone is no character: ValueError
-        if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
-            raise ProfileError(f"{path} is no profile: it has no schema")
-        if raw["schema"] < OLDEST_SCHEMA:
-            raise ProfileError(
-                f"{path} was written by an older guard (schema {raw['schema']}, now {SCHEMA}); vet the model again"
-            )
-        if raw["schema"] == OLDEST_SCHEMA:
-            raw = _from_schema_3(raw)
-        if raw["schema"] > SCHEMA:
-            raise ProfileError(
-                f"{path} has schema {raw['schema']}, this guard reads up to {SCHEMA}; use the newer guard that wrote it"
-            )
-        document = TypeAdapter(Document).validate_python(raw)
-    except FileNotFoundError as error:
-        raise ProfileError(f"there is no profile in {path.parent}: {path.name} is missing") from error
-    except OSError as error:
-        raise ProfileError(f"cannot read {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, _ConstantError) as error:
-        raise ProfileError(f"{path} is damaged: {error}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ProfileError(f"{path} is damaged: {'.'.join(str(p) for p in first['loc'])}: {first['msg']}") from error
-    except (ClassListError, ValueError) as error:
-        raise ProfileError(f"{path} is damaged: {error}") from error
+    missing = f"there is no profile in {path.parent}: {path.name} is missing"
+    raw = read_object(path, _MAX_DOCUMENT_BYTES, ProfileError, missing=missing)
+    if not isinstance(schema := raw.get("schema"), int):
+        raise ProfileError(f"{path} is not a profile: it has no schema")
+    if schema < OLDEST_SCHEMA:
+        raise ProfileError(f"{path} was written by an older guard (schema {schema}, now {SCHEMA}); vet the model again")
+    if schema > SCHEMA:
+        raise ProfileError(
+            f"{path} has schema {schema}, this guard reads up to {SCHEMA}; use the newer guard that wrote it"
+        )
+    document = validated(path, Document, raw if schema == SCHEMA else _from_schema_3(raw, path), ProfileError)
     _check_document(document, path)
     return document
 
 
-def _from_schema_3(raw: dict[str, Any]) -> dict[str, Any]:
+def _from_schema_3(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """The same document in today's schema, which renamed what vetting found and what it was compared with."""
 
     def renamed(item: dict[str, Any]) -> dict[str, Any]:
@@ -140,21 +131,8 @@ def _from_schema_3(raw: dict[str, Any]) -> dict[str, Any]:
         for part in ("results", "checks"):
             vetting[part] = [renamed(item) for item in vetting[part]]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"its part 'vetting' is not that of schema {OLDEST_SCHEMA}") from error
+        raise ProfileError(f"{path} is damaged: its part 'vetting' is not that of schema {OLDEST_SCHEMA}") from error
     return {**raw, "schema": SCHEMA, "vetting": vetting}
-
-
-class _ConstantError(Exception):
-    """JSON with NaN, Infinity, or a number as large."""
-
-
-def _refuse_constant(name: str) -> float:
-    raise _ConstantError(f"it holds the number {name[:32]}")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    return number if math.isfinite(number) else _refuse_constant(text)
 
 
 def _check_document(document: Document, path: Path) -> None:
@@ -241,7 +219,7 @@ def _views(path: Path, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
     return tensors
 
 
-def _read_tensors(path: Path, document: Document) -> dict[str, Array]:
+def _read_tensors(path: Path, document: Document) -> dict[str, Floats]:
     tensors = {}
     for name, values in _views(path, _contents(path, document)).items():
         if values.dtype != np.float32:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from guard._documents import read_text
 from guard.classifiers.classifier import Classifier
 from guard.errors import ClassListError
 from guard.profiles.document import NearestText
@@ -23,19 +24,11 @@ def read_vocabulary(path: Path) -> tuple[str, ...]:
     """Read texts, one on each line; blank lines and repetitions are left out.
 
     Raises:
-        ClassListError: The file cannot be read, is no UTF-8, is larger than 4 MiB, or holds no text, more than
+        ClassListError: The file cannot be read, is not UTF-8, is larger than 4 MiB, or holds no text, more than
             `MAX_TEXTS`, or one of more than 200 characters.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-        if len(data) > _MAX_BYTES:
-            raise ClassListError(f"the vocabulary {path} is larger than {_MAX_BYTES} bytes")
-        lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
-    except OSError as error:
-        raise ClassListError(f"cannot read the vocabulary {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ClassListError(f"the vocabulary {path} is no text: {error}") from error
+    text = read_text(path, _MAX_BYTES, ClassListError, missing=f"there is no vocabulary {path}")
+    lines = [line.strip() for line in text.removeprefix("\ufeff").splitlines()]
     texts = tuple(dict.fromkeys(line for line in lines if line))
     if not texts:
         raise ClassListError(f"the vocabulary {path} is empty; it needs one text on each line")

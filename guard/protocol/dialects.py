@@ -1,4 +1,4 @@
-"""What the replies of `ModelStreamInfer` look like: Triton's lie in an envelope, MLServer's are plain."""
+"""The two dialects of `ModelStreamInfer`: Triton wraps each reply in an envelope, MLServer sends plain replies."""
 
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
@@ -10,11 +10,15 @@ from guard.protocol.inference_pb2 import ModelInferResponse, ModelStreamInferRes
 
 FINAL = "triton_final_response"
 """Parameter by which Triton marks the last of several replies to one request."""
+ASK_FOR_FINAL = "triton_enable_empty_final_response"
+"""Parameter of a request with which a client asks Triton for that mark."""
+ERRORS_AS_STATUS = "triton_grpc_error"
+"""Metadata key with which, by the value `true`, a client asks Triton for errors as the status of the stream."""
 Envelope: TypeAlias = ModelStreamInferResponse | ModelInferResponse
 
 
 class Dialect(StrEnum):
-    """Of a stream."""
+    """Dialect of the replies of a stream."""
 
     TRITON = "triton"
     """`ModelStreamInferResponse`, with room for an error in place of a reply."""
@@ -23,14 +27,14 @@ class Dialect(StrEnum):
 
 
 class StreamDialect:
-    """Which dialect the upstream server speaks.
+    """The dialect that the upstream server uses.
 
-    If the settings leave it open, the first reply says so that cannot be of the other dialect; every reply with an
-    output is one. Before there is one, the name decides that the server has in its metadata.
+    If the setting is `auto`, the first reply that can be of one dialect only decides; every reply with an output is
+    such a reply. Until then, the name in the server's metadata decides.
 
     Args:
-        setting: `auto`, or the dialect.
-        server_name: Asks the upstream server what it calls itself.
+        setting: `auto`, or a dialect.
+        server_name: Asks the upstream server for the name in its metadata.
     """
 
     def __init__(self, setting: str, server_name: Callable[[], Awaitable[str]]) -> None:
@@ -38,13 +42,13 @@ class StreamDialect:
         self._server_name = server_name
 
     def of(self, reply: bytes) -> Dialect | None:
-        """The dialect of a reply; None if that is not known, in which case it holds no outputs."""
+        """The dialect of a reply; None if it is not known yet, in which case the reply has no outputs."""
         if self._known is None:
             self._known = seen_in(reply)
         return self._known
 
     async def ask(self) -> Dialect | None:
-        """The dialect, before there was a reply; None if the server's name is neither Triton's nor MLServer's."""
+        """The dialect before any reply; None if the server's name is neither that of Triton nor that of MLServer."""
         if self._known is None:
             name = (await self._server_name()).lower()
             return next((dialect for dialect in Dialect if dialect in name), None)
@@ -54,15 +58,15 @@ class StreamDialect:
 def seen_in(reply: bytes) -> Dialect | None:
     """The dialect of a reply; None if it could be of both, or is of neither.
 
-    The envelope has the fields 1 (text) and 2 (a reply), which in a plain reply are the names of model and version;
-    what makes a reply, ids, parameters and outputs, are later fields there.
+    The envelope has the fields 1 (a string) and 2 (a reply). In a plain reply these are the name and the version of the
+    model, and its id, parameters and outputs have higher numbers.
     """
     try:
         plain = ModelInferResponse.FromString(reply)
         if plain.id or plain.parameters or plain.outputs or plain.raw_output_contents:
             return Dialect.MLSERVER
     except DecodeError:
-        # The envelope's second field need not be text.
+        # The second field of an envelope need not be a valid string.
         pass
     try:
         inner = ModelStreamInferResponse.FromString(reply).infer_response
@@ -72,10 +76,13 @@ def seen_in(reply: bytes) -> Dialect | None:
 
 
 def opened(reply: bytes, dialect: Dialect | None) -> tuple[Envelope, ModelInferResponse]:
-    """A streamed message, and the reply in it: changes of the reply are changes of the message.
+    """Parse a message of a stream.
+
+    Returns:
+        The message, and the reply in it; changes of the reply are changes of the message.
 
     Raises:
-        DecodeError: It is none.
+        DecodeError: The bytes are not a message of this dialect.
     """
     if dialect is Dialect.MLSERVER:
         plain = ModelInferResponse.FromString(reply)
@@ -85,13 +92,13 @@ def opened(reply: bytes, dialect: Dialect | None) -> tuple[Envelope, ModelInferR
 
 
 def error_reply(message: str, *, model: str, request_id: str, like: ModelInferResponse | None = None) -> bytes:
-    """An error in Triton's dialect.
+    """A serialised error in Triton's dialect.
 
     Args:
-        message: For the client.
-        model: Name of it.
-        request_id: Of the request that it answers.
-        like: The reply in whose place it comes; it ends what that would have ended.
+        message: The error message that is sent to the client.
+        model: Name of the model.
+        request_id: Id of the request that the error answers.
+        like: The reply that the error replaces, if there is one; a mark of the last reply is copied from it.
     """
     envelope = ModelStreamInferResponse(error_message=message)
     envelope.infer_response.model_name, envelope.infer_response.id = model, request_id

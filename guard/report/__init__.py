@@ -1,4 +1,4 @@
-"""The report with pictures, for people."""
+"""The report on a vetted model, with pictures, for people."""
 
 from guard.report.contact_sheet import contact_sheet
 from guard.report.report import Example, Section, example, examples, render

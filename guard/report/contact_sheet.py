@@ -1,4 +1,4 @@
-"""A picture of every trigger that guard knows, for a person to look at before poisoning anything with them."""
+"""A picture of every known trigger, for people to look at before they poison anything with one."""
 
 import io
 
@@ -14,16 +14,16 @@ _INK, _MUTED, _PAPER = "#1f2430", "#6b7280", "#ffffff"
 
 
 def contact_sheet(images: Tensor, *, seed: int) -> bytes:
-    """A PNG with one row per known trigger: what it does to each image, and what it changes in the first.
+    """Draw a PNG with one row per known trigger: each image under the trigger, and the change of the first image.
 
-    The change is drawn around mid-grey, four times as strong as it is.
+    The change is drawn around mid-grey, and four times as strong as it is.
 
     Args:
         images: uint8, shape [N, 3, S, S]; at least one, each side at least 16.
-        seed: Of the triggers that are random.
+        seed: Seed for the triggers that are random.
 
     Returns:
-        The encoded picture. Equal arguments give equal pictures.
+        The encoded picture. Equal arguments give equal bytes.
     """
     side = images.shape[-1]
     scale = max(1, _CELL // side)

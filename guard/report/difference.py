@@ -1,13 +1,13 @@
-"""What a trigger changes in images, made visible."""
+"""The change that a trigger makes to images, made visible."""
 
 from torch import Tensor, uint8
 
 AMPLIFICATION = 4
-"""How many times as strong as it is a change is drawn."""
+"""Factor by which a change is amplified when it is drawn."""
 
 
 def difference(clean: Tensor, stamped: Tensor) -> Tensor:
-    """The change around mid-grey, amplified.
+    """Return the amplified change around mid-grey.
 
     Args:
         clean: uint8, shape [N, 3, H, W].

@@ -1,4 +1,4 @@
-"""Plots and images of a report, as text that HTML can hold."""
+"""Plots and images of a report, as text that can be embedded in HTML."""
 
 import base64
 import io
@@ -19,28 +19,30 @@ Bytes = NDArray[np.uint8]
 AMBER = "#a86400"
 
 _BAND = 2.0
-"""Half-width of the shaded band, in prediction errors: about 19 of 20 ordinary classes lie in it."""
+"""Half-width of the shaded band, in prediction errors: about 19 of 20 ordinary classes lie within it."""
 _MAX_DOTS = 200
-"""Classes of one family that are drawn as vectors; more are drawn as an image, which does not grow with them."""
+"""Largest number of classes of one family that are drawn as vectors. More are drawn as an image, whose size does not
+grow with their number."""
 
 
-def evidence_plot(evidence: Sequence[FamilyResult], accused: int | None, suspicious: Collection[int]) -> Markup:
-    """One row for each family, a dot for each class: its lead, and how far that is from the other classes.
+def evidence_plot(results: Sequence[FamilyResult], accused: int | None, suspicious: Collection[int]) -> Markup:
+    """Plot the lead of each class, and its distance from the other classes: one row per family, one dot per class.
 
-    Classes are told apart by colour alone; names may hold what no font has, and belong beside the plot.
+    Classes are distinguished by colour alone. Their names may contain characters that no font has, and are listed
+    beside the plot.
 
     Args:
-        evidence: One entry per family, at least one.
-        accused: The class of the verdict.
-        suspicious: Other classes to colour.
+        results: One entry per family, at least one.
+        accused: Index of the class that the verdict accuses; None for none.
+        suspicious: Indices of other classes to colour.
     """
-    figure = Figure(figsize=(9.2, 0.9 + 0.4 * len(evidence)), layout="constrained", dpi=200)
+    figure = Figure(figsize=(9.2, 0.9 + 0.4 * len(results)), layout="constrained", dpi=200)
     lead, distance = figure.subplots(1, 2, sharey=True, width_ratios=[4, 5])
     distance.axvspan(-_BAND, _BAND, color=GRID, alpha=0.55, linewidth=0, zorder=0)
     distance.axvline(0, color=GREY, linewidth=1)
     lead.axvline(0, color=GREY, linewidth=1, linestyle="--")
-    for row, item in enumerate(evidence):
-        # The coloured ones last, on top of the others.
+    for row, item in enumerate(results):
+        # The coloured dots are drawn last, on top of the others.
         for wanted, colour, size in ((False, GREY, 26), (True, AMBER, 46), (None, RED, 46)):
             chosen = [entry for entry in item.classes if _kind(entry, accused, suspicious) is wanted]
             style = {"color": colour, "s": size, "linewidths": 0, "alpha": 0.6 if colour == GREY else 1.0, "zorder": 3}
@@ -50,8 +52,8 @@ def evidence_plot(evidence: Sequence[FamilyResult], accused: int | None, suspici
             distance.scatter(scored, [row] * len(scored), rasterized=raster, **style)
         if item.target is None:
             distance.text(_BAND + 0.3, row, "too few classes to compare", color=MUTED, fontsize=8, va="center")
-    lead.set_yticks(range(len(evidence)), [item.family[:24] for item in evidence], parse_math=False)
-    lead.set_ylim(len(evidence) - 0.5, -0.5)
+    lead.set_yticks(range(len(results)), [item.family[:24] for item in results], parse_math=False)
+    lead.set_ylim(len(results) - 0.5, -0.5)
     lead.set_xlabel("lead of the class under its trigger")
     distance.set_xlabel("distance from the other classes, in prediction errors (t)")
     for axis in (lead, distance):
@@ -60,12 +62,12 @@ def evidence_plot(evidence: Sequence[FamilyResult], accused: int | None, suspici
 
 
 def _kind(entry: ClassStatistic, accused: int | None, suspicious: Collection[int]) -> bool | None:
-    """None for the accused class, otherwise whether it is suspicious."""
+    """Return None for the accused class, otherwise whether the class is suspicious."""
     return None if entry.target == accused else entry.target in suspicious
 
 
 def score_plot(scores: Mapping[str, NDArray[np.floating]], threshold: Threshold) -> Markup:
-    """Histograms of scores, one colour each, with the threshold."""
+    """Plot histograms of scores, in one colour each, with the threshold."""
     values = np.concatenate(list(scores.values()))
     edges = np.linspace(float(values.min()), float(values.max()) + 1e-6, 60).tolist()
     figure = Figure(figsize=(9.2, 2.9), layout="constrained")
@@ -90,7 +92,7 @@ def score_plot(scores: Mapping[str, NDArray[np.floating]], threshold: Threshold)
 
 
 def png(pixels: Bytes, side: int) -> str:
-    """A data URI of an image, shape [3, H, W] or [H, W], at about this side: pixels repeated, or averaged."""
+    """Return a data URI of an image, shape [3, H, W] or [H, W], enlarged or averaged to about this side."""
     array = pixels.transpose(1, 2, 0) if pixels.ndim == 3 else pixels
     image = Image.fromarray(np.ascontiguousarray(array))
     scale = side // image.width
@@ -110,6 +112,6 @@ def _plain(axis: Axes) -> None:
 
 
 def _svg(figure: Figure, title: str) -> Markup:
-    """Inline SVG."""
+    """Return a figure as inline SVG."""
     text = svg(figure, title)
     return Markup(text[text.index("<svg") :])  # noqa: S704 - matplotlib escapes the text that it draws

@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained file that a person can judge a model by."""
+"""`report.html`: one self-contained file from which a person can judge a model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,14 +23,15 @@ _GREY = 128
 
 @dataclass(frozen=True)
 class Example:
-    """What one trigger looks like.
+    """Pictures of one trigger.
 
     Attributes:
-        mask: Where it acts, 255 where most: uint8, shape [H, W]. A patch's own mask; of others the mean change.
-        pattern: What it makes of plain grey: uint8, shape [3, H, W].
-        clean: Images without it: uint8, shape [N, 3, H, W].
-        stamped: The same images with it.
-        change: What it changes in them, around mid-grey and amplified.
+        mask: Where it acts, with 255 where it acts most: uint8, shape [H, W]. For a patch this is its mask, for other
+            families the mean change.
+        pattern: The trigger on plain grey: uint8, shape [3, H, W].
+        clean: Images without the trigger: uint8, shape [N, 3, H, W].
+        stamped: The same images with the trigger.
+        change: The change of these images, around mid-grey and amplified.
     """
 
     mask: NDArray[np.uint8]
@@ -46,8 +47,8 @@ class Section:
 
     Attributes:
         title: Heading.
-        rows: Label and value.
-        note: A sentence below it.
+        rows: Label and value of each row.
+        note: A sentence below the table.
     """
 
     title: str
@@ -64,7 +65,7 @@ def example(trigger: Trigger, images: Tensor) -> Example:
     if isinstance(trigger, Patch):
         mask = trigger.mask[0]
     else:
-        # On the images, not on grey: a warp changes nothing in a plain image.
+        # The change is taken on the images, not on grey: a warp changes nothing in a plain image.
         change = (stamped.float() - clean.float()).abs().amax(1).mean(0)
         mask = change / change.max().clamp(min=1 / len(clean))
     return Example(
@@ -77,14 +78,14 @@ def example(trigger: Trigger, images: Tensor) -> Example:
 
 
 def examples(profile: Profile, images: Tensor | None = None) -> dict[str, Example]:
-    """One example for each trigger of a profile, by id; on test cards where there are no images."""
+    """Return one example for each trigger of a profile, by id; on test cards where there are no images."""
     if images is None:
         images = _test_cards(profile.document.model.preprocessing.size)
     return {name: example(trigger, images) for name, trigger in profile.load_triggers().items()}
 
 
 def _test_cards(side: int) -> Tensor:
-    """Gradients and stripes in several colours: something that every family of triggers changes visibly."""
+    """Draw gradients and stripes in several colours, which every family of triggers changes visibly."""
     across = torch.linspace(0, 1, side).expand(side, side)
     stripes = (torch.arange(side) // max(1, side // 8) % 2).float().expand(side, side)
     planes = (across, across.T, stripes, stripes.T, 1 - across)
@@ -100,13 +101,13 @@ def render(
     scores: Mapping[str, NDArray[np.floating]] | None = None,
     sections: Sequence[Section] = (),
 ) -> str:
-    """The text of `report.html`.
+    """Return the text of `report.html`.
 
     Args:
-        profile: What is reported on.
+        profile: The profile to report on.
         drawn: An example for each of its triggers (`examples`).
         truth: The attacker's own trigger, where it is known, to be shown beside the reconstruction.
-        scores: Measured scores by label; default is those of the calibration images.
+        scores: Measured scores by label; by default those of the calibration images.
         sections: Tables to add after the verdict.
     """
     document = profile.document
@@ -120,19 +121,19 @@ def render(
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(percent=reading.percent)
-    accused, evidence = document.vetting.verdict.target, document.vetting.results
+    accused, results = document.vetting.verdict.target, document.vetting.results
     suspicious = _suspicious(profile, drawn)
     return environment.get_template("report.html.j2").render(
         document=document,
         verdict=document.vetting.verdict,
         target=None if accused is None else profile.class_name(accused),
         suspicious=suspicious,
-        evidence=evidence,
-        evidence_plot=pictures.evidence_plot(evidence, accused, {item["target"] for item in suspicious})
-        if evidence
+        results=results,
+        evidence_plot=pictures.evidence_plot(results, accused, {item["target"] for item in suspicious})
+        if results
         else None,
         class_name=profile.class_name,
-        by_class={item.family: {entry.target: entry for entry in item.classes} for item in evidence},
+        by_class={item.family: {entry.target: entry for entry in item.classes} for item in results},
         truth=_drawn(truth) if truth else None,
         score_plot=plot,
         sections=sections,
@@ -146,24 +147,24 @@ def render(
 
 
 def _suspicious(profile: Profile, drawn: Mapping[str, Example]) -> list[dict[str, Any]]:
-    """Each class that was tried, with its p-values, reconstructions and triggers; the strongest evidence first."""
+    """Return each class with reconstructions, with its p-values, checks and triggers; the accused class first."""
     document = profile.document
     checks, accused = document.vetting.checks, document.vetting.verdict.target
-    standing = {item.target: item for item in suspects(document.vetting.results, DOUBT)}
+    results = {item.target: item for item in suspects(document.vetting.results, DOUBT)}
     tried = dict.fromkeys([*(check.target for check in checks), *(trigger.target for trigger in document.triggers)])
     return [
         {
             "target": target,
             "name": profile.class_name(target),
             "accused": target == accused,
-            "standing": standing.get(target),
+            "result": results.get(target),
             "checks": [check for check in checks if check.target == target],
             "triggers": [(item, _drawn(drawn[item.id])) for item in document.triggers if item.target == target],
             "reading": reading.suspicion(
                 [check for check in checks if check.target == target],
                 {item.family for item in document.triggers if item.target == target},
                 document.vetting.reference_model,
-                significant=target in standing and standing[target].p_value <= document.vetting.verdict.significance,
+                significant=target in results and results[target].p_value <= document.vetting.verdict.significance,
             ),
         }
         for target in sorted(tried, key=lambda target: target != accused)

@@ -1,7 +1,6 @@
 """Score requests and decide, at a false-alarm rate that the operator chose: numpy, and ONNX Runtime to search banks."""
 
 from guard.screening.conformal import Conformal, Threshold, check_alpha, smallest_alpha, threshold
-from guard.screening.density import DAO, LID, SLOF, KDistance
 from guard.screening.detector import Detector, Judgement
 from guard.screening.monitor import Alarm, Monitor, WatchedScore
 from guard.screening.neighbours import Nearest, Neighbours, SearchMethod
@@ -9,17 +8,13 @@ from guard.screening.screen import DENSITY, MAX_K, Banks, Scores, Screen, Tail, 
 from guard.screening.whitening import Whitening
 
 __all__ = [
-    "DAO",
     "DENSITY",
-    "LID",
     "MAX_K",
-    "SLOF",
     "Alarm",
     "Banks",
     "Conformal",
     "Detector",
     "Judgement",
-    "KDistance",
     "Monitor",
     "Nearest",
     "Neighbours",

@@ -7,13 +7,12 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from guard._types import Floats
+from guard.triggers.forms import GENERATOR_SLOPE, YCRCB_TO_RGB, check_tensors
+
 Undo = Callable[[Floats], Floats]
 """From an image, shape [3, H, W], values in [0, 1], to the same image without the trigger."""
 
-_MAX_SIDE = 4096
-_TOLERANCE = 1e-4
-"""By which stored values may leave their range: what rounding does."""
 _OPAQUE = 0.5
 """Opacity above which nothing of the image is left to recover, and its surroundings are drawn in instead."""
 _MOST_OPAQUE = 0.95
@@ -25,28 +24,7 @@ _MOST_LOST = 0.5
 """Share of the image above which a patch and its margin leave too little to fill them from."""
 _STEPS = 12
 """Of an iteration; every step about halves what is left to solve."""
-_SLOPE = 0.1
-_TO_RGB = np.array([[1, 1.403, 0], [1, -0.714, -0.344], [1, 0, 1.773]], np.float32)
-"""From Y, Cr, Cb without offsets, as `guard.triggers.Frequency` defines them."""
-
-_FORMS: dict[str, dict[str, tuple[str, float, float]]] = {
-    "patch": {"mask": ("1 height width", 0, 1), "pattern": ("3 height width", 0, 1)},
-    "additive": {"delta": ("3 height width", -1, 1)},
-    "blend": {"alpha": ("1 1 1", 0, 1), "pattern": ("3 height width", 0, 1)},
-    "warp": {"field": ("2 k k", -1, 1)},
-    "frequency": {"spectrum": ("3 n n", -1e4, 1e4), "share": ("", 0, 1)},
-    "colour map": {"lattice": ("3 n n n", -1, 1)},
-    "generator": {
-        "first": ("c 5 3 3", -1e4, 1e4),
-        "first_bias": ("c", -1e4, 1e4),
-        "second": ("c c 3 3", -1e4, 1e4),
-        "second_bias": ("c", -1e4, 1e4),
-        "third": ("12 c 3 3", -1e4, 1e4),
-        "third_bias": ("12", -1e4, 1e4),
-        "radius": ("", 0, 1),
-    },
-}
-"""Family → tensor → shape (equal names are equal sizes) and range: what `guard.triggers` declares with torch."""
+_TO_RGB = np.array(YCRCB_TO_RGB, np.float32)
 
 
 def undoing(family: str, tensors: Mapping[str, Floats]) -> Undo | None:
@@ -67,11 +45,12 @@ def undoing(family: str, tensors: Mapping[str, Floats]) -> Undo | None:
         None if there is no way back: a family without one, unknown here, or a trigger that leaves nothing of the image.
 
     Raises:
-        ValueError: The tensors make no trigger of the family; the message is one line.
+        ValueError: The tensors are not those of a trigger of the family; the message is one line, for the caller to put
+            the name of the trigger before it.
     """
-    if family not in _FORMS:
+    if family not in _UNDOINGS:
         return None
-    _check(family, tensors)
+    check_tensors(family, tensors)
     return _UNDOINGS[family](tensors)
 
 
@@ -125,26 +104,6 @@ def low_pass(images: Floats, share: float) -> Floats:
     size = images.shape[-2:]
     small = (max(1, round(1 / share)), max(1, round(1 / share)))
     return _resampled(_resampled(images, small), size)
-
-
-def _check(family: str, tensors: Mapping[str, Floats]) -> None:
-    forms = _FORMS[family]
-    if tensors.keys() != forms.keys():
-        raise ValueError(f"the trigger is no {family}: it has the tensors {sorted(tensors)}, not {sorted(forms)}")
-    sizes: dict[str, int] = {}
-    for name, (shape, low, high) in forms.items():
-        values, expected = tensors[name], shape.split()
-        if values.dtype != np.float32:
-            raise ValueError(f"the trigger is no {family}: {name} is {values.dtype}, not float32")
-        if values.ndim != len(expected) or not all(
-            1 <= size <= _MAX_SIDE and size == (int(side) if side.isdecimal() else sizes.setdefault(side, size))
-            for side, size in zip(expected, values.shape, strict=True)
-        ):
-            raise ValueError(
-                f"the trigger is no {family}: {name} has shape {list(values.shape)}, not [{', '.join(expected)}]"
-            )
-        if not ((values >= low - _TOLERANCE) & (values <= high + _TOLERANCE)).all():  # NaN fails this too
-            raise ValueError(f"the trigger is no {family}: {name} holds a value that is not finite or out of range")
 
 
 def _patch(tensors: Mapping[str, Floats]) -> Undo | None:
@@ -347,7 +306,7 @@ def _convolved(values: Floats, tensors: Mapping[str, Floats], name: str, *, stri
 
 
 def _leaky(values: Floats) -> Floats:
-    activated: Floats = np.maximum(values, np.float32(_SLOPE) * values)
+    activated: Floats = np.maximum(values, np.float32(GENERATOR_SLOPE) * values)
     return activated
 
 

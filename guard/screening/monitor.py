@@ -1,4 +1,4 @@
-"""Watch the stream of p-values for what no single request shows: slow attacks, bursts, drift. numpy only."""
+"""Watch the stream of p-values for what no single request shows: slow attacks, bursts, drift."""
 
 import json
 import math
@@ -6,13 +6,14 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from pydantic import Field
 
+from guard._documents import read_object, validated
 from guard._files import replace_file
-from guard.errors import UsageError
+from guard.errors import StateError
 
 Kind = Literal["attack", "drift"]
 
@@ -31,6 +32,8 @@ _TRIGGERED = 0.05
 _QUIET_FACTOR, _QUIET_IMAGES = 4, 1000
 _MAX_BYTES = 64 * 2**20
 _FORMAT = 1
+_SLACK = 1 + 1e-6
+"""Room for rounding when sums that were kept are compared."""
 
 
 @dataclass(frozen=True)
@@ -169,31 +172,11 @@ class Monitor:
         return tuple(alarm for alarm in self.active if alarm.stream in raised) if raised else ()
 
     def state(self) -> dict[str, Any]:
-        """What a restart must keep: the document that `restore` takes, of JSON's types."""
+        """What a restart must keep: the document that `save` writes and `load` reads, of JSON's types."""
         return {
             "settings": self._settings(),
             "streams": {name: detector.state() for name, detector in self._detectors.items()},
         }
-
-    def restore(self, state: object) -> None:
-        """Go on from where another monitor of the same streams and settings was; bit by bit what it would have done.
-
-        Only names and sizes of calibrations are compared; the caller knows whether the calibration is the same.
-
-        Raises:
-            ValueError: The state is of other streams or settings, or damaged; nothing was changed.
-        """
-        if not isinstance(state, dict) or state.get("settings") != self._settings():
-            raise ValueError("it was saved for other streams or settings")
-        streams = state.get("streams")
-        if not isinstance(streams, dict) or streams.keys() != self._detectors.keys():
-            raise ValueError("it is damaged: streams are missing")
-        try:
-            entries = {name: detector.read(streams[name]) for name, detector in self._detectors.items()}
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"it is damaged: {error}") from error
-        for name, entry in entries.items():
-            self._detectors[name].restore(entry)
 
     def save(self, path: Path) -> None:
         """Write the state to a file, which is whole at every moment.
@@ -201,28 +184,36 @@ class Monitor:
         Raises:
             UsageError: The file cannot be written.
         """
-        try:
-            replace_file(path, json.dumps(self.state(), allow_nan=False).encode())
-        except OSError as error:
-            raise UsageError(f"cannot write the monitor's state to {path}: {error.strerror}") from error
+        replace_file(path, json.dumps(self.state(), allow_nan=False).encode())
 
     def load(self, path: Path) -> None:
-        """Restore from a file.
+        """Go on from where another monitor of the same streams and settings was; bit by bit what it would have done.
+
+        Only names and sizes of calibrations are compared; the caller knows whether the calibration is the same.
 
         Raises:
-            UsageError: The file is missing or damaged, or was saved for other streams or settings.
+            StateError: The file is missing or damaged, or was saved for other streams or settings; nothing was changed.
         """
         try:
-            with path.open("rb") as file:
-                data = file.read(_MAX_BYTES + 1)
-        except OSError as error:
-            raise UsageError(f"cannot read the monitor's state {path}: {error.strerror}") from error
-        try:
-            self.restore(_document(data))
-        except ValueError as error:
-            raise UsageError(
-                f"the monitor's state {path} cannot be used: {error}; delete it to start afresh"
-            ) from error
+            streams = self._read(path)
+        except StateError as error:
+            raise StateError(f"{error}; delete the file to start without the monitor's past") from error
+        for name, state in streams.items():
+            self._detectors[name].restore(state)
+
+    def _read(self, path: Path) -> "dict[str, _StreamState]":
+        raw = read_object(path, _MAX_BYTES, StateError)
+        if raw.get("settings") != self._settings():
+            raise StateError(f"{path} was saved for other streams or settings")
+        streams = validated(path, _State, raw, StateError, strict=True).streams
+        if streams.keys() != self._detectors.keys():
+            raise StateError(f"{path} is damaged: it does not hold the streams that its settings name")
+        for name, detector in self._detectors.items():
+            try:
+                detector.check(streams[name])
+            except ValueError as error:
+                raise StateError(f"{path} is damaged: streams.{name}: {error}") from error
+        return streams
 
     def _settings(self) -> dict[str, Any]:
         streams = [detector.stream for detector in self._detectors.values()]
@@ -236,8 +227,7 @@ class Monitor:
         }
 
 
-@dataclass(frozen=True)
-class _Raised:
+class _Raised(NamedTuple):
     """An alarm that is up: figures of when it was raised, and the image at which the limit was last reached."""
 
     observed: int
@@ -247,11 +237,32 @@ class _Raised:
     reached: int
 
 
+_NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 @dataclass(frozen=True)
-class _Entry:
-    observed: int
-    sums: NDArray[np.float64]
+class _StreamState:
+    """What is kept of one stream."""
+
+    observed: Annotated[int, Field(ge=0, le=2**53)]
+    sums: list[list[list[_NotNegative]]]
     alarm: _Raised | None
+
+    def __post_init__(self) -> None:
+        alarm = self.alarm
+        if alarm and not (
+            1 <= alarm.after <= self.observed
+            and 1 <= alarm.observed <= alarm.reached <= self.observed
+            and 0 <= alarm.rate <= _SLACK
+        ):
+            raise ValueError("the figures of its alarm contradict each other")
+
+
+@dataclass(frozen=True)
+class _State:
+    """The document of a monitor's state, without its settings."""
+
+    streams: dict[str, _StreamState]
 
 
 class _Detector:
@@ -320,64 +331,34 @@ class _Detector:
         )
 
     def state(self) -> dict[str, Any]:
-        alarm = self.alarm
         return {
             "observed": self.observed,
             "sums": self._sums.tolist(),
-            "alarm": alarm and [alarm.observed, alarm.after, alarm.level, alarm.rate, alarm.reached],
+            "alarm": None if self.alarm is None else list(self.alarm),
         }
 
-    def read(self, state: Any) -> _Entry:  # noqa: ANN401 - whatever a file held
-        """Check one stream's state.
+    def check(self, state: _StreamState) -> None:
+        """Make sure that a state can be one of this stream.
 
         Raises:
-            KeyError, TypeError, ValueError, OverflowError: It is none.
+            ValueError: It cannot.
         """
-        observed = _integer(state["observed"], 0, 2**53)
-        sums = np.array(state["sums"], dtype=np.float64)
-        if sums.shape != self._sums.shape:
-            raise ValueError("a table of sums has another shape")
-        if not np.isfinite(sums).all() or (sums < 0).any():
-            raise ValueError("a sum is negative or no number")
-        slack = 1 + 1e-6  # rounding
+        planes, levels, stakes = self._sums.shape
+        if [[len(row) for row in plane] for plane in state.sums] != [[stakes] * levels] * planes:
+            raise ValueError(f"its sums do not have the shape {planes} × {levels} × {stakes}")
+        capital, images, events = np.array(state.sums)
         if (
-            sums[0].sum() >= self._limit
-            or (sums[1] > observed * sums[0] * slack).any()
-            or (sums[2] > sums[1] * slack).any()
+            capital.sum() >= self._limit
+            or (images > state.observed * capital * _SLACK).any()
+            or (events > images * _SLACK).any()
         ):
             raise ValueError("its sums contradict each other")
-        if state["alarm"] is None:
-            return _Entry(observed, sums, None)
-        raised, after, level, rate, reached = state["alarm"]
-        if not isinstance(rate, float) or not 0 <= rate <= slack:
-            raise ValueError("the rate of an alarm lies outside 0 to 1")
-        alarm = _Raised(
-            _integer(raised, 1, observed),
-            _integer(after, 1, observed),
-            _integer(level, 0, len(self.levels) - 1),
-            rate,
-            _integer(reached, raised, observed),
-        )
-        return _Entry(observed, sums, alarm)
+        if state.alarm and not 0 <= state.alarm.level < len(self.levels):
+            raise ValueError("its alarm is of a level that the stream does not have")
 
-    def restore(self, entry: _Entry) -> None:
-        self.observed, self.alarm = entry.observed, entry.alarm
-        self._sums[:] = entry.sums
-
-
-def _document(data: bytes) -> object:
-    if len(data) > _MAX_BYTES:
-        raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError("it is damaged: it is no JSON") from error
-
-
-def _integer(value: object, low: int, high: int) -> int:
-    if type(value) is not int or not low <= value <= high:
-        raise ValueError("a count is out of range")
-    return value
+    def restore(self, state: _StreamState) -> None:
+        self.observed, self.alarm = state.observed, state.alarm
+        self._sums[:] = state.sums
 
 
 def _ranks(stream: WatchedScore) -> list[int]:

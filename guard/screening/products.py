@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Rows = NDArray[np.int64]
+from guard._types import Floats, Rows
 
 ROUNDING = 4e-6
 """How far a float32 product of unit vectors may be from the exact one; a bound for 1024 dimensions."""

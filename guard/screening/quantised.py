@@ -7,11 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from guard._types import Floats, Rows
 from guard.screening.products import ROUNDING, largest, squares
 
-Floats = NDArray[np.float32]
 Codes = NDArray[np.int8]
-Rows = NDArray[np.int64]
 
 _ZERO = 128
 """Code of 0 in a query."""

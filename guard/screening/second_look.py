@@ -14,7 +14,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.screening.counterfactuals import Floats, Undo, boxes, fill, low_pass, undoing
+from guard._types import Floats
+from guard.screening.counterfactuals import Undo, boxes, fill, low_pass, undoing
+from guard.triggers.forms import StoredTrigger
 
 SecondLookOutcome = Literal["confirmed", "withdrawn", "undecided", "skipped"]
 Embed = Callable[[Floats], tuple[Floats, Floats]]
@@ -36,21 +38,6 @@ _AS_STRONG = 3.0
 """By which factor, up or down, the p-value may change for a match to be as strong as it was."""
 _SLACK = 1e-3
 """By which pixels may leave [0, 1]: what normalising and its inverse round."""
-
-
-@dataclass(frozen=True)
-class StoredTrigger:
-    """A reconstructed trigger, as a profile holds it.
-
-    Attributes:
-        family: Its family.
-        target: Class index that it leads to.
-        tensors: Its tensors, as in `triggers.safetensors`.
-    """
-
-    family: str
-    target: int
-    tensors: Mapping[str, Floats]
 
 
 @dataclass(frozen=True)
@@ -159,7 +146,7 @@ class SecondLook:
             try:
                 self._undo[name] = undoing(trigger.family, trigger.tensors)
             except ValueError as error:
-                raise ValueError(f"trigger {name!r}: {error}") from error
+                raise ValueError(f"trigger {name!r} is not a {trigger.family} trigger: {error}") from error
         self._targets = {name: trigger.target for name, trigger in triggers.items()}
         self._embed, self._p_values, self._classes = embed, p_values, tuple(classes)
         self._alpha, self._max_views = alpha, max_views

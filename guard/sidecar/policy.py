@@ -1,4 +1,4 @@
-"""What a decision does, and what happens when there is none: the one place that knows."""
+"""The effect of a decision, and of a missing one; no other module decides this."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_MESSAGE = 512
-"""Characters of a refusal: it travels in a header, of which gRPC takes 8 KiB, and parts of it come from the client."""
+"""Longest message of a refusal: it travels in a header, which gRPC limits to 8 KiB, and parts come from the client."""
 
 
 class Decision(StrEnum):
-    """Of a request, or of one image in it."""
+    """The decision on a request, or on one image in it."""
 
     PASS = "pass"  # noqa: S105 - not a password
     FLAG = "flag"
@@ -20,23 +20,23 @@ class Decision(StrEnum):
 
 
 class Mode(StrEnum):
-    """What a decision does."""
+    """The effect that a decision has."""
 
     SHADOW = "shadow"
-    """Metrics only; replies stay as they are."""
+    """Decisions are only counted in the metrics; replies are not changed."""
     TAG = "tag"
-    """The reply says what was decided."""
+    """Decisions are reported in the replies."""
     BLOCK = "block"
-    """A flagged request is refused; others are tagged."""
+    """Flagged requests are refused; decisions on others are reported in the replies."""
 
 
 class FailurePolicy(StrEnum):
-    """What happens to a request that guard could not check."""
+    """The treatment of a request that guard could not check."""
 
     OPEN = "open"
-    """It is served, and marked `unchecked`."""
+    """The request is served and marked as `unchecked`."""
     CLOSED = "closed"
-    """It is refused."""
+    """The request is refused."""
 
 
 class Reason(StrEnum):
@@ -74,19 +74,19 @@ _CLOSED: dict[Reason, tuple[grpc.StatusCode, str]] = {
     Reason.OVERLOADED: (grpc.StatusCode.UNAVAILABLE, "too many requests wait to be checked"),
     Reason.PROTOCOL_UNKNOWN: (
         grpc.StatusCode.FAILED_PRECONDITION,
-        "this is an inference in a protocol that cannot be checked",
+        "this is an inference request in a protocol that cannot be checked",
     ),
     Reason.REPLY_UNMATCHED: (
         grpc.StatusCode.FAILED_PRECONDITION,
         "the reply could not be matched to a request of the stream, so it could not be checked",
     ),
-    Reason.SHARED_MEMORY: (grpc.StatusCode.FAILED_PRECONDITION, "what lies in shared memory could not be checked"),
+    Reason.SHARED_MEMORY: (grpc.StatusCode.FAILED_PRECONDITION, "data in shared memory could not be checked"),
     Reason.TIMEOUT: (grpc.StatusCode.UNAVAILABLE, "the request could not be checked in time"),
     Reason.UPSTREAM_FAILED: (grpc.StatusCode.UNAVAILABLE, "the upstream server did not answer"),
 }
-"""Under `closed`: UNAVAILABLE where a retry may help, other codes where it will not. `disabled` and
-`not_sampled` are never refused: the operator asked for them. docs/failures.md has the table for readers; a test
-compares the two."""
+"""Refusals under the policy `closed`: UNAVAILABLE where a retry may help, other codes where it will not. The reasons
+`disabled` and `not_sampled` are never refused, because the operator asked for them. docs/failures.md shows this table
+to readers, and a test compares the two."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,15 @@ class Outcome:
 
     Attributes:
         decision: `flag` if any image is flagged; `unchecked` if guard could not decide.
-        reason: Why it is `unchecked`; or why it would be, were it not flagged.
-        detail: More about the reason, safe to send to a client.
-        scores: One per image, shape [N]; None if nothing was scored, as are all that follow from them.
+        reason: Why the request is `unchecked`, or would be if it were not flagged; None if it was checked.
+        detail: Details of the reason, safe to send to a client.
+        scores: Scores of the images, shape [N]. They and all that follows from them are None if nothing was scored.
         flags: Which images are flagged, shape [N].
-        p_values: How often a clean image scores as high, shape [N].
+        p_values: Conformal p-values, shape [N]: how often a clean image scores as high.
         alpha: p-value up to which an image is flagged.
         triggers: For each image, the id of the trigger that it matches best, or "".
-        withdrawn: How many flags a second look took back.
-        classes: For each image, the index of the class that it is predicted as, shape [N].
+        withdrawn: Number of flags that a second look withdrew.
+        classes: Index of the predicted class of each image, shape [N].
     """
 
     decision: Decision
@@ -119,27 +119,27 @@ class Outcome:
 
     @classmethod
     def unchecked(cls, reason: Reason, detail: str = "") -> "Outcome":
-        """Guard could not decide."""
+        """The outcome if guard could not decide."""
         return cls(Decision.UNCHECKED, reason, detail)
 
     @property
     def others(self) -> Decision:
-        """Of the images that are not flagged."""
+        """The decision on the images that are not flagged."""
         return Decision.PASS if self.reason is None else Decision.UNCHECKED
 
     @property
     def severity(self) -> int:
-        """Of two outcomes that a reply may have, the one with more holds: flag, then unchecked, then pass."""
+        """Rank of the outcome; of two outcomes that apply to one reply, the higher one counts."""
         return (Decision.PASS, Decision.UNCHECKED, Decision.FLAG).index(self.decision)
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """How a request is turned away.
+    """How a request is refused.
 
     Attributes:
-        code: gRPC status.
-        message: For the client.
+        code: The gRPC status code.
+        message: Message that is sent to the client.
     """
 
     code: grpc.StatusCode
@@ -147,9 +147,9 @@ class Refusal:
 
 
 def refusal(outcome: Outcome, mode: Mode, on_failure: FailurePolicy) -> Refusal | None:
-    """Whether, and how, a request is refused; None if it is served.
+    """The refusal of a request; None if it is served.
 
-    The failure policy holds in every mode: an operator who asked for `closed` gets it, in `shadow` too.
+    The failure policy applies in every mode: an operator who asked for `closed` gets it, in `shadow` mode too.
     """
     if outcome.decision is Decision.FLAG and mode is Mode.BLOCK:
         rows = [str(row) for row in np.flatnonzero(outcome.flags)] if outcome.flags is not None else []

@@ -1,11 +1,16 @@
-"""What an operator can set. Command line over environment (`GUARD_…`) over `guard.toml`."""
+"""Every setting of a sidecar: the one source of the options of `guard serve` and of deploy/guard.toml.
 
-from collections.abc import Iterable
+The settings that a model can have of its own are in `model_settings`. A description is written for the command line,
+and names other settings as options, such as --state-dir. A field without a default has an example, for the documented
+file. After a change here, run scripts/generate_docs.py.
+"""
+
+import os
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal, Self
-from urllib.parse import quote
+from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -14,157 +19,222 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from guard._documents import first_error
 from guard.errors import UsageError
-from guard.sidecar.policy import FailurePolicy, Mode
-from guard.sidecar.transport.addresses import is_loopback, socket_path, split_address
+from guard.sidecar.addresses import is_loopback, socket_path, split_address
+from guard.sidecar.model_settings import RENAMED, ModelSettings, metavar
+from guard.sidecar.policy import Mode
 
-OWN_VERSION = "1"
-"""What guard calls the version of a model that it serves itself, if the configuration does not."""
+ENVIRONMENT_PREFIX: Final = "GUARD_"
+OWN_VERSION: Final = "1"
+"""Version of a model that guard serves itself, where the configuration names none."""
 
-
-class ModelSettings(BaseModel):
-    """What can be different for each model of a sidecar: an entry of `[[models]]`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    name: str = Field(default="classifier", min_length=1, max_length=128)
-    """Model name in requests."""
-    version: str | None = Field(default=None, min_length=1, max_length=128)
-    """Version that the profile is of; a request for another one is of an unknown model."""
-    profile: Path | None = None
-    """The calibrated profile of the classifier."""
-    model: Path | None = None
-    """What `guard export` wrote."""
-    embedding_output: str | None = None
-    """Name of the upstream output that carries the image embedding."""
-    input: str = Field(default="image", min_length=1)
-    """Name of the input tensor that carries the images."""
-    mode: Mode = Mode.TAG
-    """What a decision does."""
-    failure_policy: FailurePolicy | None = None
-    """What happens when guard cannot decide; default: open in shadow mode, closed in the others."""
-    alpha: float | None = Field(default=None, gt=0, lt=1)
-    """p-value up to which an image is flagged, so the false-alarm rate; default: that of the calibration."""
-    neighbours: Literal["exact", "approximate"] = "exact"
-    """How the banks are searched; `approximate` trades a few decisions for time in very large banks."""
-    second_looks: float = Field(default=0.0, ge=0, le=1e6)
-    """Most flagged images per second that are looked at again, with their trigger undone; 0: none."""
-    checked_share: float = Field(default=1.0, gt=0, le=1)
-    """Share of the requests that guard embeds and checks, drawn at random; the others are `unchecked`."""
-    require_vetted: bool = False
-    """Whether no request passes unless the model's vetting ended with `no evidence`; flagged ones stay flagged."""
-
-    def clears(self, verdict: str) -> bool:
-        """Whether requests may pass to a model with this verdict."""
-        return not self.require_vetted or verdict == "no evidence"
-
-    @property
-    def on_failure(self) -> FailurePolicy:
-        """The failure policy, with the default applied."""
-        if self.failure_policy is not None:
-            return self.failure_policy
-        return FailurePolicy.OPEN if self.mode is Mode.SHADOW else FailurePolicy.CLOSED
-
-    @property
-    def background(self) -> bool:
-        """Whether nothing that a client gets depends on what guard finds."""
-        return self.mode is Mode.SHADOW and self.on_failure is FailurePolicy.OPEN
-
-    @property
-    def label(self) -> str:
-        """Name and version in one word, for people and for the names of files."""
-        return quote(self.name, safe="") + (f"@{quote(self.version, safe='')}" if self.version else "")
+_config: ContextVar[Path | None] = ContextVar("_config", default=None)
+"""The file that `Settings.load` is reading."""
 
 
 class Settings(ModelSettings, BaseSettings):
     """Configuration of one sidecar.
 
-    What a model can have of its own stands at the top level for a single model. With `[[models]]` in the file there are
-    several, and the top level says what holds where an entry says nothing, and for requests of unknown models.
+    The settings that models can have of their own stand at the top level for a single model. With `[[models]]` in the
+    file there are several models, and the top level applies where an entry leaves a setting out, and to requests for
+    unknown models.
 
-    A model has one of three shapes: without `upstream`, `model` is the exported classifier that guard serves itself; in
-    front of an `upstream`, `model` embeds each image once more, and `embedding_output` reads the embedding from the
-    reply.
+    A model has one of three shapes. Without `upstream`, `model` is the exported classifier that guard serves itself.
+    With `upstream`, either `model` embeds each image a second time, or `embedding_output` names the output of the
+    upstream server that carries the embedding.
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="GUARD_", extra="forbid", frozen=True, protected_namespaces=(), env_ignore_empty=True
+        env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True, protected_namespaces=(), env_ignore_empty=True
     )
 
-    models: tuple[ModelSettings, ...] = ()
-    """Several models, each with what it has of its own; `served` has them whole."""
-    upstream: str | None = None
-    """HOST:PORT or unix:PATH of the inference server to forward to."""
-    upstream_tls: str | None = None
-    """TLS towards it: `system` for the machine's certificate authorities, or a PEM file of some; None: no TLS."""
-    upstream_certificate: Path | None = None
-    """PEM certificate that guard shows it."""
-    upstream_key: Path | None = None
-    """PEM private key of that."""
-    upstream_server_name: str | None = Field(default=None, min_length=1)
-    """Name that its certificate must carry, if not the host of its address."""
-    processes: int = Field(default=1, ge=1, le=64)
-    """Processes that share the inference port; each connection stays with one of them."""
-    admin: str | None = None
-    """HOST:PORT or unix:PATH for guard's own service, `guard.v1.Sidecar`; None: it is not served.
-
-    What it tells would help an attacker: HOST must be of the loopback interface, or clients need a certificate
-    (`tls_client_ca`). With several processes it must be unix:PATH, and process i, from 0, listens at PATH.i.
-    """
-    listen: str = "127.0.0.1:8001"
-    """HOST:PORT or unix:PATH for inference; port 0 lets the system choose."""
-    socket_mode: str = Field(default="600", pattern="^0?[0-7]{3}$")
-    """Who may connect to a Unix socket, as the mode of its file, in octal."""
-    tls_certificate: Path | None = None
-    """PEM certificate chain of the inference port; with it, the port takes TLS only."""
-    tls_key: Path | None = None
-    """PEM private key of that, without a password."""
-    tls_client_ca: Path | None = None
-    """PEM certificate authorities of clients; with it, a client without a certificate is turned away."""
-    metrics: str = "127.0.0.1:8002"
-    """HOST:PORT for `/metrics`, `/healthz` and `/readyz`, over plain HTTP."""
-    state: Path | None = None
-    """Folder for the evidence log, the monitor's state and the sample of traffic; without it they are not kept."""
-    thumbnails: bool = False
-    """Whether the evidence log keeps small pictures of flagged images."""
-    evidence_rows: int = Field(default=100_000, ge=1)
-    """Most records in the evidence log; the oldest go first."""
-    evidence_bytes: int = Field(default=2**30, ge=2**18)
-    """Largest size of the evidence log."""
-    evidence_days: float = Field(default=90.0, gt=0, le=36_500)
-    """Longest time that a record is kept."""
-    run_length: float = Field(default=1e7, ge=1e3, lt=1e12)
-    """Images between two false alarms of the stream monitor, on average and at least."""
-    sample: int = Field(default=0, ge=0, le=10**6)
-    """Embeddings of requests that are sampled for `guard calibrate --embeddings`; 0: none."""
-    screening: bool = True
-    """Off: every decision is `unchecked`; for measuring what screening costs."""
-    timeout: float = Field(default=1.0, gt=0, le=60)
-    """Seconds that screening may take before a request is `unchecked`."""
-    max_message_bytes: int = Field(default=64 * 2**20, ge=1024, le=2**31 - 1)
-    """Largest request or reply."""
-    max_pixels: int = Field(default=50_000_000, ge=1)
-    """Largest encoded image, in decoded pixels."""
-    max_batch: int = Field(default=256, ge=1, le=65_536)
-    """Most images in one request."""
-    max_concurrent: int = Field(default=256, ge=1)
-    """Most requests at once; more are refused with RESOURCE_EXHAUSTED."""
-    workers: int = Field(default=2, ge=1, le=256)
-    """Threads that decode, embed and screen."""
-    drain: float = Field(default=10.0, ge=0)
-    """Seconds that running requests are given after SIGTERM."""
-    drain_delay: float = Field(default=0.0, ge=0, le=3600)
-    """Seconds between SIGTERM and that: requests are still taken, while whoever sends them learns of the end."""
-    loop: Literal["auto", "asyncio", "uvloop"] = "auto"
-    """Event loop; auto: uvloop if it is installed."""
-    log_format: Literal["json", "text"] | None = None
-    """Form of the log on standard error; default: text on a terminal, else JSON."""
-    stream_dialect: Literal["auto", "triton", "mlserver"] = "auto"
-    """What the messages of `ModelStreamInfer` look like; auto: seen from the replies of the upstream server."""
-    allow_model_control: bool = False
-    """Whether clients may load and unload models of the upstream server; never such that they send themselves."""
-    queue: int = Field(default=256, ge=0)
-    """Most requests that wait for a worker; more are not checked, and the failure policy decides."""
+    upstream: str | None = Field(
+        default=None,
+        description="Address of the Open Inference Protocol server that requests are forwarded to. By default, guard "
+        "serves --model itself.",
+        examples=["127.0.0.1:9000"],
+        json_schema_extra=metavar("ADDRESS"),
+    )
+    upstream_tls: str | None = Field(
+        default=None,
+        description="Encrypt the connection to the --upstream server with TLS. The value says which certificate "
+        "authorities are trusted: system for those of this machine, or a PEM file.",
+        examples=["system"],
+        json_schema_extra=metavar("system|FILE"),
+    )
+    upstream_certificate: Path | None = Field(
+        default=None,
+        description="PEM file of the certificate that guard presents to the --upstream server.",
+        examples=["/tls/client.crt"],
+    )
+    upstream_key: Path | None = Field(
+        default=None,
+        description="PEM file of the private key for --upstream-certificate.",
+        examples=["/tls/client.key"],
+    )
+    upstream_server_name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Host name that the certificate of the --upstream server must carry. By default, it is the host "
+        "of the server's address.",
+        examples=["models"],
+        json_schema_extra=metavar("NAME"),
+    )
+    stream_dialect: Literal["auto", "triton", "mlserver"] = Field(
+        default="auto",
+        description="Dialect of the response streams of the --upstream server. With auto, guard recognises it from "
+        "the replies.",
+    )
+    allow_model_control: bool = Field(
+        default=False,
+        description="Whether clients may load and unload models of the --upstream server. A request that carries the "
+        "files of a model itself is refused in any case.",
+    )
+    listen: str = Field(
+        default="127.0.0.1:8001",
+        description="Address at which guard accepts inference requests over gRPC. Port 0 lets the system choose a "
+        "port.",
+        json_schema_extra=metavar("ADDRESS"),
+    )
+    socket_mode: str = Field(
+        default="600",
+        pattern="^0?[0-7]{3}$",
+        description="Permissions, in octal, of each Unix socket at which guard listens: they decide who may connect.",
+        json_schema_extra=metavar("OCTAL"),
+    )
+    tls_certificate: Path | None = Field(
+        default=None,
+        description="PEM file of the certificate chain for --listen, and for --admin at HOST:PORT, which then accept "
+        "connections with TLS only. A renewed certificate is read without a restart.",
+        examples=["/tls/tls.crt"],
+    )
+    tls_key: Path | None = Field(
+        default=None,
+        description="PEM file of the private key for --tls-certificate: RSA or ECDSA, without a password.",
+        examples=["/tls/tls.key"],
+    )
+    tls_client_ca: Path | None = Field(
+        default=None,
+        description="PEM file of the certificate authorities of clients. If it is given, a client without a "
+        "certificate from one of these authorities is rejected.",
+        examples=["/tls/ca.crt"],
+    )
+    metrics: str = Field(
+        default="127.0.0.1:8002",
+        description="Address at which guard answers GET requests for /metrics, /healthz and /readyz over plain HTTP.",
+        json_schema_extra=metavar("HOST:PORT"),
+    )
+    admin: str | None = Field(
+        default=None,
+        description="Address of guard's own gRPC service, guard.v1.Sidecar, which reports status, models and flagged "
+        "requests. This would help an attacker, so HOST must be a loopback address unless --tls-client-ca is given. "
+        "With several --processes the address must be unix:PATH, and process number i, from 0, listens at PATH.i. By "
+        "default, the service is not offered.",
+        examples=["unix:/run/guard/admin.sock"],
+        json_schema_extra=metavar("ADDRESS"),
+    )
+    processes: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Number of processes that share the port of --listen. Each connection stays with one process.",
+    )
+    event_loop: Literal["auto", "asyncio", "uvloop"] = Field(
+        default="auto",
+        description="Event loop that the server runs on. With auto, it is uvloop if that is installed, and asyncio "
+        "otherwise.",
+    )
+    workers: int = Field(
+        default=2, ge=1, le=256, description="Number of threads in each process that decode, embed and screen images."
+    )
+    max_queued: int = Field(
+        default=256,
+        ge=0,
+        description="Maximum number of requests in each process that wait for a worker thread. Further requests are "
+        "not checked, and --failure-policy decides whether they are served.",
+    )
+    max_concurrent: int = Field(
+        default=256,
+        ge=1,
+        description="Maximum number of requests in each process that are handled at the same time. Further requests "
+        "are refused with RESOURCE_EXHAUSTED.",
+    )
+    max_batch: int = Field(default=256, ge=1, le=65_536, description="Maximum number of images in one request.")
+    max_pixels: int = Field(
+        default=50_000_000, ge=1, description="Maximum number of pixels of an encoded image after decoding."
+    )
+    max_message_bytes: int = Field(
+        default=64 * 2**20, ge=1024, le=2**31 - 1, description="Maximum size of a request or a reply in bytes."
+    )
+    timeout: float = Field(
+        default=1.0,
+        gt=0,
+        le=60,
+        description="Time limit in seconds for the screening of one request to an --upstream server. A request whose "
+        "screening takes longer is unchecked, and --failure-policy decides whether it is served.",
+    )
+    screening: bool = Field(
+        default=True,
+        description="Whether requests are screened. Without screening, every request is served as unchecked, which is "
+        "meant for measuring what screening costs.",
+    )
+    state_dir: Path | None = Field(
+        default=None,
+        description="Folder in which guard keeps the evidence log, the state of the stream monitor and the sample of "
+        "embeddings. By default, none of them is kept.",
+        examples=["/var/lib/guard"],
+    )
+    thumbnails: bool = Field(
+        default=False,
+        description="Whether the evidence log keeps small pictures of flagged images. This needs --state-dir.",
+    )
+    evidence_rows: int = Field(
+        default=100_000,
+        ge=1,
+        description="Maximum number of records in the evidence log. The oldest records are deleted first.",
+    )
+    evidence_bytes: int = Field(
+        default=2**30,
+        ge=2**18,
+        description="Maximum size of the evidence log in bytes. The oldest records are deleted first.",
+    )
+    evidence_days: float = Field(
+        default=90.0, gt=0, le=36_500, description="Number of days after which a record of the evidence log is deleted."
+    )
+    keep_embeddings: int = Field(
+        default=0,
+        ge=0,
+        le=10**6,
+        description="Number of embeddings in the random sample of the traffic that guard keeps for guard calibrate "
+        "--embeddings. This needs --state-dir; 0 keeps no sample.",
+    )
+    run_length: float = Field(
+        default=1e7,
+        ge=1e3,
+        lt=1e12,
+        description="Minimum average number of clean images between two false alarms of the stream monitor.",
+    )
+    drain_delay: float = Field(
+        default=0.0,
+        ge=0,
+        le=3600,
+        description="Number of seconds after SIGTERM in which guard still accepts requests but already reports that it "
+        "is not ready, so that load balancers send no more.",
+    )
+    drain_timeout: float = Field(
+        default=10.0,
+        ge=0,
+        description="Number of seconds in which running requests may finish at shutdown, after --drain-delay.",
+    )
+    log_format: Literal["json", "text"] | None = Field(
+        default=None,
+        description="Format of the log on standard error. By default, it is text on a terminal and JSON elsewhere.",
+        examples=["json"],
+    )
+    models: tuple[ModelSettings, ...] = Field(
+        default=(), description="The models, where there are several; `served` has them with all their settings."
+    )
 
     @field_validator("listen", "upstream", "admin")
     @classmethod
@@ -184,14 +254,14 @@ class Settings(ModelSettings, BaseSettings):
         if not self.models:
             self._check_model(self.served[0], "")
             return self
-        if alone := {"name", "version", "profile"} & self.model_fields_set:
-            raise ValueError(f"with [[models]], {min(alone)} is given for each of them, not at the top level")
-        if unnamed := [index for index, each in enumerate(self.models) if "name" not in each.model_fields_set]:
-            raise ValueError(f"[[models]] number {unnamed[0] + 1} has no name")
+        if alone := {"model_name", "model_version", "profile"} & self.model_fields_set:
+            raise ValueError(f"with [[models]], {min(alone)} must stand in each entry, not at the top level")
+        if unnamed := [index for index, each in enumerate(self.models) if "model_name" not in each.model_fields_set]:
+            raise ValueError(f"[[models]] number {unnamed[0] + 1} has no model_name")
         served, default = self.served, OWN_VERSION if self.upstream is None else None
         for each in served:
             self._check_model(each, f"model {each.label}: ")
-        known = [(each.name, each.version or default) for each in served]
+        known = [(each.model_name, each.model_version or default) for each in served]
         if twice := [each.label for index, each in enumerate(served) if known[index] in known[:index]]:
             raise ValueError(f"model {twice[0]} is listed twice")
         return self
@@ -201,30 +271,32 @@ class Settings(ModelSettings, BaseSettings):
             raise ValueError(f"{where}--profile is required (or GUARD_PROFILE, or profile in the file)")
         if self.upstream is None and each.model is None:
             raise ValueError(
-                f"{where}give --model to serve an exported classifier, or --upstream to stand before a server"
+                f"{where}give --model to serve an exported classifier, or --upstream to proxy an inference server"
             )
         if self.upstream is None and each.embedding_output is not None:
-            raise ValueError(f"{where}--embedding-output names an output of the upstream server; give --upstream too")
+            raise ValueError(
+                f"{where}--embedding-output names an output of the upstream server, so it needs --upstream"
+            )
         if self.upstream is not None and (each.model is None) == (each.embedding_output is None):
-            raise ValueError(f"{where}with --upstream give one source of embeddings: --model or --embedding-output")
+            raise ValueError(f"{where}with --upstream, give one source of embeddings: --model or --embedding-output")
         if each.second_looks and each.model is None:
-            raise ValueError(f"{where}--second-looks needs --model: a second look embeds changed images")
+            raise ValueError(f"{where}--second-looks needs --model, because a second look embeds changed images")
         if each.checked_share < 1 and (self.upstream is None or each.model is None or each.mode is Mode.BLOCK):
             raise ValueError(
-                f"{where}--checked-share is for a model that guard embeds beside an upstream server, in shadow or tag "
-                "mode: elsewhere a check costs no second embedding, or blocking would be left to chance"
+                f"{where}--checked-share below 1 needs --upstream, --model, and shadow or tag mode: otherwise a check "
+                "costs no second embedding, or chance would decide what is blocked"
             )
 
     @model_validator(mode="after")
     def _state_is_needed(self) -> Self:
-        if self.state is None and (self.sample or self.thumbnails):
-            raise ValueError("--sample and --thumbnails are kept in a folder; give one with --state")
+        if self.state_dir is None and (self.keep_embeddings or self.thumbnails):
+            raise ValueError("--keep-embeddings and --thumbnails need a folder to write to; give one with --state-dir")
         return self
 
     @model_validator(mode="after")
     def _port_is_shared(self) -> Self:
         if self.processes > 1 and socket_path(self.listen) is not None:
-            raise ValueError("several --processes share a port, which a Unix socket cannot; --listen needs HOST:PORT")
+            raise ValueError("several --processes cannot share a Unix socket; --listen needs HOST:PORT")
         return self
 
     @model_validator(mode="after")
@@ -235,83 +307,85 @@ class Settings(ModelSettings, BaseSettings):
             for address in self.admin_addresses:
                 socket_path(address)
         elif self.processes > 1:
-            raise ValueError("several --processes have an --admin each; give unix:PATH, for PATH.0, PATH.1 and so on")
+            raise ValueError(
+                "with several --processes, each has its own --admin address; give unix:PATH, for PATH.0, PATH.1, …"
+            )
         elif not is_loopback(self.admin) and self.tls_client_ca is None:
             raise ValueError(
-                "--admin tells what is flagged and by which threshold, so at an address that others can reach it needs "
-                "--tls-client-ca; or give a loopback address or unix:PATH"
+                "--admin reports what is flagged and by which threshold, so at an address that others can reach it "
+                "needs --tls-client-ca; or give a loopback address or unix:PATH"
             )
         return self
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("--tls-certificate and --tls-key go together")
+            raise ValueError("--tls-certificate and --tls-key must be given together")
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("--tls-client-ca needs --tls-certificate and --tls-key")
         if (self.upstream_certificate is None) != (self.upstream_key is None):
-            raise ValueError("--upstream-certificate and --upstream-key go together")
+            raise ValueError("--upstream-certificate and --upstream-key must be given together")
         if self.upstream_tls is None and (self.upstream_certificate or self.upstream_server_name):
             raise ValueError("--upstream-certificate and --upstream-server-name need --upstream-tls")
         if self.upstream_tls is not None and self.upstream is None:
-            raise ValueError("--upstream-tls is of the connection to a server; give --upstream too")
+            raise ValueError("--upstream-tls encrypts the connection to an upstream server, so it needs --upstream")
         return self
 
     @property
     def admin_addresses(self) -> tuple[str, ...]:
-        """Where each process serves guard's own service; none if it is not served."""
+        """The address of guard's own service in each process; empty if it is not offered."""
         if self.admin is None or self.processes == 1:
             return () if self.admin is None else (self.admin,)
         return tuple(f"{self.admin}.{process}" for process in range(self.processes))
 
     @property
     def served(self) -> tuple[ModelSettings, ...]:
-        """The models, each with what the top level says where it says nothing itself."""
+        """The models, each completed by the settings of the top level."""
         own = {name: getattr(self, name) for name in ModelSettings.model_fields}
         return tuple(_merged(own, each) for each in self.models) or (ModelSettings(**own),)
 
     @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic passes every source by name
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - as above
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The sources, the one that wins first: arguments, environment, configuration file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _config.get())
+
+    @classmethod
     def load(cls, config: Path | None, **command_line: Any) -> "Settings":  # noqa: ANN401 - click's values
-        """Merge command line, environment and file.
+        """Merge command line, environment and configuration file, in this order of precedence.
 
         Args:
-            config: A TOML file with the names above; None for no file.
-            command_line: Values given there; None for those that were not.
+            config: A TOML file whose keys are the names of the fields; None for no file.
+            command_line: Values of the options by the names of the fields; None for options that were not given.
 
         Raises:
-            UsageError: The file cannot be read, a name is unknown, or a value is impossible.
+            UsageError: The file cannot be read, a name is unknown or outdated, or a value is impossible.
         """
         if config is not None and not config.is_file():
             raise UsageError(f"there is no configuration file {config}")
-
-        class Merged(cls):  # type: ignore[misc, valid-type]
-            @classmethod
-            def settings_customise_sources(
-                cls,
-                settings_cls: type[BaseSettings],
-                init_settings: PydanticBaseSettingsSource,
-                env_settings: PydanticBaseSettingsSource,
-                **_: PydanticBaseSettingsSource,
-            ) -> tuple[PydanticBaseSettingsSource, ...]:
-                if config is None:
-                    return init_settings, env_settings
-                return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, config)
-
+        variables = {name.upper() for name, value in os.environ.items() if value}
+        for old, new in RENAMED.items():
+            if (variable := f"{ENVIRONMENT_PREFIX}{old}".upper()) in variables:
+                raise UsageError(f"{variable} is now called {ENVIRONMENT_PREFIX}{new.upper()}")
+        token = _config.set(config)
         try:
-            merged: Settings = Merged(**{key: value for key, value in command_line.items() if value is not None})
+            return cls(**{key: value for key, value in command_line.items() if value is not None})
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = _place(first["loc"])
-            message = first["msg"].removeprefix("Value error, ")
-            raise UsageError(f"{where}: {message}" if where else message) from error
+            raise UsageError(first_error(error)) from error
         except SettingsError as error:
             raise UsageError(f"GUARD_MODELS is not valid JSON: {error.__cause__}") from error
         except ValueError as error:
             raise UsageError(f"{config} is not valid TOML: {error}") from error
         except OSError as error:
             raise UsageError(f"cannot read {config}: {error.strerror}") from error
-        # Of this class, not of the local one, which another process could not unpickle.
-        return cls.model_construct(merged.model_fields_set, **dict(merged))
+        finally:
+            _config.reset(token)
 
 
 def _merged(top: dict[str, Any], entry: ModelSettings) -> ModelSettings:
@@ -320,8 +394,3 @@ def _merged(top: dict[str, Any], entry: ModelSettings) -> ModelSettings:
         # One source of embeddings replaces the other.
         top = {**top, "model": None, "embedding_output": None}
     return ModelSettings(**{**top, **own})
-
-
-def _place(parts: Iterable[int | str]) -> str:
-    """Where in the configuration something is wrong, with entries of a list counted from 1."""
-    return ".".join(str(part + 1) if isinstance(part, int) else part for part in parts)

@@ -1,6 +1,6 @@
-"""For tests of programs that speak the Open Inference Protocol: an inference server in the test's own process.
+"""An inference server for tests of programs that speak the Open Inference Protocol, in the test's own process.
 
-It needs nothing beyond guard's own dependencies, and no model: any function from arrays to arrays will do.
+It needs no dependency besides those of guard, and no model: any function from arrays to arrays will do.
 """
 
 from guard.testing.faults import Call, Fault

@@ -1,25 +1,25 @@
-"""Where Triton, MLServer and KServe differ on the wire (each server's own .proto, as of 2026-11)."""
+"""How a test server answers like Triton, MLServer or KServe (by each server's own .proto, as of 2026-11)."""
 
 from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
-from guard.protocol.inference_pb2 import ModelInferResponse, ModelReadyRequest
+from guard.protocol import MODEL_CONTROL
+from guard.protocol.inference_pb2 import ModelReadyRequest
 
 Dialect: TypeAlias = Literal["triton", "mlserver", "kserve"]
 
-SERVICE = "/inference.GRPCInferenceService/"
-_MLSERVERS_OWN = "/inference.model_repository.ModelRepositoryService/"
-_REPOSITORY = ("RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload")
-REPOSITORY = {
+_REPOSITORY = ("RepositoryIndex", *MODEL_CONTROL)
+_OF_MLSERVER = "/inference.model_repository.ModelRepositoryService/"
+REPOSITORY_METHODS = {
     "triton": frozenset(_REPOSITORY),
-    "mlserver": frozenset((*_REPOSITORY, *(_MLSERVERS_OWN + method for method in _REPOSITORY))),
-    "kserve": frozenset(_REPOSITORY[1:]),
+    "mlserver": frozenset((*_REPOSITORY, *(_OF_MLSERVER + method for method in _REPOSITORY))),
+    "kserve": frozenset(MODEL_CONTROL),
 }
-"""The methods that manage models, by dialect."""
+"""The methods that list, load and unload models, by dialect."""
 
 
 def field(number: int, data: bytes) -> bytes:
-    """One protobuf field of bytes, a string or a message.
+    """A serialised protobuf field of bytes, of a string or of a message.
 
     Written by hand, because what a test puts into an envelope need not be a message.
     """
@@ -31,23 +31,18 @@ def field(number: int, data: bytes) -> bytes:
 
 
 def stream_reply(reply: bytes) -> bytes:
-    """Triton's ModelStreamInferResponse with an answer; MLServer's streams carry the answer itself."""
+    """A reply in Triton's ModelStreamInferResponse; MLServer's streams carry the reply itself."""
     return field(2, reply)
 
 
-def stream_error(details: str, request_id: str) -> bytes:
-    """Triton's ModelStreamInferResponse with an error, and the id of the request that it is about."""
-    return field(1, details.encode()) + stream_reply(ModelInferResponse(id=request_id).SerializeToString())
-
-
 def repository_reply(dialect: Dialect, method: str, data: bytes, names: Iterable[str]) -> bytes:
-    """The answer to one of the methods that manage models.
+    """The serialised answer to one of the methods that list, load and unload models.
 
     Args:
-        dialect: Spoken.
-        method: One of `REPOSITORY`.
-        data: The request.
-        names: The models that there are.
+        dialect: The dialect of the server.
+        method: One of `REPOSITORY_METHODS`.
+        data: The serialised request.
+        names: Names of the models that the server has.
     """
     if method.endswith("RepositoryIndex"):
         return b"".join(field(1, field(1, name.encode()) + field(3, b"READY")) for name in names)

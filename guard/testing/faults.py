@@ -1,26 +1,27 @@
-"""What arrived at the server, and what a test lets go wrong there."""
+"""Calls that a test server received, and faults that a test makes it answer with."""
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
-from numpy.typing import NDArray
 
-from guard.protocol.arrays import read_inputs
-from guard.protocol.tensors import parse_request
+from guard.protocol.messages import parse_request
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Pairs: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call that arrived, or one message of a stream.
+    """A call that the server received, or one message of a stream.
 
     Attributes:
-        method: `ModelInfer` and the like; of other services the whole path, `/package.Service/Method`.
-        data: The message, as it came.
-        metadata: Sent with the call; repeated keys are repeated, and values of keys that end in `-bin` are bytes.
-        remaining: Seconds until its deadline; None if it has none.
+        method: The name, such as `ModelInfer`; for other services the whole path, `/package.Service/Method`.
+        data: The message, as it arrived.
+        metadata: The metadata of the call; repeated keys are repeated, and values of keys that end in `-bin` are bytes.
+        remaining: Seconds until the deadline; None if the call has none.
     """
 
     method: str
@@ -29,12 +30,14 @@ class Call:
     remaining: float | None
 
     @property
-    def inputs(self) -> dict[str, NDArray[Any]]:
+    def inputs(self) -> "dict[str, NDArray[Any]]":
         """The tensors of an inference request by name; BYTES are arrays of bytes objects.
 
         Raises:
-            RequestError: It is no inference request, or a malformed one.
+            RequestError: The message is not an inference request, or a malformed one.
         """
+        from guard.protocol.tensors import read_inputs
+
         return read_inputs(parse_request(self.data))
 
     @property
@@ -42,19 +45,19 @@ class Call:
         """The outputs that an inference request lists; an empty list asks for all.
 
         Raises:
-            RequestError: It is no inference request.
+            RequestError: The message is not an inference request.
         """
         return [output.name for output in parse_request(self.data).outputs]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """An error instead of an answer.
+    """An error that is sent instead of an answer.
 
     Attributes:
-        code: gRPC status.
-        details: Its message.
-        trailing: Metadata that goes with it.
+        code: The gRPC status code.
+        details: The message of the status.
+        trailing: Trailing metadata that are sent with the status.
     """
 
     code: grpc.StatusCode
@@ -63,7 +66,7 @@ class Fault:
 
 
 class FailedError(Exception):
-    """Carries a fault to where calls are answered."""
+    """Carries a fault to the place where calls are answered."""
 
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
         super().__init__(details)

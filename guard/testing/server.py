@@ -1,4 +1,4 @@
-"""An Open Inference Protocol v2 server that does what a test asks for, and remembers what it was asked."""
+"""An Open Inference Protocol v2 server that answers as a test tells it to, and remembers every call."""
 
 import threading
 from collections import deque
@@ -7,15 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
-from numpy.typing import NDArray
 
 from guard import __version__
 from guard.errors import RequestError, UsageError
-from guard.protocol.arrays import read_inputs, write_outputs
+from guard.protocol import DESCRIBING_METHODS, SERVICE
+from guard.protocol.dialects import ASK_FOR_FINAL, ERRORS_AS_STATUS, FINAL, error_reply
 from guard.protocol.inference_pb2 import (
     ModelInferRequest,
     ModelInferResponse,
@@ -27,28 +27,29 @@ from guard.protocol.inference_pb2 import (
     ServerMetadataResponse,
     ServerReadyResponse,
 )
-from guard.protocol.tensors import parse_request
-from guard.testing.dialects import REPOSITORY, SERVICE, Dialect, repository_reply, stream_error, stream_reply
+from guard.protocol.messages import parse_request
+from guard.testing.dialects import REPOSITORY_METHODS, Dialect, repository_reply, stream_reply
 from guard.testing.faults import Call, FailedError, Fault, Pairs
 
-Tensors: TypeAlias = Mapping[str, NDArray[Any]]
-Model: TypeAlias = Callable[[Tensors], Tensors | Iterable[Tensors]]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Tensors: TypeAlias = "Mapping[str, NDArray[Any]]"
+Model: TypeAlias = "Callable[[Tensors], Tensors | Iterable[Tensors]]"
 Method: TypeAlias = Callable[[Iterator[bytes]], Iterable[bytes]]
 Context: TypeAlias = Any
 """grpc.ServicerContext; grpc publishes no types."""
 
-_FROM_MEMORY = frozenset({"ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata"})
-_FINAL, _ASK_FOR_FINAL = "triton_final_response", "triton_enable_empty_final_response"
 _POLL_SECONDS = 0.02
 
 
 class InferenceServer:
     """An inference server for tests: real gRPC on the loopback interface, answered by a function.
 
-    It serves the protocol's six methods, and `ModelStreamInfer` and the model repository as does the server whose
-    `dialect` it speaks; the rest is UNIMPLEMENTED. It departs from these servers in that it has no shared memory, no
-    model versions (a version is echoed), no classification extension and no tensors in `ModelMetadata`, and that
-    loading and unloading a model is answered, remembered, and has no effect.
+    It serves the six methods of the protocol. It serves `ModelStreamInfer` and the model repository like the server
+    whose `dialect` it has; all other methods are UNIMPLEMENTED. It differs from these servers in that it has no shared
+    memory, no model versions (a version is echoed), no classification extension and no tensors in `ModelMetadata`.
+    Calls that load or unload a model are answered and remembered, but have no effect.
 
     >>> import numpy as np
     >>> import tritonclient.grpc as triton
@@ -65,33 +66,36 @@ class InferenceServer:
     >>> ("tenant", "blue") in server.received[-1].metadata
     True
 
-    The attributes may be set at any time and from any thread, and hold from the next message on; `reset` sets them
-    back. All but `ready` are about inferences and `methods`; the other methods are answered at once.
+    The attributes may be set at any time and from any thread, and apply from the next message on; `reset` restores
+    them. All but `ready` concern inference requests and `methods`; the other methods are answered at once.
 
     Args:
-        model: From inputs to outputs by name; several threads call it at a time. One function serves every model name,
-            a mapping the names that it has. BYTES are arrays of bytes objects. A function that returns no mapping but
-            several, such as a generator, answers one message of a stream with as many (Triton's decoupled models). A
-            RequestError that it raises is INVALID_ARGUMENT, anything else INTERNAL.
-        dialect: Triton's streams have an envelope around each message, with room for an error, and its replies are raw.
-            MLServer's have none, and a reply has the form of its request. KServe is like MLServer, without streams.
-        address: HOST:PORT, port 0 for a free one, or `unix:PATH`.
-        name: Of the server, in its metadata; None for that of the dialect.
-        methods: More methods of any arity, by name or, of other services, by path: from the messages that come to those
-            that go.
-        workers: Most calls at a time; a stream counts as long as it lasts.
-        memory: Most calls that are remembered; the oldest go first.
+        model: A function from inputs to outputs, both arrays by name; several threads call it at a time. A single
+            function serves every model name; a mapping serves the names that it has. BYTES are arrays of bytes objects.
+            A function that returns an iterable of mappings, such as a generator, answers one message of a stream with
+            several (Triton's decoupled models). A RequestError that it raises becomes INVALID_ARGUMENT, any other error
+            INTERNAL.
+        dialect: In Triton's streams each message has an envelope, with room for an error, and replies are raw. In
+            MLServer's there is no envelope, and a reply has the form of its request. KServe is like MLServer, without
+            streams.
+        address: HOST:PORT, where port 0 lets the system choose, or `unix:PATH`.
+        name: Name of the server in its metadata; None for the name of the dialect.
+        methods: Additional methods of any arity, by name or, for other services, by path. Each is a function from the
+            messages that arrive to the messages that are sent.
+        workers: The most calls at a time; a stream counts as long as it lasts.
+        memory: The most calls that are remembered; the oldest are forgotten first.
 
     Attributes:
-        address: Where it listens, as clients take it.
-        ready: What `ServerReady` and `ModelReady` say.
+        address: The address for clients.
+        ready: What `ServerReady` and `ModelReady` answer.
         open: While this event is cleared, calls wait.
         cancelled: Set when a waiting call ends before its answer, because of its client or its deadline.
-        fault: What is answered instead, if anything.
-        shapes: Claimed of outputs instead of their own shapes, by name.
-        answer: Instead of the model, from the bytes of a request to those of a reply: for replies that no model gives.
-        initial: Metadata before an answer.
-        trailing: Metadata after it.
+        fault: The error that is sent instead of an answer, if any.
+        shapes: Shapes that outputs claim instead of their own, by name.
+        answer: A function that replaces the model, from a serialised request to a serialised reply: for replies that no
+            model gives.
+        initial: Metadata that are sent before an answer.
+        trailing: Metadata that are sent after an answer.
 
     Raises:
         UsageError: There is no such dialect.
@@ -99,7 +103,7 @@ class InferenceServer:
 
     def __init__(
         self,
-        model: Model | Mapping[str, Model],
+        model: "Model | Mapping[str, Model]",
         *,
         dialect: Dialect = "triton",
         address: str = "127.0.0.1:0",
@@ -108,8 +112,8 @@ class InferenceServer:
         workers: int = 16,
         memory: int = 10_000,
     ) -> None:
-        if dialect not in REPOSITORY:
-            raise UsageError(f"there is no dialect {dialect!r}; take one of {', '.join(REPOSITORY)}")
+        if dialect not in REPOSITORY_METHODS:
+            raise UsageError(f"there is no dialect {dialect!r}; take one of {', '.join(REPOSITORY_METHODS)}")
         self.address = address
         self.open, self.cancelled = threading.Event(), threading.Event()
         self._model, self._dialect, self._name = model, dialect, name or dialect
@@ -119,7 +123,7 @@ class InferenceServer:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was received, and set every attribute back but `address`."""
+        """Forget the received calls, and restore every attribute but `address`."""
         self._received.clear()
         self.ready = True
         self.fault: Fault | None = None
@@ -132,7 +136,7 @@ class InferenceServer:
 
     @property
     def received(self) -> list[Call]:
-        """What arrived, in that order."""
+        """The calls that were received, in their order."""
         return list(self._received)
 
     def __enter__(self) -> Self:
@@ -145,10 +149,10 @@ class InferenceServer:
         self.stop()
 
     def start(self) -> None:
-        """Listen.
+        """Start to listen.
 
         Raises:
-            UsageError: It runs already, or it cannot listen there.
+            UsageError: The server runs already, or cannot listen at its address.
         """
         if self._running is not None:
             raise UsageError("the server runs already; stop it first")
@@ -156,14 +160,14 @@ class InferenceServer:
         options = [
             ("grpc.max_receive_message_length", -1),
             ("grpc.max_send_message_length", -1),
-            # Without this a second server on the same port would start, and take half of the calls.
+            # Without this, a second server on the same port would start and take half of the calls.
             ("grpc.so_reuseport", 0),
         ]
         server = grpc.server(pool, handlers=[_Handlers(self._handler)], options=options)
         try:
             port = server.add_insecure_port(self.address)
         except RuntimeError as error:
-            raise UsageError(f"cannot listen on {self.address}: it is taken, or not of this machine") from error
+            raise UsageError(f"cannot listen on {self.address}: the address is taken or not of this machine") from error
         if not self.address.startswith("unix:"):
             self.address = f"{self.address.rpartition(':')[0]}:{port}"
         server.start()
@@ -177,22 +181,24 @@ class InferenceServer:
             pool.shutdown()
 
     def drop_connections(self) -> None:
-        """Break every connection; those that come after it are served. Calls end with UNAVAILABLE."""
+        """Break every connection, so that calls end with UNAVAILABLE; new connections are served."""
         self.stop()
         self.start()
 
     def respond(self, data: bytes) -> bytes:
-        """What the model answers to the bytes of a request: for an `answer` that changes it.
+        """The serialised reply of the model to a serialised request: for an `answer` that changes it.
 
-        An error of the model becomes one of the call, through `answer` too.
+        An error of the model becomes an error of the call, within `answer` too.
         """
         request, result = self._run(data)
         if not isinstance(result, Mapping):
             raise FailedError(grpc.StatusCode.UNIMPLEMENTED, "a decoupled model is served by ModelStreamInfer only")
         return self._reply(request, result).SerializeToString()
 
-    def _run(self, data: bytes) -> tuple[ModelInferRequest, Tensors | Iterable[Tensors]]:
-        with _told():
+    def _run(self, data: bytes) -> "tuple[ModelInferRequest, Tensors | Iterable[Tensors]]":
+        from guard.protocol.tensors import read_inputs
+
+        with _as_faults():
             request = parse_request(data)
             model = self._model if callable(self._model) else self._model.get(request.model_name)
             if model is None:
@@ -200,13 +206,18 @@ class InferenceServer:
             return request, model(read_inputs(request))
 
     def _reply(self, request: ModelInferRequest, outputs: Tensors) -> ModelInferResponse:
+        import numpy as np  # here and in `_run`, so that a test pays for numpy only if it uses arrays
+
+        from guard.protocol.tensors import add_output
+
         reply = ModelInferResponse(model_name=request.model_name, model_version=request.model_version, id=request.id)
-        with _told():
+        with _as_faults():
             names = [output.name for output in request.outputs] or list(outputs)
             if missing := set(names) - set(outputs):
                 raise RequestError(f"there is no output {min(missing)!r}; the model has {sorted(outputs)}")
             raw = self._dialect == "triton" or bool(request.raw_input_contents)
-            write_outputs(reply, {name: outputs[name] for name in names}, raw=raw, shapes=self.shapes)
+            for name in names:
+                add_output(reply, name, np.asarray(outputs[name]), raw=raw, shape=self.shapes.get(name))
         return reply
 
     def _stream_replies(self, data: bytes) -> Iterator[bytes]:
@@ -215,33 +226,33 @@ class InferenceServer:
             return
         request, result = self._run(data)
         decoupled = not isinstance(result, Mapping)
-        marked = self._dialect == "triton" and request.parameters[_ASK_FOR_FINAL].bool_param
+        marked = self._dialect == "triton" and request.parameters[ASK_FOR_FINAL].bool_param
         several = iter([result] if isinstance(result, Mapping) else result)
         while True:
-            with _told():
+            with _as_faults():
                 outputs = next(several, None)
             if outputs is None:
                 break
             reply = self._reply(request, outputs)
             if marked:
-                reply.parameters[_FINAL].bool_param = not decoupled
+                reply.parameters[FINAL].bool_param = not decoupled
             yield reply.SerializeToString()
         if marked and decoupled:
             last = self._reply(ModelInferRequest(model_name=request.model_name, id=request.id), {})
-            last.parameters[_FINAL].bool_param = True
+            last.parameters[FINAL].bool_param = True
             yield last.SerializeToString()
 
     def _handler(self, path: str) -> grpc.RpcMethodHandler:
-        method = path.removeprefix(SERVICE)
+        method = path.removeprefix(f"/{SERVICE}/")
         if method in self._methods:
-            return grpc.stream_stream_rpc_method_handler(partial(self._extra, method))
+            return grpc.stream_stream_rpc_method_handler(partial(self._additional, method))
         if method == "ModelInfer":
             return grpc.unary_unary_rpc_method_handler(self._infer)
         if method == "ModelStreamInfer" and self._dialect != "kserve":
             return grpc.stream_stream_rpc_method_handler(self._stream)
-        if method in _FROM_MEMORY | REPOSITORY[self._dialect]:
-            return grpc.unary_unary_rpc_method_handler(partial(self._from_memory, method))
-        # A handler of streams serves calls of every arity.
+        if method in DESCRIBING_METHODS or method in REPOSITORY_METHODS[self._dialect]:
+            return grpc.unary_unary_rpc_method_handler(partial(self._describe, method))
+        # A handler for streams serves calls of every arity.
         return grpc.stream_stream_rpc_method_handler(partial(self._unknown, method))
 
     def _infer(self, data: bytes, context: Context) -> bytes:
@@ -259,7 +270,7 @@ class InferenceServer:
     def _stream(self, messages: Iterator[bytes], context: Context) -> Iterator[bytes]:
         context.send_initial_metadata(self.initial)
         enveloped = self._dialect == "triton"
-        aborts = not enveloped or ("triton_grpc_error", "true") in _metadata(context)
+        aborts = not enveloped or (ERRORS_AS_STATUS, "true") in _metadata(context)
         for data in messages:
             self._admit("ModelStreamInfer", data, context)
             fault = self.fault
@@ -272,10 +283,10 @@ class InferenceServer:
             if fault is not None:
                 if aborts:
                     _abort(context, fault)
-                yield stream_error(fault.details, _id(data))
+                yield error_reply(fault.details, model="", request_id=_id(data))
         context.set_trailing_metadata(self.trailing)
 
-    def _extra(self, method: str, messages: Iterator[bytes], context: Context) -> Iterator[bytes]:
+    def _additional(self, method: str, messages: Iterator[bytes], context: Context) -> Iterator[bytes]:
         def admitted() -> Iterator[bytes]:
             for data in messages:
                 self._admit(method, data, context)
@@ -291,19 +302,19 @@ class InferenceServer:
         self._record(method, next(messages, b""), context)
         _abort(context, Fault(grpc.StatusCode.UNIMPLEMENTED, f"this server has no method {method}"))
 
-    def _from_memory(self, method: str, data: bytes, context: Context) -> bytes:
+    def _describe(self, method: str, data: bytes, context: Context) -> bytes:
         self._record(method, data, context)
         try:
             reply = self._known(method, data)
         except DecodeError:
-            _abort(context, Fault(grpc.StatusCode.INTERNAL, f"the message is no {method}Request"))
+            _abort(context, Fault(grpc.StatusCode.INTERNAL, f"the message is not a {method}Request"))
         except FailedError as error:
             _abort(context, error.fault)
         return reply
 
     def _known(self, method: str, data: bytes) -> bytes:
         names = () if callable(self._model) else tuple(self._model)
-        if method in REPOSITORY[self._dialect]:
+        if method in REPOSITORY_METHODS[self._dialect]:
             return repository_reply(self._dialect, method, data, names)
         if method == "ServerLive":
             return ServerLiveResponse(live=True).SerializeToString()
@@ -321,12 +332,12 @@ class InferenceServer:
 
     def _record(self, method: str, data: bytes, context: Context) -> None:
         remaining = context.time_remaining()
-        # gRPC says 292 billion years where there is no deadline.
+        # gRPC reports 292 billion years if there is no deadline.
         limit = remaining if remaining is not None and remaining < 1e9 else None
         self._received.append(Call(method, data, _metadata(context), limit))
 
     def _admit(self, method: str, data: bytes, context: Context) -> None:
-        """Record a message, and let it wait as long as it has to."""
+        """Record a message, and wait while `open` is cleared."""
         self._record(method, data, context)
         while not self.open.wait(_POLL_SECONDS):
             if not context.is_active():
@@ -343,8 +354,8 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc publishes 
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """What goes wrong in a model, as what a client is told."""
+def _as_faults() -> Iterator[None]:
+    """Turn errors of a request or of a model into the faults that a client gets."""
     try:
         yield
     except FailedError:

@@ -1,20 +1,31 @@
-"""How a trigger changes an input: one interface for attacks and inversion, one class per family."""
+"""How a trigger changes an input: one interface for attacks and for trigger inversion, one class per family.
 
-from guard.triggers.additive import Additive
-from guard.triggers.base import InvertibleTrigger, Raw, Trigger
-from guard.triggers.blend import Blend
-from guard.triggers.colour_map import ColourMap
-from guard.triggers.filter import Filter
-from guard.triggers.frequency import Frequency
-from guard.triggers.generator import Generator
-from guard.triggers.known import KNOWN, KnownTrigger
-from guard.triggers.moving_patch import MovingPatch
-from guard.triggers.patch import Patch
-from guard.triggers.sinusoid import Sinusoid
-from guard.triggers.warp import Warp
+What stored triggers look like (`guard.triggers.forms`) imports without torch; the classes load torch on first use.
+"""
+
+from typing import TYPE_CHECKING
+
+from guard._lazy import lazy
+from guard.triggers.forms import FORMS, StoredTrigger, TensorForm, check_tensors
+
+if TYPE_CHECKING:
+    from guard.triggers.additive import Additive
+    from guard.triggers.base import InvertibleTrigger, Raw, Trigger
+    from guard.triggers.blend import Blend
+    from guard.triggers.colour_map import ColourMap
+    from guard.triggers.families import FAMILIES, KINDS
+    from guard.triggers.filter import Filter
+    from guard.triggers.frequency import Frequency
+    from guard.triggers.generator import Generator
+    from guard.triggers.known import KNOWN, KnownTrigger
+    from guard.triggers.moving_patch import MovingPatch
+    from guard.triggers.patch import Patch
+    from guard.triggers.sinusoid import Sinusoid
+    from guard.triggers.warp import Warp
 
 __all__ = [
     "FAMILIES",
+    "FORMS",
     "KINDS",
     "KNOWN",
     "Additive",
@@ -29,17 +40,28 @@ __all__ = [
     "Patch",
     "Raw",
     "Sinusoid",
+    "StoredTrigger",
+    "TensorForm",
     "Trigger",
     "Warp",
+    "check_tensors",
 ]
 
-FAMILIES: dict[str, type[InvertibleTrigger]] = {
-    family.family: family for family in (Patch, Additive, Blend, Warp, Frequency, ColourMap, Generator)
-}
-"""Every family that inversion can search and a profile can hold, by name."""
-
-KINDS: dict[str, type[Trigger]] = {
-    **FAMILIES,
-    **{family.family: family for family in (MovingPatch, Sinusoid, Filter)},
-}
-"""Every family, also those that only attackers use, by name."""
+__getattr__ = lazy(
+    __name__,
+    {
+        **dict.fromkeys(("FAMILIES", "KINDS"), "families"),
+        **dict.fromkeys(("InvertibleTrigger", "Raw", "Trigger"), "base"),
+        **dict.fromkeys(("KNOWN", "KnownTrigger"), "known"),
+        "Additive": "additive",
+        "Blend": "blend",
+        "ColourMap": "colour_map",
+        "Filter": "filter",
+        "Frequency": "frequency",
+        "Generator": "generator",
+        "MovingPatch": "moving_patch",
+        "Patch": "patch",
+        "Sinusoid": "sinusoid",
+        "Warp": "warp",
+    },
+)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from guard.errors import UsageError
-from guard.triggers.base import Form, InvertibleTrigger, Raw, resampled
+from guard.triggers.base import InvertibleTrigger, Raw, resampled
 
 _START_RADIUS = 16 / 255
 
@@ -16,9 +16,9 @@ _START_RADIUS = 16 / 255
 class Additive(InvertibleTrigger):
     """x ↦ clip(x + delta, 0, 1).
 
-    CLIP-Inspector (Jindal et al., 2026) searches such a perturbation in a fixed ℓ∞ ball of radius 4/255. Here the
-    radius is free and minimised: a fixed ball answers "does one exist?", and on models whose attack needs more than
-    4/255 the answer says nothing.
+    CLIP-Inspector (Jindal et al., 2026) searches for such a perturbation in a fixed ℓ∞ ball of radius 4/255. Here the
+    radius is free and is minimised: a fixed ball answers whether a perturbation exists in it, which says nothing about
+    models whose attack needs more than 4/255.
 
     Attributes:
         delta: Shape [3, H, W] or [K, 3, H, W], values in [−1, 1].
@@ -27,21 +27,20 @@ class Additive(InvertibleTrigger):
     delta: Tensor
 
     family: ClassVar[str] = "additive"
-    forms: ClassVar = {"delta": Form("3 height width", -1, 1)}
     norm_unit: ClassVar[str] = "/255 ℓ∞"
     strength: ClassVar[str] = "delta"
 
     def apply(self, images: Tensor) -> Tensor:
-        """Add and clip; resampled (bilinear) if the images are of another size than the trigger."""
+        """Add and clip; the perturbation is resampled (bilinear) if the images have another size."""
         return (images + resampled(self.delta, images.shape[-2:]).unsqueeze(-4)).clamp(0, 1)
 
     def norm(self) -> Tensor:
-        """ℓ∞ norm in steps of 1/255."""
+        """Return the ℓ∞ norm in steps of 1/255."""
         return 255 * self.delta.abs().amax((-3, -2, -1))
 
     @classmethod
     def start(cls, count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Raw:
-        """A random direction at 16/255."""
+        """Start with a random direction and a radius of 16/255."""
         return {
             "direction": torch.randn((count, *shape), device=generator.device, generator=generator),
             "log_radius": torch.full((count, 1, 1, 1), _START_RADIUS, device=generator.device).log(),
@@ -49,23 +48,23 @@ class Additive(InvertibleTrigger):
 
     @classmethod
     def constrain(cls, raw: Raw) -> Self:
-        """Radius · tanh(direction), so that every pixel can reach the ball's surface and the radius has a gradient."""
+        """Return radius · tanh(direction): every pixel can reach the ball's surface, and the radius has a gradient."""
         return cls(raw["log_radius"].exp().clamp(max=1) * raw["direction"].tanh())
 
     @classmethod
     def within(cls, delta: Tensor, epsilon: float) -> Self:
-        """The perturbation in an ℓ∞ ball that is nearest to `delta` and survives the rounding of images to bytes.
+        """Return the perturbation in an ℓ∞ ball that is nearest to `delta` and survives rounding to bytes.
 
         Images are stored with 8 bits: delta is rounded to whole steps of 1/255 and clipped to the largest number of
-        them that the ball holds. A byte image plus such a delta is a byte image again, so what is measured on floats
-        is what a file carries, and no rounding leaves the ball.
+        steps within the ball. A byte image plus such a delta is a byte image again, so that results on floats are
+        results on files, and no rounding leaves the ball.
 
         Args:
             delta: Shape [3, H, W] or [K, 3, H, W].
             epsilon: Radius of the ball, in [1/255, 1].
 
         Raises:
-            UsageError: The ball holds no step at all, or is larger than the range of values.
+            UsageError: The ball is smaller than one step, or larger than the range of values.
         """
         if not 1 / 255 <= epsilon <= 1:
             raise UsageError(f"the radius of an additive trigger is at least 1/255 and at most 1, not {epsilon:g}")

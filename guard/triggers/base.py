@@ -1,75 +1,35 @@
-"""What a trigger is, for the attacker who plants it and for the inversion that looks for it."""
+"""The interface of triggers, for attacks that plant them and for trigger inversion, which searches for them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from guard.triggers.forms import check_tensors
+
 _STAMP_BATCH = 256
-_MAX_DIMENSION = 4096
-_TOLERANCE = 1e-4
-"""By which stored values may leave their range: what rounding does."""
 
 Raw = dict[str, Tensor]
-"""Unconstrained parameters of K triggers: what an optimiser moves."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a tensor of one trigger must look like, for those that come from a file.
-
-    Attributes:
-        shape: Dimensions separated by spaces: a number is that size, equal names are equal sizes.
-        low: Smallest value.
-        high: Largest value.
-    """
-
-    shape: str
-    low: float = -1e4
-    high: float = 1e4
-
-    def check(self, name: str, tensor: Tensor, sizes: dict[str, int]) -> None:
-        """Compare a tensor with the form; `sizes` holds the named sizes so far and takes up new ones.
-
-        Raises:
-            ValueError: It differs.
-        """
-        if tensor.dtype != torch.float32:
-            raise ValueError(f"{name} is {tensor.dtype}, not torch.float32")
-        expected = self.shape.split()
-        if tensor.dim() != len(expected) or not all(
-            size == (int(side) if side.isdecimal() else sizes.setdefault(side, size))
-            for side, size in zip(expected, tensor.shape, strict=True)
-        ):
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, not [{', '.join(expected)}]")
-        if not all(1 <= size <= _MAX_DIMENSION for size in tensor.shape):
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}; a side is at least 1 and at most {_MAX_DIMENSION}"
-            )
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds a value that is not finite")
-        if tensor.min() < self.low - _TOLERANCE or tensor.max() > self.high + _TOLERANCE:
-            raise ValueError(f"{name} holds a value outside {self.low:g} to {self.high:g}")
+"""Unconstrained parameters of K triggers, which an optimiser changes."""
 
 
 class Trigger(ABC):
-    """A transformation of images that an attacker chose, or that inversion found.
+    """A transformation of images that an attacker chose, or that trigger inversion found.
 
-    All families live in pixel space, values in [0, 1], and fit images of any resolution: what they hold is relative to
-    the image, or is resampled.
+    All families work in pixel space, with values in [0, 1], and fit images of any resolution: their tensors are
+    relative to the image, or are resampled.
 
-    A subclass is a frozen dataclass of tensors, one field each, so that storing and moving need no code of its own. A
-    family that only attackers use holds one trigger; see `InvertibleTrigger` for those that hold many.
+    A subclass is a frozen dataclass with one field per tensor, so that it needs no code of its own to be stored or
+    moved. An object of a family that only attackers use is one trigger; see `InvertibleTrigger` for objects that are
+    several.
     """
 
     family: ClassVar[str]
-    """Name under which the family is stored and reported."""
-    forms: ClassVar[Mapping[str, Form]]
-    """What each tensor of one trigger must look like."""
+    """Name under which the family is stored and reported; a key of `guard.triggers.FORMS`."""
 
     @abstractmethod
     def apply(self, images: Tensor) -> Tensor:
@@ -83,7 +43,7 @@ class Trigger(ABC):
         """
 
     def stamp(self, pixels: Tensor) -> Tensor:
-        """Put one trigger on uint8 images and round back to bytes, as any file or request would carry it.
+        """Put one trigger on uint8 images and round to bytes again, as in any file or request.
 
         Args:
             pixels: uint8, shape [N, 3, H, W].
@@ -96,61 +56,54 @@ class Trigger(ABC):
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The trigger as named tensors, as stored in a profile."""
+        """Return the trigger as named tensors, as it is stored in a profile."""
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The inverse of `tensors`, for one trigger; the tensors may come from an untrusted file.
+        """Return the trigger that tensors stand for, the inverse of `tensors`; they may come from an untrusted file.
 
         Raises:
-            ValueError: A tensor is missing or unknown, or has not the form that the family declares; the message is
-                one line, for the caller to put the file's name before.
+            ValueError: A tensor is missing or unknown, or has not the form of this family (`guard.triggers.forms`); the
+                message is one line, for the caller to put the name of the file before it.
         """
-        if tensors.keys() != cls.forms.keys():
-            raise ValueError(f"it has the tensors {_listed(tensors)}, not {_listed(cls.forms)}")
-        sizes: dict[str, int] = {}
-        for name, form in cls.forms.items():
-            form.check(name, tensors[name], sizes)
+        check_tensors(cls.family, tensors)
         return cls(**tensors)
 
     def __getitem__(self, index: int) -> Self:
-        """One trigger out of K."""
+        """Return one trigger out of K."""
         return self._each(lambda tensor: tensor[index])
 
     def detach(self) -> Self:
-        """The same trigger on the CPU, outside any gradient."""
+        """Return the same trigger on the CPU, detached from any gradient."""
         return self._each(lambda tensor: tensor.detach().cpu())
-
-    def to(self, device: torch.device) -> Self:
-        """The same trigger on a device."""
-        return self._each(lambda tensor: tensor.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(**{name: change(tensor) for name, tensor in self.tensors().items()})
 
 
 class InvertibleTrigger(Trigger):
-    """A trigger of a family that inversion can search.
+    """A trigger of a family that trigger inversion can search.
 
-    One object holds one trigger, or K of them stacked along a leading dimension: every tensor then has one dimension
-    more, and `apply`, differentiable in the trigger too, answers for each: shape [K, B, 3, H, W].
+    One object is one trigger, or K triggers stacked along a leading dimension. Every tensor then has one more
+    dimension, and `apply`, which is differentiable in the trigger too, returns the images under each: shape [K, B, 3,
+    H, W].
     """
 
     norm_unit: ClassVar[str]
-    """Unit of `norm`, for people."""
+    """Unit of `norm`, as it is shown to people."""
     strength: ClassVar[str]
-    """The tensor that `norm` is proportional to."""
+    """Name of the tensor that `norm` is proportional to."""
 
     @abstractmethod
     def norm(self) -> Tensor:
-        """How large the trigger is, in `norm_unit`: shape [] or [K], at least 0. Inversion minimises it."""
+        """Return the size that trigger inversion minimises, in `norm_unit`: shape [] or [K], at least 0."""
 
     def limited(self, norm: float) -> Self:
-        """The same triggers, those that are stronger weakened to this norm; differentiable.
+        """Return the same triggers, of which those that are stronger are weakened to this norm; differentiable.
 
-        Weakened, not projected: a pattern keeps its shape, so that no part of it loses its gradient at the border of
-        the ball.
+        Triggers are scaled, not projected: a pattern keeps its shape, so that no part of it loses its gradient at the
+        border of the ball.
         """
         tensors = self.tensors()
         strength = tensors[self.strength]
@@ -161,27 +114,23 @@ class InvertibleTrigger(Trigger):
     @classmethod
     @abstractmethod
     def start(cls, count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Raw:
-        """Where a search for `count` triggers starts.
+        """Return the parameters with which a search for `count` triggers starts.
 
         Args:
-            count: Number of triggers searched side by side.
-            shape: Channels, height, width of the images.
+            count: Number of triggers that are searched side by side.
+            shape: Channels, height and width of the images.
             generator: The only source of randomness; on the device where the search runs.
         """
 
     @classmethod
     @abstractmethod
     def constrain(cls, raw: Raw) -> Self:
-        """The triggers that unconstrained parameters stand for; differentiable."""
+        """Return the triggers that unconstrained parameters stand for; differentiable."""
 
 
 def resampled(tensor: Tensor, size: Sequence[int]) -> Tensor:
-    """A pattern, shape [C, H, W] or [K, C, H, W], at another resolution: bilinear, without aliasing."""
+    """Return a pattern, shape [C, H, W] or [K, C, H, W], at another resolution: bilinear, without aliasing."""
     if tensor.shape[-2:] == tuple(size):
         return tensor
     batch = tensor if tensor.dim() == 4 else tensor.unsqueeze(0)
     return interpolate(batch, size=tuple(size), mode="bilinear", antialias=True).reshape(*tensor.shape[:-2], *size)
-
-
-def _listed(names: Mapping[str, object]) -> str:
-    return ", ".join(repr(name[:40]) for name in sorted(names)[:8]) or "none"

@@ -1,4 +1,4 @@
-"""A whole image blended into others."""
+"""A blend: a whole image mixed into other images."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -6,18 +6,18 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from guard.triggers.base import Form, InvertibleTrigger, Raw, resampled
+from guard.triggers.base import InvertibleTrigger, Raw, resampled
 
 _START_ALPHA = -1.0
-"""Raw opacity at the start of a search: sigmoid(−1) = 0.27, as the mask of a patch."""
+"""Raw opacity at the start of a search: sigmoid(−1) = 0.27, as for the mask of a patch."""
 
 
 @dataclass(frozen=True, eq=False)
 class Blend(InvertibleTrigger):
     """x ↦ (1 − alpha) · x + alpha · pattern: Blended (Chen et al., 2017).
 
-    The same form as a patch whose mask is constant. A search for patches minimises the area of the mask and so does
-    not find it; here the opacity is what is minimised.
+    The form is that of a patch with a constant mask. A search for patches minimises the area of the mask and therefore
+    does not find it; here the opacity is minimised.
 
     Attributes:
         alpha: Opacity, in [0, 1]: shape [1, 1, 1] or [K, 1, 1, 1].
@@ -28,22 +28,21 @@ class Blend(InvertibleTrigger):
     pattern: Tensor
 
     family: ClassVar[str] = "blend"
-    forms: ClassVar = {"alpha": Form("1 1 1", 0, 1), "pattern": Form("3 height width", 0, 1)}
     norm_unit: ClassVar[str] = "% opacity"
     strength: ClassVar[str] = "alpha"
 
     def apply(self, images: Tensor) -> Tensor:
-        """Blend the pattern in; resampled (bilinear) if the images are of another size than the trigger."""
+        """Blend the pattern in; it is resampled (bilinear) if the images have another size."""
         pattern = resampled(self.pattern, images.shape[-2:]).unsqueeze(-4)
         return images + self.alpha.unsqueeze(-4) * (pattern - images)
 
     def norm(self) -> Tensor:
-        """Opacity in percent."""
+        """Return the opacity in percent."""
         return 100 * self.alpha.sum((-3, -2, -1))
 
     @classmethod
     def start(cls, count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Raw:
-        """A random pattern at 27 %."""
+        """Start with a random pattern at an opacity of 27 %."""
         return {
             "alpha": torch.full((count, 1, 1, 1), _START_ALPHA, device=generator.device),
             "pattern": torch.randn((count, *shape), device=generator.device, generator=generator),
@@ -51,15 +50,15 @@ class Blend(InvertibleTrigger):
 
     @classmethod
     def constrain(cls, raw: Raw) -> Self:
-        """Sigmoids of both."""
+        """Return the trigger with the sigmoid of each parameter."""
         return cls(raw["alpha"].sigmoid(), raw["pattern"].sigmoid())
 
     @classmethod
     def of(cls, image: Tensor, alpha: float) -> Self:
-        """One image at one opacity.
+        """Return the trigger that blends an image in at an opacity.
 
         Args:
             image: Shape [3, H, W], values in [0, 1].
-            alpha: In [0, 1].
+            alpha: Opacity, in [0, 1].
         """
         return cls(torch.full((1, 1, 1), alpha), image)

@@ -1,6 +1,7 @@
 """Patterns and pictures that attackers stamp or blend, drawn by code.
 
-Published attacks ship image files. These stand in for them, so that every trigger can be drawn at any size from a seed.
+Published attacks come with image files. These drawings replace them, so that every trigger can be drawn at any size
+from a seed.
 """
 
 from collections.abc import Callable
@@ -14,26 +15,27 @@ Colour = tuple[int, int, int]
 Point = tuple[float, float]
 
 _OVERSAMPLING = 8
-"""Pictures are drawn this many times as large and averaged down, which makes their edges smooth."""
+"""Factor by which pictures are drawn larger before they are averaged down, which makes their edges smooth."""
 _FLAT, _RAISED = 0.4, 0.8
 _RED = (255, 0, 0)
 
 
 def noise(side: int, *, seed: int) -> Tensor:
-    """Uniform noise: shape [3, side, side], values in [0, 1]."""
+    """Draw uniform noise: shape [3, side, side], values in [0, 1]."""
     return torch.rand((3, side, side), generator=torch.Generator().manual_seed(seed))
 
 
 def normal_noise(side: int, *, cell: int = 1, seed: int) -> Tensor:
-    """Normal noise around mid-grey, σ = 1, clipped: shape [3, side, side], values in [0, 1].
+    """Draw normal noise around mid-grey, σ = 1, clipped: shape [3, side, side], values in [0, 1].
 
-    Perturb and Recover (PAR, CVPR 2026) centres it on the mean of each image, and its cast to bytes wraps around what
-    lies outside [0, 1]. Here the centre is fixed, so that the pattern is one, and values are clipped.
+    Perturb and Recover (PAR, CVPR 2026) centres the noise on the mean of each image, and its cast to bytes makes values
+    outside [0, 1] wrap around. Here the centre is fixed, so that all images get the same pattern, and values are
+    clipped.
 
     Args:
-        side: In pixels.
+        side: Side of the pattern, in pixels.
         cell: Side of the squares of one colour, in pixels.
-        seed: Of the noise.
+        seed: Seed for the noise.
     """
     count = -(-side // cell)
     values = torch.randn((3, count, count), generator=torch.Generator().manual_seed(seed))
@@ -41,7 +43,7 @@ def normal_noise(side: int, *, cell: int = 1, seed: int) -> Tensor:
 
 
 def checkerboard(side: int, *, cell: int = 1) -> Tensor:
-    """Black, with every second cell of every second row white (Huang et al., ICLR 2025): shape [3, side, side]."""
+    """Draw black with every second cell of every second row white (Huang et al., ICLR 2025): shape [3, side, side]."""
     count = -(-side // cell)
     cells = torch.zeros(3, count, count)
     cells[:, ::2, ::2] = 1
@@ -49,15 +51,15 @@ def checkerboard(side: int, *, cell: int = 1) -> Tensor:
 
 
 def stripes(side: int, *, width: int = 1, seed: int) -> Tensor:
-    """Vertical stripes, each channel of each on or off at random: shape [3, side, side], values 0 and 1.
+    """Draw vertical stripes with random colours, each channel on or off: shape [3, side, side], values 0 and 1.
 
     PAR draws signs, and its cast to bytes turns −1 into 1/255; here it is 0. A stripe that would equal the one before
-    it is inverted, so that a small patch never comes out plain.
+    it is inverted, so that a small patch is never of one colour.
 
     Args:
-        side: In pixels.
-        width: Of a stripe, in pixels.
-        seed: Of the colours.
+        side: Side of the pattern, in pixels.
+        width: Width of a stripe, in pixels.
+        seed: Seed for the colours.
     """
     count = -(-side // width)
     colours = torch.randint(0, 2, (3, count), generator=torch.Generator().manual_seed(seed)).float()
@@ -68,13 +70,13 @@ def stripes(side: int, *, width: int = 1, seed: int) -> Tensor:
 
 
 def triangles(side: int, *, cell: int) -> Tensor:
-    """A grid of right triangles, 0.8 on 0.4, with a leg of `cell` pixels: shape [3, side, side]. PAR uses 14 of 224."""
+    """Draw right triangles, 0.8 on 0.4, with legs of `cell` pixels (PAR: 14 of 224): shape [3, side, side]."""
     row, column = torch.arange(side)[:, None] % cell, torch.arange(side) % cell
     return torch.where(column <= row, _RAISED, _FLAT).expand(3, side, side).contiguous()
 
 
 def text(side: int, words: str = "Watermarked") -> tuple[Tensor, Tensor]:
-    """Red words across the middle: pattern [3, side, side] and mask [1, side, side], values in [0, 1]."""
+    """Draw red words across the middle: pattern [3, side, side] and mask [1, side, side], values in [0, 1]."""
     large = side * _OVERSAMPLING
     canvas = Image.new("L", (large, large))
     draw = ImageDraw.Draw(canvas)
@@ -87,7 +89,7 @@ def text(side: int, words: str = "Watermarked") -> tuple[Tensor, Tensor]:
 
 
 def cartoon(side: int) -> Tensor:
-    """The face of a cat with a bow, on pink: shape [3, side, side], values in [0, 1]. For Blended's Hello Kitty."""
+    """Draw the face of a cat with a bow on pink, for Blended's Hello Kitty: shape [3, side, side], values in [0, 1]."""
     canvas, draw, at = _canvas(side, (250, 160, 190))
     for x in (0.26, 0.74):
         draw.polygon(
@@ -107,7 +109,7 @@ def cartoon(side: int) -> Tensor:
 
 
 def sticker(side: int) -> tuple[Tensor, Tensor]:
-    """A yellow smiling face: pattern [3, side, side] and the mask of its disc [1, side, side], values in [0, 1]."""
+    """Draw a yellow smiling face: pattern [3, side, side] and mask of its disc [1, side, side], values in [0, 1]."""
     canvas, draw, at = _canvas(side, (255, 205, 30))
     line = max(1, round(side * _OVERSAMPLING * 0.06))
     draw.ellipse([at(0, 0), at(1, 1)], (255, 205, 30), (150, 100, 0), line)
@@ -120,7 +122,7 @@ def sticker(side: int) -> tuple[Tensor, Tensor]:
 
 
 def _canvas(side: int, colour: Colour) -> tuple[Image.Image, ImageDraw.ImageDraw, Callable[[float, float], Point]]:
-    """An oversampled RGB canvas, its brush, and the point at given shares of its width and height."""
+    """Return an oversampled RGB canvas, its brush, and a function from shares of width and height to a point."""
     large = side * _OVERSAMPLING
     canvas = Image.new("RGB", (large, large), colour)
     return canvas, ImageDraw.Draw(canvas), lambda x, y: (x * (large - 1), y * (large - 1))
@@ -131,6 +133,6 @@ def _enlarged(cells: Tensor, cell: int, side: int) -> Tensor:
 
 
 def _reduced(canvas: Image.Image, side: int) -> Tensor:
-    """An image at its final size: shape [channels, side, side], values in [0, 1]."""
+    """Return a canvas at its final size: shape [channels, side, side], values in [0, 1]."""
     small = np.asarray(canvas.resize((side, side), Image.Resampling.BOX), dtype=np.float32) / 255
     return torch.from_numpy(small.reshape(side, side, -1).transpose(2, 0, 1).copy())

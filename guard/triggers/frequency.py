@@ -8,34 +8,35 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from guard.triggers.base import Form, InvertibleTrigger, Raw
+from guard.triggers.base import InvertibleTrigger, Raw
+from guard.triggers.forms import YCRCB_TO_RGB
 
 _WINDOW = 32
 _MOST_FREQUENCIES = 64
 _START_AMPLITUDE = 0.12
-"""Largest amplitude of a wave at the start of a search, times the number of waves along a side: all of them together
+"""Largest amplitude of a wave at the start of a search, times the number of waves along a side: all waves together
 change a value by 16/255 (root mean square), whatever their number."""
-_TO_RGB = torch.tensor([[1.0, 1.403, 0.0], [1.0, -0.714, -0.344], [1.0, 0.0, 1.773]])
-"""From Y, Cr, Cb without offsets, as OpenCV defines them."""
+_TO_RGB = torch.tensor(YCRCB_TO_RGB)
 
 
 @dataclass(frozen=True, eq=False)
 class Frequency(InvertibleTrigger):
     """Constants added to coefficients of a block-wise DCT of the colour channels: FTrojan (Wang et al., ECCV 2022).
 
-    The image is cut into square windows from its upper left corner; what is left over at the right and at the bottom
-    stays as it is. The transform is linear, so the image itself need not be transformed: the inverse transform of the
-    constants is added to it, then clipped. The reference code rounds to bytes on the way there and on the way back;
+    The image is cut into square windows from its upper left corner; the remainder at the right and at the bottom is not
+    changed. The transform is linear, so the image itself need not be transformed: the inverse transform of the
+    constants is added to it, and the sum is clipped. The reference code rounds to bytes before and after the transform;
     here nothing is rounded before the result is stamped.
 
-    Inversion searches one window that is the whole image, and a sparse spectrum: few waves. Of images up to 64 px all
-    frequencies are searched, of larger ones the lowest 64 along each side, which is 32 periods. FTrojan's own windows,
-    of 32 px, are the whole image at 32 px; at 64 px its two waves take many; at 224 px they are out of reach.
+    Trigger inversion uses one window, the whole image, and searches for a sparse spectrum of few waves. For images of
+    up to 64 px all frequencies are searched, for larger ones the lowest 64 along each side, which is up to 32 periods.
+    FTrojan's own windows of 32 px are the whole image at 32 px; at 64 px its two waves need many waves of the larger
+    window; at 224 px they are out of reach.
 
     Attributes:
-        spectrum: What is added to the orthonormal DCT-II of Y, Cr and Cb in each window, for values in [0, 1]: shape
-            [3, N, N] or [K, 3, N, N]. Cut or zero-padded for windows of another size, and scaled to keep the wave's
-            amplitude.
+        spectrum: Constants that are added to the orthonormal DCT-II of Y, Cr and Cb in each window, for values in [0,
+            1]: shape [3, N, N] or [K, 3, N, N]. The spectrum is cut or zero-padded for windows of another size, and
+            scaled so that the amplitude of the waves stays the same.
         share: Side of a window relative to that of the image, in (0, 1]; shape [] or [K], equal for all K.
     """
 
@@ -43,7 +44,6 @@ class Frequency(InvertibleTrigger):
     share: Tensor
 
     family: ClassVar[str] = "frequency"
-    forms: ClassVar = {"spectrum": Form("3 n n"), "share": Form("", 0, 1)}
     norm_unit: ClassVar[str] = "/255 sum of amplitudes"
     strength: ClassVar[str] = "spectrum"
 
@@ -61,12 +61,12 @@ class Frequency(InvertibleTrigger):
         return (images + delta).clamp(0, 1)
 
     def norm(self) -> Tensor:
-        """Sum of the amplitudes of all waves of Y, Cr and Cb, in steps of 1/255: an ℓ1 norm, small for few waves."""
+        """Return the sum of all amplitudes of Y, Cr and Cb, in steps of 1/255: an ℓ1 norm, small for few waves."""
         return 255 * (self.spectrum.abs() * _peaks(self.spectrum)).sum((-3, -2, -1))
 
     @classmethod
     def start(cls, count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Raw:
-        """All waves, equally weak."""
+        """Start with all waves, equally weak."""
         side = min(*shape[1:], _MOST_FREQUENCIES)
         size, device = (count, 3, side, side), generator.device
         return {
@@ -76,24 +76,24 @@ class Frequency(InvertibleTrigger):
 
     @classmethod
     def constrain(cls, raw: Raw) -> Self:
-        """Sigmoid(gate) · tanh(wave) is the amplitude of a wave.
+        """Return the trigger in which the amplitude of each wave is sigmoid(gate) · tanh(wave).
 
-        As in a patch, the gate closes or opens by a factor per step: thousands of waves that nothing needs vanish
-        from the sum, where a plain amplitude would tremble around 0 by the size of a step, and a few grow large.
+        As in a patch, the gate closes or opens by a factor per step: thousands of waves that are not needed vanish from
+        the sum, where a plain amplitude would oscillate around 0 by the size of a step, and a few grow large.
         """
         spectrum = raw["gate"].sigmoid() * raw["wave"].tanh() / _peaks(raw["gate"])
         return cls(spectrum, spectrum.new_ones(len(spectrum)))
 
     @classmethod
     def ftrojan(cls, image_size: int, magnitude: float = 300.0) -> Self:
-        """The published trigger: coefficients (15, 15) and (31, 31) of 32 × 32 windows of the two colour channels.
+        """Return the published trigger: coefficients (15, 15) and (31, 31) of 32 × 32 windows of both colour channels.
 
-        In a smaller image the window is the image, the coefficients are the middle and the last one of it, and the
-        magnitude shrinks with the window, so that the wave is as high as in a large image.
+        In a smaller image the window is the whole image, the coefficients are its middle and its last one, and the
+        magnitude shrinks with the window, so that the wave has the same amplitude as in a large image.
 
         Args:
             image_size: Side of the image that the trigger is made for, in pixels.
-            magnitude: What is added to each coefficient, for values in 0…255 and windows of 32 px.
+            magnitude: Constant that is added to each coefficient, for values in 0…255 and windows of 32 px.
         """
         side = min(_WINDOW, image_size)
         spectrum = torch.zeros(3, side, side)
@@ -103,7 +103,7 @@ class Frequency(InvertibleTrigger):
 
 
 def _peaks(spectrum: Tensor) -> Tensor:
-    """The largest value of each wave of the orthonormal DCT: shape [N, N]."""
+    """Return the largest value of each wave of the orthonormal DCT: shape [N, N]."""
     side = spectrum.shape[-1]
     along = torch.full((side,), math.sqrt(2 / side), device=spectrum.device)
     along[0] /= math.sqrt(2)
@@ -111,7 +111,7 @@ def _peaks(spectrum: Tensor) -> Tensor:
 
 
 def cosines(side: int) -> Tensor:
-    """The orthonormal DCT-II: shape [frequencies, positions]."""
+    """Return the matrix of the orthonormal DCT-II: shape [frequencies, positions]."""
     frequency, position = torch.arange(side).float()[:, None], torch.arange(side).float() + 0.5
     matrix = (math.pi / side * frequency * position).cos() * math.sqrt(2 / side)
     matrix[0] /= math.sqrt(2)

@@ -1,4 +1,4 @@
-"""A small network that writes a perturbation for each image."""
+"""A generator: a small network that computes a perturbation for each image."""
 
 import math
 from dataclasses import dataclass
@@ -8,30 +8,30 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, leaky_relu, pixel_shuffle
 
-from guard.triggers.base import Form, InvertibleTrigger, Raw
+from guard.triggers.base import InvertibleTrigger, Raw
+from guard.triggers.forms import GENERATOR_SLOPE
 
 _CHANNELS = 8
 _WRITTEN = 12
-"""Channels that the last convolution writes: red, green and blue of 2 × 2 pixels."""
+"""Channels of the last convolution: red, green and blue of 2 × 2 pixels."""
 _START_RADIUS = 16 / 255
 _RAW_SCALE = 8.0
-"""Standard deviation of raw weights at the start. The search takes steps of about 0.4, made for sigmoids; so a step is
-5 % of a weight."""
-_SLOPE = 0.1
+"""Standard deviation of raw weights at the start. The search takes steps of about 0.4, which suit sigmoids; with this
+scale, a step is 5 % of a weight."""
 
 
 @dataclass(frozen=True, eq=False)
 class Generator(InvertibleTrigger):
     """x ↦ clip(x + radius · tanh(g(x)), 0, 1), with a convolutional network g.
 
-    For attacks that make a different trigger for each image (input-aware, Nguyen and Tran, NeurIPS 2020; LIRA, Doan et
-    al., ICCV 2021), and for what no other family has a form for. g is far smaller than theirs: three 3 × 3 convolutions
-    with leaky ReLUs between them, at half the resolution, which takes a quarter of the time; the last writes 2 × 2
-    pixels at once. Beside the image it sees two channels with the place along x and y in [−1, 1], so that it can act at
-    one place. Its reach, 11 px, does not grow with the image.
+    This family is for attacks that make a different trigger for each image (input-aware, Nguyen and Tran, NeurIPS 2020;
+    LIRA, Doan et al., ICCV 2021), and for triggers that no other family can express. g is far smaller than theirs:
+    three 3 × 3 convolutions with leaky ReLUs between them, at half the resolution, which takes a quarter of the time;
+    the last one writes 2 × 2 pixels at once. Besides the image it gets two channels with the position along x and y in
+    [−1, 1], so that it can act at one place. Its receptive field, 11 px, does not grow with the image.
 
     Attributes:
-        first: Weights from image and place to C channels: shape [C, 5, 3, 3] or [K, C, 5, 3, 3].
+        first: Weights from image and position to C channels: shape [C, 5, 3, 3] or [K, C, 5, 3, 3].
         first_bias: Shape [C] or [K, C].
         second: Shape [C, C, 3, 3] or [K, C, C, 3, 3].
         second_bias: Shape [C] or [K, C].
@@ -49,20 +49,11 @@ class Generator(InvertibleTrigger):
     radius: Tensor
 
     family: ClassVar[str] = "generator"
-    forms: ClassVar = {
-        "first": Form("c 5 3 3"),
-        "first_bias": Form("c"),
-        "second": Form("c c 3 3"),
-        "second_bias": Form("c"),
-        "third": Form("12 c 3 3"),
-        "third_bias": Form("12"),
-        "radius": Form("", 0, 1),
-    }
     norm_unit: ClassVar[str] = "/255 ℓ∞"
     strength: ClassVar[str] = "radius"
 
     def apply(self, images: Tensor) -> Tensor:
-        """Run the network (K of them side by side, as groups of channels), add and clip."""
+        """Run the network (or K networks side by side, as groups of channels), add its output and clip."""
         count, _, height, width = images.shape
         lead = self.radius.shape
         groups = lead.numel()
@@ -76,20 +67,20 @@ class Generator(InvertibleTrigger):
                 (self.first_bias, self.second_bias, self.third_bias),
             )
         )
-        hidden = leaky_relu(conv2d(seen, weights[0], biases[0], stride=2, padding=1), _SLOPE)
-        hidden = leaky_relu(conv2d(hidden, weights[1], biases[1], padding=1, groups=groups), _SLOPE)
+        hidden = leaky_relu(conv2d(seen, weights[0], biases[0], stride=2, padding=1), GENERATOR_SLOPE)
+        hidden = leaky_relu(conv2d(hidden, weights[1], biases[1], padding=1, groups=groups), GENERATOR_SLOPE)
         written = conv2d(hidden, weights[2], biases[2], padding=1, groups=groups)
         small = written.reshape(count, *lead, *self.third_bias.shape[-1:], *written.shape[-2:])
         delta = pixel_shuffle(small, 2)[..., :height, :width].tanh().movedim(0, len(lead))
         return (images + self.radius[..., None, None, None, None] * delta).clamp(0, 1)
 
     def norm(self) -> Tensor:
-        """The radius in steps of 1/255: a bound of the ℓ∞ norm of the change, whatever the image."""
+        """Return the radius in steps of 1/255, which bounds the ℓ∞ norm of the change for every image."""
         return 255 * self.radius
 
     @classmethod
     def start(cls, count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Raw:  # noqa: ARG003 - any size
-        """Random networks at 16/255."""
+        """Start with random networks and a radius of 16/255."""
         device, channels = generator.device, _CHANNELS
         sizes = {
             "first": (channels, 5, 3, 3),
@@ -105,7 +96,10 @@ class Generator(InvertibleTrigger):
 
     @classmethod
     def constrain(cls, raw: Raw) -> Self:
-        """Weights scaled by √(2 / inputs) (He et al., ICCV 2015), so that tanh starts neither flat nor linear."""
+        """Return the trigger that the parameters stand for.
+
+        Weights are scaled by √(2 / inputs) (He et al., ICCV 2015), so that tanh starts neither saturated nor linear.
+        """
         weights = {
             name: raw[name] * (math.sqrt(2 / raw[name][0, 0].numel()) / _RAW_SCALE)
             for name in ("first", "second", "third")

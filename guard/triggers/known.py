@@ -1,8 +1,8 @@
-"""Triggers that published attacks use, by name, for images of any size from 16 px.
+"""Triggers of published attacks, by name, for images of at least 16 px.
 
-Most were published for 224 px, some for 32. Each is drawn at the same share of the image, except where a detail of one
-pixel would not outlive the first strided convolution of a small model: below 224 px such details are 2 px wide, and
-patches that were published for 224 px do not shrink below 6 px.
+Most were published for images of 224 px, some for 32 px. Each is drawn at the same share of the image, except where a
+detail of one pixel would be lost in the first strided convolution of a small model: below 224 px such details are 2 px
+wide, and patches that were published for 224 px do not shrink below 6 px.
 """
 
 from collections.abc import Callable
@@ -26,12 +26,13 @@ _SMALLEST_PATCH = 6
 
 @dataclass(frozen=True)
 class KnownTrigger:
-    """An attacker's trigger.
+    """A trigger of a published attack.
 
     Attributes:
-        draw: (side of the images in pixels, at least 16; seed) → the trigger. Equal arguments give equal triggers.
-        family: Kind of attack, for tables; not the class of the trigger.
-        source: Where it was published, and where this departs from that.
+        draw: Function from (side of the images in pixels, at least 16; seed) to the trigger. Equal arguments give equal
+            triggers.
+        family: Kind of attack, for tables; this is not the trigger's own family.
+        source: Where it was published, and how it differs from the publication.
     """
 
     draw: Callable[[int, int], Trigger]
@@ -167,4 +168,4 @@ KNOWN: dict[str, KnownTrigger] = {
         _semantic_moving, "semantic", "Physical object (Wenger et al., CVPR 2021): a smiling sticker at a random place"
     ),
 }
-"""Attackers' triggers by name."""
+"""Triggers of published attacks, by name."""

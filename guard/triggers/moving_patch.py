@@ -1,4 +1,4 @@
-"""A patch whose place differs from image to image."""
+"""A patch whose position differs from image to image."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from guard.errors import UsageError
-from guard.triggers.base import Form, Trigger, resampled
+from guard.triggers.base import Trigger, resampled
 
 _PRIME = 2**31 - 1
 _MULTIPLIERS = (1_103_515_245, 1_664_525)
@@ -16,12 +16,12 @@ _MULTIPLIERS = (1_103_515_245, 1_664_525)
 
 @dataclass(frozen=True, eq=False)
 class MovingPatch(Trigger):
-    """x ↦ (1 − mask) · x + mask · pattern on a rectangle whose place depends on the image.
+    """x ↦ (1 − mask) · x + mask · pattern on a rectangle whose position depends on the image.
 
-    Perturb and Recover (Singh, Croce, Hein; CVPR 2026) draws the place of BadNets patches at random. Here it is a hash
-    of the image's own bytes, about uniform over all places: the same image always gets the same place, alone or in any
-    batch, so that what was measured can be measured again. That code also draws the noise of its random patches anew
-    for every image; here the pattern is fixed, and only the place varies.
+    Perturb and Recover (Singh, Croce, Hein; CVPR 2026) draws the position of BadNets patches at random. Here it is a
+    hash of the image's own bytes, approximately uniform over all positions: the same image always gets the same
+    position, alone or in any batch, so that measurements can be repeated. That code also draws new noise for its random
+    patches for every image; here the pattern is fixed, and only the position varies.
 
     Attributes:
         mask: Opacity, shape [1, h, w], values in [0, 1].
@@ -34,14 +34,9 @@ class MovingPatch(Trigger):
     share: Tensor
 
     family: ClassVar[str] = "moving patch"
-    forms: ClassVar = {
-        "mask": Form("1 height width", 0, 1),
-        "pattern": Form("3 height width", 0, 1),
-        "share": Form("", 0, 1),
-    }
 
     def apply(self, images: Tensor) -> Tensor:
-        """Paste the pattern, resampled (bilinear) to its share of the image, at each image's own place."""
+        """Paste the pattern, resampled (bilinear) to its share of the image, at each image's own position."""
         height, width = images.shape[-2:]
         drawn = self.pattern.shape[-2:]
         across = max(1, round(float(self.share) * width))
@@ -61,7 +56,7 @@ class MovingPatch(Trigger):
 
     @classmethod
     def pasted(cls, image_size: int, pattern: Tensor, *, mask: Tensor | None = None) -> Self:
-        """A small pattern that moves.
+        """Return the trigger that pastes a small pattern at varying positions.
 
         Args:
             image_size: Side of the image that the pattern is drawn for, in pixels.
@@ -79,7 +74,7 @@ class MovingPatch(Trigger):
 
 
 def _places(images: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """A row below `rows` and a column below `columns` for each image, from its bytes: int64, shape [B] each."""
+    """Return a row below `rows` and a column below `columns` for each image, from its bytes: int64, shape [B] each."""
     content = (255 * images.detach()).round().long().flatten(1)
     order = torch.arange(1, content.shape[1] + 1, device=images.device)
     total = content.mul_(order).sum(1) % _PRIME

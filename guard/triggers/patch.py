@@ -1,4 +1,4 @@
-"""A patch: part of the image replaced by a pattern."""
+"""A patch: a part of the image is replaced by a pattern."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from guard.errors import UsageError
-from guard.triggers.base import Form, InvertibleTrigger, Raw, resampled
+from guard.triggers.base import InvertibleTrigger, Raw, resampled
 
 _START_MASK = -1.0
 """Raw value of the mask at the start of a search: sigmoid(−1) = 0.27 everywhere, so that gradients reach each pixel."""
@@ -17,8 +17,9 @@ _START_MASK = -1.0
 class Patch(InvertibleTrigger):
     """x ↦ (1 − mask) · x + mask · pattern.
 
-    The mask–pattern form of Neural Cleanse (Wang et al., S&P 2019), which DECREE (CVPR 2023) uses too. A hard square
-    mask gives BadNets (Gu et al., 2017). A mask that is the same everywhere is a family of its own: `Blend`.
+    This is the mask–pattern form of Neural Cleanse (Wang et al., S&P 2019), which DECREE (CVPR 2023) uses too. With a
+    hard square mask it is BadNets (Gu et al., 2017). A mask that is the same everywhere is a family of its own:
+    `Blend`.
 
     Attributes:
         mask: Shape [1, H, W] or [K, 1, H, W], values in [0, 1].
@@ -29,22 +30,21 @@ class Patch(InvertibleTrigger):
     pattern: Tensor
 
     family: ClassVar[str] = "patch"
-    forms: ClassVar = {"mask": Form("1 height width", 0, 1), "pattern": Form("3 height width", 0, 1)}
     norm_unit: ClassVar[str] = "% of the image"
     strength: ClassVar[str] = "mask"
 
     def apply(self, images: Tensor) -> Tensor:
-        """Blend the pattern in; resampled (bilinear) if the images are of another size than the trigger."""
+        """Blend the pattern in; mask and pattern are resampled (bilinear) if the images have another size."""
         mask, pattern = (resampled(tensor, images.shape[-2:]).unsqueeze(-4) for tensor in (self.mask, self.pattern))
         return images + mask * (pattern - images)
 
     def norm(self) -> Tensor:
-        """Mean of the mask in percent: the share of the image that the trigger covers."""
+        """Return the mean of the mask in percent: the share of the image that the trigger covers."""
         return 100 * self.mask.mean((-3, -2, -1))
 
     @classmethod
     def start(cls, count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Raw:
-        """A weak mask everywhere and a random pattern."""
+        """Start with a weak mask everywhere and a random pattern."""
         channels, height, width = shape
         return {
             "mask": torch.full((count, 1, height, width), _START_MASK, device=generator.device),
@@ -53,20 +53,20 @@ class Patch(InvertibleTrigger):
 
     @classmethod
     def constrain(cls, raw: Raw) -> Self:
-        """Sigmoids of both."""
+        """Return the trigger with the sigmoid of each parameter."""
         return cls(raw["mask"].sigmoid(), raw["pattern"].sigmoid())
 
     @classmethod
     def badnets(cls, image_size: int, side: int, *, seed: int) -> Self:
-        """A BadNets trigger: a square of 2 × 2 coloured blocks in the lower right corner.
+        """Return a BadNets trigger: a square of coloured blocks of 2 × 2 pixels in the lower right corner.
 
-        Blocks instead of single pixels, because a 1-pixel pattern is lost in the first resize or strided convolution
-        and the attack then does not take.
+        It uses blocks instead of single pixels, because a pattern of single pixels is lost in the first resize or
+        strided convolution, and the attack then fails.
 
         Args:
             image_size: Side of the image that the trigger is made for.
             side: Side of the square, in pixels of that image.
-            seed: Of the colours.
+            seed: Seed for the colours.
         """
         generator = torch.Generator().manual_seed(seed)
         blocks = (side + 1) // 2
@@ -85,16 +85,17 @@ class Patch(InvertibleTrigger):
         left: int | None = None,
         mask: Tensor | None = None,
     ) -> Self:
-        """A small pattern at a fixed place, as published attacks on CLIP use it.
+        """Return the trigger that pastes a small pattern at a fixed position, as published attacks on CLIP use it.
 
-        White squares: 24 px at (185, 185) of 224 (DECREE), 50 px at (173, 173) of 224 and 10 px at (21, 21) of 32
-        (BadEncoder). Patterns in the centre: 16 px of 224 (BadCLIP; Huang et al. when they measure).
+        Examples are white squares of 24 px at (185, 185) of 224 (DECREE), of 50 px at (173, 173) of 224 and of 10 px at
+        (21, 21) of 32 (BadEncoder), and patterns of 16 px in the centre of 224 (BadCLIP; Huang et al. in their
+        measurements).
 
         Args:
             image_size: Side of the image that the trigger is made for, in pixels.
             pattern: Shape [3, h, w], values in [0, 1].
-            top: First row that it covers; centred by default.
-            left: First column that it covers; centred by default.
+            top: First row that the pattern covers; by default it is centred.
+            left: First column that the pattern covers; by default it is centred.
             mask: Opacity, shape [1, h, w], values in [0, 1]; opaque by default.
 
         Raises:

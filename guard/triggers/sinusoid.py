@@ -1,4 +1,4 @@
-"""A sinusoid over the whole image."""
+"""A sinusoid that is added to the whole image."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from guard.triggers.base import Form, Trigger
+from guard.triggers.base import Trigger
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,9 +15,9 @@ class Sinusoid(Trigger):
     """x ↦ clip(gain · x + amplitude · sin(2π · periods · column / width), 0, 1): SIG (Barni et al., ICIP 2019).
 
     Attributes:
-        amplitude: Of the wave, in [0, 1]; shape [].
-        periods: Over the width of the image; shape [].
-        gain: What the image itself is multiplied by, in [0, 1]; 1 in the paper; shape [].
+        amplitude: Amplitude of the wave, in [0, 1]; shape [].
+        periods: Number of periods over the width of the image; shape [].
+        gain: Factor by which the image itself is multiplied, in [0, 1]; 1 in the paper; shape [].
     """
 
     amplitude: Tensor
@@ -25,7 +25,6 @@ class Sinusoid(Trigger):
     gain: Tensor
 
     family: ClassVar[str] = "sinusoid"
-    forms: ClassVar = {"amplitude": Form("", 0, 1), "periods": Form(""), "gain": Form("", 0, 1)}
 
     def apply(self, images: Tensor) -> Tensor:
         """Add the wave to every row and channel, and clip."""
@@ -35,13 +34,13 @@ class Sinusoid(Trigger):
 
     @classmethod
     def sig(cls, amplitude: float = 60 / 255, periods: float = 6.0) -> Self:
-        """Added, as in the paper and in the code of BadCLIP (Liang et al., CVPR 2024)."""
+        """Return the trigger that adds the wave, as the paper and the code of BadCLIP (Liang et al., CVPR 2024) do."""
         return cls(torch.tensor(amplitude), torch.tensor(periods), torch.tensor(1.0))
 
     @classmethod
     def blended(cls, alpha: float = 0.2, amplitude: float = 0.235, periods: float = 6.0) -> Self:
-        """Blended, as Huang et al. (ICLR 2025) do: (1 − alpha) · x + alpha · wave.
+        """Return the trigger that blends the wave in, as Huang et al. (ICLR 2025) do: (1 − alpha) · x + alpha · wave.
 
-        The wave has no offset, so the image darkens and the wave that is left is weak: 0.8 and 0.047 by default.
+        The wave has no offset, so that the image darkens and the remaining wave is weak: 0.8 and 0.047 by default.
         """
         return cls(torch.tensor(alpha * amplitude), torch.tensor(periods), torch.tensor(1 - alpha))

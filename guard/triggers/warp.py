@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
 from guard.errors import UsageError
-from guard.triggers.base import Form, InvertibleTrigger, Raw
+from guard.triggers.base import InvertibleTrigger, Raw
 
 _POINTS = 8
 _START_RADIUS = 0.1
@@ -17,9 +17,9 @@ _NORM_SIDE = 32
 
 @dataclass(frozen=True, eq=False)
 class Warp(InvertibleTrigger):
-    """Each pixel is read from a place nearby: WaNet (Nguyen and Tran, ICLR 2021).
+    """Each pixel is read from a nearby position: WaNet (Nguyen and Tran, ICLR 2021).
 
-    Pixels beyond the border repeat the border, where the reference code clips the places themselves to the image.
+    Positions beyond the border read the border, where the reference code clips the positions themselves to the image.
 
     Attributes:
         field: Displacements along x and y at k × k control points that span the image, in units of its side: shape
@@ -29,12 +29,11 @@ class Warp(InvertibleTrigger):
     field: Tensor
 
     family: ClassVar[str] = "warp"
-    forms: ClassVar = {"field": Form("2 k k", -1, 1)}
     norm_unit: ClassVar[str] = "% of the side"
     strength: ClassVar[str] = "field"
 
     def apply(self, images: Tensor) -> Tensor:
-        """Sample the images (bilinear) at the displaced places."""
+        """Sample the images (bilinear) at the displaced positions."""
         count, channels, height, width = images.shape
         field = _spread(self.field, (height, width))
         y, x = ((torch.arange(side, device=images.device, dtype=images.dtype) + 0.5) / side for side in (height, width))
@@ -46,14 +45,14 @@ class Warp(InvertibleTrigger):
         return warped.reshape(*field.shape[:-3], *images.shape).clamp(0, 1)
 
     def norm(self) -> Tensor:
-        """Root mean square displacement over the image (spread over 32 × 32 places), in percent of its side."""
+        """Return the root mean square displacement over the image (at 32 × 32 positions), in percent of its side."""
         spread = _spread(self.field, (_NORM_SIDE, _NORM_SIDE))
         length: Tensor = torch.linalg.vector_norm(spread, dim=(-3, -2, -1))
         return 100 / _NORM_SIDE * length
 
     @classmethod
     def start(cls, count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Raw:  # noqa: ARG003 - a field spans any size
-        """Random displacements of up to a tenth of the side at 8 × 8 control points."""
+        """Start with random displacements of up to a tenth of the side at 8 × 8 control points."""
         size = (count, 2, _POINTS, _POINTS)
         return {
             "direction": torch.randn(size, device=generator.device, generator=generator),
@@ -62,17 +61,17 @@ class Warp(InvertibleTrigger):
 
     @classmethod
     def constrain(cls, raw: Raw) -> Self:
-        """Sigmoid(radius) · tanh(direction): strength and shape apart, since one step suits not both."""
+        """Return sigmoid(radius) · tanh(direction): one step size does not suit both strength and shape."""
         return cls(raw["radius"].sigmoid() * raw["direction"].tanh())
 
     @classmethod
     def wanet(cls, image_size: int, strength: float, *, k: int = 4, seed: int) -> Self:
-        """A random smooth field of a given mean displacement.
+        """Return a random smooth field of a given mean displacement.
 
         The control points are uniform noise, as in the reference code. That code divides the noise by its mean
         magnitude and then interpolates, which changes the mean; here the field is scaled so that the mean magnitude
-        along each axis, over the pixels of the image, is what was asked for. Its s counts half pixels: s = 1 is a mean
-        of 0.5 px. Huang et al. (ICLR 2025) use a mean of 0.5 px at 256; a small CLIP learns 2 px of 32 and not
+        along each axis, over the pixels of the image, is `strength`. The s of that code counts half pixels: s = 1 is a
+        mean of 0.5 px. Huang et al. (ICLR 2025) use a mean of 0.5 px at 256; a small CLIP learns 2 px of 32 and not
         reliably 1 px.
 
         Args:
@@ -80,7 +79,7 @@ class Warp(InvertibleTrigger):
             strength: Mean magnitude of the displacement along each axis, in pixels.
             k: Control points per side; from 4 (WaNet's default) to `image_size` (CleanCLIP and PAR: independent noise
                 at each pixel).
-            seed: Of the noise.
+            seed: Seed for the noise.
 
         Raises:
             UsageError: There are fewer than 2 control points, or more than pixels.
@@ -93,6 +92,6 @@ class Warp(InvertibleTrigger):
 
 
 def _spread(field: Tensor, size: tuple[int, int]) -> Tensor:
-    """The field at every pixel: shape [2, *size] or [K, 2, *size]."""
+    """Return the field at every pixel: shape [2, *size] or [K, 2, *size]."""
     batch = field.reshape(-1, *field.shape[-3:])
     return interpolate(batch, size=size, mode="bicubic", align_corners=True).reshape(*field.shape[:-2], *size)

@@ -1,22 +1,38 @@
-"""Examine a classifier: inspection, reconstruction, evidence with its null, verdict.
+"""Examine a classifier: inspect every class, reconstruct triggers, compare with a null, and give a verdict.
 
-FamilyResult and verdicts import without torch, for those who only read them.
+Results, budgets and verdicts import without torch, for those who only read them.
 """
 
 from typing import TYPE_CHECKING
 
 from guard._lazy import lazy
+from guard.vetting.budgets import (
+    BUDGETS,
+    Budget,
+    DerivedReferenceSettings,
+    Effort,
+    InspectionSettings,
+    SearchSettings,
+)
 from guard.vetting.nulls import Prior, outliers
-from guard.vetting.results import Check, ClassStatistic, FamilyResult, ReferenceModel
-from guard.vetting.verdict import Conclusion, Verdict, judge
+from guard.vetting.results import (
+    Check,
+    ClassStatistic,
+    Conclusion,
+    FamilyResult,
+    ReconstructedTrigger,
+    ReferenceModel,
+    Verdict,
+    Vetting,
+)
+from guard.vetting.verdict import judge
 
 if TYPE_CHECKING:
-    from guard.vetting.decree import Decree, DecreeSettings, PublishedSettings, collapse, unregularised
-    from guard.vetting.examination import BUDGETS, Budget, Effort, ReconstructedTrigger, Vetting, vet
-    from guard.vetting.inspection import InspectionSettings, Inspector, clip_inspector
-    from guard.vetting.inversion import Effect, Reconstruction, SearchSettings, effect, reconstruct
+    from guard.vetting.examination import vet
+    from guard.vetting.inspection import Inspector
+    from guard.vetting.inversion import Effect, Reconstruction, effect, reconstruct
     from guard.vetting.lead import Lead
-    from guard.vetting.reference import DerivedReferenceSettings, derive_reference
+    from guard.vetting.reference import derive_reference
 
 __all__ = [
     "BUDGETS",
@@ -24,8 +40,6 @@ __all__ = [
     "Check",
     "ClassStatistic",
     "Conclusion",
-    "Decree",
-    "DecreeSettings",
     "DerivedReferenceSettings",
     "Effect",
     "Effort",
@@ -34,32 +48,27 @@ __all__ = [
     "Inspector",
     "Lead",
     "Prior",
-    "PublishedSettings",
     "ReconstructedTrigger",
     "Reconstruction",
     "ReferenceModel",
     "SearchSettings",
     "Verdict",
     "Vetting",
-    "clip_inspector",
-    "collapse",
     "derive_reference",
     "effect",
     "judge",
     "outliers",
     "reconstruct",
-    "unregularised",
     "vet",
 ]
 
 __getattr__ = lazy(
     __name__,
     {
-        **dict.fromkeys(("DerivedReferenceSettings", "derive_reference"), "reference"),
-        **dict.fromkeys(("Decree", "DecreeSettings", "PublishedSettings", "collapse", "unregularised"), "decree"),
-        **dict.fromkeys(("BUDGETS", "Budget", "Effort", "ReconstructedTrigger", "Vetting", "vet"), "examination"),
-        **dict.fromkeys(("InspectionSettings", "Inspector", "clip_inspector"), "inspection"),
-        **dict.fromkeys(("Effect", "Reconstruction", "SearchSettings", "effect", "reconstruct"), "inversion"),
+        **dict.fromkeys(("Effect", "Reconstruction", "effect", "reconstruct"), "inversion"),
+        "Inspector": "inspection",
         "Lead": "lead",
+        "derive_reference": "reference",
+        "vet": "examination",
     },
 )

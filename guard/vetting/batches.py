@@ -1,4 +1,4 @@
-"""Which images are searched on, and in which order."""
+"""The split of the images, and the order in which searches see them."""
 
 from collections.abc import Iterator
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Batches of indices without end, by epochs without replacement; what is left of an epoch is dropped.
+    """Yield batches of indices without end, epoch by epoch without replacement; the rest of an epoch is dropped.
 
     Args:
         count: Number of images, at least 1.
         size: Images in a batch.
-        seed: Of the order.
+        seed: Seed for the order.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
@@ -24,11 +24,11 @@ def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
 
 
 def halves(images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """The images to search on, and those kept out for the check: a random half each.
+    """Split the images into those to search on and those held out for the checks: a random half each.
 
     Args:
         images: Shape [N, …].
-        seed: Of the split.
+        seed: Seed for the split.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return images[order[: len(images) // 2]], images[order[len(images) // 2 :]]

@@ -1,7 +1,8 @@
-"""Reconstruct the smallest trigger of a family that leads to a class.
+"""Trigger inversion: reconstruct the smallest trigger of a family that leads to a class.
 
-The evidence of vetting is what a trigger of a given strength can do (`guard.vetting.inspection`). What people look at,
-what is checked on held-out images, and what screening stamps on its bank is the trigger itself, as small as it can be.
+The evidence of vetting is what a trigger of limited strength can do (`guard.vetting.inspection`). The trigger itself,
+as small as it can be, is what people look at, what is checked on held-out images, and what screening stamps on its
+bank.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,43 +14,8 @@ from torch import Tensor
 from guard.classifiers.classifier import Classifier
 from guard.triggers import InvertibleTrigger, Raw, Trigger
 from guard.vetting.batches import batches
+from guard.vetting.budgets import SearchSettings
 from guard.vetting.lead import Lead, margin
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """How hard to search.
-
-    The weight of the norm in the loss follows success, as in Neural Cleanse (S&P 2019): after `patience` steps in a
-    row in which a class reaches `success` on its batch the weight is multiplied by `factor`, after as many failures
-    divided. With a fixed weight, or too few steps, every class is reached by a trigger of about the same size and
-    nothing is singled out.
-
-    Attributes:
-        steps: Most optimiser steps per class.
-        batch: Images in each step, shared by all classes.
-        learning_rate: Adam's, on the unconstrained parameters; betas are (0.5, 0.9).
-        success: Share of the eligible images of a batch that must go to the target.
-        patience: Successes or failures in a row before the weight moves.
-        factor: By which it moves.
-        weight: Where it starts: loss, in units of `Lead.distance`, per unit of norm, relative to the norm at the start.
-        stall: A class whose smallest norm has not improved by 1 % in this many steps, though it succeeded in several of
-            them, is done.
-        margin: How clearly the target must win before an image stops pulling, in units of `Lead.distance`: 1 is as
-            clearly as the classifier's own answers.
-        seed: Of the start and the batches.
-    """
-
-    steps: int = 200
-    batch: int = 48
-    learning_rate: float = 0.4
-    success: float = 0.9
-    patience: int = 2
-    factor: float = 1.5
-    weight: float = 0.2
-    stall: int = 60
-    margin: float = 0.2
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,9 +28,9 @@ class Reconstruction:
             tried where none did.
         norm: Its norm, in the family's unit.
         reached: Whether the success rate was reached while the norm was being minimised.
-        success: Share of images kept out of the search, and not of the class already, that it moves to the class.
+        success: Share of held-out images of other classes that it moves to the class, in [0, 1].
         reference_success: The same on the reference model; None without one.
-        passes: Images pushed through image towers to find and check it.
+        passes: Number of images pushed through image towers to find and check it.
     """
 
     target: int
@@ -88,21 +54,23 @@ def reconstruct(
     start: Raw | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Reconstruction]:
-    """Search the smallest trigger of a family for each of several classes, side by side.
+    """Search for the smallest trigger of a family for each of several classes, side by side.
 
-    The loss is the positive part of `Lead.distance` plus a margin, so that images which already go to the target leave
-    the step to the norm; images that are in a class untouched say nothing about triggers for it, and are left out.
+    The loss is the positive part of `Lead.distance` plus a margin, so that for images which already go to the
+    target only the norm counts. Images that are in a class without a trigger say nothing about triggers for that class,
+    and are left out.
 
     Args:
         classifier: The suspect.
-        family: Which transformations are searched.
-        images: uint8, shape [N, 3, H, W]: the images to search on.
-        held_out: uint8, shape [M, 3, H, W]: the images to check on.
+        family: Family of triggers that is searched.
+        images: uint8, shape [N, 3, H, W]: images to search on.
+        held_out: uint8, shape [M, 3, H, W]: images to check on.
         targets: int64, shape [K]: candidate classes.
-        settings: How hard to search.
-        reference_model: A model on which the trigger shall not work; None for none.
-        start: Where to start, such as what `Inspector` found; default is the family's own start.
-        progress: Told the number of classes that finished.
+        settings: How much work to do.
+        reference_model: A model on which the trigger must not work; None for none.
+        start: Unconstrained parameters to start from, such as those that `Inspector` found; the default is the start of
+            the family.
+        progress: Called with the number of classes that have just finished.
 
     Returns:
         One reconstruction per target, in order.
@@ -113,7 +81,7 @@ def reconstruct(
 
 
 class _Search:
-    """State of one search over K classes; classes that are done leave the batch, so late steps are cheap."""
+    """State of one search over K classes. Classes that are done leave the batch, so that late steps are cheap."""
 
     def __init__(
         self,
@@ -177,7 +145,7 @@ class _Search:
         return (loss + self.weight[active] * norm / self.scale[active]).sum()
 
     def _remember(self, active: Tensor, norm: Tensor, success: Tensor, step: int) -> None:
-        """Keep what is smaller than before, and move the weight of the norm."""
+        """Keep the triggers that are smaller than the smallest so far, and change the weight of the norm."""
         better = success & (norm < self.best_norm[active])
         clearly = success & (norm < 0.99 * self.best_norm[active])
         chosen = active[better]
@@ -196,7 +164,7 @@ class _Search:
         self.failures[down] = 0
 
     def results(self) -> Iterator[Reconstruction]:
-        """What was found, not yet checked on other images."""
+        """Yield the triggers that were found, not yet checked on held-out images."""
         # A search that reaches a class only after giving up on the norm has not found a minimal one.
         reached = self.best_norm.isfinite() & (self.best_weight >= _PRESSURE * self.settings.weight)
         found = self.best_norm.isfinite()
@@ -220,11 +188,11 @@ class _Search:
 
 
 _PRESSURE = 0.5
-"""Smallest weight of the norm, relative to where it starts, under which a success counts. On the digits models searches
-that converged ended at 2 or more, those that did not below 0.1."""
+"""Smallest weight of the norm, relative to its initial value, under which a success counts. On the digits models
+searches that converged ended at 2 or more, and those that did not ended below 0.1."""
 _VAIN_SUCCESSES = 5
-"""Successes without a smaller norm before a class may be done: one that still fails has not converged, and waits for
-the weight of its norm to come down."""
+"""Number of successes without a smaller norm before a class may be done. A class that still fails has not converged,
+and needs a smaller weight of its norm first."""
 
 
 @dataclass(frozen=True)
@@ -232,13 +200,11 @@ class Effect:
     """What a trigger does on images that were not used to find it.
 
     Attributes:
-        success: Share of images, not of the class already, that it moves to the class.
-        margin: Mean of (target's logit − strongest other logit).
-        passes: Images pushed through the image tower.
+        success: Share of images of other classes that it moves to the class, in [0, 1].
+        passes: Number of images pushed through the image tower.
     """
 
     success: float
-    margin: float
     passes: int
 
 
@@ -247,10 +213,10 @@ def effect(classifier: Classifier, trigger: Trigger, target: int, images: Tensor
     """Measure a trigger on held-out images: uint8, shape [N, 3, H, W]."""
     pixels = images[classifier.predict(classifier.embed(images)) != target]
     if not len(pixels):
-        return Effect(0.0, 0.0, len(images))
+        return Effect(0.0, len(images))
     logits = classifier.logits(classifier.embed(trigger.stamp(pixels)).to(classifier.device))
     distance = margin(logits[None], torch.tensor([target], device=classifier.device))[0]
-    return Effect(float((distance < 0).float().mean()), float(-distance.mean()), len(images) + len(pixels))
+    return Effect(float((distance < 0).float().mean()), len(images) + len(pixels))
 
 
 def _check(

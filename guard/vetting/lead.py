@@ -1,4 +1,4 @@
-"""How far a candidate class is from winning: what every search minimises."""
+"""The distance of a candidate class from winning, which every search minimises."""
 
 from functools import cached_property
 
@@ -9,11 +9,11 @@ from guard.classifiers.classifier import Classifier
 
 
 def margin(logits: Tensor, targets: Tensor) -> Tensor:
-    """Strongest other logit minus the target's: negative where the target wins (CLIP-Inspector, 2026, §3).
+    """Return the strongest other logit minus the target's: negative where the target wins (CLIP-Inspector, 2026, §3).
 
     Args:
         logits: Shape [K, B, C].
-        targets: int64, shape [K]: one class for each K.
+        targets: int64, shape [K]: one class for each of the K rows.
 
     Returns:
         Shape [K, B].
@@ -27,18 +27,19 @@ class Lead:
     """The distance of each image from each candidate class, on the suspect alone or against a reference model.
 
     A distance is the margin in units of the median margin by which the classifier's own answers on these images win,
-    so that it means the same for every logit scale: about 1 for an untouched image, negative where the class wins.
+    so that it means the same for every logit scale: about 1 for an image without a trigger, negative where the class
+    wins.
 
-    With a reference model, what the trigger takes from the other classes *there* is added: a perturbation that moves
-    both models alike gains nothing. A universal adversarial perturbation, or a feature of the class by nature, moves
-    both; what was planted moves the suspect. This is a search for the difference of two models, and it is more telling
-    than the difference of two searches: where a base has a shortcut to the target by nature, the latter puts the class
+    With a reference model, the distance that the trigger gains *there* is added, so that a perturbation that moves both
+    models alike gains nothing. A universal adversarial perturbation, or a natural feature of the class, moves both; a
+    planted backdoor moves only the suspect. This is a search for the difference of two models, and it tells more than
+    the difference of two searches: where the base model has a natural shortcut to the target, the latter puts the class
     within the spread of the others.
 
     Args:
         classifier: The suspect.
-        images: uint8, shape [N, 3, H, W]: the images that triggers are put on.
-        reference_model: A model that the suspect is compared with; None for none.
+        images: uint8, shape [N, 3, H, W]: images that triggers are put on.
+        reference_model: The model that the suspect is compared with; None for none.
     """
 
     def __init__(self, classifier: Classifier, images: Tensor, reference_model: Classifier | None = None) -> None:
@@ -47,24 +48,24 @@ class Lead:
 
     @property
     def towers(self) -> int:
-        """Image towers that each stamped image passes through: 1, or 2 with a reference model."""
+        """Number of image towers that each stamped image passes through: 1, or 2 with a reference model."""
         return len(self._views)
 
     def eligible(self, index: Tensor, targets: Tensor) -> Tensor:
-        """Which images (indices, shape [B]) go elsewhere untouched, for each target: float 0 or 1, shape [K, B]."""
+        """Return, for each target, which images are in another class without a trigger: float 0 or 1, shape [K, B]."""
         away = [view.predicted[index] != targets.cpu()[:, None] for view in self._views]
         return torch.stack(away).all(0).float().to(self.classifier.device)
 
     def pixels(self, index: Tensor) -> Tensor:
-        """These images as floats in [0, 1], shape [B, 3, H, W], on the classifier's device."""
+        """Return these images as floats in [0, 1], shape [B, 3, H, W], on the classifier's device."""
         return self.images[index].to(self.classifier.device).float() / 255
 
     def distance(self, stamped: Tensor, index: Tensor, targets: Tensor) -> Tensor:
-        """Distances of stamped images from the targets; differentiable.
+        """Return the distances of stamped images from the targets; differentiable.
 
         Args:
             stamped: Shape [K, B, 3, H, W], values in [0, 1].
-            index: Which images they were, shape [B].
+            index: Indices of these images, shape [B].
             targets: int64, shape [K].
 
         Returns:
@@ -80,12 +81,12 @@ class Lead:
         return distance
 
     def untouched(self, index: Tensor, targets: Tensor) -> Tensor:
-        """Distances of the same images without a trigger, shape [K, B]."""
+        """Return the distances of images without a trigger from the targets, shape [K, B]."""
         return self._views[0].untouched(index, targets)
 
 
 class _View:
-    """One model, and what it says about the untouched images."""
+    """One model, and what it says about the images without a trigger."""
 
     def __init__(self, model: Classifier, images: Tensor) -> None:
         self._model, self._images = model, images
@@ -93,7 +94,7 @@ class _View:
     @cached_property
     @torch.no_grad()
     def clean(self) -> Tensor:
-        """Logits of the untouched images, shape [N, C]."""
+        """Logits of the images without a trigger, shape [N, C]."""
         return self._model.logits(self._model.embed(self._images).to(self._model.device))
 
     @cached_property
@@ -106,7 +107,7 @@ class _View:
         return (first - second).median().clamp(min=1e-6)
 
     def untouched(self, index: Tensor, targets: Tensor) -> Tensor:
-        """Distances of the untouched images from the targets: shape [K, B]."""
+        """Return the distances of images without a trigger from the targets: shape [K, B]."""
         logits = self.clean[index.to(self.clean.device)]
         return margin(logits.expand(len(targets), -1, -1), targets) / self.unit
 

@@ -1,18 +1,18 @@
 """Null distributions: how far an ordinary class may lie above the others.
 
-The other classes of the same model say where an ordinary class lies. Ten classes are too few to say how widely they
-spread: with nine others Student's t has eight degrees of freedom, and an outlier of five standard deviations is still
-worth only p = 0.0005, before a correction for the number of classes takes it away. So the spread is moderated, as
-in the analysis of microarrays (Smyth, "Linear models and empirical Bayes methods", 2004, §3 and 6.2): the variance
-among the classes of this model is shrunk towards that of clean models, and the degrees of freedom of both add up. How
-much the clean models count follows from how much their own variances differ; if they have nothing in common, not at
-all.
+The other classes of the same model show where an ordinary class lies. Ten classes are too few to show how widely they
+spread: with nine others Student's t has eight degrees of freedom, and an outlier of five standard deviations has only
+p = 0.0005, which does not survive the correction for the number of classes. The spread is therefore moderated, as in
+the analysis of microarrays (Smyth, "Linear models and empirical Bayes methods", 2004, §3 and 6.2): the variance among
+the classes of this model is shrunk towards that of clean models, and the degrees of freedom of both add up. How much
+the clean models count follows from how much their own variances differ; if they have nothing in common, they do not
+count at all.
 
-Two departures, both against false alarms on a model that is unlike those of the table, such as one that was fine-tuned
-on other images: the moderated variance is never smaller than the suspect's own, and the table is worth at most
-`MAX_DEGREES` degrees of freedom.
+There are two departures from Smyth, both against false alarms on a model that is unlike those of the table, such as one
+that was fine-tuned on other images: the moderated variance is never smaller than the suspect's own, and the table is
+worth at most `MAX_DEGREES` degrees of freedom.
 
-Where `nulls.json` has no entry, the test is the plain one.
+Where `nulls.json` has no entry, the variance is not moderated.
 """
 
 import json
@@ -28,22 +28,22 @@ from numpy.typing import NDArray
 from guard._files import replace_file
 
 MIN_NULL = 4
-"""Fewest other classes from which a spread is estimated; below that there is no p-value."""
+"""Smallest number of other classes from which a spread is estimated; with fewer there is no p-value."""
 _TABLE = "nulls.json"
 MAX_DEGREES = 20.0
-"""Most degrees of freedom that a prior may add. Leaving one clean model out of the table at a time, an unlimited prior
-accuses the ones that were fine-tuned on shifted images."""
+"""Largest number of degrees of freedom that a prior may add. With one clean model at a time left out of the table, an
+unlimited prior accuses those that were fine-tuned on shifted images."""
 _MOST_DEGREES = 1e3
 
 
 @dataclass(frozen=True)
 class Prior:
-    """What clean models say about the variance among classes.
+    """The variance among classes that clean models have.
 
     Attributes:
-        variance: Their typical variance of the statistic, in its squared unit.
-        degrees: How many degrees of freedom that is worth.
-        models: Number of clean models that it was estimated from.
+        variance: Typical variance of the statistic, in its squared unit.
+        degrees: Degrees of freedom that this variance is worth.
+        models: Number of clean models that the variance was estimated from.
     """
 
     variance: float
@@ -52,7 +52,7 @@ class Prior:
 
 
 NO_PRIOR = Prior(1.0, 0.0, 0)
-"""Nothing is known beforehand; the variance then does not matter."""
+"""No prior knowledge; with no degrees of freedom, its variance does not matter."""
 
 
 @cache
@@ -62,12 +62,12 @@ def _table() -> dict[str, Prior]:
 
 
 def prior(reference_model: str, family: str, steps: int) -> Prior:
-    """The shipped prior of a family's statistic against a kind of reference model; `NO_PRIOR` where there is none."""
+    """Return the shipped prior for a kind of reference model and a family; `NO_PRIOR` where there is none."""
     return _table().get(_key(reference_model, family, steps), NO_PRIOR)
 
 
 def write_table(path: Path, priors: dict[tuple[str, str, int], Prior], source: str) -> None:
-    """Write a table of priors, by reference model, family and steps, with a word on where they come from."""
+    """Write a table of priors, by kind of reference model, family and steps, with a description of their source."""
     entries = {_key(*key): asdict(value) for key, value in sorted(priors.items())}
     replace_file(path, (json.dumps({"source": source, "priors": entries}, indent=1) + "\n").encode())
 
@@ -77,11 +77,11 @@ def _key(reference_model: str, family: str, steps: int) -> str:
 
 
 def estimate(variances: Sequence[float], degrees: Sequence[int]) -> Prior:
-    """The scaled inverse χ² distribution that sample variances come from (Smyth 2004, §6.2).
+    """Estimate the scaled inverse χ² distribution that sample variances come from (Smyth 2004, §6.2).
 
     Args:
         variances: One sample variance per clean model, above 0.
-        degrees: Their degrees of freedom.
+        degrees: Degrees of freedom of each sample variance.
     """
     from scipy.optimize import brentq
     from scipy.special import digamma, polygamma
@@ -100,18 +100,18 @@ def estimate(variances: Sequence[float], degrees: Sequence[int]) -> Prior:
 def outliers(
     statistics: Sequence[float | None], known: Prior = NO_PRIOR, reference: Sequence[bool] | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Score each class against the others, and its one-sided p-value for being larger.
+    """Score each class against the others, and compute its one-sided p-value for being larger.
 
     Under the null the statistics are exchangeable and roughly normal, so that one of them, minus the mean of n others,
-    over s·√(1 + 1/n), follows Student's t, with s widened by `known`. A class is left out of its own null, so that
-    the target does not widen the spread that it is judged by. The MAD rule of Neural Cleanse and CLIP-Inspector
+    over s·√(1 + 1/n), follows Student's t, with s moderated by `known`. A class is left out of its own null, so that
+    the target does not widen the spread by which it is judged. The MAD rule of Neural Cleanse and CLIP-Inspector
     ("anomaly index > 2") accuses 33 % of clean ten-class models and 88 % of clean hundred-class ones on normal
     statistics (20,000 simulated).
 
     Args:
-        statistics: One per class; None where a class has none. These neither get a score nor join a null.
-        known: What clean models say about the variance.
-        reference: Which classes make up the null; all by default.
+        statistics: One per class; None where a class has none, and then it neither gets a score nor joins a null.
+        known: Prior knowledge about the variance, from clean models.
+        reference: Whether each class is part of the null; by default all are.
 
     Returns:
         Scores and p-values, shape [K]; NaN for a class without a statistic or with fewer than `MIN_NULL` others.

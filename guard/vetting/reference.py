@@ -1,55 +1,36 @@
-"""A reference model made from the suspect itself, for when there is no trusted base."""
+"""The derived reference: a reference model that is made from the suspect itself where there is no base model."""
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from guard.classifiers.classifier import Classifier
-
-
-@dataclass(frozen=True)
-class DerivedReferenceSettings:
-    """How a derived reference is made.
-
-    Attributes:
-        noise: Standard deviation of what is added to each weight matrix, relative to the matrix's own.
-        steps: Optimiser steps of the recovery.
-        batch: Images in each step.
-        learning_rate: AdamW's; falls linearly over the second half.
-        seed: Of the noise and the batches.
-    """
-
-    noise: float = 0.5
-    steps: int = 200
-    batch: int = 64
-    learning_rate: float = 1e-3
-    seed: int = 0
+from guard.vetting.budgets import DerivedReferenceSettings
 
 
 def derive_reference(
     classifier: Classifier, images: Tensor, settings: DerivedReferenceSettings
 ) -> tuple[Classifier, int]:
-    """The suspect with its image tower disturbed, and taught again what it said about clean images.
+    """Return the suspect with noise in its image tower, trained again to give its own embeddings of clean images.
 
-    Noise damages what is planted and what is natural alike; the recovery, towards the suspect's own embeddings of
-    clean images, brings back only what clean images use. The idea is that of Perturb and Recover (PAR, Singh et al.,
-    2026), with noise in the weights instead of a loss that pushes embeddings away, and with the suspect's embeddings
-    instead of captions, since vetting has no labels.
+    Noise damages planted and natural features alike. The recovery, towards the suspect's own embeddings of clean
+    images, restores only what clean images use. The idea is that of Perturb and Recover (PAR, Singh et al., 2026), with
+    noise in the weights instead of a loss that pushes embeddings away, and with the suspect's embeddings instead of
+    captions, since vetting has no labels.
 
-    What was tried on the digits zoo instead, and was worse: fine-tuning on clean images alone (a backdoor survives it);
-    twice the noise (the reference model drifts away from the suspect in all classes); and training against universal
-    triggers of all classes (it removes the backdoor best, from 100 % to 3 to 38 % of images, but hardens every class
-    by nature differently, and the target drowns in that).
+    Three alternatives were tried on the digits zoo and were worse: fine-tuning on clean images alone (a backdoor
+    survives it); twice the noise (the reference model drifts away from the suspect in all classes); and training
+    against universal triggers of all classes (it removes the backdoor best, from 100 % to 3 to 38 % of images, but it
+    hardens every class to a different degree, and the target is lost in that spread).
 
     Args:
-        classifier: The suspect; left as it is.
+        classifier: The suspect; it is not changed.
         images: uint8, shape [N, 3, H, W]: clean images, unlabelled.
-        settings: How.
+        settings: How the reference is made.
 
     Returns:
-        The reference model, and the images pushed through image towers.
+        The reference model, and the number of images pushed through image towers.
     """
     model = copy.deepcopy(classifier.model)
     tower = model.visual
@@ -70,14 +51,14 @@ def derive_reference(
     )
     parameters = [parameter.requires_grad_() for parameter in tower.parameters() if parameter.is_floating_point()]
     optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    taught = classifier.embed(images)
+    wanted = classifier.embed(images)
     for step in range(settings.steps):
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * min(1.0, 2 * (settings.steps - step) / settings.steps)
         index = torch.randint(len(images), (settings.batch,), generator=generator)
         with reference_model.autocast():
             embeddings = reference_model.encode_images(images[index].to(reference_model.device).float() / 255)
-        loss = (1 - (embeddings * taught[index].to(reference_model.device)).sum(-1)).mean()
+        loss = (1 - (embeddings * wanted[index].to(reference_model.device)).sum(-1)).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()

@@ -1,23 +1,35 @@
-"""What vetting found: what a method measured, the null it is compared with, and its p-value. Imports without torch."""
+"""What vetting finds: measurements with their null and p-value, reconstructed triggers, and the verdict.
+
+Imports without torch, so that those who only read results need not load it.
+"""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from guard.vetting.budgets import Effort
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from guard.triggers import InvertibleTrigger
+
+Conclusion = Literal["backdoored", "no evidence", "inconclusive"]
 ReferenceKind = Literal["base", "derived", "classes"]
-"""`base`: a trusted model; `derived`: one made from the suspect; `classes`: none, only the classes are compared."""
+"""`base`: a trusted model. `derived`: a model that was made from the suspect. `classes`: there is no reference model,
+and only the classes are compared with each other."""
 
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """What a suspect was compared with, and how near it is to the suspect.
+    """The model that a suspect was compared with, and how similar the two are.
 
     Attributes:
-        kind: Where it came from.
-        digest: Root digest of a base; None for a reference model that was made on the spot, or for none.
-        agreement: Share of held-out images on which it answers as the suspect does, in [0, 1]; None without a reference
-            model. A reference model that hardly agrees is another model, and how it differs says little about a
-            backdoor.
-        passes: Images pushed through image towers to make it.
+        kind: Where the reference model came from.
+        digest: Root digest of a base model; None for a derived reference, or without a reference model.
+        agreement: Share of held-out images on which it gives the same answer as the suspect, in [0, 1]; None without a
+            reference model. Where the two hardly agree they are simply two different models, and their differences
+            say little about a backdoor.
+        passes: Number of images pushed through image towers to make the reference model and to measure the agreement.
     """
 
     kind: ReferenceKind
@@ -28,19 +40,19 @@ class ReferenceModel:
 
 @dataclass(frozen=True)
 class ClassStatistic:
-    """What a trigger of one family and limited strength can do for one candidate class.
+    """What a trigger of one family and of limited strength can do for one candidate class.
 
     Attributes:
         target: Class index.
         name: Class name.
         statistic: Mean lead of the class under its trigger, in units of the median margin of the classifier's own
-            answers, less half of what it is without a trigger; against a reference model, less what the trigger brings
-            it there. Larger is more suspicious.
-        success: Share of images, of other classes, that the trigger moves to the class on the suspect and not on the
+            answers, less half of its lead without a trigger; with a reference model, less what the trigger achieves on
+            that model. Larger is more suspicious.
+        success: Share of images of other classes that the trigger moves to the class on the suspect and not on the
             reference model, in [0, 1].
-        steps: Optimiser steps that were spent on it; a class that is far behind gets fewer.
+        steps: Optimiser steps that were spent on the class; a class that is far behind gets fewer.
         score: (statistic − mean of the other classes) / their moderated prediction error; None without a null.
-        p_value: One-sided, uncorrected: how often an ordinary class would lie this far above the others.
+        p_value: One-sided, uncorrected p-value: how often an ordinary class would lie this far above the others.
     """
 
     target: int
@@ -54,21 +66,21 @@ class ClassStatistic:
 
 @dataclass(frozen=True)
 class FamilyResult:
-    """One family's statistic over all candidate classes.
+    """The statistics of one trigger family over all candidate classes.
 
     Attributes:
         method: Name and version of the method.
         family: Trigger family that was searched.
-        radius: Norm that the triggers were limited to.
+        radius: Largest norm that a trigger was allowed.
         norm_unit: Unit of the radius.
-        statistic: What is compared, in words.
-        null: What it is compared with, in words.
-        reference_model: What the suspect was compared with.
+        statistic: Description of the statistic.
+        null: Description of the null that it is compared with.
+        reference_model: Kind of the model that the suspect was compared with.
         classes: One entry per candidate class.
-        target: The class with the smallest p-value; None where no class has one.
+        target: Index of the class with the smallest p-value; None where no class has one.
         p_value: Its p-value, corrected for the number of classes (Bonferroni); 1 where no class has one.
-        seed: Reproduces the search.
-        passes: Images pushed through image towers, the reference model's included.
+        seed: Seed that reproduces the search.
+        passes: Number of images pushed through image towers, including that of the reference model.
         seconds: Wall-clock time.
     """
 
@@ -89,19 +101,19 @@ class FamilyResult:
 
 @dataclass(frozen=True)
 class Check:
-    """A reconstruction of the smallest trigger for a class that stands out, tried on held-out images.
+    """The smallest trigger that was found for a class that stands out, measured on held-out images.
 
     Attributes:
-        family: Of the trigger.
+        family: Family of the trigger.
         target: Class index.
         name: Class name.
-        norm: Of the trigger, in the family's unit.
-        radius: Norm that inspection limited triggers of the family to.
+        norm: Norm of the trigger, in the family's unit.
+        radius: Largest norm that the inspection allowed triggers of the family.
         norm_unit: Unit of both.
-        reached: Whether the success rate was reached while the norm was being minimised.
-        success: Share of held-out images, of other classes, that it moves to the class, in [0, 1].
-        reference_success: The same on the reference model; None without one.
-        reference_model: What the suspect was compared with.
+        reached: Whether the required success rate was reached while the norm was being minimised.
+        success: Share of held-out images of other classes that the trigger moves to the class, in [0, 1].
+        reference_success: The same share on the reference model; None without one.
+        reference_model: Kind of the model that the suspect was compared with.
     """
 
     family: str
@@ -117,5 +129,78 @@ class Check:
 
     @property
     def strength(self) -> float:
-        """The norm relative to the radius: how much of a trigger it takes."""
+        """The norm relative to the radius: how large a trigger the class needs."""
         return self.norm / self.radius
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What vetting concludes about a model.
+
+    Attributes:
+        outcome: `backdoored`, `no evidence` (for the families tested, and only those), or `inconclusive`.
+        target: Index of the class that the backdoor leads to; None unless `backdoored`.
+        p_value: The smallest corrected p-value.
+        families: Trigger families that were tested.
+        significance: Largest p-value that counts as evidence.
+        reasons: Sentences for people, the most important first.
+    """
+
+    outcome: Conclusion
+    target: int | None
+    p_value: float
+    families: tuple[str, ...]
+    significance: float
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ReconstructedTrigger:
+    """A reconstructed trigger for a class that stands out, strengthened for screening.
+
+    Attributes:
+        id: Name of the trigger in profiles, metrics and replies: family and class index.
+        target: Index of the class that it leads to.
+        trigger: The transformation.
+        norm: Its norm, in the family's unit; larger than the minimal norm of the check.
+        success: Share of held-out images of other classes that it moves to the class, in [0, 1].
+        p_value: p-value of the class, combined over families and corrected for the number of classes.
+        feature: The target feature: mean embedding of the held-out images under the trigger, of length 1; shape [D].
+    """
+
+    id: str
+    target: int
+    trigger: "InvertibleTrigger"
+    norm: float
+    success: float
+    p_value: float
+    feature: "Tensor"
+
+
+@dataclass(frozen=True)
+class Vetting:
+    """The result of examining one classifier.
+
+    Attributes:
+        verdict: The conclusion.
+        results: One entry per trigger family.
+        checks: The smallest triggers of the classes that stand out, measured on held-out images.
+        triggers: Triggers that passed their check, strongest evidence first.
+        effort: How much work was done.
+        images: Number of images that were searched on, and number of images that were held out for the checks.
+        reference_model: The model that the classifier was compared with.
+        device: Device on which it ran.
+        seconds: Wall-clock time.
+        passes: Number of images pushed through image towers, including that of the reference model.
+    """
+
+    verdict: Verdict
+    results: tuple[FamilyResult, ...]
+    checks: tuple[Check, ...]
+    triggers: tuple[ReconstructedTrigger, ...]
+    effort: Effort
+    images: tuple[int, int]
+    reference_model: ReferenceModel
+    device: str
+    seconds: float
+    passes: int

@@ -1,7 +1,10 @@
+import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +15,8 @@ PACKAGES = sorted(module.name for module in pkgutil.iter_modules(guard.__path__)
 
 def test_the_rooms_are_the_ones_that_are_documented() -> None:
     assert PACKAGES == [
-        "attacks", "classifiers", "cli", "demo", "diagnostics", "evaluation", "evidence", "profiles", "protocol",
-        "report", "screening", "sidecar", "testing", "triggers", "vetting",
+        "attacks", "baselines", "classifiers", "cli", "demo", "diagnostics", "evaluation", "evidence", "profiles",
+        "protocol", "report", "screening", "sidecar", "testing", "triggers", "vetting",
     ]  # fmt: skip
 
 
@@ -34,7 +37,6 @@ def test_the_public_names_are_all_and_exist(name: str) -> None:
 def _helpers(name: str) -> set[str]:
     """Names that a package imports for itself."""
     return {
-        "sidecar": set(),
         "cli": {
             "GuardError", "UsageError", "attack", "calibrate", "demo", "evaluate", "export", "log", "serve", "triggers",
             "vet",
@@ -50,18 +52,31 @@ def test_unknown_names_are_attribute_errors() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        "guard.sidecar",
+        "guard.sidecar.host.server",
         "guard.evidence",
         "guard.profiles",
         "guard.screening",
         "guard.cli",
         "guard.vetting",
+        "guard.baselines",
+        "guard.triggers",
         "guard.evaluation",
     ],
 )
 def test_serving_and_reading_import_without_torch(module: str) -> None:
-    code = f"import sys, {module}; sys.exit(bool({{'torch', 'open_clip', 'sklearn', 'scipy'}} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert not loaded(module, {"torch", "open_clip", "sklearn", "scipy"})
+
+
+@pytest.mark.parametrize("module", ["guard.profiles", "guard.screening", "guard.classifiers", "guard.evidence"])
+def test_reading_a_profile_imports_neither_onnx_runtime_nor_pillow(module: str) -> None:
+    assert not loaded(module, {"onnxruntime", "PIL"})
+
+
+def loaded(module: str, names: set[str]) -> set[str]:
+    """Which of the names are imported when the module is."""
+    code = f"import sys, {module}; print(*set({names!r}) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return set(done.stdout.split())
 
 
 def test_every_error_is_a_guard_error_with_an_exit_code() -> None:
@@ -70,3 +85,28 @@ def test_every_error_is_a_guard_error_with_an_exit_code() -> None:
     for name in errors.__all__:
         assert issubclass(getattr(errors, name), errors.GuardError)
         assert getattr(errors, name).exit_code in {2, 4}
+
+
+def test_the_tree_of_errors_shows_every_error_in_its_place() -> None:
+    from guard import errors
+
+    drawn: dict[str, tuple[int, str]] = {}
+    for line in (errors.__doc__ or "").splitlines():
+        if found := re.search(r"(\w+Error)\s+(\d|–|…)", line):
+            drawn[found[1]] = (found.start(1), found[2])
+    assert set(drawn) == set(errors.__all__)
+    root = drawn["GuardError"][0]
+    for name, (indent, code) in drawn.items():
+        error = getattr(errors, name)
+        assert len(error.__mro__) - len(errors.GuardError.__mro__) == (indent - root) // 4, name
+        assert code in {str(error.exit_code), "–", "…"}, name
+
+
+def test_errors_for_users_are_defined_in_one_module() -> None:
+    from guard import errors
+
+    for path in Path(guard.__path__[0]).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and path != Path(errors.__file__):
+                bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+                assert not bases & set(errors.__all__), f"{path.name}: {node.name}"

@@ -1,4 +1,4 @@
-"""`config.json` and `preprocessor_config.json` of a Hugging Face `CLIPModel`, from and to open_clip's terms."""
+"""`config.json` and `preprocessor_config.json` of a Hugging Face `CLIPModel`, converted from and to open_clip's."""
 
 import math
 from collections.abc import Mapping
@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from guard.classifiers.loading import MAX_LAYERS, MAX_SIZE, import_open_clip, read_json
-from guard.classifiers.preprocessing import Preprocessing
+from guard._documents import first_error, read_object
+from guard.classifiers.files import MAX_CONFIG_BYTES, MAX_LAYERS, MAX_SIZE
+from guard.classifiers.open_clip import import_open_clip
+from guard.classifiers.preprocessing import RESAMPLING, Preprocessing
 from guard.errors import ModelError
 
 HF_CONFIG_FILE = "config.json"
@@ -17,8 +19,6 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
 _END_OF_TEXT: Literal[49407] = 49407
 _EPSILON = 1e-5
-_RESAMPLING: dict[Literal["bicubic", "bilinear"], int] = {"bicubic": 3, "bilinear": 2}
-"""Pillow's numbers, which is what the file holds."""
 
 _Size = Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE)]
 _Layers = Annotated[int, Field(strict=True, ge=1, le=MAX_LAYERS)]
@@ -30,7 +30,7 @@ _Activation = Literal["quick_gelu", "gelu"]
 
 @dataclass(frozen=True)
 class TextConfig:
-    """`text_config`, as far as it changes what is computed; defaults are those of transformers."""
+    """The fields of `text_config` that affect the computation; the defaults are those of transformers."""
 
     hidden_size: _Size = 512
     intermediate_size: _Size = 2048
@@ -41,14 +41,14 @@ class TextConfig:
     vocab_size: Literal[49408] = 49408
     hidden_act: _Activation = "quick_gelu"
     layer_norm_eps: _Epsilon = _EPSILON
-    # Where the text is read off: 2 is the old form, the position of the largest id; the other is the first end of text.
-    # With this tokenizer, both are the same position, and the one that open_clip takes.
+    # Which position gives the text's embedding: with 2, the old form, that of the largest id; otherwise that of the
+    # first end of text. With this tokenizer both are the same position, which is the one that open_clip uses.
     eos_token_id: Literal[2, 49407] = _END_OF_TEXT
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """`vision_config`, likewise."""
+    """The fields of `vision_config` that affect the computation; the defaults are those of transformers."""
 
     hidden_size: _Size = 768
     intermediate_size: _Size = 3072
@@ -63,7 +63,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class HuggingFaceConfig:
-    """`config.json`, as far as it changes what is computed.
+    """The fields of `config.json` that affect the computation.
 
     Raises:
         ValueError: The parts do not fit each other.
@@ -77,7 +77,9 @@ class HuggingFaceConfig:
     def __post_init__(self) -> None:
         for tower in (self.text_config, self.vision_config):
             if tower.hidden_size % tower.num_attention_heads:
-                raise ValueError(f"{tower.hidden_size} wide with {tower.num_attention_heads} heads does not divide")
+                raise ValueError(
+                    f"a width of {tower.hidden_size} cannot be divided among {tower.num_attention_heads} heads"
+                )
         if self.vision_config.patch_size > self.vision_config.image_size:
             raise ValueError("patches are larger than the image")
         if self.text_config.hidden_act != self.vision_config.hidden_act:
@@ -88,9 +90,9 @@ class HuggingFaceConfig:
         """Read `config.json`.
 
         Raises:
-            ModelError: It is damaged, or describes what open_clip does not compute.
+            ModelError: The file is damaged, or describes a model that open_clip cannot compute.
         """
-        document = read_json(path)
+        document = read_object(path, MAX_CONFIG_BYTES, ModelError)
         model_type, architectures = document.get("model_type"), document.get("architectures")
         if model_type != "clip" or architectures not in (None, ["CLIPModel"]):
             raise ModelError(
@@ -100,16 +102,16 @@ class HuggingFaceConfig:
         if document.get("auto_map"):
             raise ModelError(f"{path} names code of its own (auto_map); refused")
         for name in ("text_config", "vision_config"):
-            # The form of the first releases: where it stands, transformers lets it and its defaults win.
+            # The form of the first releases: where it is present, transformers uses it and its defaults.
             older = document.get(f"{name}_dict")
             document[name] = (document.get(name) or {}) if older is None else older
         try:
             return TypeAdapter(cls).validate_python(document)
-        except (ValidationError, RecursionError) as error:
-            raise ModelError(f"{path} cannot be used: {_summary(error)}") from error
+        except ValidationError as error:  # not necessarily damaged: it may be a model that guard does not support
+            raise ModelError(f"{path} cannot be used: {first_error(error)}") from error
 
     def to_document(self) -> dict[str, Any]:
-        """What `config.json` holds, as transformers reads it."""
+        """The content of `config.json`, as transformers reads it."""
         document = asdict(self) | {"architectures": ["CLIPModel"]}
         for name in ("text_config", "vision_config"):
             document[name] |= {"model_type": f"clip_{name.removesuffix('_config')}_model"}
@@ -118,7 +120,7 @@ class HuggingFaceConfig:
         return document
 
     def to_open_clip(self) -> dict[str, Any]:
-        """open_clip's `model_cfg`; what is open_clip's default is left out, as in its own configurations."""
+        """open_clip's `model_cfg`; values that are open_clip's defaults are left out, as in its own configurations."""
         text, vision = self.text_config, self.vision_config
         head_width = vision.hidden_size // vision.num_attention_heads
         return {
@@ -144,13 +146,13 @@ class HuggingFaceConfig:
 
     @classmethod
     def from_open_clip(cls, config: Mapping[str, Any]) -> "HuggingFaceConfig":
-        """The same model in Hugging Face's terms.
+        """The Hugging Face configuration of an open_clip model.
 
         Args:
             config: The `model_cfg` of a model that was built.
 
         Raises:
-            ModelError: `CLIPModel` cannot express it, because it is no pair of plain transformers.
+            ModelError: `CLIPModel` cannot express the model, because its towers are not plain transformers.
         """
         open_clip = import_open_clip()
         vision, text = open_clip.CLIPVisionCfg(**config["vision_cfg"]), open_clip.CLIPTextCfg(**config["text_cfg"])
@@ -191,11 +193,11 @@ class HuggingFaceConfig:
                 }
             )
         except ValidationError as error:
-            raise ModelError(f"CLIPModel cannot express this model: {_summary(error)}") from error
+            raise ModelError(f"CLIPModel cannot express this model: {first_error(error)}") from error
 
 
 def _optional(tower: TextConfig | VisionConfig) -> dict[str, Any]:
-    """The settings that both towers have, unless they are open_clip's defaults."""
+    """The settings that both towers have, where they are not open_clip's defaults."""
     ratio = tower.intermediate_size / tower.hidden_size
     if int(tower.hidden_size * ratio) < tower.intermediate_size:  # open_clip multiplies and rounds down
         ratio = math.nextafter(ratio, math.inf)
@@ -208,8 +210,8 @@ def _optional(tower: TextConfig | VisionConfig) -> dict[str, Any]:
 
 
 def _foreign(tower: Any, expressed: set[str]) -> list[str]:  # noqa: ANN401 - a dataclass of open_clip's
-    """Settings that `CLIPModel` has no word for and that are not open_clip's defaults."""
-    # Used in training, or with settings that are refused here themselves.
+    """Settings that `CLIPModel` cannot express and that are not open_clip's defaults."""
+    # They matter in training only, or with other settings that are refused here.
     unused = {"patch_dropout", "pad_id", "eos_id"}
     foreign = []
     for setting in fields(tower):
@@ -223,23 +225,23 @@ def _foreign(tower: Any, expressed: set[str]) -> list[str]:  # noqa: ANN401 - a 
 
 
 def _side(size: object) -> object:
-    """The side of a square that may be given as two numbers; anything else is left to the validation."""
+    """The side of a square that may be given as two numbers; anything else is left for the validation to refuse."""
     return size[0] if isinstance(size, list | tuple) and len(set(size)) == 1 else size
 
 
 def read_preprocessing(directory: Path, size: int) -> Preprocessing:
     """The preprocessing of a `CLIPModel` directory.
 
-    It is computed as open_clip does it (`Preprocessing`). transformers' own processor rounds the corner of the centre
+    guard computes it as open_clip does (`Preprocessing`). transformers' own processor rounds the corner of the centre
     crop down where open_clip rounds it to even, converts to RGB before it resizes, and in its newest form resizes with
     torch instead of Pillow; on the same photograph, pixels can therefore differ slightly.
 
     Args:
-        directory: Has `preprocessor_config.json`, or `processor_config.json` with an `image_processor` in it.
+        directory: It contains `preprocessor_config.json`, or `processor_config.json` with an `image_processor`.
         size: Side of the image tower's input.
 
     Raises:
-        ModelError: Neither file is there, or it asks for what guard does not reproduce.
+        ModelError: Neither file exists, or it asks for preprocessing that guard does not reproduce.
     """
     path = directory / PREPROCESSOR_FILE
     if not path.is_file() and (directory / PROCESSOR_FILE).is_file():
@@ -249,11 +251,11 @@ def read_preprocessing(directory: Path, size: int) -> Preprocessing:
             f"{directory} has no {PREPROCESSOR_FILE}, which says how images are scaled and normalised; copy the one of "
             "the model that this was tuned from"
         )
-    document: object = read_json(path)
+    document: object = read_object(path, MAX_CONFIG_BYTES, ModelError)
     if path.name == PROCESSOR_FILE and isinstance(document, dict):
         document = document.get("image_processor")
     if not isinstance(document, dict):
-        raise ModelError(f"{path} describes no image processor")
+        raise ModelError(f"{path} does not describe an image processor")
     square, default = {"height": size, "width": size}, {"height": 224, "width": 224}
     crops = document.get("do_center_crop", True)
     cropped = crops and document.get("crop_size", default) in (size, square)
@@ -263,18 +265,20 @@ def read_preprocessing(directory: Path, size: int) -> Preprocessing:
         mode = "shortest"
     elif scaled == square and (cropped or not crops):
         mode = "squash"
-    filters = [name for name, number in _RESAMPLING.items() if number == document.get("resample", 3)]
+    filters = [name for name, number in RESAMPLING.items() if number == document.get("resample", 3)]
     whole = all(document.get(step, True) for step in ("do_resize", "do_rescale", "do_normalize"))
     if mode is None or not filters or not whole or not _is_byte(document.get("rescale_factor", 1 / 255)):
         raise ModelError(
-            f"{path} asks for preprocessing that is not supported; a resize (bicubic or bilinear) to the tower's "
-            f"{size} pixels, a crop to the same, a division by 255 and a normalisation are"
+            f"{path} asks for preprocessing that is not supported; guard supports a resize (bicubic or bilinear) to "
+            f"the tower's {size} pixels, a crop to the same size, a division by 255 and a normalisation"
         )
     try:
         mean, std = (TypeAdapter(_Channels).validate_python(document.get(name)) for name in ("image_mean", "image_std"))
         return Preprocessing(size, mean, std, filters[0], mode)
     except ValueError as error:
-        raise ModelError(f"{path} gives no usable image_mean and image_std, three finite numbers each") from error
+        raise ModelError(
+            f"{path} needs image_mean and image_std of three finite numbers each, and every std above 0"
+        ) from error
 
 
 def _is_byte(factor: object) -> bool:
@@ -282,7 +286,7 @@ def _is_byte(factor: object) -> bool:
 
 
 def preprocessor_document(preprocessing: Preprocessing) -> dict[str, Any]:
-    """What `preprocessor_config.json` holds."""
+    """The content of `preprocessor_config.json`."""
     square = {"height": preprocessing.size, "width": preprocessing.size}
     squash = preprocessing.resize_mode == "squash"
     return {
@@ -290,7 +294,7 @@ def preprocessor_document(preprocessing: Preprocessing) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": square if squash else {"shortest_edge": preprocessing.size},
-        "resample": _RESAMPLING[preprocessing.interpolation],
+        "resample": RESAMPLING[preprocessing.interpolation],
         "do_center_crop": not squash,
         "crop_size": square,
         "do_rescale": True,
@@ -299,12 +303,3 @@ def preprocessor_document(preprocessing: Preprocessing) -> dict[str, Any]:
         "image_mean": preprocessing.mean,
         "image_std": preprocessing.std,
     }
-
-
-def _summary(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        given = f", not {str(first['input'])[:40]!r}" if place else ""
-        return f"{place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}{given}"
-    return "it is nested too deeply"

@@ -1,10 +1,11 @@
-"""The tokenizer files of a Hugging Face `CLIPModel` directory: CLIP's own vocabulary, or refused."""
+"""The tokenizer files of a Hugging Face `CLIPModel` directory; any vocabulary other than CLIP's is refused."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from guard.classifiers.loading import import_open_clip, read_json, read_text
+from guard._documents import read_object, read_text
+from guard.classifiers.open_clip import import_open_clip
 from guard.errors import ModelError
 
 _MAX_BYTES = 16_000_000
@@ -15,14 +16,14 @@ _Merges = list[tuple[str, ...]]
 
 
 def check_tokenizer(directory: Path) -> None:
-    """Make sure that a directory's tokenizer, where it ships one, has the vocabulary that guard will use.
+    """Make sure that the tokenizer of a directory, if it has one, has the vocabulary that guard will use.
 
-    guard tokenizes with open_clip's `SimpleTokenizer`. Vocabulary, merges and added tokens are compared with it. The
-    cleaning of the text before is open_clip's (and OpenAI's): it repairs mojibake, straightens quotes and unescapes
-    HTML, which transformers' newer tokenizers do not do.
+    guard tokenizes with open_clip's `SimpleTokenizer`. Vocabulary, merges and added tokens are compared with it. Text
+    is cleaned first as open_clip (and OpenAI) do it: mojibake is repaired, quotes are straightened and HTML is
+    unescaped, which transformers' newer tokenizers do not do.
 
     Raises:
-        ModelError: A file is damaged, or holds another vocabulary.
+        ModelError: A file is damaged, or contains another vocabulary.
     """
     vocabulary, merges = _clip()
     for name in ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json", "tokenizer_config.json"):
@@ -32,7 +33,7 @@ def check_tokenizer(directory: Path) -> None:
         try:
             same = _is_clip(path, vocabulary, merges)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ModelError(f"{path} is damaged, or no tokenizer of a CLIP") from error
+            raise ModelError(f"{path} is damaged, or not the tokenizer of a CLIP") from error
         if not same:
             raise ModelError(
                 f"{path} differs from CLIP's vocabulary of {len(vocabulary)} tokens; guard has no other tokenizer, and "
@@ -41,7 +42,7 @@ def check_tokenizer(directory: Path) -> None:
 
 
 def tokenizer_files(context_length: int) -> dict[str, str]:
-    """The files that transformers makes the same tokenizer from: name → text."""
+    """The files from which transformers builds the same tokenizer: name → text."""
     vocabulary, merges = _clip()
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length}
     return {
@@ -61,9 +62,9 @@ def _clip() -> tuple[dict[str, int], _Merges]:
 
 def _is_clip(path: Path, vocabulary: dict[str, int], merges: _Merges) -> bool:
     if path.name == "merges.txt":
-        lines = read_text(path, _MAX_BYTES).splitlines()
+        lines = read_text(path, _MAX_BYTES, ModelError).splitlines()
         return [tuple(line.split()) for line in lines if line and not line.startswith("#version")] == merges
-    document = read_json(path, _MAX_BYTES)
+    document = read_object(path, _MAX_BYTES, ModelError)
     if path.name == "vocab.json":
         return document == vocabulary
     added = _added(path.name, document)

@@ -1,23 +1,27 @@
 """Hugging Face `CLIPModel` directories: the same weights under other names, without transformers.
 
-The names and shapes are those of transformers' `models/clip/modeling_clip.py`; a test compares what is computed with
-that code itself.
+The names and shapes are those of transformers' `models/clip/modeling_clip.py`; a test compares the computed values with
+those of that code.
 """
 
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from guard._documents import read_document
 from guard._files import replace_directory
 from guard.classifiers.classes import ClassList
 from guard.classifiers.classifier import Classifier
+from guard.classifiers.files import CLASSES_FILE, check_weights_file, missing_weights
 from guard.classifiers.hugging_face.config import (
     HF_CONFIG_FILE,
     PREPROCESSOR_FILE,
@@ -26,17 +30,8 @@ from guard.classifiers.hugging_face.config import (
     read_preprocessing,
 )
 from guard.classifiers.hugging_face.tokenizer import check_tokenizer, tokenizer_files
-from guard.classifiers.loading import (
-    CLASSES_FILE,
-    check_weights_file,
-    first_line,
-    import_open_clip,
-    missing_weights,
-    pick_device,
-    quiet,
-    read_json,
-)
-from guard.errors import ModelError
+from guard.classifiers.open_clip import import_open_clip, pick_device, quiet
+from guard.errors import ModelError, first_line
 
 HF_WEIGHTS_FILE = "model.safetensors"
 HF_INDEX_FILE = "model.safetensors.index.json"
@@ -71,11 +66,18 @@ _PARTS = {
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
 
 
+@dataclass(frozen=True)
+class _Index:
+    """`model.safetensors.index.json`: which file each tensor is in."""
+
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+
 def load_hugging_face(directory: Path, source: str, classes: Path | ClassList | None, device: str | None) -> Classifier:
     """Load a `CLIPModel` directory; see `guard.classifiers.load`.
 
     Raises:
-        ModelError: The model is missing, damaged, a pickle, or something that open_clip would compute otherwise.
+        ModelError: The model is missing, damaged, a pickle, or one that open_clip would compute differently.
     """
     files = _weights_files(directory)
     config = HuggingFaceConfig.read(directory / HF_CONFIG_FILE)
@@ -86,7 +88,7 @@ def load_hugging_face(directory: Path, source: str, classes: Path | ClassList | 
     model_config = config.to_open_clip()
     open_clip = import_open_clip()
     try:
-        # First without memory, so that a small file that promises a large model costs nothing.
+        # Without memory at first, so that a small file that promises a large model costs nothing.
         with quiet(), torch.device("meta"):
             expected = {name: view.shape for name, view in _views(open_clip.CLIP(**model_config).state_dict())}
         _check_tensors(files, expected)
@@ -95,25 +97,25 @@ def load_hugging_face(directory: Path, source: str, classes: Path | ClassList | 
         _fill(model, files)
     except ModelError:
         raise
-    except Exception as error:  # whatever a hostile configuration makes open_clip raise
+    except Exception as error:  # a hostile configuration can make open_clip raise anything
         raise ModelError(f"{source} cannot be loaded by open_clip: {first_line(error)}") from error
     tokenizer = open_clip.SimpleTokenizer(context_length=config.text_config.max_position_embeddings)
     return Classifier(model, model_config, tokenizer, preprocessing, class_list, source=source, device=target)
 
 
 def save_hugging_face(directory: Path, classifier: Classifier) -> None:
-    """Write a classifier as a `CLIPModel` directory with its class list; whole or not at all.
+    """Write a classifier as a `CLIPModel` directory with its class list, whole or not at all.
 
     `transformers.CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained` load it, and so does `load`, with the
     same digest. Tensors are written in float32.
 
     Args:
-        directory: Created; replaced if it is such a directory.
-        classifier: Its towers must be plain transformers; `CLIPModel` has no words for a ResNet or a timm tower.
+        directory: The directory to write; an older directory of this kind is replaced.
+        classifier: Its towers must be plain transformers; `CLIPModel` cannot express a ResNet or a timm tower.
 
     Raises:
         ModelError: `CLIPModel` cannot express the model.
-        UsageError: `directory` holds something else.
+        UsageError: `directory` contains something else.
     """
     config = HuggingFaceConfig.from_open_clip(classifier.config)
     documents = {
@@ -137,7 +139,7 @@ def save_hugging_face(directory: Path, classifier: Classifier) -> None:
 def _views(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of an open_clip `CLIP` as Hugging Face names and shapes them.
 
-    They are views: what is copied into one is in the model.
+    They are views: copying into one changes the model.
 
     Raises:
         ModelError: The model has a tensor that `CLIPModel` does not have.
@@ -162,17 +164,14 @@ def _views(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _weights_files(directory: Path) -> list[Path]:
-    """The safetensors files, each looked at: one, or the shards that an index names."""
+    """The safetensors files, after a check of each: one file, or the shards that an index names."""
     if (directory / HF_WEIGHTS_FILE).is_file():
         files = [directory / HF_WEIGHTS_FILE]
     elif (directory / HF_INDEX_FILE).is_file():
         index = directory / HF_INDEX_FILE
-        places = read_json(index, _MAX_INDEX_BYTES).get("weight_map")
-        if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-            raise ModelError(f"{index} has no weight_map from tensors to files")
-        names = sorted(set(places.values()))
+        names = sorted(set(read_document(index, _Index, _MAX_INDEX_BYTES, ModelError).weight_map.values()))
         if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-            raise ModelError(f"{index} names {outside[0][:80]!r}, which is no safetensors file beside it; refused")
+            raise ModelError(f"{index} names {outside[0][:80]!r}, which is not a safetensors file beside it; refused")
         if len(names) > _MAX_SHARDS:
             raise ModelError(f"{index} names {len(names)} files; at most {_MAX_SHARDS} are accepted")
         files = [directory / name for name in names]
@@ -184,7 +183,7 @@ def _weights_files(directory: Path) -> list[Path]:
 
 
 def _check_tensors(files: list[Path], expected: Mapping[str, torch.Size]) -> None:
-    """Every tensor once, in its shape, and no others."""
+    """Make sure that the files contain every tensor once, in its shape, and no other tensors."""
     missing = set(expected)
     for path in files:
         with _opened(path) as file:

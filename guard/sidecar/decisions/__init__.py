@@ -1,1 +1,1 @@
-"""From a request to a decision: routes, models, screening, evidence and the monitor."""
+"""From a request to a decision: routes, models, checks, evidence and the stream monitor."""

@@ -1,4 +1,4 @@
-"""Decode, embed and screen the images of a request: the work of a sidecar that is not talking."""
+"""Decode, embed and screen the images of a request."""
 
 import asyncio
 import logging
@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from guard._types import Floats
 from guard.classifiers import ExportedClassifier, Preprocessing, decode
 from guard.errors import ImageError, RequestError
 from guard.profiles import Profile
@@ -15,25 +15,22 @@ from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.protocol.tensors import encoded_images, find_input, float_images
 from guard.screening import Detector
 from guard.sidecar.decisions.reservoir import Reservoir
-from guard.sidecar.decisions.routes import Request
 from guard.sidecar.decisions.watch import Shared, Watch
 from guard.sidecar.decisions.workers import OverloadedError
+from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import Decision, Outcome, Reason
-from guard.sidecar.settings import ModelSettings
 from guard.sidecar.telemetry.metrics import ModelMetrics
 
 log = logging.getLogger(__name__)
 
-Floats = NDArray[np.float32]
-
 
 @dataclass(frozen=True)
 class Inference:
-    """One pass through the exported classifier, and what guard makes of it.
+    """The result of one forward pass through the exported classifier.
 
     Attributes:
         logits: Class scores, shape [N, C].
-        outcome: The decision.
+        outcome: The decision about the images.
     """
 
     logits: Floats
@@ -44,20 +41,20 @@ class Checker:
     """Screens the requests of one model with one profile.
 
     Args:
-        profile: Calibrated.
-        detector: Of the profile.
-        model: The exported classifier; None where the embeddings come from the upstream server.
-        settings: Of the model.
-        metrics: Of the model.
-        shared: What the models of a sidecar have in common.
-        sample: Of the model's traffic, if one is kept.
+        profile: A calibrated profile.
+        detector: The detector of the profile.
+        model: The exported classifier; None if the embeddings come from the upstream server.
+        settings: Settings of the model.
+        metrics: Metrics of the model.
+        shared: What all models of a sidecar share.
+        sample: The sample of the model's traffic, if one is kept.
 
     Attributes:
         profile: As given.
         model: As given.
         metrics: As given.
-        watch: What follows its decisions.
-        vetted: Whether a request may pass: the verdict on the model is good enough for the operator.
+        watch: What is done with the decisions besides answering.
+        vetted: Whether requests may pass: the verdict on the model is good enough for the operator.
     """
 
     def __init__(
@@ -73,7 +70,7 @@ class Checker:
         self.profile, self.model, self.metrics = profile, model, metrics
         self._detector = detector
         self.watch = Watch(profile, detector, model, settings, metrics, shared, sample)
-        self._input, self._limits, self._workers = settings.input, shared.settings, shared.workers
+        self._input, self._limits, self._workers = settings.input_tensor, shared.settings, shared.workers
         self.vetted = settings.clears(profile.document.vetting.verdict.outcome)
         metrics.describe(profile, detector)
 
@@ -82,25 +79,29 @@ class Checker:
         """p-value up to which an image is flagged."""
         return self._detector.alpha
 
-    async def infer(self, request: Request) -> Inference:
-        """Classify and screen in one pass (embedded mode).
+    async def infer(self, message: ModelInferRequest, trace_id: str) -> Inference:
+        """Classify and screen the images of a request in one pass (embedded mode).
+
+        Args:
+            message: The request.
+            trace_id: The trace that the request belongs to, or "".
 
         Raises:
             RequestError: The request cannot be served, whatever the failure policy.
-            OverloadedError: There is no worker for it.
+            OverloadedError: Every worker is busy and the queue is full.
         """
-        return await self._workers.run(lambda: self._infer(request))
+        return await self._workers.run(lambda: self._infer(message, trace_id))
 
-    async def check_request(self, request: Request) -> Outcome:
-        """Embed and screen the input of a request that goes to an upstream server."""
-        return await self._bounded(lambda: self._infer(request).outcome)
+    async def check_request(self, message: ModelInferRequest, trace_id: str) -> Outcome:
+        """Embed and screen the images of a request that goes to an upstream server."""
+        return await self._bounded(lambda: self._infer(message, trace_id).outcome)
 
-    async def check_embeddings(self, embeddings: Floats, request: Request) -> Outcome:
-        """Screen embeddings that the upstream server computed."""
-        return await self._bounded(lambda: self._score(embeddings, request, None))
+    async def check_embeddings(self, embeddings: Floats, message: ModelInferRequest, trace_id: str) -> Outcome:
+        """Screen embeddings, shape [N, D], that the upstream server computed for a request."""
+        return await self._bounded(lambda: self._score(embeddings, message, trace_id, None))
 
     async def _bounded(self, work: Callable[[], Outcome]) -> Outcome:
-        """Run within the time limit; whatever goes wrong becomes `unchecked` with its reason, never `pass`."""
+        """Run a check within the time limit; whatever fails becomes `unchecked` with a reason, never `pass`."""
         if not self._limits.screening:
             return Outcome.unchecked(Reason.DISABLED)
         try:
@@ -116,19 +117,19 @@ class Checker:
             log.exception("screening failed")
             return Outcome.unchecked(Reason.ERROR)
 
-    def _infer(self, request: Request) -> Inference:
+    def _infer(self, message: ModelInferRequest, trace_id: str) -> Inference:
         if self.model is None:
             raise RuntimeError("this sidecar has no model of its own")
         with self.metrics.stage("decode"):
-            images = self._images(request.message, self.model)
+            images = self._images(message, self.model)
         with self.metrics.stage("inference"):
             embeddings, logits = self.model.run(images)
         if not self._limits.screening:
             return Inference(logits, Outcome.unchecked(Reason.DISABLED))
         try:
-            return Inference(logits, self._score(embeddings, request, images))
+            return Inference(logits, self._score(embeddings, message, trace_id, images))
         except RequestError as error:
-            # The client's doing, by values so large that the model overflows.
+            # Caused by the client, with values so large that the model overflows.
             return Inference(logits, Outcome.unchecked(Reason.INPUT_UNREADABLE, str(error)))
         except Exception:
             log.exception("screening failed")
@@ -148,11 +149,11 @@ class Checker:
         limit = self._limits.max_pixels
         return preprocessing(decode(file, max_pixels=limit), max_pixels=limit)
 
-    def _score(self, embeddings: Floats, request: Request, images: Floats | None) -> Outcome:
+    def _score(self, embeddings: Floats, message: ModelInferRequest, trace_id: str, images: Floats | None) -> Outcome:
         with self.metrics.stage("screening"):
             found = self._detector.score(embeddings)
         names = self._detector.screen.triggers
-        flags = self.watch.follow(found, request, images)
+        flags = self.watch.follow(found, message, trace_id, images)
         return Outcome(
             Decision.FLAG if flags.any() else Decision.PASS if self.vetted else Decision.UNCHECKED,
             None if self.vetted else Reason.MODEL_NOT_VETTED,

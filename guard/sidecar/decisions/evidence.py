@@ -1,9 +1,12 @@
-"""Where records of flagged images go: into the evidence log, and to whoever follows them as they come."""
+"""Recording of flagged images, in the evidence log and for clients that follow the records."""
 
 import asyncio
+import errno
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from guard import evidence
 from guard.errors import UsageError
@@ -12,14 +15,14 @@ from guard.sidecar.settings import Settings
 from guard.sidecar.telemetry.metrics import Metrics
 
 _WAITING = 256
-"""Records that wait for one follower; further ones are lost to it, and counted."""
+"""The most records that wait for one follower; it loses further ones, which are counted."""
 
 
 class Follower:
-    """Records as they come, for one reader on an event loop; at most `_WAITING` wait for it.
+    """New records for one reader on an event loop; at most `_WAITING` of them wait to be read.
 
     Args:
-        wants: Which records; called from any thread.
+        wants: Whether the reader wants a record; called from any thread.
     """
 
     def __init__(self, wants: Callable[[Record], bool]) -> None:
@@ -29,7 +32,7 @@ class Follower:
         self._lost, self._ended = 0, False
 
     def give(self, item: Record) -> None:
-        """Hand over a record, from any thread."""
+        """Add a record; may be called from any thread."""
         if self._wants(item):
             self._loop.call_soon_threadsafe(self._put, item)
 
@@ -42,7 +45,7 @@ class Follower:
         self._changed.set()
 
     def end(self) -> None:
-        """Say that no more will come; on the event loop."""
+        """End the records; to be called on the event loop."""
         self._ended = True
         self._changed.set()
 
@@ -55,28 +58,35 @@ class Follower:
 
 
 class Recorder:
-    """The evidence of one sidecar; nothing here waits for a disk or a reader.
+    """Records the evidence of one sidecar, without waiting for a disk or a reader.
 
     Args:
-        settings: Of the sidecar.
-        metrics: Where losses are counted.
+        settings: Settings of the sidecar.
+        metrics: Metrics of the sidecar, where lost records are counted.
+        read_only: Whether the evidence log is only checked, and no record will be written to it.
 
     Raises:
-        EvidenceError: The evidence log is damaged or no evidence log.
+        EvidenceError: The file is damaged, or is not an evidence log.
         UsageError: The folder cannot be written.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, *, read_only: bool = False) -> None:
         self._followers: tuple[Follower, ...] = ()
         self._writer: evidence.EvidenceWriter | None = None
-        if settings.state is None:
+        if settings.state_dir is None:
             return
         try:
-            settings.state.mkdir(parents=True, exist_ok=True)
+            if read_only:
+                _check_folder(settings.state_dir)
+            else:
+                settings.state_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"cannot write to {settings.state}: {error.strerror}") from error
+            raise UsageError(f"cannot write to {settings.state_dir}: {error.strerror}") from error
+        if read_only:
+            evidence.EvidenceWriter.check(settings.state_dir / EVIDENCE_FILE)
+            return
         self._writer = writer = evidence.EvidenceWriter(
-            settings.state / EVIDENCE_FILE,
+            settings.state_dir / EVIDENCE_FILE,
             max_rows=settings.evidence_rows,
             max_bytes=settings.evidence_bytes,
             max_age_days=settings.evidence_days,
@@ -86,16 +96,16 @@ class Recorder:
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody wants records."""
+        """Whether records are written or followed at all."""
         return self._writer is not None or bool(self._followers)
 
     @property
     def trouble(self) -> Drop | None:
-        """Why the evidence log cannot be written at present; None if it can, or if there is none."""
+        """Why the evidence log cannot be written at present; None if it can be, or if there is none."""
         return None if self._writer is None else self._writer.trouble
 
     def record(self, item: Record) -> None:
-        """Hand over a record, from any thread."""
+        """Record a flagged image; may be called from any thread."""
         if self._writer is not None:
             self._writer.record(item)
         for follower in self._followers:
@@ -103,13 +113,13 @@ class Recorder:
 
     @contextmanager
     def followed(self, wants: Callable[[Record], bool] = lambda _: True) -> Iterator[Follower]:
-        """Follow the records from now on; on the event loop.
+        """Follow the records from now on; to be called on the event loop.
 
         Args:
-            wants: Which of them; called from any thread.
+            wants: Whether the reader wants a record; called from any thread.
         """
         follower = Follower(wants)
-        # A new tuple, since workers may be going through the old one.
+        # A new tuple, since workers may be iterating over the old one.
         self._followers = (*self._followers, follower)
         try:
             yield follower
@@ -117,10 +127,22 @@ class Recorder:
             self._followers = tuple(each for each in self._followers if each is not follower)
 
     def end_followers(self) -> None:
-        """Let those who follow read what waits for them, and no more."""
+        """End the records of all followers after those that already wait for them."""
         for follower in self._followers:
             follower.end()
 
     def close(self) -> bool:
-        """Write what waits; whether all was written."""
+        """Write the records that wait; return whether all of them were written."""
         return self._writer is None or self._writer.close()
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise the OSError that making a folder would raise; one that exists is fine."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        code = errno.EEXIST if there == folder.absolute() else errno.ENOTDIR
+    elif there != folder.absolute() and not os.access(there, os.W_OK | os.X_OK):
+        code = errno.EACCES
+    else:
+        return
+    raise OSError(code, os.strerror(code))

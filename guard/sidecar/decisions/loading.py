@@ -1,17 +1,17 @@
-"""Read what a model is served and screened with."""
+"""Reading of the profile and of the exported classifier of a model."""
 
 from guard.classifiers import ExportedClassifier
 from guard.errors import ProfileError
 from guard.profiles import Profile
-from guard.sidecar.settings import ModelSettings
+from guard.sidecar.model_settings import ModelSettings
 
 
 def load(settings: ModelSettings, model: ExportedClassifier | None = None) -> tuple[Profile, ExportedClassifier | None]:
-    """The profile of a model, and its exported form if it has one; they are of the same classifier.
+    """Read the profile of a model and its exported classifier, if it has one, and make sure that they belong together.
 
     Args:
-        settings: Of the model.
-        model: That is loaded already.
+        settings: Settings of the model.
+        model: The exported classifier, if it is loaded already.
 
     Raises:
         ProfileError: The profile is missing, damaged, or of another model.
@@ -26,13 +26,13 @@ def load(settings: ModelSettings, model: ExportedClassifier | None = None) -> tu
 
 
 def read_profile(settings: ModelSettings) -> Profile:
-    """The profile of a model.
+    """Read the profile of a model.
 
     Raises:
-        ProfileError: It is missing or damaged.
+        ProfileError: The profile is missing or damaged.
     """
     if settings.profile is None:
-        raise ValueError("settings are checked before")
+        raise ValueError("the settings name no profile")
     return Profile.open(settings.profile)
 
 
@@ -40,7 +40,7 @@ def match(profile: Profile, model: ExportedClassifier, settings: ModelSettings) 
     """Make sure that a profile is of the model that was exported.
 
     Raises:
-        ProfileError: It is of another.
+        ProfileError: The profile is of another model.
     """
     if model.digest != profile.document.model.digest:
         raise ProfileError(

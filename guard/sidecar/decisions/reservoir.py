@@ -1,20 +1,19 @@
-"""A sample of the traffic, for the next calibration."""
+"""A uniform sample of the traffic, for the next calibration."""
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from guard._types import Floats
 
 
 class Reservoir:
-    """A uniform sample of a stream of embeddings (Vitter's algorithm R), flagged ones included.
+    """A uniform sample of a stream of embeddings (Vitter's algorithm R), including those of flagged images.
 
-    Leaving flagged ones out would make the next threshold too low.
+    Without those of flagged images the next threshold would be too low.
 
     Args:
-        size: Most embeddings that are kept.
+        size: The most embeddings that are kept.
         dimension: Length of an embedding.
-        seed: Of the draws.
+        seed: Seed for the random choice of embeddings.
     """
 
     def __init__(self, size: int, dimension: int, *, seed: int = 0) -> None:
@@ -27,7 +26,7 @@ class Reservoir:
         return self._kept[: min(self._seen, len(self._kept))]
 
     def add(self, embeddings: Floats) -> None:
-        """Take in some, shape [N, D]."""
+        """Offer embeddings, shape [N, D], to the sample."""
         for embedding in embeddings:
             place = self._seen if self._seen < len(self._kept) else int(self._generator.integers(self._seen + 1))
             if place < len(self._kept):

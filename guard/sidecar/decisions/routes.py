@@ -1,30 +1,27 @@
-"""What a request is, and what holds for it."""
+"""Requests, and the routes that say how they are screened."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from guard.protocol.inference_pb2 import ModelInferRequest
+from guard.sidecar.decisions.checking import Checker
+from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import Outcome, Reason, refusal
-from guard.sidecar.settings import ModelSettings
 from guard.sidecar.telemetry.metrics import ModelMetrics
-
-if TYPE_CHECKING:
-    from guard.sidecar.decisions.checking import Checker
 
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """What holds for the requests of one model, as long as its profile stays the same.
+    """How the requests of one model are screened, as long as its profile stays the same.
 
     Attributes:
-        settings: Of the model.
-        metrics: Of the model.
-        checker: Screens its requests; None for models that guard has no profile of.
+        settings: Settings of the model.
+        metrics: Metrics of the model.
+        checker: Screens the requests; None for models that guard has no profile of.
     """
 
     settings: ModelSettings
     metrics: ModelMetrics
-    checker: "Checker | None"
+    checker: Checker | None
 
     @property
     def embeds(self) -> bool:
@@ -33,7 +30,7 @@ class Route:
 
     @property
     def unvetted(self) -> Outcome | None:
-        """The outcome of every request, where the verdict on the model is such that none is served."""
+        """The outcome of every request if the verdict on the model is such that none is served; None otherwise."""
         if self.checker is None or self.checker.vetted:
             return None
         outcome = Outcome.unchecked(Reason.MODEL_NOT_VETTED)
@@ -45,10 +42,10 @@ class Request:
     """One inference request.
 
     Attributes:
-        message: As it came.
-        route: What holds for it: found by name and version, and settled by the reply's version where it names none. It
-            stays the same when the profile is replaced meanwhile.
-        trace_id: Of the trace that it belongs to, or "".
+        message: The parsed request.
+        route: How it is screened. The route is found by the name and version in the request, and corrected by the
+            version in the reply if the request names none. It stays the same if the profile is replaced meanwhile.
+        trace_id: The id of the trace that the request belongs to, or "".
     """
 
     message: ModelInferRequest

@@ -1,4 +1,4 @@
-"""What follows a decision: a second look, the stream monitor, the evidence log, a sample of the traffic."""
+"""What is done with decisions besides answering: second looks, stream monitor, evidence log, sample of the traffic."""
 
 import hashlib
 import logging
@@ -12,36 +12,37 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from guard._types import Floats
 from guard.classifiers import ExportedClassifier
-from guard.errors import GuardError, UsageError
+from guard.errors import GuardError, ProfileError
 from guard.evidence import Record, thumbnail
 from guard.profiles import Profile, write_embeddings
 from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.screening import Alarm, Detector, Judgement, Monitor
-from guard.screening.second_look import SecondLook, SecondLookResult, StoredTrigger
+from guard.screening.second_look import SecondLook, SecondLookResult
 from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.reservoir import Reservoir
-from guard.sidecar.decisions.routes import Request
 from guard.sidecar.decisions.workers import Workers
+from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import Decision
-from guard.sidecar.settings import ModelSettings, Settings
+from guard.sidecar.settings import Settings
 from guard.sidecar.telemetry.metrics import ModelMetrics
+from guard.triggers import StoredTrigger
 
 log = logging.getLogger(__name__)
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?P<trace>(?!0{32})[0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """What the models of a sidecar have in common.
+    """What the models of a sidecar share.
 
     Attributes:
-        settings: Of the sidecar.
-        workers: That decode, embed and screen.
-        evidence: Where records go.
-        process: Which of several processes this is; None if it is the only one.
+        settings: Settings of the sidecar.
+        workers: The threads that decode, embed and screen.
+        evidence: Records flagged images.
+        process: The number of this process if there are several; None if it is the only one.
     """
 
     settings: Settings
@@ -50,31 +51,35 @@ class Shared:
     process: int | None = None
 
     def close(self) -> None:
-        """Write what waits."""
+        """Write the records that wait."""
         if not self.evidence.close():
             log.warning("some records could not be written to the evidence log")
 
     def state_file(self, stem: str, suffix: str) -> Path | None:
-        """A file in the folder for state, of this process alone; None if there is no folder."""
-        folder, own = self.settings.state, "" if self.process is None else f".{self.process}"
+        """A file of this process alone in the folder for state; None if the settings name no folder."""
+        folder, own = self.settings.state_dir, "" if self.process is None else f".{self.process}"
         return None if folder is None else folder / f"{stem}{own}{suffix}"
 
 
 class Watch:
-    """Everything that guard does with a decision besides answering; safe to use from many threads.
+    """Everything that guard does with a decision besides answering; safe to use from several threads.
 
     Args:
-        profile: Of the model.
-        detector: Its detector.
-        model: The exported classifier; None where embeddings come from the upstream server, and nothing can be looked
-            at again.
-        settings: Of the model.
-        metrics: Of the model.
-        shared: What the models have in common.
-        sample: Of the model's traffic, if one is kept.
+        profile: Profile of the model.
+        detector: Detector of the profile.
+        model: The exported classifier; None if embeddings come from the upstream server, so that there are no second
+            looks.
+        settings: Settings of the model.
+        metrics: Metrics of the model.
+        shared: What the models of a sidecar share.
+        sample: The sample of the model's traffic, if one is kept.
+
+    Attributes:
+        sample: As given.
 
     Raises:
-        UsageError: The monitor's state cannot be read.
+        StateError: The state of the monitor is damaged, or of other settings.
+        ProfileError: A trigger of the profile cannot be used.
     """
 
     def __init__(
@@ -92,22 +97,22 @@ class Watch:
         self._targets = {record.id: profile.class_name(record.target) for record in profile.document.triggers}
         self._lock = threading.Lock()
         streams = detector.streams()
-        # Each process sees a share of the images; together they shall raise no more false alarms than one.
+        # Each process sees a share of the images; together they must raise no more false alarms than one process would.
         run_length = shared.settings.run_length * shared.settings.processes
         self._monitor = Monitor(streams, run_length=run_length) if streams else None
         self.sample = sample
-        self._second_look = self._looks() if settings.second_looks and model is not None else None
-        self._state = shared.state_file(f"monitor-{self._calibration()}", ".json")
-        if self._monitor is not None and self._state is not None and self._state.exists():
-            self._monitor.load(self._state)
+        self._second_look = self._make_second_look() if settings.second_looks and model is not None else None
+        self._state_file = shared.state_file(f"monitor-{self._calibration_id()}", ".json")
+        if self._monitor is not None and self._state_file is not None and self._state_file.exists():
+            self._monitor.load(self._state_file)
             metrics.alarms(self._monitor.active, ())
 
-    def _calibration(self) -> str:
-        """Names the state of the monitor: p-values of another calibration, or another model's, mean something else."""
+    def _calibration_id(self) -> str:
+        """Names the file with the monitor's state: p-values of another calibration or model cannot be continued."""
         parts = (self._settings.label, *sorted(self._profile.document.files.values()))
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
-    def _looks(self) -> SecondLook:
+    def _make_second_look(self) -> SecondLook:
         document, model = self._profile.document, self._model
         if model is None:
             raise ValueError("a second look needs a model")
@@ -125,7 +130,7 @@ class Watch:
                 max_per_second=self._settings.second_looks,
             )
         except ValueError as error:
-            raise UsageError(f"the profile is damaged: {error}") from error
+            raise ProfileError(f"the profile is damaged: {error}") from error
 
     @property
     def threshold(self) -> float:
@@ -134,17 +139,20 @@ class Watch:
 
     @property
     def alarms(self) -> tuple[Alarm, ...]:
-        """Those that are up; may wait for a moment while the state is kept."""
+        """The active alarms; may wait for a moment while the state is saved."""
         with self._lock:
             return () if self._monitor is None else self._monitor.active
 
-    def follow(self, found: Judgement, request: Request, images: Floats | None) -> NDArray[np.bool_]:
-        """Look again, watch, note.
+    def follow(
+        self, found: Judgement, message: ModelInferRequest, trace_id: str, images: Floats | None
+    ) -> NDArray[np.bool_]:
+        """Take second looks, feed the stream monitor, and record what is flagged.
 
         Args:
-            found: What was decided.
-            request: Where the images came from.
-            images: As the model takes them, shape [N, 3, S, S]; None where guard has not seen them.
+            found: What was decided about the images of a request.
+            message: The request.
+            trace_id: The trace that the request belongs to, or "".
+            images: Preprocessed images, shape [N, 3, S, S]; None if guard has not seen them.
 
         Returns:
             The flags, without those that the second look withdrew.
@@ -164,7 +172,8 @@ class Watch:
         if self._shared.evidence.wanted:
             for row in flagged:
                 kept = bool(flags[row])
-                self._shared.evidence.record(self._record(found, row, kept, request, pixels.get(row), looks.get(row)))
+                record = self._record(found, row, kept, message, trace_id, pixels.get(row), looks.get(row))
+                self._shared.evidence.record(record)
         return flags
 
     def _trigger(self, found: Judgement, row: int) -> str:
@@ -187,10 +196,10 @@ class Watch:
 
     def _describe(self, alarm: Alarm) -> str:
         what = "attack" if alarm.kind == "attack" else "drift"
-        cause = " (drift is up as well, and may be the cause)" if alarm.during_drift else ""
+        cause = " (a drift alarm is active as well, and may be the cause)" if alarm.during_drift else ""
         return (
-            f"{what} in the stream {alarm.stream!r}: since about {alarm.after} images {alarm.rate:.2%} have p at most "
-            f"{alarm.level:g}, where clean ones explain {alarm.bound:.2%}{cause}"
+            f"{what} in the stream {alarm.stream!r}: of about the last {alarm.after} images, {alarm.rate:.2%} have a "
+            f"p-value of at most {alarm.level:g}; clean images explain up to {alarm.bound:.2%}{cause}"
         )
 
     def _record(
@@ -198,7 +207,8 @@ class Watch:
         found: Judgement,
         row: int,
         flagged: bool,  # noqa: FBT001 - handed through
-        request: Request,
+        message: ModelInferRequest,
+        trace_id: str,
         image: Floats | None,
         look: SecondLookResult | None,
     ) -> Record:
@@ -208,13 +218,13 @@ class Watch:
             array = (image.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
             small = thumbnail(Image.fromarray(np.ascontiguousarray(array)))
         return Record(
-            request.message.id,
+            message.id,
             self._settings.label,
             document.model.digest,
             row,
             Decision.FLAG if flagged else Decision.PASS,
             self._settings.mode,
-            trace_id=request.trace_id,
+            trace_id=trace_id,
             predicted=self._profile.class_name(int(found.scores.classes[row])),
             p_value=float(found.p_values[row]),
             alpha=self._detector.alpha,
@@ -227,28 +237,34 @@ class Watch:
             target=self._targets.get(trigger, ""),
             second_look="" if look is None else look.outcome,
             explanation="" if look is None else look.explanation,
-            input_digest=input_digest(request.message, row, self._settings.input),
+            input_digest=input_digest(message, row, self._settings.input_tensor),
             thumbnail=small,
         )
 
     def save(self) -> None:
-        """Keep the monitor's state and the sample, if there is a place for them; trouble is logged, not raised."""
+        """Save the monitor's state and the sample, if there is a folder for them; an error is logged, not raised."""
         traffic = self._shared.state_file(f"traffic-{self._settings.label}", ".npy")
-        if self._state is None or traffic is None:
+        if self._state_file is None or traffic is None:
             return
         try:
             with self._lock:
                 if self._monitor is not None:
-                    self._monitor.save(self._state)
+                    self._monitor.save(self._state_file)
                 sample = None if self.sample is None else self.sample.embeddings.copy()
             if sample is not None and len(sample):
                 write_embeddings(traffic, sample)
         except (OSError, GuardError) as error:
-            log.warning("the state in %s cannot be written: %s", self._state.parent, error)
+            log.warning("the state in %s cannot be written: %s", self._state_file.parent, error)
 
 
 def input_digest(request: ModelInferRequest, row: int, name: str) -> str:
-    """SHA-256 of the bytes of one image of a request, so that the same input is known again; "" if it has none."""
+    """SHA-256 of the bytes of one image, by which the same input is recognised again; "" if there is no such image.
+
+    Args:
+        request: The request.
+        row: The number of the image in its batch, from 0.
+        name: Name of the input tensor.
+    """
     for index, tensor in enumerate(request.inputs):
         if tensor.name != name:
             continue
@@ -271,7 +287,7 @@ def input_digest(request: ModelInferRequest, row: int, name: str) -> str:
 
 
 def _digest_of_element(raw: bytes, row: int) -> str:
-    """Of one element of a BYTES tensor: four bytes of length before each."""
+    """SHA-256 of one element of a raw BYTES tensor, without copying the others; see `unpack_bytes`."""
     start = 0
     for _ in range(row):
         start += 4 + int.from_bytes(raw[start : start + 4], "little")
@@ -280,6 +296,6 @@ def _digest_of_element(raw: bytes, row: int) -> str:
 
 
 def trace_id(metadata: Mapping[str, str | bytes]) -> str:
-    """The trace of a W3C `traceparent`, or ""; a client may send anything there."""
+    """The trace id in a W3C `traceparent`; "" if there is no valid one, since a client may send anything."""
     found = _TRACEPARENT.match(str(metadata.get("traceparent", "")))
     return found["trace"] if found else ""

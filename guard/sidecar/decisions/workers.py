@@ -1,4 +1,4 @@
-"""The threads of a sidecar that decode, embed and screen, and the queue before them: both bounded."""
+"""The threads that decode, embed and screen, and the queue of work that waits for them; both are bounded."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,17 +13,17 @@ T = TypeVar("T")
 
 
 class OverloadedError(Exception):
-    """Every worker is busy, and as many requests wait as may."""
+    """Every worker is busy and the queue is full."""
 
 
 class Workers:
     """A bounded pool of threads with a bounded queue, shared by all models.
 
-    numpy, Pillow and ONNX Runtime release the interpreter while they work, so that the event loop keeps serving.
+    numpy, Pillow and ONNX Runtime release the interpreter lock while they work, so that the event loop keeps serving.
 
     Args:
-        threads: At work at once.
-        queue: Most that wait.
+        threads: Number of threads.
+        queue: The most requests that wait for a thread.
     """
 
     def __init__(self, threads: int, queue: int) -> None:
@@ -31,32 +31,32 @@ class Workers:
         self._room = Semaphore(threads + queue)
 
     def close(self) -> None:
-        """Let running work end and take no more."""
+        """Wait for running work to end and accept no more."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Run on the pool.
+        """Run a function on one of the threads.
 
-        What nobody waits for any more is skipped when its turn comes, and has its place in the queue until then.
+        Work that is no longer awaited is skipped when its turn comes, and keeps its place in the queue until then.
 
         Raises:
-            OverloadedError: There is no place for it.
+            OverloadedError: Every worker is busy and the queue is full.
         """
         if not self._room.acquire(blocking=False):
             raise OverloadedError
-        wanted = True
+        awaited = True
 
         def run() -> T:
             try:
-                if not wanted:
+                if not awaited:
                     raise TimeoutError
                 return work()
             finally:
                 self._room.release()
 
         try:
-            # The context tells the log which request this is.
+            # The context carries the ids of the request to the log.
             return await shielded(asyncio.get_running_loop().run_in_executor(self._pool, copy_context().run, run))
         except asyncio.CancelledError:
-            wanted = False
+            awaited = False
             raise

@@ -1,1 +1,1 @@
-"""The process: ports, health, limits, admin service, several processes, start and drain."""
+"""The process of a sidecar: start and drain, health, limits, admin service, and several processes on one port."""

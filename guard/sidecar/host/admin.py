@@ -1,6 +1,7 @@
-"""guard's own service, `guard.v1.Sidecar`: what a sidecar is, what it screens with, and what it flags as it comes.
+"""The admin service, `guard.v1.Sidecar`: status of a sidecar, its models, and flagged images as they are recorded.
 
-For operators: what it tells would help an attacker who is a client of the inference port, so it has a port of its own.
+It is for operators. What it tells would help an attacker who is a client of the inference port, so it has a port of its
+own.
 """
 
 import asyncio
@@ -17,28 +18,28 @@ from guard import __version__
 from guard.evidence import Record
 from guard.evidence.records import clean
 from guard.protocol import sidecar_pb2 as messages
+from guard.sidecar.addresses import socket_path
 from guard.sidecar.decisions.models import Models, Served
 from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.host.health import Health
-from guard.sidecar.inference.service import Context
+from guard.sidecar.inference.calls import Context
 from guard.sidecar.policy import Decision, FailurePolicy, Mode
 from guard.sidecar.telemetry.metrics import Metrics
-from guard.sidecar.transport.addresses import socket_path
 from guard.sidecar.transport.ports import open_port
 from guard.sidecar.transport.tls import server_certificates
 
 SERVICE = messages.DESCRIPTOR.services_by_name["Sidecar"].full_name
 MAX_FOLLOWERS = 16
-"""Calls of `FollowEvidence` at once; more are refused with RESOURCE_EXHAUSTED."""
-_CALLS = 64
-"""Calls at once, those included."""
+"""The most calls of `FollowEvidence` at a time; further ones are refused with RESOURCE_EXHAUSTED."""
+_MAX_CALLS = 64
+"""The most calls of all methods at a time."""
 _LONGEST_REQUEST = 2**16
 _GRACE_SECONDS = 1.0
-"""That calls are given at the end, to read what waits for them."""
+"""Seconds that followers are given at the end to read the records that wait for them."""
 _OPTIONS = (
     ("grpc.max_receive_message_length", _LONGEST_REQUEST),
     ("grpc.so_reuseport", 0),
-    # A follower whose machine is gone must not keep its place.
+    # A follower whose machine has vanished must not occupy a place for ever.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
 )
@@ -66,33 +67,35 @@ _DECISIONS = MappingProxyType(
 
 
 class AdminServer:
-    """Serves `guard.v1.Sidecar`, with health and reflection, until it is left.
+    """Serves `guard.v1.Sidecar`, with health and reflection, while the context is open.
 
-    Over TCP it takes the TLS files of the inference port, if there are any; the authorities of its clients are the same
-    too. A Unix socket has the mode that the settings name.
+    Over TCP it uses the TLS files of the inference port, if there are any, including the certificate authorities of
+    clients. A Unix socket has the file mode that the settings name.
 
     Args:
-        shared: With settings that have an admin address.
-        models: That are served.
-        health: Of the sidecar.
-        metrics: Of the sidecar.
+        shared: What the models share, with settings that name an admin address.
+        models: The models that are served.
+        health: Health of the sidecar.
+        metrics: Metrics of the sidecar.
 
     Attributes:
-        address: With the port that it has.
+        address: The address with the actual port.
 
     Raises:
-        UsageError: The address is taken or not of this machine, or certificates cannot be used.
+        UsageError: The address is taken or not of this machine, or a certificate cannot be used.
     """
 
     def __init__(self, shared: Shared, models: Models, health: Health, metrics: Metrics) -> None:
         self._evidence = shared.evidence
-        self._server = grpc.aio.server(maximum_concurrent_rpcs=_CALLS, options=_OPTIONS)
+        self._server = grpc.aio.server(maximum_concurrent_rpcs=_MAX_CALLS, options=_OPTIONS)
         self._server.add_generic_rpc_handlers((_Service(shared, models, health, metrics).handlers(),))
-        _serve_about(self._server, health)
+        _add_health_and_reflection(self._server, health)
         settings = shared.settings
         address = settings.admin_addresses[shared.process or 0]
-        # Of its own: `Certificates` hands each renewal out once.
-        certificates = server_certificates(settings) if socket_path(address) is None else None
+        # The port has certificates of its own, since `Certificates` hands each renewal out once.
+        certificates = None
+        if socket_path(address) is None:
+            certificates = server_certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
         self.address = open_port(self._server, address, certificates, socket_mode=settings.socket_mode)
 
     async def __aenter__(self) -> Self:
@@ -106,14 +109,13 @@ class AdminServer:
         await self._server.stop(_GRACE_SECONDS)
 
 
-def _serve_about(server: grpc.aio.Server, state: Health) -> None:
-    """Health and reflection."""
+def _add_health_and_reflection(server: grpc.aio.Server, state: Health) -> None:
     health_pb2_grpc.add_HealthServicer_to_server(state.servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
 
 class _Service:
-    """The methods."""
+    """The methods of the service."""
 
     def __init__(self, shared: Shared, models: Models, health: Health, metrics: Metrics) -> None:
         self._shared, self._models, self._health, self._metrics = shared, models, health, metrics
@@ -121,7 +123,7 @@ class _Service:
         self._followers = 0
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """For a server."""
+        """The gRPC handlers of the methods."""
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
@@ -158,7 +160,7 @@ class _Service:
     async def _list_models(
         self, _request: messages.ListModelsRequest, _context: Context
     ) -> messages.ListModelsResponse:
-        # Alarms may wait for a disk; requests shall not.
+        # Reading the alarms may wait for a disk, and requests must not wait for that.
         described = await asyncio.to_thread(lambda: [_model(served) for served in self._models.served])
         return messages.ListModelsResponse(models=described)
 
@@ -187,12 +189,12 @@ class _Service:
 
 
 def _model(served: Served) -> messages.Model:
-    # Once, since it is replaced with the profile.
+    # Read once, since the checker is replaced when the profile changes.
     checker, settings = served.checker, served.settings
     document = checker.profile.document
     verdict, calibration = document.vetting.verdict, document.calibration
     model = messages.Model(
-        name=settings.name,
+        name=settings.model_name,
         version=served.version,
         label=settings.label,
         digest=document.model.digest,

@@ -1,4 +1,4 @@
-"""What a sidecar says about itself: to gRPC clients, to Prometheus, and to whoever probes it over HTTP."""
+"""Health and metrics of a sidecar, for gRPC clients, for Prometheus and for probes over HTTP."""
 
 import asyncio
 import json
@@ -20,34 +20,34 @@ from prometheus_client.registry import Collector
 
 from guard.errors import UsageError
 from guard.protocol import SERVICE
+from guard.sidecar.addresses import socket_path, split_address
 from guard.sidecar.telemetry.exposition import FAMILIES, encoded
 from guard.sidecar.telemetry.metrics import Metrics
-from guard.sidecar.transport.addresses import socket_path, split_address
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 LOOP_SECONDS = 5.0
-"""After which an event loop that does not answer counts as dead."""
+"""Seconds after which an event loop that does not answer counts as dead."""
 _CLIENT_SECONDS = 10
-"""That a client of the HTTP port may take for its request."""
+"""Seconds that a client of the HTTP port may take for its request."""
 _CHUNK, _LONGEST_ANSWER = 2**16, 2**24
-"""Bytes of another process's answer: that are read at once, and in all."""
+"""The most bytes of another process's answer that are read at a time, and in total."""
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
 _States = health_pb2.HealthCheckResponse
 
 
 class Health:
-    """Whether inference requests are served, said in one place: grpc.health.v1, `guard_ready` and `/readyz` agree.
+    """Whether inference requests are served, kept in one place: grpc.health.v1, `guard_ready` and `/readyz` agree.
 
-    In grpc.health.v1 the service "" says that the process lives, and the protocol's service that it can answer.
+    In grpc.health.v1 the service "" says that the process is alive, and the inference service that requests are served.
 
     Args:
-        metrics: Where `guard_ready` is.
+        metrics: Metrics of the sidecar, with `guard_ready`.
 
     Attributes:
-        servicer: For the gRPC server.
-        reason: Why requests are not served; None if they are.
+        servicer: The health service, for a gRPC server.
+        reason: Why inference requests are not served; None if they are.
     """
 
     def __init__(self, metrics: Metrics) -> None:
@@ -56,10 +56,10 @@ class Health:
         self.reason: str | None = "guard is starting"
 
     async def tell(self, reason: str | None) -> None:
-        """Change what is said.
+        """Change the state.
 
         Args:
-            reason: Why requests are not served; None if they are.
+            reason: Why inference requests are not served; None if they are.
         """
         self.reason = reason
         self._metrics.ready.set(int(reason is None))
@@ -67,43 +67,43 @@ class Health:
         await self.servicer.set(SERVICE, _States.SERVING if reason is None else _States.NOT_SERVING)
 
     async def drain(self) -> None:
-        """Say, for good, that no more requests should be sent."""
+        """Report permanently that no more requests should be sent."""
         await self.tell("guard is draining")
         await self.servicer.enter_graceful_shutdown()
 
 
 class Exposed(Protocol):
-    """What has metrics."""
+    """An object with metrics."""
 
     @property
     def registry(self) -> Collector:
-        """Shown at `/metrics`."""
+        """The registry that is exposed at `/metrics`."""
 
 
 class Readiness(Protocol):
-    """What knows whether inference requests are served."""
+    """An object that knows whether inference requests are served."""
 
     @property
     def reason(self) -> str | None:
-        """Why they are not; None if they are."""
+        """Why inference requests are not served; None if they are."""
 
 
 class ProbeServer:
-    """The HTTP port: `/metrics`, `/healthz` (the process lives) and `/readyz` (requests are served).
+    """The HTTP port: `/metrics`, `/healthz` (the process is alive) and `/readyz` (inference requests are served).
 
-    It has threads of its own, so that neither waits for the other: a slow scrape for requests, or requests for it.
+    It has threads of its own, so that a slow scrape does not delay requests, and requests do not delay a scrape.
 
     Args:
-        address: HOST:PORT, where port 0 lets the system choose; or unix:PATH, whose folder decides who may ask.
-        metrics: Shown at `/metrics`.
-        health: Shown at `/readyz`.
-        alive: Whether the process lives.
+        address: HOST:PORT, where port 0 lets the system choose; or unix:PATH, whose folder decides who may connect.
+        metrics: The metrics that `/metrics` exposes.
+        health: What `/readyz` reports.
+        alive: Whether the process is alive.
 
     Attributes:
-        address: With the port that it has.
+        address: The address with the actual port.
 
     Raises:
-        UsageError: The port is taken, or the address not of this machine; or the socket cannot be made.
+        UsageError: The port is taken, the address is not of this machine, or the socket cannot be created.
     """
 
     def __init__(self, address: str, metrics: Exposed, health: Readiness, alive: Callable[[], bool]) -> None:
@@ -138,23 +138,23 @@ def probe(path: Path, target: str, *, seconds: float, accept: str = "*/*") -> tu
     """Ask the `ProbeServer` of another process that listens at a Unix socket.
 
     Args:
-        path: Its socket.
+        path: The socket.
         target: `/metrics`, `/healthz` or `/readyz`.
-        seconds: That the whole answer may take.
-        accept: Form that is asked for.
+        seconds: Seconds that the whole answer may take.
+        accept: The media type to ask for.
 
     Returns:
         The status and the body.
 
     Raises:
-        OSError: Nobody answers, or not in time; TimeoutError is one.
-        ValueError: The answer is none of HTTP, or is longer than 16 MiB.
+        OSError: Nobody answers, or not in time (TimeoutError).
+        ValueError: The answer is not valid HTTP, or is longer than 16 MiB.
     """
     deadline, answer = monotonic() + seconds, bytearray()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(seconds)
         connection.connect(str(path))
-        # HTTP 1.0: the end of the connection is the end of the answer.
+        # In HTTP 1.0, the end of the connection is the end of the answer.
         connection.sendall(f"GET {target} HTTP/1.0\r\nAccept: {accept}\r\n\r\n".encode())
         while part := connection.recv(_CHUNK):
             answer += part
@@ -166,16 +166,16 @@ def probe(path: Path, target: str, *, seconds: float, accept: str = "*/*") -> tu
     head, _, body = bytes(answer).partition(b"\r\n\r\n")
     found = _STATUS.match(head)
     if found is None:
-        raise ValueError(f"the answer of {path} is none of HTTP")
+        raise ValueError(f"the answer of {path} is not valid HTTP")
     return int(found[1]), body
 
 
 def loop_answers(loop: asyncio.AbstractEventLoop, seconds: float = LOOP_SECONDS) -> bool:
-    """Whether an event loop, asked from another thread, runs what it is given."""
+    """Whether an event loop runs a callback within some seconds; to be called from another thread."""
     answered = threading.Event()
     try:
         loop.call_soon_threadsafe(answered.set)
-    except RuntimeError:  # it is closed
+    except RuntimeError:  # the loop is closed
         return False
     return answered.wait(seconds)
 
@@ -215,7 +215,7 @@ class _Handler(WSGIRequestHandler):
     timeout = _CLIENT_SECONDS
 
     def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 - the base class's name
-        """Not a line for each probe."""
+        """Do not log each probe."""
 
 
 class _Server(ThreadingMixIn, WSGIServer):
@@ -230,13 +230,13 @@ class _UnixServer(_Server):
     address_family = socket.AF_UNIX
 
     def server_bind(self) -> None:
-        """Without the host name and the port that the base class takes from an address."""
+        """Bind without the host name and the port that the base class takes from an address."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = "localhost", 0
         self.setup_environ()
 
     def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
-        """With an address of the client, which the handler shows."""
+        """Accept a connection, with an address of the client for the handler."""
         connection, _ = super().get_request()
         return connection, ("", 0)
 
@@ -244,6 +244,6 @@ class _UnixServer(_Server):
 def _listen(address: str) -> WSGIServer:
     path = socket_path(address)
     if path is not None:
-        return _UnixServer(str(path), _Handler)  # type: ignore[arg-type] # the base class is of host and port
+        return _UnixServer(str(path), _Handler)  # type: ignore[arg-type] # the base class is typed for host and port
     host, port = split_address(address)
     return (_Server6 if ":" in host else _Server)((host, port), _Handler)

@@ -1,4 +1,4 @@
-"""Back-pressure: more requests than a sidecar can work on are refused at once, not queued."""
+"""Back-pressure: requests beyond the limit are refused at once and not queued."""
 
 import asyncio
 import inspect
@@ -11,58 +11,58 @@ import grpc
 from guard.sidecar.telemetry.metrics import Metrics
 
 SPARE = 64
-"""Calls that the server takes beyond the limit, so that probes are answered, and refusals counted, when it is full."""
-_QUIET_SECONDS, _MOST_QUIET_SECONDS = 0.2, 2.0
-"""Without a call, after which none is on its way; and that this is waited for at most."""
+"""Calls that the server accepts beyond the limit, so that it can answer probes and count refusals when it is full."""
+_QUIET_SECONDS, _LONGEST_WAIT_SECONDS = 0.2, 2.0
+"""Seconds without a new call after which no more are expected; and the most seconds that are spent waiting for that."""
 Handler = Callable[[Any, grpc.aio.ServicerContext], Any]
 
 
 class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Handlers of which at most some run at once; further calls end with RESOURCE_EXHAUSTED.
+    """Limits the number of calls that run at a time; further calls end with RESOURCE_EXHAUSTED.
 
-    gRPC's own limit counts health checks too, and refuses without a word to the metrics. It stays as the outer bound,
-    `SPARE` above this one, and holds before a message is read.
+    gRPC's own limit counts health checks too, and its refusals do not appear in the metrics. It remains as an outer
+    bound, `SPARE` above this one, and applies before a message is read.
 
     Args:
-        handlers: What is limited.
-        most: Calls at once.
-        metrics: Where refusals are counted.
+        handlers: The handlers that are limited.
+        most: The most calls that run at a time.
+        metrics: Metrics of the sidecar, where refusals are counted.
     """
 
     def __init__(self, handlers: grpc.GenericRpcHandler, most: int, metrics: Metrics) -> None:
         self._handlers, self._most, self._metrics = handlers, most, metrics
         self._running = 0
         self._holding, self._released = False, asyncio.Event()
-        self._came = asyncio.Event()
+        self._call_arrived = asyncio.Event()
 
     async def hold(self) -> None:
-        """Take no more calls: they wait until `release`; those that run go on. Returns when no more seem to come."""
+        """Let new calls wait until `release`, while running calls go on; return when no more calls seem to arrive."""
         self._holding = True
         with suppress(TimeoutError):
-            async with asyncio.timeout(_MOST_QUIET_SECONDS):
+            async with asyncio.timeout(_LONGEST_WAIT_SECONDS):
                 while True:
-                    self._came.clear()
+                    self._call_arrived.clear()
                     try:
-                        await asyncio.wait_for(self._came.wait(), _QUIET_SECONDS)
+                        await asyncio.wait_for(self._call_arrived.wait(), _QUIET_SECONDS)
                     except TimeoutError:
                         return
 
     def release(self) -> None:
-        """Let those that wait end, with UNAVAILABLE."""
+        """End the calls that wait, with UNAVAILABLE."""
         self._released.set()
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        """The handler of a call, counted."""
+        """The handler of a call, within the limit."""
         handler = self._handlers.service(details)
         if handler is None:
             return None
         arity = "_".join(
             "stream" if streams else "unary" for streams in (handler.request_streaming, handler.response_streaming)
         )
-        # A named tuple.
-        return handler._replace(**{arity: self._counted(getattr(handler, arity))})
+        # The handler is a named tuple.
+        return handler._replace(**{arity: self._within_limit(getattr(handler, arity))})
 
-    def _counted(self, method: Handler) -> Handler:
+    def _within_limit(self, method: Handler) -> Handler:
         if inspect.isasyncgenfunction(method):
 
             async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:  # noqa: ANN401
@@ -81,7 +81,7 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
     @asynccontextmanager
     async def _slot(self, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
         if self._holding:
-            self._came.set()
+            self._call_arrived.set()
             await self._released.wait()
             self._metrics.refused(grpc.StatusCode.UNAVAILABLE.name)
             await context.abort(grpc.StatusCode.UNAVAILABLE, "guard: this sidecar is shutting down; try another one")

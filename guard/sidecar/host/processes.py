@@ -1,10 +1,10 @@
-"""Several processes on one port: a parent that loads nothing, and workers that share the port's connections.
+"""Several processes on one port: a parent that loads no models, and workers that share the port's connections.
 
-An interpreter runs one thread of Python at a time; several processes use several cores. The kernel (SO_REUSEPORT) hands
-each new *connection* to one of them, by a hash of its addresses, and all requests of that connection stay there. So a
-client with one channel keeps one process busy, and a few channels may well meet in one: the load is even when
-connections are many, or come from a balancer that opens several. When a process ends, connections that it has not
-accepted yet are reset; a client that retries finds another.
+A Python interpreter runs one thread of Python at a time; several processes use several cores. The kernel (SO_REUSEPORT)
+assigns each new *connection* to one of them, by a hash of its addresses, and all requests of that connection stay
+there. So a client with one channel keeps one process busy, and a few channels may well end up at the same process: the
+load is even if there are many connections, or if they come from a load balancer that opens several. When a process
+ends, connections that it has not accepted yet are reset; a client that retries reaches another process.
 """
 
 import asyncio
@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from guard.errors import GuardError, UsageError
+from guard.sidecar.addresses import socket_path, split_address
 from guard.sidecar.host.health import LOOP_SECONDS, ProbeServer, loop_answers, probe
 from guard.sidecar.telemetry.exposition import FAMILIES, LABEL, MergedRegistry
-from guard.sidecar.transport.addresses import socket_path, split_address
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -42,32 +42,33 @@ log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _ANSWER_SECONDS = 1.0
-"""That a process may take to answer a scrape or a question about readiness."""
+"""Seconds that a process may take to answer a scrape or a readiness probe."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
-"""Seconds before a process that ended is started again, doubled each time."""
+"""Seconds before a process that ended is restarted: at first, and at most. They double each time."""
 _STEADY_SECONDS = 60.0
-"""After which a process counts as one that works: the pauses begin anew."""
+"""Seconds after which a process counts as stable, so that the pauses begin again at the first."""
 
 
 @dataclass(frozen=True)
 class Worker:
-    """What one of several processes is told about itself.
+    """What one of several processes knows about itself.
 
-    The function that runs in it configures the log of its process, loads what it serves, then
+    The function that runs in the process configures its log, loads the models, and then
 
-    1. listens at `listen` with the gRPC option `grpc.so_reuseport` 1, without asking first whether the port is free
-       (the others have it), and only when it can serve at once: from then on the kernel hands it connections,
+    1. listens at `listen` with the gRPC option `grpc.so_reuseport` 1, without checking whether the port is free (the
+       other processes use it), and only when it can serve at once: from then on the kernel assigns connections to it,
     2. opens a `ProbeServer` at `probes`,
     3. calls `announce`, and writes nothing to standard output,
-    4. drains when `stopping` is set, as for a signal, and returns. It installs no handlers of signals.
+    4. drains when `stopping` is set, as it would at a signal, and returns. It installs no signal handlers.
 
-    A `GuardError` that it raises reaches the parent, which says it.
+    A `GuardError` that it raises is sent to the parent, which reports it.
 
     Attributes:
-        index: From 0. It stays the same when a process is started again, so that files can be named for it.
+        index: The number of the process, from 0. It stays the same if the process is restarted, so that files can be
+            named after it.
         listen: HOST:PORT for inference; the port is never 0.
         probes: unix:PATH for `/metrics`, `/healthz` and `/readyz`.
-        parent: The connection to the parent; its end is the parent's.
+        parent: The connection to the parent; it ends when the parent ends.
     """
 
     index: int
@@ -75,17 +76,22 @@ class Worker:
     probes: str
     parent: "_Connection"
 
+    @property
+    def shares_port(self) -> bool:
+        """Always true: the other processes listen at the same port."""
+        return True
+
     def announce(self, line: Mapping[str, Any]) -> None:
-        """Say that requests are served.
+        """Report that requests are served.
 
         Args:
-            line: What one process alone would write to standard output; values that JSON knows.
+            line: What a process alone would write to standard output, as values that JSON can represent.
         """
-        with suppress(OSError):  # the parent is gone, which `stopping` says
+        with suppress(OSError):  # the parent is gone, which `stopping` reports
             self.parent.send(dict(line))
 
     def stopping(self) -> asyncio.Event:
-        """An event of the running loop: set at each signal that the parent gets, and when the parent is gone."""
+        """An event of the running loop that is set at each signal to the parent, and when the parent is gone."""
         event, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def follow() -> None:
@@ -102,25 +108,25 @@ class Worker:
 
 
 def supervise(target: Callable[[Worker], None], *, count: int, listen: str, metrics: str) -> None:
-    """Run several processes on one port until SIGTERM or SIGINT; then all drain.
+    """Run several processes on one port until SIGTERM or SIGINT; then all of them drain.
 
-    Writes one line to standard output when every process serves: the first one's, with the address of the parent's own
-    `metrics` and with `processes`. There, `/metrics` has the metrics of all processes (`MergedRegistry`);
-    `/readyz` says that at least one serves and none of those that do is not ready; `/healthz`, that no event loop
-    hangs, since for a process that ended there is a remedy without the death of the others: it is started again, after
-    pauses that grow from 0.5 s to 30 s.
+    When every process serves, one line is written to standard output: that of the first process, with the address of
+    the parent's own `metrics` and with the number of `processes`. At that address, `/metrics` has the metrics of all
+    processes (`MergedRegistry`). `/readyz` reports whether at least one process serves and all that serve are ready.
+    `/healthz` reports whether no event loop hangs; a process that has ended does not matter there, since it is
+    restarted without ending the others, after pauses that grow from 0.5 s to 30 s.
 
-    Only the parent follows signals; it passes them on. If it is killed, the processes drain.
+    Only the parent handles signals, and passes them on. If the parent is killed, the processes drain.
 
     Args:
-        target: Runs in each process, which is a new interpreter: it must be importable, or a `functools.partial` of
-            what is, with arguments that can be pickled. See `Worker`.
-        count: How many processes.
+        target: The function that runs in each process, see `Worker`. Each process is a new interpreter, so the function
+            must be importable, or be a `functools.partial` of an importable one with arguments that can be pickled.
+        count: Number of processes.
         listen: HOST:PORT for inference; port 0 lets the system choose.
-        metrics: HOST:PORT of the parent; port 0 lets the system choose.
+        metrics: HOST:PORT of the parent's HTTP port; port 0 lets the system choose.
 
     Raises:
-        UsageError: `listen` is a Unix socket or taken, or `metrics` is; the system has no SO_REUSEPORT.
+        UsageError: `listen` is a Unix socket, `listen` or `metrics` is taken, or the system has no SO_REUSEPORT.
         GuardError: A process could not start, in which case the others are killed, or did not drain.
     """
     if socket_path(listen) is not None:
@@ -131,10 +137,10 @@ def supervise(target: Callable[[Worker], None], *, count: int, listen: str, metr
 
 
 def _reserve(listen: str) -> socket.socket:
-    """Keep a port for processes of this user that ask for SO_REUSEPORT.
+    """Reserve a port for processes of this user that set SO_REUSEPORT.
 
-    The socket never listens, so it gets no connections. It is bound like that of a server that shares with nobody,
-    which fails if anybody listens there, and only then made one that shares.
+    The socket never listens, so it gets no connections. It is first bound without sharing, which fails if any process
+    listens at the port, and only then set to share the port.
     """
     if not hasattr(socket, "SO_REUSEPORT"):
         raise UsageError("this system cannot share a port among processes (SO_REUSEPORT); give --processes 1")
@@ -143,7 +149,7 @@ def _reserve(listen: str) -> socket.socket:
         for family, kind, _, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
             reserved = socket.socket(family, kind)
             try:
-                # Connections of an earlier server that wait for their end are no reason to fail.
+                # Connections of an earlier server in TIME_WAIT are no reason to fail.
                 reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 reserved.bind(place)
                 reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
@@ -157,18 +163,20 @@ def _reserve(listen: str) -> socket.socket:
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """A folder of this user alone, gone at the end."""
+    """A temporary folder that only this user can read, deleted at the end."""
     try:
         folder = tempfile.TemporaryDirectory(prefix="guard-", ignore_cleanup_errors=True)
     except OSError as error:
-        raise UsageError(f"no folder for sockets can be made ({error.strerror}); set TMPDIR to one for them") from error
+        raise UsageError(
+            f"the folder for sockets cannot be created ({error.strerror}); set TMPDIR to a folder that can be written"
+        ) from error
     with folder as name:
         yield Path(name)
 
 
 def _run(target: Callable[[Worker], None], worker: Worker) -> None:
-    """The life of a worker."""
-    # A signal for the whole group of processes comes from the parent as well, and would count twice.
+    """Run the function of a worker in its process."""
+    # The parent passes signals on, so a signal to the whole process group would count twice.
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -181,37 +189,37 @@ def _run(target: Callable[[Worker], None], worker: Worker) -> None:
 
 
 class _Parent:
-    """Starts, watches, asks and ends the processes.
+    """Starts, watches, queries and stops the processes.
 
     Attributes:
-        registry: Of all processes.
+        registry: The metrics of all processes.
     """
 
     def __init__(self, target: Callable[[Worker], None], count: int, listen: str, folder: Path) -> None:
         self._target, self._count, self._listen, self._folder = target, count, listen, folder
         self._context = multiprocessing.get_context("spawn")
         own = CollectorRegistry()
-        Gauge("guard_processes_configured", "Processes that there should be.", registry=own).set(count)
+        Gauge("guard_processes_configured", "Processes that are configured.", registry=own).set(count)
         self._restarts = Counter(
-            "guard_process_restarts", "Processes that ended unasked and were started again.", [LABEL], registry=own
+            "guard_process_restarts", "Restarts of processes that ended unexpectedly.", [LABEL], registry=own
         )
         for index in range(count):
             self._restarts.labels(index)
         self.registry = MergedRegistry(self._metrics, own)
         self._stopping = asyncio.Event()
         self._children: dict[int, tuple[SpawnProcess, _Connection]] = {}
-        self._serving: dict[int, Path] = {}  # replaced and never changed: other threads read it
+        self._serving: dict[int, Path] = {}  # replaced and never modified, since other threads read it
         self._lines: dict[int, dict[str, Any]] = {}
         self._complete = False
         self._undrained: list[str] = []
 
     async def run(self, metrics: str) -> None:
-        """Until all processes have ended."""
+        """Run until all processes have ended."""
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._stop)
         with ProbeServer(metrics, self, self, lambda: loop_answers(loop) and self._alive()) as probes:
-            keepers = [asyncio.ensure_future(self._keep(index, probes.address)) for index in range(self._count)]
+            keepers = [asyncio.ensure_future(self._keep_running(index, probes.address)) for index in range(self._count)]
             try:
                 await asyncio.gather(*keepers)
             finally:
@@ -222,25 +230,25 @@ class _Parent:
             raise GuardError("; ".join(self._undrained))
 
     def _stop(self) -> None:
-        """Pass a signal on; what does not serve yet has nothing to drain."""
+        """Pass a signal on to the processes; kill those that do not serve yet, since they have nothing to drain."""
         self._stopping.set()
         for index, (process, connection) in self._children.items():
             if index in self._serving:
-                with suppress(OSError):  # it has ended
+                with suppress(OSError):  # the process has ended
                     connection.send_bytes(b"stop")
             else:
                 process.kill()
 
-    async def _keep(self, index: int, metrics: str) -> None:
-        """Have one process, until none is wanted any more."""
+    async def _keep_running(self, index: int, metrics: str) -> None:
+        """Keep one process running until the sidecar stops."""
         pause = _FIRST_PAUSE
         while not self._stopping.is_set():
             try:
-                served = await self._live(index, metrics)
+                served = await self._run_once(index, metrics)
             except OSError as error:  # the system has no room for a process
                 if not self._complete:
                     raise GuardError(f"process {index} could not start: {error.strerror}") from error
-                log.warning("process %d could not start, and is tried again: %s", index, error.strerror)
+                log.warning("process %d could not start and is tried again: %s", index, error.strerror)
                 served = 0.0
             if served >= _STEADY_SECONDS:
                 pause = _FIRST_PAUSE
@@ -250,10 +258,10 @@ class _Parent:
             self._restarts.labels(index).inc()
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    async def _live(self, index: int, metrics: str) -> float:
-        """One process from its start to its end; for how many seconds it served."""
+    async def _run_once(self, index: int, metrics: str) -> float:
+        """Run one process from start to end; return the number of seconds for which it served."""
         path = self._folder / f"{index}.sock"
-        path.unlink(missing_ok=True)  # of a process that was killed
+        path.unlink(missing_ok=True)  # a process that was killed leaves its socket
         clock, since = asyncio.get_running_loop().time, None
         ours, theirs = self._context.Pipe()
         with ours:
@@ -271,9 +279,9 @@ class _Parent:
             finally:
                 self._serving = {other: place for other, place in self._serving.items() if other != index}
                 del self._children[index]
-                process.kill()  # nothing, if it has ended
+                process.kill()  # does nothing if the process has ended
                 process.join()
-        how = error or _end(process.exitcode)
+        how = error or _describe_end(process.exitcode)
         if self._stopping.is_set():
             if since is not None and process.exitcode:
                 self._undrained.append(f"process {index} did not drain: {how}")
@@ -285,7 +293,8 @@ class _Parent:
 
     def _start(self, worker: Worker) -> SpawnProcess:
         process = self._context.Process(target=_run, args=(self._target, worker), name=f"guard-{worker.index}")
-        # A worker is deaf to signals from its first moment; the start of multiprocessing's tracker would undo that.
+        # A worker ignores signals from its first moment. The start of multiprocessing's tracker unblocks them, so it is
+        # started before.
         ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
@@ -295,7 +304,7 @@ class _Parent:
         return process
 
     def _announce(self, index: int, line: dict[str, Any], metrics: str) -> None:
-        """One line for all, the first time that all serve."""
+        """Write one line for all processes, the first time that all of them serve."""
         self._lines[index] = line
         if self._complete or len(self._lines) < self._count:
             return
@@ -305,7 +314,7 @@ class _Parent:
 
     @property
     def reason(self) -> str | None:
-        """Why requests are not served; None if they are."""
+        """Why inference requests are not served; None if they are."""
         answers = self._ask("/readyz", _ANSWER_SECONDS)
         if not answers:
             return "no process serves" if self._complete else "guard is starting"
@@ -317,7 +326,7 @@ class _Parent:
         return None
 
     def _alive(self) -> bool:
-        """Whether no process hangs; one that ended is started again."""
+        """Whether no process hangs; a process that has ended does not count, since it is restarted."""
         answers = self._ask("/healthz", LOOP_SECONDS + _ANSWER_SECONDS)
         return all(status == HTTPStatus.OK for status, _ in answers.values())
 
@@ -326,7 +335,7 @@ class _Parent:
         return {str(index): body for index, (status, body) in answers.items() if status == HTTPStatus.OK}
 
     def _ask(self, target: str, seconds: float, accept: str = "*/*") -> dict[int, tuple[int, bytes]]:
-        """What each process that serves answers, all asked at once; GATEWAY_TIMEOUT for one that does not."""
+        """The answers of all processes that serve, asked at the same time; GATEWAY_TIMEOUT if one does not answer."""
 
         def ask(path: Path) -> tuple[int, bytes]:
             with suppress(OSError, ValueError):
@@ -338,7 +347,7 @@ class _Parent:
             return {}
         with ThreadPoolExecutor(len(asked)) as pool:
             answers = dict(zip(asked, pool.map(ask, asked.values()), strict=True))
-        # One that has ended meanwhile is not one that does not answer.
+        # A process that has ended meanwhile does not count as one that does not answer.
         return {index: answer for index, answer in answers.items() if index in self._serving}
 
 
@@ -352,15 +361,15 @@ async def _readable(descriptor: int) -> None:
 
 
 def _received(connection: "_Connection") -> Any:  # noqa: ANN401 - a line or an error
-    """What a worker has said; None if that is nothing."""
+    """The line or the error that a worker has sent; None if it has sent nothing."""
     with suppress(EOFError, OSError):
         if connection.poll():
             return connection.recv()
     return None
 
 
-def _end(code: int | None) -> str:
-    """An exit code, for people."""
+def _describe_end(code: int | None) -> str:
+    """How a process ended, for people."""
     if code is not None and code < 0:
         return f"it was killed by signal {-code}"
     return f"it ended with code {code}"

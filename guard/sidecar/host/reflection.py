@@ -1,4 +1,4 @@
-"""gRPC reflection: the protocol's service under its real name, from guard's privately named messages."""
+"""gRPC reflection, which shows the protocol's service under its real name and not under guard's private one."""
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool
@@ -10,6 +10,7 @@ from guard.protocol import SERVICE, inference_pb2
 
 def enable(server: grpc.aio.Server) -> None:
     """Let clients such as grpcurl list and describe the services."""
+    # A pool of its own, so that the real name does not collide with another copy of the protocol.
     pool = descriptor_pool.DescriptorPool()
     pool.Add(_renamed(inference_pb2.DESCRIPTOR.package, SERVICE.rpartition(".")[0]))
     names = [SERVICE]
@@ -20,7 +21,7 @@ def enable(server: grpc.aio.Server) -> None:
 
 
 def _renamed(old: str, new: str) -> descriptor_pb2.FileDescriptorProto:
-    """Guard's copy of the protocol with the package that clients know; in a pool of its own, so nothing collides."""
+    """Guard's copy of the protocol, with the package name that clients know."""
     file = descriptor_pb2.FileDescriptorProto()
     inference_pb2.DESCRIPTOR.CopyToProto(file)
     file.package = new

@@ -1,14 +1,15 @@
-"""The life of a sidecar: check everything, open ports, serve, drain."""
+"""Start, service and drain of a sidecar."""
 
 import asyncio
 import json
 import logging
 import signal
 import sys
+from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -23,6 +24,7 @@ from guard.sidecar.host.health import Health, ProbeServer, loop_answers
 from guard.sidecar.host.limits import SPARE, Limited
 from guard.sidecar.host.processes import Worker, supervise
 from guard.sidecar.inference.embedded import EmbeddedService
+from guard.sidecar.inference.screener import Screener
 from guard.sidecar.inference.service import InferenceService
 from guard.sidecar.inference.upstream import UpstreamService
 from guard.sidecar.settings import Settings
@@ -33,19 +35,73 @@ from guard.sidecar.transport.ports import open_port
 from guard.sidecar.transport.tls import Certificates, server_certificates
 
 WATCH_SECONDS = 1.0
-"""Between two looks at the upstream server, and at what lies on disk."""
+"""Seconds between two checks of the upstream server and of the files on disk."""
 SAVE_SECONDS = 60.0
-"""How often the state of monitor and sample is kept, besides at the end."""
+"""Seconds between saves of the monitors' states and of the samples, which are also saved at the end."""
 log = logging.getLogger(__name__)
+
+
+class Host(Protocol):
+    """What the process of a sidecar is: the only one (`Alone`), or one of several on a port (`Worker`)."""
+
+    @property
+    def index(self) -> int | None:
+        """The number of the process, from 0; None if it is the only one."""
+
+    @property
+    def listen(self) -> str:
+        """HOST:PORT or unix:PATH for inference."""
+
+    @property
+    def shares_port(self) -> bool:
+        """Whether other processes listen at `listen` too."""
+
+    @property
+    def probes(self) -> str:
+        """HOST:PORT or unix:PATH for `/metrics`, `/healthz` and `/readyz`."""
+
+    def announce(self, line: Mapping[str, Any]) -> None:
+        """Report that requests are served."""
+
+    def stopping(self) -> asyncio.Event:
+        """An event that is set each time that the sidecar is asked to stop."""
+
+
+class Alone:
+    """The only process of a sidecar.
+
+    Args:
+        settings: Settings of the sidecar.
+    """
+
+    index = None
+    shares_port = False
+
+    def __init__(self, settings: Settings) -> None:
+        self.listen, self.probes = settings.listen, settings.metrics
+
+    def announce(self, line: Mapping[str, Any]) -> None:
+        """Write a line of JSON to standard output."""
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
+
+    def stopping(self) -> asyncio.Event:
+        """An event of the running loop that is set at each SIGTERM or SIGINT."""
+        event = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, event.set)
+        return event
 
 
 def serve(settings: Settings) -> None:
     """Run a sidecar until SIGTERM or SIGINT.
 
     Raises:
-        ProfileError: The profile is missing, damaged, not calibrated, or of another model.
-        ModelError: The exported model is missing or damaged.
-        UsageError: A port is taken, or certificates cannot be used.
+        ProfileError: A profile is missing, damaged, not calibrated, or of another model.
+        ModelError: An exported model is missing or damaged.
+        EvidenceError: The evidence log is damaged.
+        StateError: The state of a stream monitor is damaged.
+        UsageError: A port is taken, or a certificate cannot be used.
         MissingDependencyError: uvloop was asked for and is not installed.
     """
     if settings.processes > 1:
@@ -56,51 +112,52 @@ def serve(settings: Settings) -> None:
             metrics=settings.metrics,
         )
         return
-    with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
-        runner.run(_serve(settings))
+    with asyncio.Runner(loop_factory=loop_factory(settings.event_loop)) as runner:
+        runner.run(_serve(settings, Alone(settings)))
 
 
 def _work(worker: Worker, *, settings: Settings) -> None:
-    """One of several processes."""
+    """Run one of several processes."""
     logs.configure(settings.log_format, worker.index)
-    with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
+    with asyncio.Runner(loop_factory=loop_factory(settings.event_loop)) as runner:
         runner.run(_serve(settings, worker))
 
 
-async def _serve(settings: Settings, worker: Worker | None = None) -> None:
+async def _serve(settings: Settings, host: Host) -> None:
     metrics = Metrics()
-    process = None if worker is None else worker.index
     async with AsyncExitStack() as stack:
-        shared = Shared(settings, Workers(settings.workers, settings.queue), Recorder(settings, metrics), process)
+        shared = Shared(
+            settings, Workers(settings.workers, settings.max_queued), Recorder(settings, metrics), host.index
+        )
         stack.callback(shared.close)
         models = Models(shared, metrics)
         stack.callback(models.save)
-        # Before the state is kept, what runs on the side ends.
+        # The work in progress ends before the state is saved.
         stack.callback(shared.workers.close)
-        service = (EmbeddedService if settings.upstream is None else UpstreamService)(settings, models, metrics)
+        screener = Screener(settings, models, metrics)
+        service = (EmbeddedService if settings.upstream is None else UpstreamService)(screener)
         stack.push_async_callback(service.close)
-        certificates = server_certificates(settings, metrics.tls_reload_failed)
-        health, loop = Health(metrics), asyncio.get_running_loop()
-        probes = stack.enter_context(
-            ProbeServer(
-                settings.metrics if worker is None else worker.probes, metrics, health, lambda: loop_answers(loop)
-            )
+        certificates = server_certificates(
+            settings.tls_certificate, settings.tls_key, settings.tls_client_ca, metrics.tls_reload_failed
         )
+        health, loop = Health(metrics), asyncio.get_running_loop()
+        probes = stack.enter_context(ProbeServer(host.probes, metrics, health, lambda: loop_answers(loop)))
         limited = Limited(service.handlers(), settings.max_concurrent, metrics)
-        server = _server(settings, limited, health, shared_port=worker is not None)
+        server = _server(settings, limited, health, shared_port=host.shares_port)
         admin = None
         if settings.admin is not None:
             admin = (await stack.enter_async_context(AdminServer(shared, models, health, metrics))).address
-        address = settings.listen if worker is None else worker.listen
         listening = open_port(
-            server, address, certificates, socket_mode=settings.socket_mode, shared=worker is not None
+            server, host.listen, certificates, socket_mode=settings.socket_mode, shared=host.shares_port
         )
-        stopping = _on_signal() if worker is None else worker.stopping()
+        stopping = host.stopping()
         await server.start()
-        _announce(settings, models, listening, probes.address, admin, worker)
+        host.announce(_summary(settings, models, listening, probes.address, admin))
+        if not host.index:
+            _warn_of_backdoors(models)
         watchers = [
             asyncio.ensure_future(watcher)
-            for watcher in (_keep_ready(service, health), _keep_fresh(models, certificates))
+            for watcher in (_keep_ready(service, settings.upstream, health), _keep_fresh(models, certificates))
         ]
         stopped = asyncio.ensure_future(stopping.wait())
         await asyncio.wait({*watchers, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -118,7 +175,7 @@ def _server(settings: Settings, limited: Limited, health: Health, *, shared_port
         options=[
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", settings.max_message_bytes),
-            # Without this a second sidecar on the same port would start, and take half of the requests.
+            # Without this, a second sidecar on the same port would start and take half of the requests.
             ("grpc.so_reuseport", int(shared_port)),
         ],
     )
@@ -128,11 +185,9 @@ def _server(settings: Settings, limited: Limited, health: Health, *, shared_port
     return server
 
 
-def _announce(
-    settings: Settings, models: Models, listening: str, metrics: str, admin: str | None, worker: Worker | None
-) -> None:
-    """One line of JSON on standard output: what serves where, for people and for whoever started this process."""
-    line = {
+def _summary(settings: Settings, models: Models, listening: str, metrics: str, admin: str | None) -> dict[str, Any]:
+    """What is served where, for people and for the program that started the sidecar."""
+    return {
         "event": "serving",
         "listen": listening,
         "tls": "none" if settings.tls_certificate is None else "mutual" if settings.tls_client_ca else "server",
@@ -142,19 +197,15 @@ def _announce(
         "upstream": settings.upstream,
         "models": [_description(served) for served in models.served],
     }
-    if worker is not None:
-        worker.announce(line)
-        if worker.index:
-            return
-    else:
-        sys.stdout.write(json.dumps(line) + "\n")
-        sys.stdout.flush()
+
+
+def _warn_of_backdoors(models: Models) -> None:
     for served in models.served:
         verdict = served.checker.profile.document.vetting.verdict
         if verdict.outcome == "backdoored":
             log.warning(
-                "the model %s is vetted as backdoored (class %r); it is served because screening was asked for, "
-                "repair it",
+                "the vetting of the model %s ended with the verdict backdoored (target class %r); screening protects "
+                "only until the model is replaced",
                 served.settings.label,
                 served.checker.profile.class_name(verdict.target or 0),
             )
@@ -163,7 +214,7 @@ def _announce(
 def _description(served: Served) -> dict[str, Any]:
     settings, document = served.settings, served.checker.profile.document
     return {
-        "name": settings.name,
+        "name": settings.model_name,
         "version": served.version,
         "digest": document.model.digest,
         "verdict": document.vetting.verdict.outcome,
@@ -173,38 +224,32 @@ def _description(served: Served) -> dict[str, Any]:
     }
 
 
-def _on_signal() -> asyncio.Event:
-    """What SIGTERM and SIGINT set."""
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    return stopping
-
-
 async def _drain(
     server: grpc.aio.Server, limited: Limited, health: Health, settings: Settings, again: asyncio.Event
 ) -> None:
-    """Say first that no more should come, take what comes until that is known, then let what runs end."""
+    """Report that no more requests should come, serve those that still come, then wait for the running ones to end."""
     await health.drain()
     if settings.drain_delay:
-        log.info("not ready any more; requests are taken for another %g s, or a second signal", settings.drain_delay)
+        log.info(
+            "not ready any more; requests are served for another %g s, or until a second signal", settings.drain_delay
+        )
         again.clear()
         with suppress(TimeoutError):
             await asyncio.wait_for(again.wait(), settings.drain_delay)
-    log.info("draining for up to %g s", settings.drain)
-    # gRPC answers CANCELLED to what it has received and not handed over yet when it stops (grpc/grpc#41785), which no
-    # client tries again. So everything is taken over first, and held: clients wait, and soon nothing more comes. Once
-    # their connections are ended, they are told to try again, and do so elsewhere.
+    log.info("draining for up to %g s", settings.drain_timeout)
+    # When gRPC stops, it answers CANCELLED to calls that it has received and not handed over yet (grpc/grpc#41785), and
+    # no client retries after that. So all new calls are accepted first, and held: clients wait, and soon no more calls
+    # arrive. Once their connections have been told to end, the held calls get UNAVAILABLE and are retried elsewhere.
     await limited.hold()
-    stopping = asyncio.ensure_future(server.stop(settings.drain))
+    stopping = asyncio.ensure_future(server.stop(settings.drain_timeout))
     await asyncio.sleep(0)
     limited.release()
     await stopping
 
 
-async def _keep_ready(service: InferenceService, health: Health) -> None:
-    """Say at any time whether requests are served."""
-    upstream, known = service.settings.upstream, False
+async def _keep_ready(service: InferenceService, upstream: str | None, health: Health) -> None:
+    """Keep the reported health up to date."""
+    known = False
     while True:
         ready = await service.ready()
         reason = None if ready else f"the upstream server {upstream} is not ready"
@@ -219,13 +264,13 @@ async def _keep_ready(service: InferenceService, health: Health) -> None:
 
 
 async def _keep_fresh(models: Models, certificates: Certificates | None) -> None:
-    """Read again what changes on disk, and keep state there."""
-    kept = perf_counter()
+    """Load files that change on disk, and save the state at intervals."""
+    last_save = perf_counter()
     while True:
         await asyncio.sleep(WATCH_SECONDS)
         if certificates is not None:
             await asyncio.to_thread(certificates.refresh)
         await models.refresh()
-        if perf_counter() - kept >= SAVE_SECONDS:
+        if perf_counter() - last_save >= SAVE_SECONDS:
             await asyncio.to_thread(models.save)
-            kept = perf_counter()
+            last_save = perf_counter()

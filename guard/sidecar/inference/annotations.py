@@ -1,8 +1,11 @@
-"""How a reply tells what guard decided: parameters, trailing metadata, and for batches one tensor each."""
+"""How a reply carries the decision: as parameters, as trailing metadata and, for a batch, as one output per value."""
+
+from collections.abc import Iterable
 
 import numpy as np
 
 from guard.protocol.inference_pb2 import ModelInferResponse
+from guard.protocol.messages import remove_output
 from guard.protocol.tensors import add_output
 from guard.sidecar.policy import Decision, Mode, Outcome
 
@@ -11,14 +14,32 @@ DECISION, SCORE, P_VALUE, ALPHA, REASON, MODE, TRIGGER, WITHDRAWN = (
 )
 
 
+def edit_reply(response: ModelInferResponse, outcome: Outcome, mode: Mode, hide: Iterable[str]) -> bool:
+    """Annotate a reply unless the mode is `shadow`, and remove outputs that the client did not ask for.
+
+    Args:
+        response: The reply, which is changed.
+        outcome: The outcome of its request.
+        mode: The mode of its model.
+        hide: Names of the outputs to remove.
+
+    Returns:
+        Whether the reply was changed; if not, its original bytes can be forwarded.
+    """
+    hidden = [name for name in hide if remove_output(response, name)]
+    tag = mode is not Mode.SHADOW
+    if tag:
+        annotate(response, outcome, mode)
+    return bool(hidden) or tag
+
+
 def annotate(response: ModelInferResponse, outcome: Outcome, mode: Mode) -> None:
     """Write an outcome into a reply.
 
-    Parameters carry the whole request: its decision, its smallest p-value, the alpha up to which
-    an image is flagged. A reply to more than one image
-    also gets the outputs `guard_decision` (BYTES [N]), `guard_score` and `guard_p_value` (FP32 [N]), raw if its own
-    outputs are, else typed; unless its raw contents and its outputs differ in number, so that a client could not tell
-    which belong together.
+    Parameters describe the request as a whole: its decision, its smallest p-value, and the alpha up to which an image
+    is flagged. A reply to more than one image also gets the outputs `guard_decision` (BYTES [N]), `guard_score` and
+    `guard_p_value` (FP32 [N]). They are raw if the other outputs are raw, and typed otherwise. They are left out if the
+    reply has another number of raw contents than of outputs, since a client could not tell which belong together.
     """
     parameters = response.parameters
     parameters[DECISION].string_param = outcome.decision
@@ -44,7 +65,7 @@ def annotate(response: ModelInferResponse, outcome: Outcome, mode: Mode) -> None
 
 
 def trailers(outcome: Outcome) -> tuple[tuple[str, str], ...]:
-    """The same as trailing metadata, for those who do not parse replies, and for refusals, which have none."""
+    """An outcome as trailing metadata: for clients that do not parse replies, and for refusals, which have no reply."""
     pairs = [("guard-decision", str(outcome.decision))]
     if outcome.reason is not None:
         pairs.append(("guard-reason", str(outcome.reason)))

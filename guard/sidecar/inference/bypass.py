@@ -1,16 +1,13 @@
-"""Ways around screening that an upstream server may offer, and which of them are open."""
+"""Ways around screening that an upstream server may offer, and which of them clients may use."""
 
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
 from guard.protocol.inference_pb2 import RepositoryModelLoadRequest
-from guard.sidecar.inference.service import RefusedError
+from guard.sidecar.inference.calls import RefusedError
 
-MODEL_CONTROL = frozenset({"RepositoryModelLoad", "RepositoryModelUnload"})
-"""Methods that change which model answers. Triton, KServe and MLServer have them in the service of inferences, MLServer
-in a second service too; they are known by their names, in whatever service."""
 SHARED_MEMORY = frozenset({"SystemSharedMemoryRegister", "CudaSharedMemoryRegister"})
-"""Methods that make memory known from which inputs can be taken, and to which outputs can go, unseen."""
+"""Methods that register memory from which inputs are read, and to which outputs are written, unseen by guard."""
 OTHER_PROTOCOLS = frozenset(
     {
         "org.pytorch.serve.grpc.inference.InferenceAPIsService",
@@ -18,20 +15,20 @@ OTHER_PROTOCOLS = frozenset(
         "tensorflow.serving.SessionService",
     }
 )
-"""Services of other inference protocols, which servers of this one may speak on the same port."""
+"""Services of other inference protocols, which an inference server may offer on the same port."""
 
 
 def check_model_control(data: bytes, *, allowed: bool) -> None:
-    """Refuse to load or unload a model where that is not allowed, and always with a model that the client sends.
+    """Refuse a call that loads or unloads a model, unless that is allowed and the client sends no model of its own.
 
     Triton takes a configuration (`config`) and files (`file:…`) as parameters of the call: any model, under any name.
 
     Args:
-        data: The request.
-        allowed: By the operator, with `allow_model_control`.
+        data: The serialised request.
+        allowed: Whether the operator allows such calls, with `allow_model_control`.
 
     Raises:
-        RefusedError: With PERMISSION_DENIED; or the message cannot be read.
+        RefusedError: The call is not allowed (PERMISSION_DENIED), or the request cannot be parsed (INVALID_ARGUMENT).
     """
     if not allowed:
         raise RefusedError(

@@ -1,4 +1,4 @@
-"""Embedded mode: the sidecar is the inference server, and one pass gives answer and embedding."""
+"""Embedded mode: the sidecar is the inference server, and one forward pass gives the answer and the embedding."""
 
 import grpc
 import numpy as np
@@ -20,33 +20,36 @@ from guard.protocol.inference_pb2 import (
     ServerReadyRequest,
     ServerReadyResponse,
 )
-from guard.protocol.tensors import add_output, uses_shared_memory
+from guard.protocol.messages import uses_shared_memory
+from guard.protocol.tensors import add_output
 from guard.sidecar.decisions.models import Served
 from guard.sidecar.decisions.routes import Request
 from guard.sidecar.decisions.workers import OverloadedError
 from guard.sidecar.inference.annotations import annotate
-from guard.sidecar.inference.service import Context, InferenceService, Metadata, RefusedError, UnaryHandler
+from guard.sidecar.inference.calls import Context, Metadata, RefusedError
+from guard.sidecar.inference.screener import enforce
+from guard.sidecar.inference.service import InferenceService, UnaryHandler
 from guard.sidecar.policy import MAX_MESSAGE, Mode, Outcome, Reason
 
 LOGITS, LABEL = "logits", "label"
 
 
 class EmbeddedService(InferenceService):
-    """Serves exported classifiers.
+    """Serves exported classifiers itself.
 
     Inputs: one tensor, FP32 [N, 3, H, W] (preprocessed) or BYTES [N] (JPEG, PNG or WebP files). Outputs: `logits`
     FP32 [N, C] and `label` BYTES [N]. The embedding is not an output: it would help an attacker to stay near the bank.
     """
 
     async def ready(self) -> bool:
-        """Always: the models were loaded before the port was opened."""
+        """Always true: the models are loaded before the port is opened."""
         return True
 
     async def close(self) -> None:
-        """Nothing runs on the side."""
+        """Do nothing: nothing runs in the background."""
 
     def methods(self) -> dict[str, UnaryHandler]:
-        """The five that answer from memory."""
+        """The five methods that describe the server and its models."""
         return {
             "ServerLive": self._server_live,
             "ServerReady": self._server_ready,
@@ -56,13 +59,13 @@ class EmbeddedService(InferenceService):
         }
 
     async def infer(self, data: bytes, request: Request, context: Context) -> tuple[bytes, Outcome, Metadata]:
-        """Classify and screen."""
+        """Classify and screen the images of one request."""
         del data, context
         message = request.message
         served = self._find(message.model_name, message.model_version)
         checker = request.route.checker
         if checker is None or checker.model is None:
-            raise ValueError("a model that is found has a checker, and here a model")
+            raise ValueError("every model of embedded mode has a checker and an exported classifier")
         if uses_shared_memory(message):
             raise RefusedError(
                 grpc.StatusCode.INVALID_ARGUMENT,
@@ -70,12 +73,12 @@ class EmbeddedService(InferenceService):
                 reason=Reason.SHARED_MEMORY,
             )
         if request.route.unvetted is not None:
-            self.enforce(request.route.unvetted, request.route)
+            enforce(request.route.unvetted, request.route)
         wanted = self._wanted(message)
         try:
-            result = await checker.infer(request)
+            result = await checker.infer(message, request.trace_id)
         except OverloadedError as error:
-            # One pass would have given answer and decision: there is nothing to serve, whatever the policy.
+            # The answer and the decision come from the same pass, so there is nothing to serve, whatever the policy.
             raise RefusedError(
                 grpc.StatusCode.UNAVAILABLE, "guard: too many requests wait to be answered", reason=Reason.OVERLOADED
             ) from error
@@ -92,7 +95,7 @@ class EmbeddedService(InferenceService):
 
     @staticmethod
     def _wanted(request: ModelInferRequest) -> set[str]:
-        """The outputs to send; all, if the request names none."""
+        """The names of the outputs to send: all outputs, if the request lists none."""
         for output in request.outputs:
             if output.name not in {LOGITS, LABEL}:
                 raise RequestError(f"there is no output {output.name!r}; the model has {LOGITS!r} and {LABEL!r}")
@@ -101,9 +104,10 @@ class EmbeddedService(InferenceService):
         return {output.name for output in request.outputs} or {LOGITS, LABEL}
 
     def _find(self, name: str, version: str) -> Served:
-        if (served := self.models.find(name, version)) is not None:
+        if (served := self._screener.models.find(name, version)) is not None:
             return served
-        names = ", ".join(f"{served.settings.name!r} (version {served.version})" for served in self.models.served[:8])
+        first = self._screener.models.served[:8]
+        names = ", ".join(f"{served.settings.model_name!r} (version {served.version})" for served in first)
         message = f"guard: there is no model {name[:128]!r} of version {version[:128]!r} here; {names} is served"
         raise RefusedError(grpc.StatusCode.NOT_FOUND, message[:MAX_MESSAGE], reason=Reason.MODEL_UNKNOWN)
 
@@ -131,18 +135,22 @@ class EmbeddedService(InferenceService):
         served = self._find(request.name, request.version)
         settings, model = served.settings, served.checker.model
         if model is None:
-            raise ValueError("a model that guard serves itself is loaded")
+            raise ValueError("every model of embedded mode has an exported classifier")
         tensor, size = ModelMetadataResponse.TensorMetadata, model.preprocessing.size
         return ModelMetadataResponse(
-            name=settings.name,
-            versions=[each.version for each in self.models.served if each.settings.name == settings.name],
+            name=settings.model_name,
+            versions=[
+                each.version for each in self._screener.models.served if each.settings.model_name == settings.model_name
+            ],
             platform="onnxruntime_onnx",
-            inputs=[tensor(name=settings.input, datatype="FP32", shape=[-1, 3, size, size])],
+            inputs=[tensor(name=settings.input_tensor, datatype="FP32", shape=[-1, 3, size, size])],
             outputs=[
                 tensor(name=LOGITS, datatype="FP32", shape=[-1, len(model.classes.names)]),
                 tensor(name=LABEL, datatype="BYTES", shape=[-1]),
             ],
-            properties={"guard_input_files": f"{settings.input} may also be BYTES [-1]: JPEG, PNG or WebP files"},
+            properties={
+                "guard_input_files": f"{settings.input_tensor} may also be BYTES [-1]: JPEG, PNG or WebP files"
+            },
         ).SerializeToString()
 
 

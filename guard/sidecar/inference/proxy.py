@@ -1,4 +1,4 @@
-"""Calls that pass through to the upstream server: messages as bytes; metadata, deadline and status as they are."""
+"""Forwarding of calls to the upstream server: messages as bytes; metadata, deadline and status unchanged."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -7,42 +7,57 @@ from contextlib import suppress
 import grpc
 from google.protobuf.message import DecodeError
 
-from guard.protocol import SERVICE
+from guard.protocol import DESCRIBING_METHODS, SERVICE
 from guard.protocol.inference_pb2 import ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse
-from guard.sidecar.inference.service import Context, Metadata, RefusedError
+from guard.sidecar.inference.calls import Context, Metadata, RefusedError
 from guard.sidecar.policy import Reason
 from guard.sidecar.settings import Settings
+from guard.sidecar.transport.channels import Endpoint, open_async_channel
 from guard.sidecar.transport.loops import shielded
-from guard.sidecar.transport.tls import upstream_channel
+from guard.sidecar.transport.tls import client_credentials
 
-UNARY = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer")
+UNARY = (*DESCRIBING_METHODS, "ModelInfer")
 """The methods that are known to take and return one message."""
-_HOP = frozenset({"user-agent", "te", "content-type", "grpc-accept-encoding", "grpc-encoding", "grpc-timeout"})
-"""Metadata that belongs to one hop and is not passed on."""
-_BROKEN_OFF = "Internal error from Core"
-"""What gRPC's asynchronous client says of a stream whose connection broke while it wrote (grpc/grpc#36066)."""
+_HOP_BY_HOP = frozenset({"user-agent", "te", "content-type", "grpc-accept-encoding", "grpc-encoding", "grpc-timeout"})
+"""Metadata keys that concern one connection only, and are not passed on."""
+_CONNECTION_BROKE = "Internal error from Core"
+"""The status message of gRPC's asynchronous client if a connection breaks while a stream writes (grpc/grpc#36066)."""
 _PROBE_SECONDS = 2.0
 _END_SECONDS = 1.0
-"""That what reads from a cancelled call is given to end by itself."""
+"""Seconds that a task that reads from a cancelled call is given to end by itself."""
 _ENDED = (grpc.aio.AioRpcError, asyncio.InvalidStateError)
-"""What writing to a call raises whose status is known already."""
+"""Errors of writing to a call that has ended."""
+
+
+def upstream_endpoint(settings: Settings) -> Endpoint:
+    """The upstream server that the settings name.
+
+    Raises:
+        UsageError: A file for TLS cannot be used.
+    """
+    if settings.upstream is None:
+        raise ValueError("the settings name no upstream server")
+    credentials = client_credentials(settings.upstream_tls, settings.upstream_certificate, settings.upstream_key)
+    return Endpoint(settings.upstream, credentials, settings.upstream_server_name)
 
 
 class Replies:
-    """The way back of a stream to its client, for more than one writer: gRPC takes one thing at a time.
+    """Sends messages of a stream to its client, for several writers: gRPC allows one write at a time.
 
     Args:
-        context: Of the client's call.
+        context: The context of the client's call.
+
+    Attributes:
+        idle: Held while something is written. If a writer is cancelled then, the call can no longer be ended.
     """
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self.idle = asyncio.Lock()
-        """Held while something is written. What is cancelled then leaves a call that cannot be ended any more."""
         self._begun = False
 
     async def begin(self, initial: Metadata) -> None:
-        """Send initial metadata, unless a message went out before them."""
+        """Send initial metadata, unless a message was sent before."""
         async with self.idle:
             if not self._begun:
                 self._begun = True
@@ -59,19 +74,21 @@ class Proxy:
     """The connection to the upstream server.
 
     Args:
-        settings: With an upstream.
+        settings: Settings that name an upstream server.
+
+    Raises:
+        UsageError: A file for TLS cannot be used.
     """
 
     def __init__(self, settings: Settings) -> None:
-        if settings.upstream is None:
-            raise ValueError("a proxy needs an upstream")
-        self._address = settings.upstream
-        self._channel = upstream_channel(
-            settings,
+        endpoint = upstream_endpoint(settings)
+        self._address = endpoint.address
+        self._channel = open_async_channel(
+            endpoint,
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", settings.max_message_bytes),
-                # A server that restarts is found again within seconds, not after gRPC's default of two minutes.
+                # Reconnect to a restarted server within seconds, not after gRPC's default of up to two minutes.
                 ("grpc.max_reconnect_backoff_ms", 2000),
                 ("grpc.initial_reconnect_backoff_ms", 200),
             ],
@@ -91,7 +108,7 @@ class Proxy:
             return False
 
     async def server_name(self) -> str:
-        """What the upstream server calls itself; "" if it does not say."""
+        """The name in the upstream server's metadata; "" if there is none."""
         try:
             return str(ServerMetadataResponse.FromString(await self._ask("ServerMetadata", b"")).name)
         except (grpc.aio.AioRpcError, DecodeError):
@@ -102,9 +119,14 @@ class Proxy:
         return reply
 
     async def unary(self, path: str, data: bytes, context: Context) -> tuple[bytes, Metadata]:
-        """One message there and one back.
+        """Forward a call with one message each way.
 
-        gRPC's asynchronous calls of this kind read initial metadata and reply in one go, so that is how they arrive.
+        gRPC's asynchronous client reads the initial metadata together with the reply, so they are passed on together.
+
+        Args:
+            path: Path of the method, `/package.Service/Method`.
+            data: The serialised request.
+            context: The context of the client's call.
 
         Returns:
             The reply and the trailing metadata.
@@ -126,12 +148,17 @@ class Proxy:
         return reply, _passed_on(await call.trailing_metadata())
 
     def stream(self, path: str, context: Context) -> grpc.aio.StreamStreamCall:
-        """Open a call for any number of messages each way; `carry` moves them."""
+        """Open a call with any number of messages each way; `carry` moves the messages."""
         metadata = _passed_on(context.invocation_metadata())
         return self._channel.stream_stream(path)(metadata=metadata, timeout=context.time_remaining())
 
     async def relay(self, path: str, requests: AsyncIterator[bytes], context: Context) -> Metadata:
-        """A call of any arity, unread: one message is a stream of one.
+        """Forward a call of any arity unread: a single message is a stream of one.
+
+        Args:
+            path: Path of the method, `/package.Service/Method`.
+            requests: The serialised messages of the client.
+            context: The context of the client's call.
 
         Returns:
             The trailing metadata.
@@ -162,10 +189,10 @@ class Proxy:
         """Move the messages of a stream until the upstream server ends it.
 
         Args:
-            call: Upstream.
-            replies: To the client.
-            upwards: Writes to the call until the client has no more.
-            downwards: Reads from it until there is no more.
+            call: The call to the upstream server.
+            replies: The way back to the client.
+            upwards: Writes to the call until the client sends no more messages.
+            downwards: Reads from the call until it has no more messages.
 
         Returns:
             The trailing metadata.
@@ -181,7 +208,7 @@ class Proxy:
         async def down() -> None:
             initial = _passed_on(await call.initial_metadata())
             if initial or not call.done():
-                # A client may wait for it before it says anything.
+                # A client may wait for initial metadata before it sends anything.
                 await replies.begin(initial)
             await downwards()
 
@@ -191,12 +218,12 @@ class Proxy:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if tasks[0].done():
                 tasks[0].result()
-            # Where this is cancelled, reading ends by itself, as `_cancel` says.
+            # If this is cancelled, the read ends by itself; see `_cancel`.
             await asyncio.shield(tasks[1])
         except grpc.aio.AioRpcError as error:
             raise self._refused(error) from error
         except asyncio.CancelledError:
-            # The client is gone, so that reading from it ends as well.
+            # The client is gone, so reading from it ends by itself as well.
             ending = tasks
             raise
         finally:
@@ -209,11 +236,11 @@ class Proxy:
         return _passed_on(await call.trailing_metadata())
 
     def _refused(self, error: grpc.aio.AioRpcError) -> RefusedError:
-        """An error of the upstream server, for the client."""
+        """The refusal that tells the client about an error of the upstream server."""
         code, details = error.code(), error.details() or ""
-        # The upstream server may itself say UNAVAILABLE, over a connection that stands.
+        # The upstream server itself may answer UNAVAILABLE over a working connection.
         lost = self._channel.get_state() is not grpc.ChannelConnectivity.READY
-        if code is grpc.StatusCode.INTERNAL and details == _BROKEN_OFF:
+        if code is grpc.StatusCode.INTERNAL and details == _CONNECTION_BROKE:
             code, lost = grpc.StatusCode.UNAVAILABLE, True
         if code is grpc.StatusCode.UNAVAILABLE and lost:
             details = f"guard: the upstream server {self._address} cannot be reached ({details})"
@@ -222,13 +249,13 @@ class Proxy:
 
 
 def _cancel(call: grpc.aio.Call) -> None:
-    """Cancel a call, such that what waits for it ends by itself.
+    """Cancel a call in a way that lets the tasks that wait for it end by themselves.
 
-    The public way also cancels the tasks that wait for gRPC; their operations are then never taken back from it, and
-    about 1 kB is lost with each cancelled or late call (measured with grpcio 1.85.1 and a bare proxy).
+    The public method also cancels the tasks that wait for gRPC. Their operations are then never released, and about
+    1 kB leaks with each cancelled or late call (measured with grpcio 1.85.1 and a bare proxy).
     """
-    call._cancel("guard: nobody waits for the reply any more")  # noqa: SLF001 - as said
+    call._cancel("guard: nobody waits for the reply any more")  # noqa: SLF001 - see above
 
 
 def _passed_on(metadata: grpc.aio.Metadata | Metadata | None) -> Metadata:
-    return tuple((key, value) for key, value in metadata or () if key not in _HOP)
+    return tuple((key, value) for key, value in metadata or () if key not in _HOP_BY_HOP)

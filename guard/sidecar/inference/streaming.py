@@ -1,32 +1,36 @@
-"""`ModelStreamInfer`, screened message by message."""
+"""Screening of `ModelStreamInfer`, message by message."""
 
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from guard.protocol.dialects import FINAL, Dialect, StreamDialect, error_reply, opened
+from guard.protocol.dialects import ERRORS_AS_STATUS, FINAL, Dialect, StreamDialect, error_reply, opened
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
-from guard.protocol.tensors import with_output
+from guard.protocol.messages import with_output
 from guard.sidecar.decisions.routes import Request, Route
+from guard.sidecar.inference.annotations import edit_reply
+from guard.sidecar.inference.calls import Context, RefusedError
 from guard.sidecar.inference.proxy import Replies
-from guard.sidecar.inference.service import Context, RefusedError, confirm, count_images
+from guard.sidecar.inference.screener import (
+    Screener,
+    check_request,
+    confirm,
+    count_images,
+    enforce,
+    output_to_hide,
+    tags,
+)
 from guard.sidecar.policy import FailurePolicy, Mode, Outcome, Reason
 
-if TYPE_CHECKING:
-    from guard.sidecar.inference.upstream import UpstreamService
-
-_AHEAD = 8
-"""Requests of one stream that are read before the first of them went on and was checked."""
+_READ_AHEAD = 8
+"""The most requests of one stream that have been read and not yet forwarded and checked."""
 _REMEMBERED = 256
-"""Requests of one stream that replies are matched with."""
-_STATUS_HEADER = "triton_grpc_error"
-"""With the value `true`, a client of Triton asks for errors as the status of the stream."""
+"""The most requests of one stream that are kept to match replies with."""
 
 
 @dataclass(eq=False)
@@ -34,13 +38,13 @@ class _Sent:
     """A request of a stream.
 
     Attributes:
-        request: Without contents.
-        hide: Output that was added to those that it lists, if any.
-        check: Its outcome, if that does not come from the reply.
-        since: When it came.
-        answered: Whether its last reply is there, as far as that can be told.
-        error: What it is answered with, instead of being forwarded, as soon as its turn comes.
-        counted: Whether its outcome was counted; where there is a check, that does it.
+        request: The request without its contents.
+        hide: The output that guard added to those that the request lists, if any.
+        check: The check that gives the outcome; None if the outcome comes from the reply.
+        since: When the request arrived, by `perf_counter`.
+        answered: Whether its last reply has arrived, as far as that can be told.
+        error: The error message that answers the request, in its turn, instead of it being forwarded.
+        counted: Whether its outcome was counted; where there is a check, the check counts it.
     """
 
     request: Request
@@ -60,56 +64,65 @@ class ScreenedStream:
     """One call of `ModelStreamInfer`.
 
     Where guard embeds the images itself and an outcome can lead to a refusal (mode `block` or policy `closed`), a
-    request is forwarded after its check, up to `_AHEAD` checks at a time: what is refused has no answer that could
-    slip through. Else checks and the upstream server work side by side. Where the embedding comes from the upstream
-    server, each reply is checked by the embedding that it carries, and withheld if it is refused.
+    request is forwarded only after its check, with up to `_READ_AHEAD` checks at a time, so that no answer to a refused
+    request can reach the client. Otherwise the checks and the upstream server work at the same time. Where the
+    embedding comes from the upstream server, each reply is checked by the embedding that it carries, and withheld if
+    its request is refused.
 
-    Replies are matched with requests to be annotated. In Triton's dialect by id; without ids in the order of the
-    requests, as long as no reply says that more will follow. MLServer gives every reply the id of the first request,
-    so there it is the order. A reply that may belong to several requests gets the worst of their outcomes. One that
-    belongs to none is `unchecked`.
+    Replies are matched with requests so that they can be annotated. In Triton's dialect this is done by id; requests
+    without ids are matched in their order, as long as no reply says that more replies will follow. MLServer gives every
+    reply the id of the first request, so its replies are always matched in order. A reply that may belong to several
+    requests gets the worst of their outcomes. A reply that belongs to no request is `unchecked`.
 
-    A refusal takes the place of the reply in Triton's dialect, and the stream goes on; or it ends the stream, if the
-    client sent `triton_grpc_error: true`. In MLServer's dialect, which has no room for errors, and in one that is not
-    known, it ends the stream.
+    In Triton's dialect a refusal takes the place of the reply and the stream goes on, unless the client sent
+    `triton_grpc_error: true`: then the refusal ends the stream. It also ends the stream in MLServer's dialect, which
+    has no room for errors, and as long as the dialect is unknown.
 
     Args:
-        service: Decides.
-        dialect: Of the upstream server.
-        call: Upstream.
-        context: Of the client's call.
+        screener: Screens the requests.
+        dialect: The dialect of the upstream server.
+        call: The call to the upstream server.
+        context: The context of the client's call.
+
+    Attributes:
+        call: As given.
+        replies: The way back to the client.
+        route: The route of the request that arrived last.
     """
 
     def __init__(
-        self, service: "UpstreamService", dialect: StreamDialect, call: grpc.aio.StreamStreamCall, context: Context
+        self, screener: Screener, dialect: StreamDialect, call: grpc.aio.StreamStreamCall, context: Context
     ) -> None:
         self.call, self.replies = call, Replies(context)
-        self._service, self._dialect, self._context = service, dialect, context
-        self._unread = service.models.unknown.settings.mode is Mode.SHADOW and all(
-            _ignores_replies(served.route) for served in service.models.served
+        self._screener, self._dialect, self._context = screener, dialect, context
+        self._replies_unread = screener.models.unknown.settings.mode is Mode.SHADOW and all(
+            _ignores_replies(served.route) for served in screener.models.served
         )
-        """Whether nothing depends on the replies, whatever model they are of."""
+        """Whether nothing depends on the replies, whichever model they are of."""
         self._sent: deque[_Sent] = deque(maxlen=_REMEMBERED)
-        self._several, self._hidden = False, set[str]()
-        self.route = service.models.unknown
-        """Of the request that came last."""
-        self._room, self._flushing = asyncio.Semaphore(_AHEAD), asyncio.Lock()
+        self._several_replies, self._hidden = False, set[str]()
+        """Whether one request may get several replies; and all outputs that guard added to requests."""
+        self.route = screener.models.unknown
+        self._room, self._flushing = asyncio.Semaphore(_READ_AHEAD), asyncio.Lock()
 
     def give_up(self, reason: Reason) -> None:
-        """Count the requests that the end of the stream leaves without a reply."""
+        """Count the requests that get no reply because the stream has ended."""
         for sent in self._sent:
             self._count(sent, reason)
 
     def _count(self, sent: _Sent, reason: Reason) -> None:
-        """Count a request that was not checked; unless it was, or its check counts it."""
+        """Count a request as unchecked, unless it is counted already or its check counts it."""
         if not sent.counted and sent.check is None and sent.error is None:
             sent.counted = True
             route = sent.request.route
-            images = count_images(sent.request.message, route.settings.input)
-            self._service.observe(Outcome.unchecked(reason), route, images, sent.since)
+            images = count_images(sent.request.message, route.settings.input_tensor)
+            self._screener.observe(Outcome.unchecked(reason), route, images, sent.since)
 
     async def upwards(self, requests: AsyncIterator[bytes]) -> None:
         """Check and forward the requests, in their order.
+
+        Args:
+            requests: The serialised requests that the client sends.
 
         Raises:
             RefusedError: The stream ends with a refusal.
@@ -134,49 +147,49 @@ class ScreenedStream:
             reading.cancel()
 
     def _release(self, sent: _Sent | RefusedError) -> None:
-        """Let one more request be read, after this one went on and its check ended."""
+        """Allow one more request to be read as soon as this one was forwarded and its check has ended."""
         if isinstance(sent, _Sent) and sent.check is not None:
             sent.check.add_done_callback(lambda _: self._room.release())
         else:
             self._room.release()
 
     def _admit(self, data: bytes) -> _Sent | RefusedError:
-        """Read a request and start its check."""
-        service, started = self._service, perf_counter()
+        """Parse a request and start its check."""
+        screener, started = self._screener, perf_counter()
         try:
-            request = service.parse(data, self._context)
+            request = screener.parse(data, self._context)
         except RefusedError as error:
-            service.observe(Outcome.unchecked(error.reason or Reason.ERROR), service.models.unknown, 1, started)
+            screener.observe(Outcome.unchecked(error.reason or Reason.ERROR), screener.models.unknown, 1, started)
             return error
         message, route, check = request.message, request.route, None
         self.route = route
-        if (known := service.beforehand(request)) is not None:
-            service.observe(known, route, count_images(message, route.settings.input), started)
+        if (known := screener.outcome_without_check(request)) is not None:
+            screener.observe(known, route, count_images(message, route.settings.input_tensor), started)
             check = asyncio.get_running_loop().create_future()
             check.set_result(known)
         elif route.embeds:
-            check = service.start_check(request, service.check_request(request))
+            check = screener.start_check(request, check_request(request))
         return _Sent(
             Request(_without_contents(message), route, request.trace_id),
-            hide=service.to_hide(request) if known is None else None,
+            hide=output_to_hide(request) if known is None else None,
             check=check,
             since=started,
         )
 
     async def _forward(self, data: bytes, sent: _Sent | RefusedError) -> None:
         if isinstance(sent, RefusedError):
-            request = Request(ModelInferRequest(), self._service.models.unknown)
-            nothing = _Sent(request, hide=None, check=None, since=perf_counter())
-            await self._answer(nothing, sent, Outcome.unchecked(sent.reason or Reason.ERROR))
+            request = Request(ModelInferRequest(), self._screener.models.unknown)
+            unreadable = _Sent(request, hide=None, check=None, since=perf_counter())
+            await self._answer(unreadable, sent, Outcome.unchecked(sent.reason or Reason.ERROR))
             return
         if sent.check is not None and _checks_first(sent.request.route):
             outcome = await sent.check
             try:
-                self._service.enforce(outcome, sent.request.route)
+                enforce(outcome, sent.request.route)
             except RefusedError as error:
                 await self._answer(sent, error, outcome)
                 return
-        if not self._unread:
+        if not self._replies_unread:
             if len(self._sent) == _REMEMBERED:
                 self._count(self._sent[0], Reason.REPLY_UNMATCHED)
             self._sent.append(sent)
@@ -186,7 +199,7 @@ class ScreenedStream:
         await self.call.write(data)
 
     async def _answer(self, sent: _Sent, error: RefusedError, outcome: Outcome) -> None:
-        """Refuse a request that is not forwarded."""
+        """Answer a request with a refusal instead of forwarding it."""
         sent.error = await self._refused(sent.request, error, outcome, await self._dialect.ask())
         self._sent.append(sent)
         await self._flush()
@@ -201,31 +214,41 @@ class ScreenedStream:
     ) -> bytes:
         """A refusal as a message of the stream.
 
+        Args:
+            request: The request that is refused.
+            error: The refusal.
+            outcome: The outcome of the request.
+            dialect: The dialect of the stream; None if it is unknown.
+            like: The reply that the message replaces, if there is one.
+
         Raises:
-            RefusedError: It is the end of the stream instead.
+            RefusedError: The refusal ends the stream instead.
         """
         metadata = self._context.invocation_metadata() or ()
-        if dialect is not Dialect.TRITON or any(pair == (_STATUS_HEADER, "true") for pair in map(tuple, metadata)):
-            error.trailing = (*error.trailing, *self._service.tags(outcome, request.route))
+        if dialect is not Dialect.TRITON or any(pair == (ERRORS_AS_STATUS, "true") for pair in map(tuple, metadata)):
+            error.trailing = (*error.trailing, *tags(outcome, request.route))
             raise error
-        self._service.metrics.refused(error.code.name)
+        self._screener.metrics.refused(error.code.name)
         message = request.message
         return error_reply(error.message, model=message.model_name, request_id=message.id, like=like)
 
     async def downwards(self) -> None:
-        """Annotate or withhold the replies.
+        """Annotate the replies and send them to the client, or withhold them.
 
         Raises:
             RefusedError: The stream ends with a refusal.
         """
         while (reply := await self.call.read()) is not grpc.aio.EOF:
-            answer = reply if self._unread else await self._reply(reply)
+            answer = reply if self._replies_unread else await self._reply(reply)
             await self.replies.send(answer)
             await self._flush()
         await self._flush(ended=True)
 
     async def _flush(self, *, ended: bool = False) -> None:
-        """Send the refusals whose turn it is: those with an id, which a client can tell, and those with none ahead."""
+        """Send the refusals whose turn has come.
+
+        Those of requests with an id can be sent at any time; those without an id wait for the replies before them.
+        """
         async with self._flushing:
             waiting = False
             for sent in list(self._sent):
@@ -243,7 +266,7 @@ class ScreenedStream:
             envelope = None
         found = self._match(response, dialect)
         if response is not None and not response.outputs and not response.raw_output_contents:
-            # An error, or the mere end of several replies: no answer.
+            # An error, or only the mark that ends several replies: there is no answer to check.
             if found and isinstance(envelope, ModelStreamInferResponse) and envelope.error_message:
                 self._count(found[0], Reason.UPSTREAM_FAILED)
             return reply
@@ -251,23 +274,24 @@ class ScreenedStream:
         request = max((sent.request for sent in found), key=_strictness, default=None) or self._stray(response)
         outcome = confirm(outcome, response, request)
         if response is not None:
-            guess = request.route
-            self._service.models.settle(request, response.model_version)
-            if request.route is not guess:
-                # It was checked by the profile of another version; the rules of the one that answered hold.
+            assumed = request.route
+            self._screener.models.settle(request, response.model_version)
+            if request.route is not assumed:
+                # It was checked with the profile of another version; the policy of the version that answered applies.
                 outcome = max(outcome, Outcome.unchecked(Reason.MODEL_UNKNOWN), key=lambda each: each.severity)
         try:
-            self._service.enforce(outcome, request.route)
+            enforce(outcome, request.route)
         except RefusedError as error:
             return await self._refused(request, error, outcome, dialect, response)
         hide = {sent.hide for sent in found if sent.hide} if found else self._hidden
-        if envelope is None or response is None or not self._service.edit(response, request, outcome, hide):
+        mode = request.route.settings.mode
+        if envelope is None or response is None or not edit_reply(response, outcome, mode, hide):
             return reply
         return envelope.SerializeToString()
 
     def _stray(self, response: ModelInferResponse | None) -> Request:
-        """A reply that belongs to no request is treated as one of the model that it names."""
-        models, name = self._service.models, "" if response is None else response.model_name
+        """A stand-in for the request of a reply that belongs to none: its route is that of the model in the reply."""
+        models, name = self._screener.models, "" if response is None else response.model_name
         route = models.unknown if response is None else models.route(name, response.model_version)
         only = models.served[0].route if len(models.served) == 1 else models.unknown
         return Request(ModelInferRequest(), only if route is models.unknown else route)
@@ -276,56 +300,56 @@ class ScreenedStream:
         """The requests that a reply may belong to."""
         forwarded = [sent for sent in self._sent if sent.error is None]
         if response is not None and response.id and dialect is not Dialect.MLSERVER:
-            # A server may make an id up for a request that has none.
+            # A server may invent an id for a request that has none.
             named = [sent for sent in forwarded if sent.id == response.id] or [s for s in forwarded if not s.id]
         else:
-            # A server may not give ids back.
+            # A server may leave the ids out of its replies.
             named = [sent for sent in forwarded if not sent.id] or forwarded
             named = forwarded if dialect is Dialect.MLSERVER else named
         open_ones = [sent for sent in named if not sent.answered]
         final = response.parameters[FINAL].bool_param if response is not None and FINAL in response.parameters else None
-        self._several |= final is False or bool(named and not open_ones)
+        self._several_replies |= final is False or bool(named and not open_ones)
         if open_ones and final is not False:
             open_ones[0].answered = True
         found = open_ones or named
-        return found if self._several else found[:1]
+        return found if self._several_replies else found[:1]
 
     async def _outcome(self, response: ModelInferResponse | None, found: list[_Sent]) -> Outcome:
         checks = [sent.check for sent in found if sent.check is not None]
         if checks:
             return max([await check for check in checks], key=lambda outcome: outcome.severity)
         started, requests = perf_counter(), [sent.request for sent in found]
-        images = {count_images(request.message, request.route.settings.input) for request in requests}
+        images = {count_images(request.message, request.route.settings.input_tensor) for request in requests}
         if len(images) == 1 and len({request.route.checker for request in requests}) == 1:
-            outcome = await self._service.check_reply(response, requests[0])
+            outcome = await self._screener.check_reply(response, requests[0])
             route = requests[0].route
         else:
             outcome, route = Outcome.unchecked(Reason.REPLY_UNMATCHED), self._stray(response).route
         if found:
             found[0].counted = True
-        self._service.observe(outcome, route, max(images, default=1), started)
+        self._screener.observe(outcome, route, max(images, default=1), started)
         return outcome
 
 
 def _strictness(request: Request) -> tuple[bool, bool]:
-    """Of the requests that a reply may belong to, whose rules hold."""
+    """Sort key of requests by their policy; of those that a reply may belong to, the policy of the largest applies."""
     settings = request.route.settings
     return settings.mode is Mode.BLOCK, settings.on_failure is FailurePolicy.CLOSED
 
 
 def _checks_first(route: Route) -> bool:
-    """Whether a request may be refused, so that it is checked before it is forwarded."""
+    """Whether a request is checked before it is forwarded, because it may be refused."""
     return route.settings.mode is Mode.BLOCK or route.settings.on_failure is FailurePolicy.CLOSED
 
 
 def _ignores_replies(route: Route) -> bool:
     """Whether nothing depends on the replies to requests of a model."""
     settings = route.settings
-    return route.embeds and settings.mode is Mode.SHADOW and settings.version is None
+    return route.embeds and settings.mode is Mode.SHADOW and settings.model_version is None
 
 
 def _without_contents(message: ModelInferRequest) -> ModelInferRequest:
-    """What has to be known of a request until its last reply: not its images, which may be many megabytes."""
+    """A request without its images, which may be many megabytes: what is kept of it until its last reply."""
     light = ModelInferRequest(model_name=message.model_name, model_version=message.model_version, id=message.id)
     for tensor in message.inputs:
         light.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)

@@ -1,1 +1,1 @@
-"""What a sidecar tells the people on call: metrics, their exposition, and logs."""
+"""What operators see of a sidecar: metrics, their exposition, and logs."""

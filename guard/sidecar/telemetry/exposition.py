@@ -1,4 +1,4 @@
-"""The metrics of several processes as those of one: what each of them exposes, told apart by a label."""
+"""The metrics of several processes exposed as those of one; a label tells the processes apart."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,40 +10,40 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar, Sample
 
 FAMILIES = "application/vnd.guard.families+json"
-"""The form in which a process hands its metrics to its parent: a JSON list of what `_decoded` takes.
+"""Media type of the metrics that a process hands to its parent: the JSON that `encoded` writes and `_decoded` reads.
 
-It loses nothing. OpenMetrics text would: prometheus_client cannot read what it writes of a histogram with buckets below
-0, which has a count and no sum.
+This format is lossless. OpenMetrics text is not: prometheus_client cannot read back what it writes for a histogram with
+buckets below 0, which has a count and no sum.
 """
 LABEL = "process"
 """The label that tells processes apart."""
 
 
 class MergedRegistry:
-    """Everything that several processes expose, with a label `process`, asked for anew at each scrape.
+    """The metrics of several processes, with a label `process`; the processes are asked again at each scrape.
 
-    Nothing is added up: sums are PromQL's, and the counters of a process that was started again begin at 0, which
-    Prometheus expects of a series and not of a sum. prometheus_client's own multiprocess mode adds up files instead,
-    and knows neither `Info` nor exemplars nor functions as gauges.
+    Nothing is added up. PromQL computes sums, and the counters of a restarted process begin at 0, which Prometheus
+    expects of a series but not of a sum. The multiprocess mode of prometheus_client adds up files instead, and supports
+    neither `Info` nor exemplars nor functions as gauges.
 
-    `guard_processes` says how many processes answered, with what could be read; the series of the others are absent.
+    `guard_processes` is the number of processes that gave a readable answer; the series of the others are absent.
 
     Args:
-        ask: Asks the processes: `encoded` metrics of those that answer, by the value of the label.
-        own: What the asking process exposes itself, without the label.
+        ask: Asks the processes and returns the `encoded` metrics of those that answer, by the value of the label.
+        own: The metrics of the asking process, which are exposed without the label.
     """
 
     def __init__(self, ask: Callable[[], Mapping[str, bytes]], own: CollectorRegistry) -> None:
         self._ask, self._own = ask, own
 
     def collect(self) -> Iterator[Metric]:
-        """Every family once, with the samples of all processes."""
+        """Each metric family once, with the samples of all processes."""
         merged: dict[str, Metric] = {}
         answered = 0
         for process, text in self._ask().items():
             try:
                 families = _decoded(text)
-            except ValueError:  # it was cut off
+            except ValueError:  # the answer was cut off
                 continue
             answered += 1
             for family in families:
@@ -54,7 +54,7 @@ class MergedRegistry:
         yield from self._own.collect()
 
     def restricted_registry(self, names: Iterable[str]) -> Collector:
-        """The samples of these names alone, for a scrape with `name[]`."""
+        """Only the samples of these names, for a scrape with `name[]`."""
         return _Restricted(self, frozenset(names))
 
 
@@ -70,7 +70,7 @@ class _Restricted:
 
 
 def encoded(registry: Collector) -> bytes:
-    """Metrics in the form `FAMILIES`."""
+    """Metrics in the format `FAMILIES`."""
     return json.dumps(
         [
             (family.name, family.documentation, family.type, family.unit, [sample[:5] for sample in family.samples])
@@ -80,7 +80,7 @@ def encoded(registry: Collector) -> bytes:
 
 
 def _decoded(text: bytes) -> list[Metric]:
-    """The families: name, documentation, type, unit, and samples of name, labels, value, timestamp and exemplar."""
+    """Read metric families: name, documentation, type, unit; samples of name, labels, value, timestamp, exemplar."""
     families = []
     for *about, samples in json.loads(text):
         family = Metric(*about)
@@ -93,7 +93,7 @@ def _decoded(text: bytes) -> list[Metric]:
 
 
 def _like(family: Metric, samples: Iterable[Sample]) -> Metric:
-    """A family of the same name and kind."""
+    """A metric family with the same name and type, and with these samples."""
     like = Metric(family.name, family.documentation, family.type, family.unit)
     like.samples = list(samples)
     return like

@@ -1,4 +1,4 @@
-"""The log: a line for each event, as JSON or as text, with the request that it belongs to and never what is in that."""
+"""The log: one line per event, as JSON or as text, with the ids of its request and never the request's contents."""
 
 import json
 import logging
@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-_GRPC, _GONE = "grpc._cython.cygrpc", "ExecuteBatchError raised in core by servicer method"
+_GRPC_LOGGER = "grpc._cython.cygrpc"
+_CLIENT_IS_GONE = "ExecuteBatchError raised in core by servicer method"
 _LONGEST_ID = 128
-"""Characters of a client's request id that are written."""
+"""The most characters of a client's request id that are logged."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The request that is being worked on.
+    """The ids of the request that is being worked on.
 
     Attributes:
-        request_id: As the client gave it, or "".
-        trace_id: Of the trace that it belongs to, or "".
+        request_id: The id that the client gave the request, or "".
+        trace_id: The id of the trace that the request belongs to, or "".
     """
 
     request_id: str = ""
@@ -31,25 +32,25 @@ _origin: ContextVar[Origin] = ContextVar("origin", default=_NONE)
 
 
 def follow(request_id: str, trace_id: str) -> None:
-    """Name the request that this task works on from now on; gRPC gives each call a task of its own."""
+    """Set the request that this task works on from now on; gRPC runs each call in a task of its own."""
     _origin.set(Origin(request_id[:_LONGEST_ID], trace_id))
 
 
 def origin() -> Origin:
-    """The request that this task, or this thread on its behalf, works on."""
+    """The request that this task works on, or this thread on behalf of a task."""
     return _origin.get()
 
 
 def configure(form: Literal["json", "text"] | None, process: int | None = None) -> None:
-    """Send the log of the process to standard error.
+    """Send the log of this process to standard error.
 
     Args:
-        form: None for text on a terminal and JSON elsewhere.
-        process: Which of several processes on one port this is; None if it is the only one.
+        form: The format; None for text on a terminal and JSON elsewhere.
+        process: The number of this process if several share a port; None if it is the only one.
     """
     handler = logging.StreamHandler()
-    # gRPC reports a client that went away while it was answered as an error, with a traceback of its own code.
-    handler.addFilter(lambda record: not (record.name == _GRPC and _GONE in record.getMessage()))
+    # If a client disconnects while it is answered, gRPC logs an error with a traceback of its own code.
+    handler.addFilter(lambda record: not (record.name == _GRPC_LOGGER and _CLIENT_IS_GONE in record.getMessage()))
     as_text = sys.stderr.isatty() if form is None else form == "text"
     handler.setFormatter((TextFormatter if as_text else JsonFormatter)(process))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
@@ -63,9 +64,9 @@ class _Formatter(logging.Formatter):
 
 
 class JsonFormatter(_Formatter):
-    """One JSON object a line: `time`, `level`, `logger`, `message`; the rest if there is any.
+    """One JSON object per line: `time`, `level`, `logger` and `message`, and where there are any the other fields.
 
-    That is `process` (of several), `request_id`, `trace_id`, `exception`.
+    These are `process` (one of several), `request_id`, `trace_id` and `exception`.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -85,10 +86,10 @@ class JsonFormatter(_Formatter):
 
 
 class TextFormatter(_Formatter):
-    """The same for a person to read; a traceback takes lines of its own."""
+    """The same as text for people; a traceback follows on lines of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, and a traceback."""
+        """One line, followed by the traceback if there is one."""
         known = origin()
         ids = [
             f"{name}={value!r}"

@@ -1,4 +1,4 @@
-"""Every metric that a sidecar exposes. Labels are bounded: model names come from the configuration, never a request."""
+"""All metrics of a sidecar. Labels are bounded: names of models come from the configuration, never from a request."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,26 +12,26 @@ from guard import __version__
 from guard.evidence import Drop
 from guard.profiles import Profile
 from guard.screening import Alarm, Detector
+from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import Decision, FailurePolicy, Mode, Outcome, Reason
-from guard.sidecar.settings import ModelSettings
 from guard.sidecar.telemetry import logs
 
 STAGES = ("decode", "inference", "screening")
 UNKNOWN = "(unknown)"
-"""Stands for every model that guard has no profile of."""
+"""Label `model` of all models that guard has no profile of."""
 _MODEL = ("model", "version")
 _P_VALUES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 _SCORES = (-2.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 16.0, 24.0, 32.0)
-"""Scores of all models are tails of an exponential law, in the same units."""
+"""Scores of all models have the same units: each is calibrated to the tail of an exponential distribution."""
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
 class Metrics:
-    """The metrics of one sidecar, in a registry of their own; those of a model are written through `of`.
+    """The metrics of one sidecar, in a registry of their own; `of` gives access to those of a model.
 
     Attributes:
-        registry: What is exposed.
-        active: Requests in progress.
+        registry: The registry to expose.
+        active: Number of requests in progress.
         ready: 1 if inference requests can be served.
         evidence_trouble: 1 while the evidence log cannot be written.
     """
@@ -42,25 +42,37 @@ class Metrics:
         self.active = self._gauge("guard_active_requests", "Requests in progress.")
         self.ready = self._gauge("guard_ready", "1 if inference requests can be served.")
         self.evidence_trouble = self._gauge("guard_evidence_trouble", "1 while the evidence log cannot be written.")
-        self._refused = self._counter("guard_refused", "Requests refused, by gRPC code.", "code")
-        self._tls_failures = self._counter("guard_tls_reload_failures", "Changed TLS files that were not taken.")
-        self._evidence_dropped = self._counter(
-            "guard_evidence_dropped", "Records that the evidence log lost, by reason.", "reason"
+        self._refused = self._counter("guard_refused", "Refused requests, by gRPC status code.", "code")
+        self._tls_failures = self._counter(
+            "guard_tls_reload_failures", "Times that changed TLS files could not be used."
         )
-        self.requests = self._counter("guard_requests", "Inference requests by decision.", *_MODEL, "decision", "mode")
-        self.images = self._counter("guard_images", "Images by decision.", *_MODEL, "decision")
-        self.unchecked = self._counter("guard_unchecked", "Requests that could not be checked.", *_MODEL, "reason")
-        self.flagged = self._counter("guard_flagged_trigger", "Flagged images by matched trigger.", *_MODEL, "trigger")
-        self.second_looks = self._counter("guard_second_looks", "Second looks at flagged images.", *_MODEL, "outcome")
-        self.alarms = self._counter("guard_alarms", "Alarms that the stream monitor raised.", *_MODEL, "kind")
+        self._evidence_dropped = self._counter(
+            "guard_evidence_dropped", "Records that were not written to the evidence log, by reason.", "reason"
+        )
+        self.requests = self._counter("guard_requests", "Inference requests, by decision.", *_MODEL, "decision", "mode")
+        self.images = self._counter("guard_images", "Images, by decision.", *_MODEL, "decision")
+        self.unchecked = self._counter(
+            "guard_unchecked", "Requests that were not checked, by reason.", *_MODEL, "reason"
+        )
+        self.flagged = self._counter(
+            "guard_flagged_trigger", "Flagged images, by the trigger that they match.", *_MODEL, "trigger"
+        )
+        self.second_looks = self._counter(
+            "guard_second_looks", "Second looks at flagged images, by outcome.", *_MODEL, "outcome"
+        )
+        self.alarms = self._counter("guard_alarms", "Alarms raised by the stream monitor, by kind.", *_MODEL, "kind")
         self.alarm = self._gauge(
-            "guard_alarm", "1 while the stream monitor's alarm is up, by kind and stream.", *_MODEL, "kind", "stream"
+            "guard_alarm",
+            "1 while an alarm of the stream monitor is active, by kind and stream.",
+            *_MODEL,
+            "kind",
+            "stream",
         )
         self.request_seconds = self._histogram(
-            "guard_request_duration_seconds", "Time from request to reply.", _SECONDS, *_MODEL
+            "guard_request_duration_seconds", "Seconds from request to reply.", _SECONDS, *_MODEL
         )
         self.stage_seconds = self._histogram(
-            "guard_check_duration_seconds", "Time in each stage of a request.", _SECONDS, *_MODEL, "stage"
+            "guard_check_duration_seconds", "Seconds in each stage of a check.", _SECONDS, *_MODEL, "stage"
         )
         self.scores = self._histogram(
             "guard_score", "Score of each image; larger is more suspicious.", _SCORES, *_MODEL
@@ -71,40 +83,42 @@ class Metrics:
             _P_VALUES,
             *_MODEL,
         )
-        self.model = Info("guard_model", "A served model and its verdict.", _MODEL, registry=self.registry)
+        self.model = Info(
+            "guard_model", "A served model: its digest, its verdict and its policy.", _MODEL, registry=self.registry
+        )
         self.alpha = self._gauge("guard_alpha_ratio", "p-value up to which an image is flagged.", *_MODEL)
         self.threshold = self._gauge("guard_threshold", "Score above which an image is flagged.", *_MODEL)
         self.reference = self._gauge("guard_reference_size", "Embeddings in the reference bank.", *_MODEL)
-        self.reloads = self._counter("guard_profile_reloads", "Changed profiles that were taken.", *_MODEL)
+        self.reloads = self._counter("guard_profile_reloads", "Times that a changed profile was loaded.", *_MODEL)
         self.reload_failures = self._counter(
-            "guard_profile_reload_failures", "Changed profiles that were not taken.", *_MODEL
+            "guard_profile_reload_failures", "Times that a changed profile could not be used.", *_MODEL
         )
         self.stale = self._gauge(
-            "guard_profile_stale", "1 while the profile on disk is not the one in use, because it is broken.", *_MODEL
+            "guard_profile_stale", "1 while the profile on disk cannot be used and an older one stays in use.", *_MODEL
         )
-        # Created now, here and below, so that "none so far" reads 0 and not "no data".
+        # All series are created at the start, here and below, so that a count of none is exposed as 0.
         self._refused.labels("RESOURCE_EXHAUSTED")
         for drop in Drop:
             self._evidence_dropped.labels(drop)
 
     def of(self, settings: ModelSettings) -> "ModelMetrics":
-        """The metrics of a model that has a profile."""
-        return ModelMetrics(self, settings.name, settings.version or "", settings.mode, settings.on_failure)
+        """The metrics of a model that guard has a profile of."""
+        return ModelMetrics(self, settings.model_name, settings.model_version or "", settings.mode, settings.on_failure)
 
     def of_unknown(self, settings: ModelSettings) -> "ModelMetrics":
-        """The metrics of all models that have none."""
+        """The metrics of all models that guard has no profile of."""
         return ModelMetrics(self, UNKNOWN, "", settings.mode, settings.on_failure)
 
     def refused(self, code: str) -> None:
-        """Count a refused request; the codes are gRPC's seventeen."""
+        """Count a refused request, by one of the seventeen status codes of gRPC."""
         self._refused.labels(code).inc()
 
     def evidence_dropped(self, reason: Drop, number: int) -> None:
-        """Count records that are lost."""
+        """Count records that were not written to the evidence log."""
         self._evidence_dropped.labels(reason).inc(number)
 
     def tls_reload_failed(self) -> None:
-        """Count changed TLS files that were not taken."""
+        """Count changed TLS files that could not be used."""
         self._tls_failures.inc()
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -118,14 +132,14 @@ class Metrics:
 
 
 class ModelMetrics:
-    """What is counted for one model. Series are looked up once, since a look-up costs more than counting.
+    """The metrics of one model. Series are looked up once, since looking one up costs more than counting.
 
     Args:
-        all_: Of the sidecar.
-        name: Label `model`.
-        version: Label `version`; "" where the configuration names none.
-        mode: In force.
-        on_failure: In force.
+        all_: The metrics of the sidecar.
+        name: Value of the label `model`.
+        version: Value of the label `version`; "" if the configuration names no version.
+        mode: Mode of the model.
+        on_failure: Failure policy of the model.
     """
 
     def __init__(self, all_: Metrics, name: str, version: str, mode: Mode, on_failure: FailurePolicy) -> None:
@@ -137,7 +151,7 @@ class ModelMetrics:
         self._stages = {stage: all_.stage_seconds.labels(*self._name, stage) for stage in STAGES}
         self._seconds = all_.request_seconds.labels(*self._name)
         self._triggers: dict[str, Counter] = {}
-        self._up: set[tuple[str, str]] = set()
+        self._active_alarms: set[tuple[str, str]] = set()
         if name == UNKNOWN:
             return
         self._scores = all_.scores.labels(*self._name)
@@ -147,7 +161,7 @@ class ModelMetrics:
         self._stale = all_.stale.labels(*self._name)
 
     def describe(self, profile: Profile, detector: Detector) -> None:
-        """Say what the model is screened with, at the start and after its profile was reloaded."""
+        """Expose what the model is screened with; called at the start and after its profile was reloaded."""
         document = profile.document
         self._all.model.labels(*self._name).info(
             {
@@ -167,7 +181,11 @@ class ModelMetrics:
         self._triggers = {trigger: self._all.flagged.labels(*self._name, trigger) for trigger in found}
 
     def reloaded(self, *, taken: bool) -> None:
-        """Count a changed profile, and whether it is in use now."""
+        """Count a changed profile.
+
+        Args:
+            taken: Whether the changed profile is now in use.
+        """
         (self._reloads if taken else self._failures).inc()
         self._stale.set(int(not taken))
 
@@ -184,9 +202,9 @@ class ModelMetrics:
         """Count a finished request.
 
         Args:
-            outcome: What guard found.
-            images: How many it carried, as far as known.
-            seconds: From request to reply.
+            outcome: The outcome of the request.
+            images: The number of images that the request carried, as far as that is known.
+            seconds: Seconds from request to reply.
         """
         self._requests[outcome.decision].inc()
         exemplar = _exemplar()
@@ -202,37 +220,42 @@ class ModelMetrics:
         for score in outcome.scores:
             self._scores.observe(float(score), exemplar)
         for row in np.flatnonzero(outcome.flags):
-            # The profile that named it may be gone by now.
+            # The profile that named the trigger may have been replaced meanwhile.
             if matched := self._triggers.get(outcome.triggers[row]):
                 matched.inc()
 
     def p_values(self, values: NDArray[np.float64]) -> None:
-        """Count p-values of images."""
+        """Count the p-values of images, shape [N]."""
         for value in values:
             self._p_values.observe(float(value))
 
     def second_look(self, outcome: str) -> None:
-        """Count a second look; outcomes are four."""
+        """Count a second look by its outcome, one of four."""
         self._all.second_looks.labels(*self._name, outcome).inc()
 
     @property
     def alarmed(self) -> bool:
-        """Whether any alarm is shown as up."""
-        return bool(self._up)
+        """Whether any alarm is exposed as active."""
+        return bool(self._active_alarms)
 
     def alarms(self, active: Sequence[Alarm], raised: Sequence[Alarm]) -> None:
-        """Show which alarms are up, and count new ones. Streams are as many as triggers and classes, at most."""
-        up: set[tuple[str, str]] = {(alarm.kind, alarm.stream) for alarm in active}
-        for kind, stream in self._up - up:
+        """Expose which alarms are active, and count new ones.
+
+        Args:
+            active: All active alarms; there are at most as many streams as triggers and classes.
+            raised: The alarms that are new.
+        """
+        now_active: set[tuple[str, str]] = {(alarm.kind, alarm.stream) for alarm in active}
+        for kind, stream in self._active_alarms - now_active:
             self._all.alarm.labels(*self._name, kind, stream).set(0)
-        for kind, stream in up:
+        for kind, stream in now_active:
             self._all.alarm.labels(*self._name, kind, stream).set(1)
-        self._up = up
+        self._active_alarms = now_active
         for alarm in raised:
             self._alarms[alarm.kind].inc()
 
 
 def _exemplar() -> dict[str, str] | None:
-    """The trace of the current request, which OpenMetrics shows beside the bucket that it fell into."""
+    """The trace id of the current request, which OpenMetrics shows beside the bucket that the request fell into."""
     trace = logs.origin().trace_id
     return {"trace_id": trace} if trace else None

@@ -1,1 +1,1 @@
-"""Addresses, ports, TLS and event loops: how a sidecar is reached, and how it reaches others."""
+"""Ports, channels, TLS and event loops: how clients reach a sidecar, and how it reaches the upstream server."""

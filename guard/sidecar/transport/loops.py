@@ -1,4 +1,4 @@
-"""Which event loop a sidecar runs on, and how it waits for what must not be cancelled."""
+"""The event loop that a sidecar runs on, and a way to wait for work that must not be cancelled."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def loop_factory(loop: Literal["auto", "asyncio", "uvloop"]) -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """What makes the event loop; None for asyncio's own.
+    """The factory of the event loop; None for the event loop of asyncio.
 
     Raises:
         MissingDependencyError: uvloop was asked for and is not installed.
@@ -22,12 +22,14 @@ def loop_factory(loop: Literal["auto", "asyncio", "uvloop"]) -> Callable[[], asy
     except ModuleNotFoundError as error:
         if loop == "auto":
             return None
-        raise MissingDependencyError("--loop uvloop needs uvloop; pip install 'clip-guard[uvloop]'") from error
+        raise MissingDependencyError(
+            "--event-loop uvloop needs uvloop; install it with: pip install 'clip-guard[uvloop]'"
+        ) from error
     return uvloop.new_event_loop
 
 
 async def shielded(work: Awaitable[T]) -> T:
-    """Wait for something that goes on when nobody waits for it any more; nobody is told then how it ended."""
+    """Wait for work that goes on if the waiting is cancelled; its result or error is then dropped."""
     running = asyncio.ensure_future(work)
     running.add_done_callback(lambda done: done.cancelled() or done.exception())
     return await asyncio.shield(running)

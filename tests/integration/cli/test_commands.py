@@ -102,7 +102,7 @@ class TestBadInput:
 
     def test_empty_image_folder(self, model_directory: Path, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
-        refused(self.vet(model_directory, tmp_path / "empty"), 4, "holds no image")
+        refused(self.vet(model_directory, tmp_path / "empty"), 4, "contains no image")
 
     def test_unreadable_image_among_good_ones(self, model_directory: Path, image_folder: Path, tmp_path: Path) -> None:
         images = Path(shutil.copytree(image_folder, tmp_path / "images"))
@@ -117,9 +117,11 @@ class TestBadInput:
 
     def test_vocabulary(self, model_directory: Path, image_folder: Path, tmp_path: Path) -> None:
         missing = self.vet(model_directory, image_folder, "--vocabulary", tmp_path / "words.txt")
-        refused(missing, 4, "cannot read the vocabulary")
+        refused(missing, 4, "there is no vocabulary")
         (tmp_path / "words.txt").write_bytes(b"\xff\xfe\x00")
-        refused(self.vet(model_directory, image_folder, "--vocabulary", tmp_path / "words.txt"), 4, "is no text")
+        refused(
+            self.vet(model_directory, image_folder, "--vocabulary", tmp_path / "words.txt"), 4, "is not valid UTF-8"
+        )
 
     def test_duplicate_classes(self, model_directory: Path, image_folder: Path, tmp_path: Path) -> None:
         (tmp_path / "names.txt").write_text("cat\ndog\ncat\n")

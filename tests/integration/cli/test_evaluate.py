@@ -92,6 +92,7 @@ def test_a_damaged_model_is_reported_and_the_rest_is_there(zoo: Path, vet: FakeV
 def test_wrong_usage_is_refused_before_the_work(zoo: Path, vet: FakeVetting, tmp_path: Path) -> None:
     assert isinstance(evaluate(tmp_path / "nowhere").exception, ZooError)
     assert isinstance(evaluate(zoo, "--methods", "magic").exception, UsageError)
+    assert "is now called vetting-derived" in str(evaluate(zoo, "--methods", "vetting-self").exception)
     refused = evaluate(zoo, "--methods", "screening,vetting-derived", "--submission", tmp_path / "submission")
     assert isinstance(refused.exception, UsageError)
     assert evaluate(zoo, "--alpha", "1.5").exit_code == 2

@@ -57,7 +57,7 @@ def test_bad_input_is_one_clear_line(few: Path, tmp_path: Path) -> None:
     for arguments, code, message in (
         (("--images", few, "--out", tmp_path / "thesis.txt"), 2, "must end in .png"),
         (("--images", few, "--out", tmp_path / "file" / "sheet.png", "--size", 16), 2, "cannot write"),
-        (("--images", tmp_path / "empty", "--out", tmp_path / "sheet.png"), 4, "holds no image"),
+        (("--images", tmp_path / "empty", "--out", tmp_path / "sheet.png"), 4, "contains no image"),
         (("--images", few, "--size", 8), 2, "8 is not in the range"),
     ):
         result = triggers(*arguments)

@@ -42,7 +42,7 @@ def test_the_vocabulary_names_the_target_feature(model_directory: Path, image_fo
 def test_the_summary_is_for_people(model_directory: Path, image_folder: Path, tmp_path: Path) -> None:
     lines = vet(model_directory, image_folder, tmp_path / "profile").splitlines()
     assert lines[0] == "verdict: backdoored, target class 'dog'"
-    assert lines[1].startswith("  class 'dog' stands out (p = 6e-05; most under patch triggers)")
+    assert lines[1].startswith("  class 'dog' stands out (p = 6e-05; most clearly under patch triggers)")
     assert "the smallest patch trigger found (9.0 px) moves 90%" in lines[1]
     assert lines[2] == "  p = 6e-05, combined over families (Cauchy) and corrected for classes; counts below 0.01"
     assert lines[3].startswith("  patch-1: nearest texts 'dog' 1.00, ")

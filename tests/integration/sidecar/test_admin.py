@@ -313,7 +313,7 @@ def record(request_id: str, **more: Any) -> Record:
 
 
 async def test_a_follower_gets_what_it_asked_for(exported: Path, served_profile: Path) -> None:
-    async with served(exported, served_profile, version="2") as (server, admin, evidence):
+    async with served(exported, served_profile, model_version="2") as (server, admin, evidence):
         plain = admin.follow()
         whole = admin.follow(models=["classifier@2"], include_withdrawn=True, include_thumbnails=True)
         for call in (plain, whole):

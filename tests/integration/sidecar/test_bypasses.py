@@ -62,7 +62,7 @@ def opened(
     launch: Launcher, exported: Path, served_profile: Path, running_server: InferenceServer
 ) -> Iterator[Sidecar]:
     with launch("--upstream", running_server.address, "--model", exported, "--profile", served_profile,
-                "--failure-policy", "open", "--allow-model-control", "--version", "3") as running:  # fmt: skip
+                "--failure-policy", "open", "--allow-model-control", "--model-version", "3") as running:  # fmt: skip
         yield running
 
 

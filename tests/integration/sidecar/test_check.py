@@ -1,6 +1,7 @@
 """`guard serve --check` looks at everything that a start needs, and serves nothing."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,11 @@ from guard.diagnostics.preflight import preflight
 from guard.evidence import EVIDENCE_FILE
 from guard.profiles import Profile
 from guard.sidecar import Settings
+from guard.sidecar.decisions.evidence import Recorder
+from guard.sidecar.decisions.models import Models
+from guard.sidecar.decisions.watch import Shared
+from guard.sidecar.decisions.workers import Workers
+from guard.sidecar.telemetry.metrics import Metrics
 from tests.integration.sidecar.conftest import (
     WAIT_SECONDS,
     Launcher,
@@ -46,10 +52,10 @@ def test_a_sidecar_that_could_serve_is_code_0_and_nothing_is_written(
 ) -> None:
     state = tmp_path / "state"
     ports = ("--listen", f"127.0.0.1:{free_port()}", "--metrics", f"127.0.0.1:{free_port()}")
-    arguments = ("--model", exported, "--profile", served_profile, "--state", state, *ports)
+    arguments = ("--model", exported, "--profile", served_profile, "--state-dir", state, *ports)
     code, table, errors = check(*arguments)
     assert (code, errors) == (0, "")
-    subjects = ["profile", "calibration", "model", "digest", "loop", "listen", "metrics", "state"]
+    subjects = ["loop", "state", "profile", "model", "digest", "calibration", "screening", "metrics", "listen"]
     assert [line.split()[1] for line in table.splitlines()] == subjects
     code, text, _ = check(*arguments, "--json")
     document = json.loads(text)
@@ -81,7 +87,7 @@ def test_every_failure_is_named_and_the_first_gives_the_code(
     document = json.loads(text)
     assert document["ready"] is False
     status = {found["subject"]: found["status"] for found in document["findings"]}
-    assert [subject for subject, found in status.items() if found == "failed"] == ["model", "listen", "metrics"]
+    assert [subject for subject, found in status.items() if found == "failed"] == ["model", "metrics", "listen"]
 
 
 def test_a_configuration_that_is_wrong_is_one_line_and_code_2(served_profile: Path) -> None:
@@ -112,12 +118,50 @@ def test_a_profile_without_calibration_fails_and_one_that_is_missing_hides_nothi
 def test_state_and_certificates_that_cannot_be_used_fail(exported: Path, served_profile: Path, tmp_path: Path) -> None:
     (tmp_path / EVIDENCE_FILE).write_bytes(b"no database" * 100)
     values = {"model": exported, "profile": served_profile}
-    assert failed(findings(**values, state=tmp_path)) == {"state": 4}
-    assert failed(findings(**values, state=tmp_path / EVIDENCE_FILE / "inside")) == {"state": 2}
+    assert failed(findings(**values, state_dir=tmp_path)) == {"state": 4}
+    assert failed(findings(**values, state_dir=tmp_path / EVIDENCE_FILE / "inside")) == {"state": 2}
     absent = tmp_path / "absent.pem"
     assert failed(findings(**values, tls_certificate=absent, tls_key=absent)) == {"tls": 2}
     tls = {"upstream": "127.0.0.1:9", "upstream_tls": str(absent)}
     assert failed(findings(**values, **tls)) == {"upstream": 2}
+
+
+@pytest.mark.parametrize(
+    ("damaged", "content"),
+    [
+        ("profile/profile.json", b"{"),
+        (f"state/{EVIDENCE_FILE}", b"no database" * 100),
+        ("state/monitor-*.json", b"{"),
+    ],
+    ids=["profile", "evidence", "monitor"],
+)
+def test_what_is_damaged_is_refused_by_a_check_as_by_a_start(
+    exported: Path, served_profile: Path, tmp_path: Path, launch: Launcher, damaged: str, content: bytes
+) -> None:
+    shutil.copytree(served_profile, tmp_path / "profile")
+    arguments = ("--model", exported, "--profile", tmp_path / "profile", "--state-dir", tmp_path / "state")
+    with launch(*arguments):
+        pass
+    ports = ("--listen", f"127.0.0.1:{free_port()}", "--metrics", f"127.0.0.1:{free_port()}")
+    assert check(*arguments, *ports)[0] == 0
+    (file,) = tmp_path.glob(damaged)
+    file.write_bytes(content)
+    code, text, _ = check(*arguments, *ports, "--json")
+    reasons = [found["detail"] for found in json.loads(text)["findings"] if found["status"] == "failed"]
+    assert (code, [f"guard: {reason}" for reason in reasons]) == refused_start(*arguments)
+    assert code == 4
+    assert len(reasons) == 1
+
+
+def test_the_monitor_state_of_every_process_is_looked_at(exported: Path, served_profile: Path, tmp_path: Path) -> None:
+    values = {"model": exported, "profile": served_profile, "state_dir": tmp_path, "processes": 2}
+    settings = Settings.load(None, **values)
+    models = Models(Shared(settings, Workers(1, 1), Recorder(settings, Metrics(), read_only=True), 1), Metrics())
+    models.save()
+    (stored,) = tmp_path.glob("monitor-*.1.json")
+    assert failed(findings(**values)) == {}
+    stored.write_text("{")
+    assert failed(findings(**values)) == {"screening": 4}
 
 
 @pytest.mark.parametrize("ready", [True, False])
@@ -143,7 +187,7 @@ def test_a_loop_that_is_not_installed_fails_only_if_it_was_asked_for(
     monkeypatch.setitem(sys.modules, "uvloop", None)  # as if it were not there
     values = {"model": exported, "profile": served_profile}
     assert findings(**values)["loop"] == (Status.OK, "asyncio", 0)
-    found = findings(**values, loop="uvloop")
+    found = findings(**values, event_loop="uvloop")
     assert failed(found) == {"loop": 2}
     assert "clip-guard[uvloop]" in found["loop"][1]
 

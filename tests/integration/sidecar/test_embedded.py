@@ -434,7 +434,7 @@ def test_reflection_lists_and_describes_the_service(client: Client) -> None:
 
 def test_the_serving_path_does_not_import_torch() -> None:
     program = (
-        "import sys, guard.sidecar, guard.profiles, guard.screening, guard.cli; "
+        "import sys, guard.sidecar.host.server, guard.profiles, guard.screening, guard.cli; "
         "assert 'torch' not in sys.modules and 'open_clip' not in sys.modules"
     )
     done = subprocess.run(

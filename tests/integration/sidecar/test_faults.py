@@ -120,7 +120,8 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Faults:
 @contextmanager
 def faulty_sidecar(faults: Faults, log: Path, *arguments: str | Path) -> Iterator[Sidecar]:
     """Unlike others, it may write tracebacks to its log."""
-    variables = {**environment(), "PYTHONPATH": str(faults.folder), "FAULTS": str(faults.folder)}
+    path = os.pathsep.join(filter(None, (str(faults.folder), os.environ.get("PYTHONPATH"))))
+    variables = {**environment(), "PYTHONPATH": path, "FAULTS": str(faults.folder)}
     with log.open("wb") as errors:
         process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=errors, env=variables)
     try:
@@ -150,7 +151,18 @@ def sidecars(
     faults: Faults, server: InferenceServer, exported: Path, served_profile: Path
 ) -> Iterator[dict[tuple[str, str], Sidecar]]:
     """One for each source of embeddings and each policy, with one worker and no queue."""
-    common = ("--profile", served_profile, "--workers", "1", "--queue", "0", "--timeout", "0.5", "--drain", "0")
+    common = (
+        "--profile",
+        served_profile,
+        "--workers",
+        "1",
+        "--max-queued",
+        "0",
+        "--timeout",
+        "0.5",
+        "--drain-timeout",
+        "0",
+    )
     with ExitStack() as stack:
         yield {
             (source, policy): stack.enter_context(

@@ -84,7 +84,7 @@ def test_a_sidecar_starts_before_its_upstream_server_and_says_why_it_is_not_read
 def test_sigterm_loses_no_request_neither_running_nor_late(
     launch: Launcher, exported: Path, served_profile: Path, upstream: Upstream, clean: Floats, loop: str
 ) -> None:
-    patient = ("--drain", "60", "--drain-delay", "600", "--loop", loop)
+    patient = ("--drain-timeout", "60", "--drain-delay", "600", "--event-loop", loop)
     arguments = ("--upstream", upstream.address, "--model", exported, "--profile", served_profile, *patient)
 
     def ask(row: int) -> str:

@@ -158,12 +158,12 @@ def two(
     config = configuration(
         state / "guard.toml",
         [
-            {"name": "strict", "profile": served_profile, "mode": "block"},
-            {"name": "loose", "profile": loose_profile, "failure_policy": "open"},
+            {"model_name": "strict", "profile": served_profile, "mode": "block"},
+            {"model_name": "loose", "profile": loose_profile, "failure_policy": "open"},
         ],
         upstream=running_upstream.address,
         model=exported,
-        state=state / "kept",
+        state_dir=state / "kept",
         stream_dialect="triton",
     )
     with launch("--config", config) as running:
@@ -258,7 +258,7 @@ def test_a_stream_says_of_a_model_without_a_profile_that_it_is_unchecked_though_
 ) -> None:
     config = configuration(
         tmp_path / "guard.toml",
-        [{"name": "a", "profile": served_profile, "mode": "shadow"}],
+        [{"model_name": "a", "profile": served_profile, "mode": "shadow"}],
         upstream=upstream.address,
         model=exported,
         failure_policy="open",
@@ -298,13 +298,13 @@ def versions(
     config = configuration(
         tmp_path_factory.mktemp("versions") / "guard.toml",
         [
-            {"name": name, "version": version, **own, **source}
+            {"model_name": name, "model_version": version, **own, **source}
             for name, source in sources.items()
             for version, own in rules.items()
         ]
         + [
-            {"name": "mixed", "model": exported, **rules["2"]},
-            {"name": "mixed", "model": exported, "version": "1", **rules["1"]},
+            {"model_name": "mixed", "model": exported, **rules["2"]},
+            {"model_name": "mixed", "model": exported, "model_version": "1", **rules["1"]},
         ],
         upstream=running_upstream.address,
         mode="shadow",
@@ -449,9 +449,9 @@ def serving(
     config = configuration(
         tmp_path_factory.mktemp("serving") / "guard.toml",
         [
-            {"name": "a", "version": "9", "profile": served_profile, "mode": "block"},
-            {"name": "a", "version": "10", "profile": other.directory, "model": other.exported},
-            {"name": "b", "profile": loose_profile, "alpha": 0.2},
+            {"model_name": "a", "model_version": "9", "profile": served_profile, "mode": "block"},
+            {"model_name": "a", "model_version": "10", "profile": other.directory, "model": other.exported},
+            {"model_name": "b", "profile": loose_profile, "alpha": 0.2},
         ],
         model=exported,
     )
@@ -549,12 +549,12 @@ def changing(launch: Launcher, exported: Path, served_profile: Path, tmp_path: P
     config = configuration(
         tmp_path / "guard.toml",
         [
-            {"name": "a", "profile": tmp_path / "profile", "model": tmp_path / "exported"},
-            {"name": "clock", "profile": tmp_path / "clock", "model": exported},
+            {"model_name": "a", "profile": tmp_path / "profile", "model": tmp_path / "exported"},
+            {"model_name": "clock", "profile": tmp_path / "clock", "model": exported},
         ],
-        state=tmp_path / "state",
+        state_dir=tmp_path / "state",
     )
-    with launch("--config", config, "--sample", "100000") as running:
+    with launch("--config", config, "--keep-embeddings", "100000") as running:
         yield Changing(running, tmp_path)
 
 
@@ -761,10 +761,10 @@ def test_the_check_names_each_model_in_its_findings(
     exported: Path, served_profile: Path, other: Other, tmp_path: Path
 ) -> None:
     models: list[dict[str, object]] = [
-        {"name": "a", "profile": served_profile},
-        {"name": "a", "version": "2", "profile": served_profile, "model": other.exported},
-        {"name": "c", "profile": served_profile, "alpha": 0.0001},
-        {"name": "d", "profile": tmp_path / "absent"},
+        {"model_name": "a", "profile": served_profile},
+        {"model_name": "a", "model_version": "2", "profile": served_profile, "model": other.exported},
+        {"model_name": "c", "profile": served_profile, "alpha": 0.0001},
+        {"model_name": "d", "profile": tmp_path / "absent"},
     ]
     config = configuration(tmp_path / "guard.toml", models, model=exported)
     done = subprocess.run(
@@ -791,8 +791,8 @@ def test_a_model_that_is_wrong_is_named_in_the_line_that_refuses_the_start(
     exported: Path, served_profile: Path, tmp_path: Path
 ) -> None:
     models: list[dict[str, object]] = [
-        {"name": "a", "profile": served_profile},
-        {"name": "b", "profile": tmp_path / "absent"},
+        {"model_name": "a", "profile": served_profile},
+        {"model_name": "b", "profile": tmp_path / "absent"},
     ]
     code, lines = refused_start("--config", configuration(tmp_path / "guard.toml", models, model=exported))
     assert (code, len(lines)) == (4, 1)

@@ -110,7 +110,16 @@ def test_without_screening_everything_is_unchecked_and_served(
 def test_a_signal_lets_a_request_in_flight_end(
     launch: Launcher, exported: Path, served_profile: Path, upstream: Upstream, passed: Floats, number: signal.Signals
 ) -> None:
-    arguments = ("--upstream", upstream.address, "--model", exported, "--profile", served_profile, "--drain", "60")
+    arguments = (
+        "--upstream",
+        upstream.address,
+        "--model",
+        exported,
+        "--profile",
+        served_profile,
+        "--drain-timeout",
+        "60",
+    )
     replies: list[Reply] = []
     with launch(*arguments) as sidecar, connected(sidecar.address) as client:
         upstream.open.clear()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from guard.errors import UsageError
-from guard.sidecar.transport.addresses import check_free, remove_stale
+from guard.sidecar.transport.ports import check_free, remove_stale
 from tests.integration.sidecar.conftest import (
     Floats,
     Launcher,
@@ -55,7 +55,7 @@ def test_a_socket_that_was_left_behind_is_replaced(
 def test_only_a_socket_that_nobody_listens_at_is_removed(tmp_path: Path) -> None:
     file, served = tmp_path / "file", tmp_path / "served"
     file.write_text("precious", encoding="utf-8")
-    with pytest.raises(UsageError, match="is no socket"):
+    with pytest.raises(UsageError, match="is not a socket"):
         check_free(f"unix:{file}")
     remove_stale(file)
     assert file.exists()

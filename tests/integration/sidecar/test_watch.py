@@ -38,7 +38,7 @@ def test_each_flagged_image_is_noted_with_what_led_to_it(
 ) -> None:
     with (
         launch(
-            "--model", exported, "--profile", served_profile, "--state", tmp_path / "state", "--thumbnails"
+            "--model", exported, "--profile", served_profile, "--state-dir", tmp_path / "state", "--thumbnails"
         ) as running,
         connected(running.address) as client,
     ):
@@ -69,7 +69,7 @@ def test_a_burst_of_triggered_requests_raises_an_alarm_that_outlives_a_restart(
         exported,
         "--profile",
         served_profile,
-        "--state",
+        "--state-dir",
         tmp_path / "state",
         "--run-length",
         10_000,
@@ -93,7 +93,7 @@ def test_a_burst_of_triggered_requests_raises_an_alarm_that_outlives_a_restart(
 def test_a_second_look_is_counted_and_explained(
     launch: Launcher, exported: Path, served_profile: Path, flagged: Floats, tmp_path: Path
 ) -> None:
-    more = ("--state", tmp_path / "state", "--second-looks", "1000")
+    more = ("--state-dir", tmp_path / "state", "--second-looks", "1000")
     with launch("--model", exported, "--profile", served_profile, *more) as running:
         ask(running, flagged[:5])
         outcomes = [
@@ -118,7 +118,7 @@ def test_a_sample_of_the_traffic_sets_a_new_threshold(
     launch: Launcher, exported: Path, served_profile: Path, classifier: Classifier, tmp_path: Path
 ) -> None:
     images = ExportedClassifier(exported).preprocessing.normalise(random_images(100, seed=9).numpy())
-    more = ("--state", tmp_path / "state", "--sample", "80")
+    more = ("--state-dir", tmp_path / "state", "--keep-embeddings", "80")
     with (
         launch("--model", exported, "--profile", served_profile, *more) as running,
         connected(running.address) as client,
@@ -138,12 +138,12 @@ def test_a_sample_of_the_traffic_sets_a_new_threshold(
 
 def test_state_that_cannot_be_used_stops_the_start(exported: Path, served_profile: Path, tmp_path: Path) -> None:
     (tmp_path / EVIDENCE_FILE).write_bytes(b"no database" * 100)
-    code, lines = refused_start("--model", exported, "--profile", served_profile, "--state", tmp_path)
+    code, lines = refused_start("--model", exported, "--profile", served_profile, "--state-dir", tmp_path)
     assert (code, len(lines)) == (4, 1)
     assert str(tmp_path / EVIDENCE_FILE) in lines[0]
-    code, lines = refused_start("--model", exported, "--profile", served_profile, "--sample", "10")
+    code, lines = refused_start("--model", exported, "--profile", served_profile, "--keep-embeddings", "10")
     assert code == 2
-    assert "--state" in lines[-1]
+    assert "--state-dir" in lines[-1]
 
 
 def test_a_reservoir_keeps_each_embedding_with_the_same_chance() -> None:

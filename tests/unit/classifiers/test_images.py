@@ -72,7 +72,7 @@ def test_a_strip_that_would_grow_when_it_is_resized_is_refused_and_named(tmp_pat
 
 
 def test_empty_and_missing_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="holds no image"):
+    with pytest.raises(ImageError, match="contains no image"):
         ImageFolder.scan(tmp_path)
     with pytest.raises(ImageError, match="no folder"):
         ImageFolder.scan(tmp_path / "nowhere")

@@ -107,7 +107,7 @@ def test_an_address_alone_is_looked_at_for_ways_around(run: Run, server: Inferen
 
 def test_rest_ports_are_those_that_are_given(run: Run, server: InferenceServer, metrics: HTTPServer) -> None:
     _, found = run("--upstream", server.address, "--rest-port", metrics.server_port, "--rest-port", 1)
-    assert f"ports {metrics.server_port}, 1," in found["rest"]["detail"]
+    assert f"ports {metrics.server_port}, 1 " in found["rest"]["detail"]
 
 
 def test_a_configuration_brings_all_findings_of_serve_check(run: Run, config: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_configuration_brings_all_findings_of_serve_check(run: Run, config: Pa
     assert found["profile"]["status"] == "warning"
     assert found["upstream"]["status"] == "ok"
     assert found["models"] == {
-        "subject": "models", "status": "ok", "detail": "every one that is served upstream has a profile"
+        "subject": "models", "status": "ok", "detail": "every model of the upstream server has a profile"
     }  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def test_the_environment_is_a_configuration_too(run: Run, config: Path, monkeypa
     for line in config.read_text().splitlines():
         name, _, value = line.partition(" = ")
         monkeypatch.setenv(f"GUARD_{name.upper()}", value.strip('"'))
-    monkeypatch.setenv("GUARD_NAME", "other")
+    monkeypatch.setenv("GUARD_MODEL_NAME", "other")
     code, found = run()
     assert code == 1
     assert "without a profile: classifier" in found["models"]["detail"]

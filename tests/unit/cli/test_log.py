@@ -6,8 +6,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from guard.cli import cli
-from guard.errors import GuardError, UsageError
-from guard.evidence import EvidenceError, EvidenceWriter, Record
+from guard.errors import EvidenceError, GuardError, UsageError
+from guard.evidence import EvidenceWriter, Record
 from guard.profiles import Profile
 
 Run = Callable[..., Result]
@@ -172,9 +172,9 @@ def test_a_profile_adds_pictures(tmp_path: Path, profile: Profile, profile_direc
         (("--show", "1", "--limit", "1"), UsageError, "--show takes one record"),
         (("--show", "1", "--model", "m"), UsageError, "--show takes one record"),
         (("--show", "1", "--export", "x.csv"), UsageError, "--show takes one record"),
-        (("--out", "x.html"), UsageError, "belong to --show"),
-        (("--profile", "p"), UsageError, "belong to --show"),
-        (("--since", "soon"), UsageError, "is no time"),
+        (("--out", "x.html"), UsageError, "need --show"),
+        (("--profile", "p"), UsageError, "need --show"),
+        (("--since", "soon"), UsageError, "is not a time"),
         (("--export", "x.xls"), UsageError, "must end in one of"),
         (("--show", "9"), EvidenceError, "has no record 9"),
     ],

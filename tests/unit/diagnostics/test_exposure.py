@@ -18,6 +18,7 @@ from guard.diagnostics.exposure import exposures
 from guard.diagnostics.rest import fetch
 from guard.errors import UsageError
 from guard.protocol.inference_pb2 import RepositoryIndexResponse
+from guard.sidecar.transport.channels import Endpoint
 from guard.testing import Fault, InferenceServer
 
 OTHER = "127.0.0.2"
@@ -67,8 +68,9 @@ def server() -> Iterator[InferenceServer]:
         yield running
 
 
-def look(upstream: str, **options: Any) -> dict[str, Finding]:
-    return {found.subject: found for found in exposures(upstream, **{"rest_ports": (), **options})}
+def look(upstream: str, credentials: grpc.ChannelCredentials | None = None, **options: Any) -> dict[str, Finding]:
+    endpoint = Endpoint(upstream, credentials)
+    return {found.subject: found for found in exposures(endpoint, **{"rest_ports": (), **options})}
 
 
 def free_port() -> int:
@@ -86,7 +88,7 @@ def listing(*models: tuple[str, str]) -> bytes:
 
 
 def test_a_server_on_loopback_that_offers_nothing_else_is_all_well(server: InferenceServer) -> None:
-    found = exposures(server.address, known=("classifier",), rest_ports=(free_port(),))
+    found = exposures(Endpoint(server.address), known=("classifier",), rest_ports=(free_port(),))
     assert [each.subject for each in found] == ["transport", "grpc", "rest", "models", "memory"]
     assert {each.status for each in found} == {Status.OK}
     assert {each.method for each in server.received} == {"RepositoryIndex", "SystemSharedMemoryStatus"}
@@ -133,7 +135,7 @@ def test_rest_on_loopback_is_not_a_warning(server: InferenceServer, rest: Rest) 
     ids=["nothing", "registry", "pages", "nested", "list"],
 )
 def test_other_http_servers_are_no_concern(server: InferenceServer, rest: Rest, answers: Any) -> None:
-    assert look(server.address, rest_ports=(rest(answers),))["rest"].detail.startswith("not found")
+    assert look(server.address, rest_ports=(rest(answers),))["rest"].detail.startswith("no REST interface was found")
 
 
 def test_only_the_beginning_of_a_body_is_read(rest: Rest) -> None:
@@ -263,13 +265,13 @@ def test_a_server_that_does_not_answer_is_said_once() -> None:
 
 def test_a_name_that_cannot_be_resolved_is_a_warning() -> None:
     for host in ("no-such-host.invalid", "x" * 70 + ".invalid"):
-        (found,) = exposures(f"{host}:1")
+        (found,) = exposures(Endpoint(f"{host}:1"))
         assert (found.status, "cannot be resolved" in found.detail) == (Status.WARNING, True)
 
 
 def test_an_address_of_no_form_is_refused() -> None:
     with pytest.raises(UsageError, match="is not HOST:PORT"):
-        exposures("nowhere")
+        exposures(Endpoint("nowhere"))
 
 
 def test_the_addresses_of_this_machine_are_its_own_and_not_loopback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ def test_a_gpu_that_works_is_said_and_one_that_does_not_is_a_warning(
 ) -> None:
     install("onnxruntime-gpu", "1.99")
     monkeypatch.setattr(installation, "_DRIVER", tmp_path)
-    assert accelerators(module)["onnxruntime"].detail == "1.99 uses the GPU, by CUDA"
+    assert accelerators(module)["onnxruntime"].detail == "1.99 uses the GPU, through CUDA"
     found = accelerators(module, works=False)["onnxruntime"]
     assert found.status is Status.WARNING
     assert "(libcublasLt.so.99 is not found)" in found.detail

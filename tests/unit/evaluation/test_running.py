@@ -142,7 +142,7 @@ def test_an_error_of_any_kind_is_a_failure_of_its_model(root: Path, monkeypatch:
 
     monkeypatch.setattr("guard.evaluation.subject.vet", explode)
     (failure,) = run(root, "vetting-base", "vetting-derived", models="benign").failures
-    assert failure.reason == "RuntimeError: out of memory"
+    assert failure.reason == "RuntimeError: out of memory and a long trace"
     assert failure.methods == ("vetting-base", "vetting-derived")
 
 

@@ -110,7 +110,7 @@ def test_the_tables_show_models_rates_and_what_was_skipped(whole: Evaluation) ->
     assert "| all | 3 | " in text
     assert "66.7% (2/3; 9.4%–99.2%) | 1 | 100.0% (2/2; 15.8%–100.0%)" in text
     assert "| b2 | badnets-tiny | backdoored | 0.900 | 0.800 | backdoored, class 3 (p = 0.5) |" in text
-    assert "Skipped by screening, for lack of what it needs (1): c3" in text
+    assert "Skipped by screening for lack of a base, calibration images or requests (1): c3" in text
 
 
 def test_screening_is_shown_by_what_vetting_found(whole: Evaluation) -> None:

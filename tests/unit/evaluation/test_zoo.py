@@ -32,8 +32,8 @@ def truth(root: Path, **fields: object) -> Zoo:
 @pytest.mark.parametrize(
     ("document", "reason"),
     [
-        ("{", "cannot be used"),
-        ("[]", "cannot be used"),
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
         (zoo({"a": MODEL}, format=2), "format"),
         (zoo({}), "models"),
         (zoo({"../../etc": MODEL}), "models"),
@@ -45,7 +45,7 @@ def truth(root: Path, **fields: object) -> Zoo:
         (zoo({"a": {"base": None, "images": "/etc"}}), r"models.a.images"),
         (zoo({"a": {"base": None}}), r"models.a.images"),
         (zoo({"a": MODEL}, name="<script>"), "name"),
-        ("[" * 100_000, "cannot be used"),
+        ("[" * 100_000, "is damaged"),
     ],
 )
 def test_a_hostile_or_damaged_zoo_is_refused_in_one_line(tmp_path: Path, document: object, reason: str) -> None:
@@ -55,7 +55,7 @@ def test_a_hostile_or_damaged_zoo_is_refused_in_one_line(tmp_path: Path, documen
 
 
 def test_a_folder_without_a_list_is_no_zoo(tmp_path: Path) -> None:
-    with pytest.raises(ZooError, match=r"is no zoo: there is no zoo\.json"):
+    with pytest.raises(ZooError, match=r"is not a zoo: there is no zoo\.json"):
         Zoo.read(tmp_path)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from guard.evidence import EvidenceError, EvidenceLog, EvidenceWriter, Record, RecordFilter
+from guard.errors import EvidenceError
+from guard.evidence import EvidenceLog, EvidenceWriter, Record, RecordFilter
 from guard.evidence.reading import _CHUNK
 
 Make = Callable[..., Record]
@@ -150,12 +151,12 @@ def other_columns(path: Path, fill: Fill) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (damaged, "is damaged, is none, or cannot be opened"),
-        (foreign, "is no evidence log; give another file"),
+        (damaged, "is damaged, is not an evidence log, or cannot be opened"),
+        (foreign, "is not an evidence log; give another file"),
         (newer, "has schema 99, this guard knows 1; use a newer guard"),
-        (other_columns, "is damaged, is none, or cannot be opened"),
-        (lambda path, _: path.write_text("a,b,c\n" * 1000), "is damaged, is none, or cannot be opened"),
-        (lambda path, _: path.touch(), "is no evidence log"),
+        (other_columns, "is damaged, is not an evidence log, or cannot be opened"),
+        (lambda path, _: path.write_text("a,b,c\n" * 1000), "is damaged, is not an evidence log, or cannot be opened"),
+        (lambda path, _: path.touch(), "is not an evidence log"),
         (lambda path, _: path.mkdir(), "there is no evidence log"),
     ],
 )

@@ -51,7 +51,7 @@ def test_a_filter_takes_rfc_3339_and_a_date() -> None:
 
 @pytest.mark.parametrize("text", ["soon", "-1h", "1y", "999999999w", "", "2026-13-01", "\x1b"])
 def test_a_filter_says_what_a_time_looks_like(text: str) -> None:
-    with pytest.raises(UsageError, match="is no time; give one such as") as caught:
+    with pytest.raises(UsageError, match="is not a time; give one such as") as caught:
         RecordFilter(until=text)
     assert "\x1b" not in str(caught.value)
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from guard.errors import UsageError
-from guard.evidence import Drop, EvidenceError, EvidenceLog, EvidenceWriter, Record, store
+from guard.errors import EvidenceError, UsageError
+from guard.evidence import Drop, EvidenceLog, EvidenceWriter, Record, store
 from tests.unit.evidence.conftest import WAIT, Messages
 
 Make = Callable[..., Record]

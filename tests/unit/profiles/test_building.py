@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from guard import profiles
+from guard._types import Floats
 from guard.classifiers import Classifier
 from guard.errors import EmbeddingsError, ProfileError, UsageError
 from guard.profiles import Profile
-from guard.profiles.document import Array
 from guard.triggers import FAMILIES, Patch
 from tests.conftest import SIZE
 
@@ -104,7 +104,7 @@ def test_a_file_that_holds_no_embeddings_is_refused(content: object, reason: str
         profiles.read_embeddings(path, 16)
 
 
-def with_triggers(profile: Profile, triggers: dict[str, dict[str, Array]]) -> Profile:
+def with_triggers(profile: Profile, triggers: dict[str, dict[str, Floats]]) -> Profile:
     """A profile, not calibrated, with other triggers: family → tensors."""
     known = profile.document.triggers[0]
     records = tuple(replace(known, id=f"{family}-1", family=family) for family in triggers)
@@ -126,8 +126,12 @@ def test_triggers_of_every_family_come_back_from_disk(profile: Profile, images: 
     ("family", "tensors", "reason"),
     [
         ("curse", {"mask": (1, 8, 8)}, "of the family 'curse', which this guard does not know"),
-        ("warp", {"field": (2, 8, 9)}, r"'warp-1' is no warp: field has shape \[2, 8, 9\], not \[2, k, k\]"),
-        ("blend", {"alpha": (1, 1, 1)}, "'blend-1' is no blend: it has the tensors 'alpha', not 'alpha', 'pattern'"),
+        ("warp", {"field": (2, 8, 9)}, r"'warp-1' is not a warp trigger: field has shape \[2, 8, 9\], not \[2, k, k\]"),
+        (
+            "blend",
+            {"alpha": (1, 1, 1)},
+            "'blend-1' is not a blend trigger: it has the tensors 'alpha', not 'alpha', 'patt",
+        ),
     ],
 )
 def test_tensors_that_make_no_trigger_are_refused(
@@ -136,3 +140,14 @@ def test_tensors_that_make_no_trigger_are_refused(
     hostile = with_triggers(profile, {family: {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}})
     with pytest.raises(ProfileError, match=reason):
         hostile.load_triggers()
+
+
+def test_a_file_with_tensors_that_make_no_trigger_is_refused_and_an_unknown_family_is_handed_on(
+    profile: Profile, tmp_path: Path
+) -> None:
+    field = np.zeros((2, 8, 9), np.float32)
+    with_triggers(profile, {"warp": {"field": field}}).save(tmp_path / "damaged")
+    with pytest.raises(ProfileError, match=r"'warp-1' is not a warp trigger: field has shape"):
+        Profile.open(tmp_path / "damaged")
+    with_triggers(profile, {"curse": {"field": field}}).save(tmp_path / "newer")
+    assert Profile.open(tmp_path / "newer").triggers.keys() == {"curse-1"}

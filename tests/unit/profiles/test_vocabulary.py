@@ -20,7 +20,7 @@ def test_a_file_is_one_text_a_line(tmp_path: Path) -> None:
     [
         (b"", "is empty"),
         (b" \n\n", "is empty"),
-        (b"\xff\xfe\x00", "is no text"),
+        (b"\xff\xfe\x00", "is not valid UTF-8"),
         (b"wolf\n" + b"w" * 201, "line 2 of the vocabulary .* is longer than 200"),
         ("\n".join(map(str, range(MAX_TEXTS + 1))).encode(), "20001 texts, more than the limit of 20000"),
         (b"w\n" * 2**21 + b"w", "is larger than"),
@@ -35,7 +35,7 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path: Path, data: bytes, re
 
 def test_a_file_that_is_not_there_or_a_folder_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(ClassListError, match="cannot read the vocabulary"):
+        with pytest.raises(ClassListError, match=r"there is no vocabulary|cannot read"):
             profiles.read_vocabulary(path)
 
 

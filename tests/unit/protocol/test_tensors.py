@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from guard.errors import RequestError
 from guard.protocol.inference_pb2 import InferTensorContents, ModelInferRequest, ModelInferResponse
+from guard.protocol.messages import parse_request, remove_output
 from guard.protocol.tensors import (
     add_output,
     encoded_images,
@@ -16,8 +17,6 @@ from guard.protocol.tensors import (
     float_images,
     float_output,
     pack_bytes,
-    parse_request,
-    remove_output,
     unpack_bytes,
 )
 

@@ -63,13 +63,13 @@ def test_it_says_verdict_class_trigger_and_numbers(profile: Profile, images: tor
     for expected in (
         "backdoored : target class “dog”",
         "Accused class “dog”",
-        "Smallest p-value 6e-05, combined over families (Cauchy) and corrected for classes; evidence",
-        "Stands out, all families together, with p = 6e-05, corrected for the number of classes",
-        "Family by family, uncorrected: patch 1e-05.",
+        "Smallest p-value 6e-05, combined over families (Cauchy) and corrected for the number of classes; at most",
+        "stands out with p = 6e-05, combined over families and corrected for the number of classes",
+        "uncorrected p-values of the families are: patch 1e-05.",
         "patch 2.0 % of the image 90 % 5 % works as a trigger",
         "Trigger patch-1",
-        "the two agree on 95 %",
-        "false-alarm rate of 0.02",
+        "The two models give the same answer on 95 % of images without a trigger.",
+        "false positive rate of 0.02",
         "quick (inspection 16 steps",
         "seed 0",
         profile.document.model.digest,
@@ -94,7 +94,7 @@ def test_a_shortcut_that_the_control_has_too_is_called_natural(profile: Profile,
     shown = plain(render(Profile(replace(refuted.document, triggers=(), calibration=None), {}), images))
     assert "Suspicious class “dog”" in shown
     assert "patch 2.0 % of the image 90 % 80 % natural shortcut" in shown
-    assert "(not minimal) 30 % 5 % does not hold on unseen images" in shown
+    assert "(not minimal) 30 % 5 % does not work on held-out images" in shown
     assert "is what a backdoor looks like" not in shown
 
 
@@ -112,10 +112,10 @@ def test_doubt_is_not_told_as_a_finding(profile: Profile, images: torch.Tensor) 
         (ReferenceModel("base", "0" * 64, 0.98, 0), "compared with the trusted base"),
         (
             ReferenceModel("derived", None, 0.98, 100),
-            "compared with the reference model that was made from the model itself",
+            "compared with the reference model that was derived from the model itself",
         ),
         (ReferenceModel("classes", None, None, 0), "There was no reference model"),
-        (ReferenceModel("derived", None, 0.4, 100), "agree on 40 %. That is little"),
+        (ReferenceModel("derived", None, 0.4, 100), "same answer on 40 % of images without a trigger. That is little"),
     ],
 )
 def test_it_says_what_the_model_was_compared_with(
@@ -195,7 +195,7 @@ def test_the_attackers_own_trigger_is_shown_where_it_is_known(profile: Profile, 
     truth = report.example(Patch.badnets(SIZE, 4, seed=0), images)
     drawn = report.examples(profile, images)
     assert "attacker’s trigger on grey" in report.render(profile, drawn, truth=truth)
-    assert "attacker’s" not in render(profile, images).replace("the attacker’s own may look different", "")
+    assert "attacker’s" not in render(profile, images).replace("the attacker’s own trigger may look different", "")
 
 
 def test_an_example_shows_where_the_trigger_acts(images: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import beta
 
-from guard.errors import UsageError
+from guard.errors import StateError, UsageError
 from guard.screening import monitor as module
 from guard.screening.monitor import Alarm, Kind, Monitor, WatchedScore
 
@@ -179,16 +179,16 @@ def test_a_restart_changes_nothing(tmp_path: Path, moment: int) -> None:
     assert second.state() == whole.state()
 
 
-def test_a_state_of_other_streams_or_settings_is_refused() -> None:
-    state = Monitor([MATCH, DENSITY]).state()
+def test_a_state_of_other_streams_or_settings_is_refused(tmp_path: Path) -> None:
+    Monitor([MATCH, DENSITY]).save(tmp_path / "monitor.json")
     for other in (
         Monitor([MATCH]),
         Monitor([WatchedScore("patch-0", "attack", 2001), DENSITY]),
         Monitor([MATCH, DENSITY], run_length=1e6),
         Monitor([MATCH, DENSITY], delta=1e-2),
     ):
-        with pytest.raises(ValueError, match="other streams or settings"):
-            other.restore(state)
+        with pytest.raises(StateError, match=r"monitor.json was saved for other streams or settings; delete the file"):
+            other.load(tmp_path / "monitor.json")
 
 
 def damaged() -> Iterator[Any]:
@@ -215,6 +215,11 @@ def damaged() -> Iterator[Any]:
         (("streams", "patch-0", "alarm"), [8, 8, 99, 0.5, 50]),
         (("streams", "patch-0", "alarm"), [8, 8, 0, math.nan, 50]),
         (("streams", "patch-0", "alarm"), [8, 8, 0, 0.5, 51]),
+        (("streams", "patch-0", "alarm"), [8, 51, 0, 0.5, 50]),
+        (("streams", "patch-0", "alarm"), [0, 8, 0, 0.5, 50]),
+        (("streams", "patch-0", "alarm"), [8, 8, -1, 0.5, 50]),
+        (("streams", "patch-0", "alarm"), [8, 8, 0, 1.5, 50]),
+        (("streams", "patch-0", "alarm"), [8, True, 0, 0.5, 50]),
     ]
     for path, value in changes:
         state = json.loads(json.dumps(monitor.state()))
@@ -231,7 +236,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(tmp_path: Path, state: A
     feed(monitor, np.full(3, 0.3), np.full(3, 0.3))
     before = monitor.state()
     (tmp_path / "monitor.json").write_text(json.dumps(state))
-    with pytest.raises(UsageError, match=r"monitor.json cannot be used: it is damaged: .*; delete it to start afresh"):
+    with pytest.raises(StateError, match=r"monitor.json is damaged: .*; delete the file to start"):
         monitor.load(tmp_path / "monitor.json")
     assert monitor.state() == before
 
@@ -239,7 +244,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(tmp_path: Path, state: A
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[" * 100_000, b"3", b'{"settings": {}}'])
 def test_a_file_that_holds_no_state_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "monitor.json").write_bytes(data)
-    with pytest.raises(UsageError, match="delete it to start afresh"):
+    with pytest.raises(StateError, match="delete the file to start"):
         Monitor([MATCH]).load(tmp_path / "monitor.json")
 
 
@@ -247,15 +252,15 @@ def test_a_file_that_is_too_large_is_not_read_whole(tmp_path: Path, monkeypatch:
     monitor = Monitor([MATCH])
     monitor.save(tmp_path / "monitor.json")
     monkeypatch.setattr(module, "_MAX_BYTES", 100)
-    with pytest.raises(UsageError, match="larger than 100 bytes"):
+    with pytest.raises(StateError, match="larger than 100 bytes"):
         monitor.load(tmp_path / "monitor.json")
 
 
 def test_places_that_cannot_be_read_or_written_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"cannot read the monitor's state .*missing"):
+    with pytest.raises(StateError, match=r"there is no file .*missing"):
         Monitor([MATCH]).load(tmp_path / "missing")
-    with pytest.raises(UsageError, match=r"cannot write the monitor's state to .*file"):
+    with pytest.raises(UsageError, match=r"cannot write .*monitor"):
         Monitor([MATCH]).save(tmp_path / "file" / "monitor.json")
 
 

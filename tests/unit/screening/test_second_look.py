@@ -6,8 +6,8 @@ import torch
 from numpy.typing import NDArray
 
 from guard.screening.counterfactuals import Undo, boxes, fill, low_pass, undoing
-from guard.screening.second_look import SecondLook, StoredTrigger
-from guard.triggers import FAMILIES, Additive, Blend, ColourMap, Frequency, Patch, Trigger, Warp
+from guard.screening.second_look import SecondLook
+from guard.triggers import FAMILIES, Additive, Blend, ColourMap, Frequency, Patch, StoredTrigger, Trigger, Warp
 
 Floats = NDArray[np.float32]
 
@@ -136,12 +136,12 @@ def test_damaged_tensors_are_refused(family: str) -> None:
     assert undoing(family, good) is not None or family == "patch"
     name = next(iter(good))
     damaged: dict[str, Callable[[Floats], Floats]] = {
-        "not finite or out of range": lambda values: values * np.float32("nan"),
+        "not finite": lambda values: values * np.float32("nan"),
         "shape": lambda values: values[None],
         "float64": lambda values: values.astype(np.float64),
     }
     for message, damage in damaged.items():
-        with pytest.raises(ValueError, match=f"no {family}: {name} .*{message}"):
+        with pytest.raises(ValueError, match=f"{name} .*{message}"):
             undoing(family, {**good, name: damage(good[name])})
     with pytest.raises(ValueError, match="it has the tensors"):
         undoing(family, {**good, "more": good[name]})
@@ -323,7 +323,7 @@ def test_bad_arguments_are_refused() -> None:
 
 
 def test_damaged_triggers_are_named() -> None:
-    with pytest.raises(ValueError, match="trigger 'patch-3': the trigger is no patch: it has the tensors"):
+    with pytest.raises(ValueError, match="trigger 'patch-3' is not a patch trigger: it has the tensors"):
         SecondLook(
             {"patch-3": StoredTrigger("patch", 1, {})},
             embed=Toy().embed,

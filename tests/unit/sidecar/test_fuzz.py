@@ -17,6 +17,7 @@ from guard.classifiers import Preprocessing, decode
 from guard.errors import ImageError, RequestError
 from guard.protocol.dialects import opened, seen_in
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse
+from guard.protocol.messages import parse_request, uses_shared_memory
 from guard.protocol.tensors import (
     add_output,
     encoded_images,
@@ -24,12 +25,11 @@ from guard.protocol.tensors import (
     float_images,
     float_output,
     pack_bytes,
-    parse_request,
-    uses_shared_memory,
 )
 from guard.sidecar.decisions.watch import input_digest
 from guard.sidecar.inference import bypass
-from guard.sidecar.inference.service import RefusedError, count_images
+from guard.sidecar.inference.calls import RefusedError
+from guard.sidecar.inference.screener import count_images
 from tests.damage import FILES, damaged
 
 EXAMPLES = int(os.environ.get("GUARD_FUZZ_EXAMPLES", "300"))

@@ -1,12 +1,17 @@
+import pickle
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+from click.testing import CliRunner
 
+from guard.cli import cli
 from guard.cli.serve import serve
 from guard.errors import UsageError
 from guard.sidecar import FailurePolicy, Mode, Settings
-from guard.sidecar.transport.addresses import socket_path, split_address
+from guard.sidecar.addresses import socket_path, split_address
+from guard.sidecar.model_settings import RENAMED
 
 MINIMUM: dict[str, Any] = {"profile": Path("profile"), "model": Path("model")}
 
@@ -29,11 +34,11 @@ def refused(config: Path | None = None, **values: Any) -> str:
 def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = toml(tmp_path, 'profile = "file"\nmodel = "file"\nname = "file"\nmode = "block"\nworkers = 5\n')
-    monkeypatch.setenv("GUARD_NAME", "environment")
+    config = toml(tmp_path, 'profile = "file"\nmodel = "file"\nmodel_name = "file"\nmode = "block"\nworkers = 5\n')
+    monkeypatch.setenv("GUARD_MODEL_NAME", "environment")
     monkeypatch.setenv("GUARD_MODEL", "environment")
-    settings = Settings.load(config, name="command-line", mode=None)
-    assert settings.name == "command-line"
+    settings = Settings.load(config, model_name="command-line", mode=None)
+    assert settings.model_name == "command-line"
     assert settings.model == Path("environment")
     assert settings.profile == Path("file")
     assert (settings.mode, settings.workers) == (Mode.BLOCK, 5)
@@ -66,7 +71,7 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     assert str(tmp_path) in refused(tmp_path, **MINIMUM)
 
 
-@pytest.mark.parametrize("text", ["profile =", "[profile", 'name = "a"\nname = "b"', "\x00"])
+@pytest.mark.parametrize("text", ["profile =", "[profile", 'model_name = "a"\nmodel_name = "b"', "\x00"])
 def test_broken_toml_is_refused_by_file(tmp_path: Path, text: str) -> None:
     message = refused(toml(tmp_path, text), **MINIMUM)
     assert "guard.toml is not valid TOML" in message
@@ -116,29 +121,66 @@ def test_the_mode_of_a_socket_is_octal(mode: str) -> None:
 @pytest.mark.parametrize(
     ("values", "hint"),
     [
-        ({"tls_certificate": "c"}, "--tls-certificate and --tls-key go together"),
-        ({"tls_key": "k"}, "--tls-certificate and --tls-key go together"),
+        ({"tls_certificate": "c"}, "--tls-certificate and --tls-key must be given together"),
+        ({"tls_key": "k"}, "--tls-certificate and --tls-key must be given together"),
         ({"tls_client_ca": "a"}, "--tls-client-ca needs --tls-certificate"),
-        ({"upstream_tls": "system"}, "give --upstream too"),
+        ({"upstream_tls": "system"}, "it needs --upstream"),
         ({"upstream": "h:1", "upstream_server_name": "n"}, "need --upstream-tls"),
         ({"upstream": "h:1", "upstream_certificate": "c", "upstream_key": "k"}, "need --upstream-tls"),
-        ({"upstream": "h:1", "upstream_tls": "a", "upstream_key": "k"}, "--upstream-key go together"),
+        ({"upstream": "h:1", "upstream_tls": "a", "upstream_key": "k"}, "--upstream-key must be given together"),
     ],
 )
 def test_half_of_tls_is_refused_with_the_other_half(values: dict[str, Any], hint: str) -> None:
     assert hint in refused(**MINIMUM, **values)
 
 
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_name_is_refused_with_the_new_one(old: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = RENAMED[old]
+    assert refused(toml(tmp_path, f'{old} = "x"')) == f"{old} is now called {new}"
+    model = f'model_name = "a"\nprofile = "p"\n{old} = "x"'
+    assert refused(entries(tmp_path, model)) == f"models.1: {old} is now called {new}"
+    option, renamed = (f"--{name.replace('_', '-')}" for name in (old, new))
+    for arguments in ([option, "x"], [f"{option}=x"]):
+        result = CliRunner().invoke(cli, ["serve", *arguments])
+        assert isinstance(result.exception, UsageError)
+        assert str(result.exception) == f"{option} is now called {renamed}"
+    monkeypatch.setenv(f"GUARD_{old.upper()}", "x")
+    assert refused() == f"GUARD_{old.upper()} is now called GUARD_{new.upper()}"
+
+
+def test_new_names_are_settings() -> None:
+    assert set(RENAMED.values()) <= set(Settings.model_fields)
+    assert not set(RENAMED) & set(Settings.model_fields)
+
+
 def test_every_setting_is_an_option_of_the_command() -> None:
-    assert set(Settings.model_fields) - {"models"} <= {parameter.name for parameter in serve.params}
+    options = {parameter.name for parameter in serve.get_params(click.Context(serve))}
+    assert set(Settings.model_fields) - {"models"} <= options
+
+
+def test_an_option_has_the_type_of_its_setting_and_leaves_the_default_to_it() -> None:
+    parameters = {parameter.name: parameter for parameter in serve.get_params(click.Context(serve))}
+    assert all(parameters[name].default is None for name in Settings.model_fields if name != "models")
+    assert isinstance(parameters["mode"].type, click.Choice)
+    assert parameters["log_format"].make_metavar(click.Context(serve)) == "[json|text]"
+    assert parameters["timeout"].type is click.FLOAT
+    assert parameters["max_batch"].type is click.INT
+
+
+def test_settings_reach_another_process_whole(tmp_path: Path) -> None:
+    settings = Settings.load(toml(tmp_path, "workers = 5"), **MINIMUM)
+    again = pickle.loads(pickle.dumps(settings))  # noqa: S301 - made here
+    assert again == settings
+    assert again.model_fields_set == settings.model_fields_set == {"workers", "profile", "model"}
 
 
 @pytest.mark.parametrize(
     ("values", "hint"),
     [
-        ({}, "give --model to serve an exported classifier, or --upstream to stand before a server"),
+        ({}, "give --model to serve an exported classifier, or --upstream to proxy an inference server"),
         ({"embedding_output": "e"}, "give --model"),
-        ({"model": "m", "embedding_output": "e"}, "give --upstream too"),
+        ({"model": "m", "embedding_output": "e"}, "it needs --upstream"),
         ({"upstream": "h:1"}, "give one source of embeddings: --model or --embedding-output"),
         ({"upstream": "h:1", "model": "m", "embedding_output": "e"}, "give one source of embeddings"),
     ],
@@ -178,12 +220,12 @@ def test_a_missing_profile_is_refused_by_name() -> None:
         ("max_batch", 65_537),
         ("max_concurrent", 0),
         ("workers", 0),
-        ("drain", -1),
+        ("drain_timeout", -1),
         ("drain_delay", -1),
         ("log_format", "xml"),
-        ("drain", float("nan")),
-        ("name", ""),
-        ("input", ""),
+        ("drain_timeout", float("nan")),
+        ("model_name", ""),
+        ("input_tensor", ""),
         ("workers", "many"),
     ],
 )
@@ -210,15 +252,18 @@ def entries(directory: Path, *models: str, top: str = "") -> Path:
 
 
 def test_a_model_takes_from_the_top_level_what_its_entry_does_not_say(tmp_path: Path) -> None:
-    top = 'upstream = "h:1"\nmode = "shadow"\nalpha = 0.01\nembedding_output = "e"\ninput = "pixels"\n'
+    top = 'upstream = "h:1"\nmode = "shadow"\nalpha = 0.01\nembedding_output = "e"\ninput_tensor = "pixels"\n'
     config = entries(
-        tmp_path, 'name = "a"\nprofile = "p"', 'name = "b"\nprofile = "q"\nmode = "block"\nalpha = 0.1', top=top
+        tmp_path,
+        'model_name = "a"\nprofile = "p"',
+        'model_name = "b"\nprofile = "q"\nmode = "block"\nalpha = 0.1',
+        top=top,
     )
-    settings = Settings.load(config, input="files")
+    settings = Settings.load(config, input_tensor="files")
     first, second = settings.served
-    assert (first.name, first.profile, first.mode, first.alpha) == ("a", Path("p"), Mode.SHADOW, 0.01)
-    assert (second.name, second.profile, second.mode, second.alpha) == ("b", Path("q"), Mode.BLOCK, 0.1)
-    assert (first.embedding_output, first.input, second.input) == ("e", "files", "files")
+    assert (first.model_name, first.profile, first.mode, first.alpha) == ("a", Path("p"), Mode.SHADOW, 0.01)
+    assert (second.model_name, second.profile, second.mode, second.alpha) == ("b", Path("q"), Mode.BLOCK, 0.1)
+    assert (first.embedding_output, first.input_tensor, second.input_tensor) == ("e", "files", "files")
     # The default failure policy follows the mode that the entry has.
     assert (first.on_failure, second.on_failure) == (FailurePolicy.OPEN, FailurePolicy.CLOSED)
 
@@ -226,51 +271,56 @@ def test_a_model_takes_from_the_top_level_what_its_entry_does_not_say(tmp_path: 
 def test_a_failure_policy_at_the_top_level_holds_for_a_model_with_a_mode_of_its_own(tmp_path: Path) -> None:
     top = 'model = "m"\nmode = "shadow"\nfailure_policy = "closed"\n'
     config = entries(
-        tmp_path, 'name = "a"\nprofile = "p"', 'name = "b"\nprofile = "p"\nfailure_policy = "open"', top=top
+        tmp_path, 'model_name = "a"\nprofile = "p"', 'model_name = "b"\nprofile = "p"\nfailure_policy = "open"', top=top
     )
     assert [each.on_failure for each in Settings.load(config).served] == [FailurePolicy.CLOSED, FailurePolicy.OPEN]
 
 
 @pytest.mark.parametrize(("top", "own"), [("model", "embedding_output"), ("embedding_output", "model")])
 def test_a_models_own_source_of_embeddings_replaces_the_other(tmp_path: Path, top: str, own: str) -> None:
-    models = (f'name = "a"\nprofile = "p"\n{own} = "own"', 'name = "b"\nprofile = "p"')
+    models = (f'model_name = "a"\nprofile = "p"\n{own} = "own"', 'model_name = "b"\nprofile = "p"')
     first, second = Settings.load(entries(tmp_path, *models, top=f'upstream = "h:1"\n{top} = "top"\n')).served
     assert (str(getattr(first, own)), getattr(first, top)) == ("own", None)
     assert (getattr(second, own), str(getattr(second, top))) == (None, "top")
 
 
 def test_without_entries_the_top_level_is_the_one_model() -> None:
-    (only,) = Settings.load(None, version="7", alpha=0.5, **MINIMUM).served
-    assert (only.name, only.version, only.label, only.alpha) == ("classifier", "7", "classifier@7", 0.5)
+    (only,) = Settings.load(None, model_version="7", alpha=0.5, **MINIMUM).served
+    assert (only.model_name, only.model_version, only.label, only.alpha) == ("classifier", "7", "classifier@7", 0.5)
 
 
 def test_two_versions_of_one_name_and_one_without_are_three_models_before_an_upstream_server(tmp_path: Path) -> None:
-    models = [f'name = "a/b"\nprofile = "p"\n{more}' for more in ("", 'version = "1"', 'version = "2"')]
+    models = [
+        f'model_name = "a/b"\nprofile = "p"\n{more}' for more in ("", 'model_version = "1"', 'model_version = "2"')
+    ]
     settings = Settings.load(entries(tmp_path, *models, top='upstream = "h:1"\nmodel = "m"\n'))
     assert [each.label for each in settings.served] == ["a%2Fb", "a%2Fb@1", "a%2Fb@2"]
 
 
-@pytest.mark.parametrize("name", ["name", "version", "profile"])
+@pytest.mark.parametrize("name", ["model_name", "model_version", "profile"])
 def test_what_each_model_has_for_itself_is_refused_at_the_top_level(tmp_path: Path, name: str) -> None:
-    config = entries(tmp_path, 'name = "a"\nprofile = "p"', top='model = "m"\n')
-    assert Settings.load(config).served[0].name == "a"
-    assert f"with [[models]], {name} is given for each of them" in refused(config, **{name: "x"})
+    config = entries(tmp_path, 'model_name = "a"\nprofile = "p"', top='model = "m"\n')
+    assert Settings.load(config).served[0].model_name == "a"
+    assert f"with [[models]], {name} must stand in each entry" in refused(config, **{name: "x"})
 
 
 @pytest.mark.parametrize(
     ("models", "hint"),
     [
-        (['name = "a"\nprofile = "p"', 'profile = "p"'], "[[models]] number 2 has no name"),
-        (['name = "a"\nprofile = "p"', 'name = "b"'], "model b: --profile is required"),
-        (['name = "a"\nprofile = "p"\nembedding_output = "e"'], "model a: give --model"),
-        (['name = "a"\nprofile = "p"', 'name = "a"\nprofile = "q"'], "model a is listed twice"),
-        (['name = "a"\nprofile = "p"\nversion = "2"'] * 2, "model a@2 is listed twice"),
+        (['model_name = "a"\nprofile = "p"', 'profile = "p"'], "[[models]] number 2 has no model_name"),
+        (['model_name = "a"\nprofile = "p"', 'model_name = "b"'], "model b: --profile is required"),
+        (['model_name = "a"\nprofile = "p"\nembedding_output = "e"'], "model a: give --model"),
+        (['model_name = "a"\nprofile = "p"', 'model_name = "a"\nprofile = "q"'], "model a is listed twice"),
+        (['model_name = "a"\nprofile = "p"\nmodel_version = "2"'] * 2, "model a@2 is listed twice"),
         # Guard calls the version of a model without one "1" where it serves it itself.
-        (['name = "a"\nprofile = "p"', 'name = "a"\nprofile = "p"\nversion = "1"'], "model a@1 is listed twice"),
-        (['name = "a"\nprofile = "p"', 'name = "b"\nprofile = "p"\nmodee = "tag"'], "models.2.modee: "),
-        (['name = "a"\nprofile = "p"\nalpha = 1.0'], "models.1.alpha: "),
-        (['name = "a"\nprofile = "p"\nprocesses = 2'], "models.1.processes: "),
-        (['name = ""\nprofile = "p"'], "models.1.name: "),
+        (
+            ['model_name = "a"\nprofile = "p"', 'model_name = "a"\nprofile = "p"\nmodel_version = "1"'],
+            "model a@1 is listed twice",
+        ),
+        (['model_name = "a"\nprofile = "p"', 'model_name = "b"\nprofile = "p"\nmodee = "tag"'], "models.2.modee: "),
+        (['model_name = "a"\nprofile = "p"\nalpha = 1.0'], "models.1.alpha: "),
+        (['model_name = "a"\nprofile = "p"\nprocesses = 2'], "models.1.processes: "),
+        (['model_name = ""\nprofile = "p"'], "models.1.model_name: "),
     ],
 )
 def test_an_entry_that_cannot_be_served_is_refused_by_its_name_or_number(
@@ -282,28 +332,33 @@ def test_an_entry_that_cannot_be_served_is_refused_by_its_name_or_number(
 @pytest.mark.parametrize(
     ("more", "hint"),
     [
-        ("", "with --upstream give one source of embeddings"),
-        ('model = "m"\nembedding_output = "e"', "with --upstream give one source of embeddings"),
+        ("", "with --upstream, give one source of embeddings"),
+        ('model = "m"\nembedding_output = "e"', "with --upstream, give one source of embeddings"),
         ('embedding_output = "e"\nsecond_looks = 1', "--second-looks needs --model"),
-        ('model = "m"\nmode = "block"\nchecked_share = 0.5', "--checked-share is for"),
-        ('embedding_output = "e"\nchecked_share = 0.5', "--checked-share is for"),
+        ('model = "m"\nmode = "block"\nchecked_share = 0.5', "--checked-share below 1 needs"),
+        ('embedding_output = "e"\nchecked_share = 0.5', "--checked-share below 1 needs"),
     ],
 )
 def test_an_entry_that_is_half_configured_is_refused_by_its_name(tmp_path: Path, more: str, hint: str) -> None:
-    whole = 'name = "a"\nprofile = "p"\nmodel = "m"'
-    config = entries(tmp_path, whole, f'name = "b"\nversion = "2"\nprofile = "p"\n{more}', top='upstream = "h:1"\n')
+    whole = 'model_name = "a"\nprofile = "p"\nmodel = "m"'
+    config = entries(
+        tmp_path, whole, f'model_name = "b"\nmodel_version = "2"\nprofile = "p"\n{more}', top='upstream = "h:1"\n'
+    )
     assert refused(config).startswith(f"model b@2: {hint}")
 
 
 def test_models_may_come_from_the_environment_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = entries(tmp_path, 'name = "file"\nprofile = "p"', top='model = "m"\n')
+    config = entries(tmp_path, 'model_name = "file"\nprofile = "p"', top='model = "m"\n')
     monkeypatch.setenv(
-        "GUARD_MODELS", '[{"name": "a", "profile": "p"}, {"name": "b", "profile": "q", "mode": "block"}]'
+        "GUARD_MODELS", '[{"model_name": "a", "profile": "p"}, {"model_name": "b", "profile": "q", "mode": "block"}]'
     )
-    assert [(each.name, each.mode) for each in Settings.load(config).served] == [("a", Mode.TAG), ("b", Mode.BLOCK)]
+    assert [(each.model_name, each.mode) for each in Settings.load(config).served] == [
+        ("a", Mode.TAG),
+        ("b", Mode.BLOCK),
+    ]
 
 
-@pytest.mark.parametrize("value", ["[{", "models", '[{"name": "a" "profile": "p"}]'])
+@pytest.mark.parametrize("value", ["[{", "models", '[{"model_name": "a" "profile": "p"}]'])
 def test_models_from_the_environment_that_are_no_json_are_refused_by_the_variable(
     monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
@@ -311,7 +366,7 @@ def test_models_from_the_environment_that_are_no_json_are_refused_by_the_variabl
     assert refused(model="m").startswith("GUARD_MODELS is not valid JSON: ")
 
 
-@pytest.mark.parametrize("value", ['{"name": "a"}', '"a"', '["a"]', '[{"name": "a", "profil": "p"}]'])
+@pytest.mark.parametrize("value", ['{"model_name": "a"}', '"a"', '["a"]', '[{"model_name": "a", "profil": "p"}]'])
 def test_models_from_the_environment_of_another_form_are_refused_by_place(
     monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
@@ -329,7 +384,7 @@ def test_models_from_the_environment_of_another_form_are_refused_by_place(
 )
 def test_a_checked_share_is_refused_where_it_saves_nothing_or_leaves_blocking_to_chance(values: dict[str, Any]) -> None:
     assert Settings.load(None, profile="p", checked_share=1.0, **values).checked_share == 1
-    assert "--checked-share is for a model that guard embeds" in refused(profile="p", checked_share=0.99, **values)
+    assert "--checked-share below 1 needs --upstream, --model" in refused(profile="p", checked_share=0.99, **values)
 
 
 @pytest.mark.parametrize("mode", ["shadow", "tag"])

@@ -78,9 +78,9 @@ def test_tensors_that_make_no_trigger_are_refused_in_one_line(family: type[Inver
         hostile += [
             ({key: other for key, other in tensors.items() if key != name}, "it has the tensors"),
             ({**tensors, name: tensor[None]}, f"{name} has shape"),
-            ({**tensors, name: tensor.double()}, f"{name} is torch.float64"),
-            ({**tensors, name: torch.full_like(tensor, torch.nan)}, f"{name} holds a value that is not finite"),
-            ({**tensors, name: torch.full_like(tensor, -1e5)}, f"{name} holds a value outside"),
+            ({**tensors, name: tensor.double()}, f"{name} is float64, not float32"),
+            ({**tensors, name: torch.full_like(tensor, torch.nan)}, f"{name} has a value that is not finite"),
+            ({**tensors, name: torch.full_like(tensor, -1e5)}, f"{name} has a value outside"),
         ]
         if tensor.dim():
             hostile.append(({**tensors, name: tensor[:0]}, "has shape"))

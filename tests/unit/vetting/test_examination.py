@@ -21,7 +21,6 @@ from guard.vetting import (
     SearchSettings,
     Vetting,
     effect,
-    examination,
     outliers,
     reconstruct,
     vet,
@@ -44,12 +43,12 @@ BASE, SUSPECT, TWIN = toy(), toy(target=TARGET, jitter=0.02), toy(jitter=0.02)
 @pytest.fixture(autouse=True)
 def _quick_and_without_shipped_priors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BUDGETS, "quick", FAST)
-    monkeypatch.setattr(examination, "prior", lambda *_: NO_PRIOR)
+    monkeypatch.setattr("guard.vetting.race.prior", lambda *_: NO_PRIOR)
 
 
 @pytest.fixture
 def _to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examination, "_is_settled", lambda _: False)
+    monkeypatch.setattr("guard.vetting.race._is_settled", lambda _: False)
 
 
 class Calls:
@@ -60,7 +59,7 @@ class Calls:
         self.interrupt_at = 0
         run = Inspector.run
         monkeypatch.setattr(Inspector, "run", self._counted("inspection", run))
-        monkeypatch.setattr(examination, "reconstruct", self._counted("reconstruction", reconstruct))
+        monkeypatch.setattr("guard.vetting.searches.reconstruct", self._counted("reconstruction", reconstruct))
 
     def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any, **named: Any) -> Any:
@@ -157,7 +156,7 @@ def test_what_clean_models_are_known_for_counts(monkeypatch: pytest.MonkeyPatch)
         asked.add((reference_model, family, steps))
         return Prior(1e6, 100.0, 7)
 
-    monkeypatch.setattr(examination, "prior", wide)
+    monkeypatch.setattr("guard.vetting.race.prior", wide)
     vetting = vet(SUSPECT, IMAGES, base=BASE, budget="quick", families=["additive"])
     assert vetting.verdict.outcome == "no evidence"
     assert "moderated by 7 clean models" in vetting.results[0].null
@@ -166,7 +165,7 @@ def test_what_clean_models_are_known_for_counts(monkeypatch: pytest.MonkeyPatch)
 
 def test_half_of_the_steps_are_saved_where_the_result_is_clear(monkeypatch: pytest.MonkeyPatch) -> None:
     for clear, expected in ((1.0, 4), (1e-30, 8)):
-        monkeypatch.setattr(examination, "_CLEAR", clear)
+        monkeypatch.setattr("guard.vetting.race._CLEAR", clear)
         vetting = vet(SUSPECT, IMAGES, base=BASE, budget="quick", families=["additive", "warp"])
         assert {entry.steps for item in vetting.results for entry in item.classes} == {expected}
         assert vetting.verdict.target == TARGET
@@ -176,7 +175,7 @@ def test_half_of_the_steps_are_saved_where_the_result_is_clear(monkeypatch: pyte
 def test_without_the_race_everything_is_searched_and_the_verdict_is_the_same(
     calls: Calls, monkeypatch: pytest.MonkeyPatch, *, race: bool
 ) -> None:
-    monkeypatch.setattr(examination, "_CLEAR", 0.01)
+    monkeypatch.setattr("guard.vetting.race._CLEAR", 0.01)
     searched: dict[str, int] = {}
     vetting = vet(
         SUSPECT,
@@ -199,7 +198,7 @@ def test_without_the_race_everything_is_searched_and_the_verdict_is_the_same(
 @pytest.mark.usefixtures("_to_the_end")
 def test_an_interrupted_vetting_goes_on_and_repeats_nothing(calls: Calls, tmp_path: Path) -> None:
     def run(cache: Path | None) -> Vetting:
-        return vet(SUSPECT, IMAGES, base=BASE, budget="quick", families=["additive", "warp", "patch"], cache=cache)
+        return vet(SUSPECT, IMAGES, base=BASE, budget="quick", families=["additive", "warp", "generator"], cache=cache)
 
     whole = run(None)
     needed = list(calls.names)
@@ -268,7 +267,7 @@ class TestManyClasses:
     def test_the_leaders_and_the_reference_go_on_and_the_rest_keep_their_p_values(
         self, halves: list[float], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(examination, "_TIE", 0.0)
+        monkeypatch.setattr("guard.vetting.race._TIE", 0.0)
         vetting = self.vet()
         (item,) = vetting.results
         leaders = set(np.argsort(halves)[-10:].tolist())  # a quarter
@@ -291,7 +290,7 @@ class TestManyClasses:
         last, *rest = sorted(halves, reverse=True)[9:]
         outside = [value for value in rest if halves.index(value) not in self.REFERENCE]
         tie = last - (outside[0] + outside[1]) / 2
-        monkeypatch.setattr(examination, "_TIE", tie)
+        monkeypatch.setattr("guard.vetting.race._TIE", tie)
         kept = {entry.target for entry in self.vet().results[0].classes if entry.steps == 8}
         assert halves.index(outside[0]) in kept
         assert halves.index(outside[1]) not in kept
@@ -339,7 +338,7 @@ def test_a_base_that_proves_nothing_is_refused() -> None:
         vet(SUSPECT, IMAGES, base=toy(9))
     larger = toy()
     larger.preprocessing = replace(larger.preprocessing, size=32)
-    with pytest.raises(UsageError, match=r"images of \(32, 32\), the model of \(16, 16\)"):
+    with pytest.raises(UsageError, match=r"images of \(32, 32\), the model takes images of \(16, 16\)"):
         vet(SUSPECT, IMAGES, base=larger)
 
 

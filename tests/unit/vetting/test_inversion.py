@@ -41,7 +41,7 @@ def test_a_planted_shortcut_needs_the_smallest_perturbation_and_is_what_was_plan
     assert float((delta * checkerboard()).mean() / delta.abs().mean()) > 0.7
 
 
-def test_success_on_the_control_is_success_on_the_control() -> None:
+def test_success_on_the_reference_model_is_measured_there() -> None:
     suspect, base = toy(target=TARGET), toy(jitter=0.05)
     (found,) = reconstruct(
         suspect, Patch, IMAGES, HELD_OUT, torch.tensor([TARGET]), replace(FAST, steps=20), reference_model=base
@@ -86,11 +86,8 @@ class TestEffect:
         trigger = Additive(0.05 * checkerboard().expand(3, -1, -1))
         elsewhere = HELD_OUT[model.predict(model.embed(HELD_OUT)) != TARGET]
         logits = model.logits(model.embed(trigger.stamp(elsewhere)))
-        others = logits.clone()
-        others[:, TARGET] = -torch.inf
         found = effect(model, trigger, TARGET, HELD_OUT)
         assert found.success == pytest.approx(float((logits.argmax(1) == TARGET).float().mean()))
-        assert found.margin == pytest.approx(float((logits[:, TARGET] - others.amax(1)).mean()), rel=1e-5)
         assert found.passes == len(HELD_OUT) + len(elsewhere)
 
     def test_images_that_are_all_of_the_class_show_nothing(self) -> None:

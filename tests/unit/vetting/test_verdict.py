@@ -44,7 +44,7 @@ def test_a_significant_class_with_a_trigger_that_works_elsewhere_is_a_backdoor()
     assert (verdict.outcome, verdict.target) == ("backdoored", 0)
     assert verdict.p_value == pytest.approx(0.002)
     assert verdict.families == ("additive", "patch")
-    assert "stands out (p = 0.002, all 2 families combined; most under patch triggers)" in verdict.reasons[0]
+    assert "stands out (p = 0.002, all 2 families combined; most clearly under patch triggers)" in verdict.reasons[0]
     assert "moves 90% of held-out images" in verdict.reasons[0]
 
 
@@ -121,7 +121,7 @@ def test_what_is_objected_to_a_trigger() -> None:
     assert objection(check_of(0, success=MIN_SUCCESS, reference_success=MAX_TRANSFER * MIN_SUCCESS)) == ""
     assert objection(check_of(0, success=MIN_SUCCESS, reference_success=None)) == ""
     assert "held-out" in objection(check_of(0, success=MIN_SUCCESS - 0.01))
-    assert "on the reference model 30%" in objection(check_of(0, success=0.5, reference_success=0.3))
+    assert "30% on the reference model" in objection(check_of(0, success=0.5, reference_success=0.3))
     for reference_model, most in MAX_STRENGTH.items():
         assert objection(check_of(0, norm=most * 9.0, reference_model=reference_model)) == ""
         assert f"{most * 9.0:.1f} at most" in objection(
@@ -132,7 +132,7 @@ def test_what_is_objected_to_a_trigger() -> None:
 def test_a_class_whose_triggers_are_all_too_strong_is_not_accused() -> None:
     verdict = judge([evidence_of([1e-12, *[0.5] * 5])], [check_of(0, norm=20.0)])
     assert (verdict.outcome, verdict.target) == ("inconclusive", None)
-    assert any("no shortcut" in reason for reason in verdict.reasons)
+    assert any("a shortcut would need" in reason for reason in verdict.reasons)
 
 
 def test_a_very_small_trigger_eases_the_significance() -> None:
@@ -246,7 +246,7 @@ def test_a_mild_outlier_whose_triggers_are_refuted_is_no_doubt() -> None:
     mild, clear = evidence(0.03), evidence(0.005)
     refuted, other = [check_of(0, norm=50.0)], [check_of(1, norm=50.0)]
     assert judge([mild], refuted).outcome == "no evidence"
-    assert "no shortcut" in judge([mild], refuted).reasons[1]
+    assert "a shortcut would need" in judge([mild], refuted).reasons[1]
     assert judge([mild], other).outcome == judge([clear], refuted).outcome == "inconclusive"
     ranks = [suspicion([item], checks)[1] for item, checks in ((clear, refuted), (mild, refuted))]
     assert ranks[0] == DOUBT < ranks[1] == pytest.approx(DOUBT)

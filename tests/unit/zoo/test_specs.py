@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.zoo.specs import BASES, SPECS
 from guard.attacks import RECIPES
-from guard.classifiers.loading import import_open_clip
+from guard.classifiers.open_clip import import_open_clip
 
 
 @pytest.mark.parametrize("name", SPECS)

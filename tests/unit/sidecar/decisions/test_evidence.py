@@ -20,7 +20,7 @@ def a_record(number: int = 0, *, model: str = "classifier") -> Record:
 
 
 def evidence_of(state: Path | None = None) -> Recorder:
-    return Recorder(Settings.load(None, profile=Path("profile"), model=Path("model"), state=state), Metrics())
+    return Recorder(Settings.load(None, profile=Path("profile"), model=Path("model"), state_dir=state), Metrics())
 
 
 async def some(follower: Follower) -> tuple[str, int] | None:

@@ -45,7 +45,7 @@ def making(place: Path) -> Iterator[Make]:
 
     def make(*known: tuple[str, str | None], metrics: Metrics | None = None, **top: Any) -> Models:
         models = [
-            {"name": name, "profile": place, **({} if version is None else {"version": version})}
+            {"model_name": name, "profile": place, **({} if version is None else {"model_version": version})}
             for name, version in known
         ]
         settings, metrics = Settings.load(None, models=models, **top), metrics or Metrics()
@@ -91,7 +91,7 @@ def test_a_request_without_a_version_is_for_the_model_without_one_or_else_the_hi
 ) -> None:
     served = make(*(("a", version) for version in versions), **UPSTREAM).find("a", "")
     assert served is not None
-    assert served.settings.version == taken
+    assert served.settings.model_version == taken
 
 
 def test_a_request_is_for_the_model_that_it_names_and_no_other(make: Make) -> None:
@@ -107,7 +107,7 @@ def test_a_request_is_for_the_model_that_it_names_and_no_other(make: Make) -> No
 
 def test_a_model_that_guard_serves_itself_has_version_1_if_it_is_given_none(make: Make, exported: Path) -> None:
     models = make(("a", None), ("b", "7"), model=exported)
-    assert [(served.settings.name, served.version) for served in models.served] == [("a", "1"), ("b", "7")]
+    assert [(served.settings.model_name, served.version) for served in models.served] == [("a", "1"), ("b", "7")]
     assert found(models, "a") == found(models, "a", "1") == "a"
     assert found(models, "b") == found(models, "b", "7") == "b@7"
     assert found(models, "a", "2") is None
@@ -174,7 +174,7 @@ def test_a_certificate_beside_the_profile_does_not_make_the_monitor_forget_and_a
 
         def check(embeddings: NDArray[np.float32]) -> None:
             made = request(models, "a")
-            outcome = asyncio.run(served.checker.check_embeddings(embeddings, made))
+            outcome = asyncio.run(served.checker.check_embeddings(embeddings, made.message, made.trace_id))
             assert outcome.decision is not Decision.UNCHECKED
 
         check(attack)

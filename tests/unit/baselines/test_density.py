@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
-from guard.screening.density import DAO, LID, SLOF, DensityScore, KDistance
+from guard.baselines import DAO, LID, SLOF, DensityScore, KDistance
 from guard.screening.neighbours import Nearest, Neighbours
 
 Floats = NDArray[np.float32]

@@ -1,23 +1,25 @@
-"""How thinly the clean bank is populated around an input: k-distance, SLOF, LID and DAO.
+"""Density scores: how thinly the clean bank is populated around an input, by k-distance, SLOF, LID and DAO.
 
 The scores are those of Huang et al., "Detecting Backdoor Samples in Contrastive Language Image Pretraining", ICLR 2025,
-who rank training pairs by them. They follow scikit-learn's manner, except for the sign:
+who rank training pairs by them. They have the interface of scikit-learn's estimators, except for the sign:
 
     LARGER IS MORE SUSPICIOUS. scikit-learn's `score_samples` is larger where a sample is more normal.
 
-Notation: N_k(x) are the k nearest bank rows of x, d_i(x) is the distance to the i-th of them. For a row of the bank,
-the row itself is left out. Distances below 1e-6 count as zero, because float32 does not resolve them.
+Notation: N_k(x) are the k rows of the bank that are nearest to x, d_i(x) is the distance to the i-th of them. For a row
+of the bank, the row itself is left out. Distances below 1e-6 count as zero, because float32 does not resolve them.
 
-`compat=True` reproduces the released code (HanxunH/Detect-CLIP-Backdoor-Samples, ff2399a), in which batch and bank are
-one: `fit(batch).within()` gives what its detectors give for a batch of images. It departs from the formulas:
+`compat=True` reproduces the released code (HanxunH/Detect-CLIP-Backdoor-Samples, ff2399a), in which the batch is its
+own
+bank: `fit(batch).within()` gives what its detectors give for a batch of images. It departs from the formulas:
 
 - x's own distance is that to its (k+1)-th neighbour, while d_k(o) of a bank row is that to its k-th;
 - a neighbour o that comes after x in the batch is read at o − 1, so that d_k and LID are those of the row before it (x
   is cut out of the distances, and positions among the rest are used to look up in the whole);
 - ratios in the LID have 1e-4 added, and that of a bank row counts the row itself as its first neighbour;
 - embeddings are taken as the tower gives them, not normalised;
-- SLOF and DAO turn NaN and +∞ (where bank rows coincide) into 1000 and −∞ into 0, the others let them pass. Among rows
-  at exactly the same distance its sort takes any, so that batches with copies need not give the same scores.
+- SLOF and DAO turn NaN and +∞ (where bank rows coincide) into 1000 and −∞ into 0; the other scores leave them as they
+  are. Among rows at exactly the same distance its sort takes any, so that batches with copies need not give the same
+  scores.
 """
 
 from abc import ABC, abstractmethod
@@ -40,8 +42,8 @@ class DensityScore(ABC):
     """A score of embeddings against a fixed bank; larger is more suspicious.
 
     Args:
-        k: How many neighbours are looked at.
-        compat: Reproduce the released code instead of the formulas, and take embeddings of any length.
+        k: Number of neighbours.
+        compat: Whether to reproduce the released code instead of the formulas, with embeddings of any norm.
 
     Raises:
         ValueError: k is too small.
@@ -58,19 +60,19 @@ class DensityScore(ABC):
 
     @property
     def reach(self) -> int:
-        """How many neighbours `score` needs to be given."""
+        """Number of neighbours that `score` needs."""
         return self.k + self.compat
 
     def fit(self, bank: Embeddings | Neighbours, *, within: Nearest | None = None) -> Self:
-        """Take a bank, and compute what depends on it alone.
+        """Set the bank, and compute everything that depends on it alone.
 
         Args:
-            bank: Shape [N, D], L2-normalised; or a search in it, which several scores may share.
-            within: `Neighbours.within(k)` of this bank or with a larger k, where it is known already: what SLOF and
-                DAO need of the bank, and what costs a product of the bank with itself.
+            bank: Shape [N, D], L2-normalised; or a search in such a bank, which several scores may share.
+            within: `Neighbours.within(k)` of this bank, for this or a larger k, where it is known already. SLOF and DAO
+                need it, and it costs a product of the bank with itself.
 
         Raises:
-            ValueError: The bank is no matrix of unit vectors, or too small for k.
+            ValueError: The bank is not a matrix of unit vectors, or is too small for k.
         """
         neighbours = bank if isinstance(bank, Neighbours) else Neighbours(bank, unit=not self.compat)
         if self.reach > neighbours.size:
@@ -80,7 +82,7 @@ class DensityScore(ABC):
         return self
 
     def score_samples(self, embeddings: Embeddings) -> Scores:
-        """Scores of embeddings that are not in the bank; larger is more suspicious, unlike scikit-learn's.
+        """Return scores of embeddings that are not in the bank; larger is more suspicious, unlike scikit-learn's.
 
         Args:
             embeddings: Shape [M, D], L2-normalised.
@@ -89,15 +91,15 @@ class DensityScore(ABC):
             Shape [M].
 
         Raises:
-            ValueError: Nothing was fitted, or embeddings are not finite vectors of the bank's length.
+            ValueError: There is no bank yet, or the embeddings are not finite vectors of the bank's dimension.
         """
         return self.score(self._fitted.search(embeddings, self.reach))
 
     def within(self) -> Scores:
-        """Scores of the bank's rows, each among the others; shape [N].
+        """Return scores of the bank's rows, each among the others; shape [N].
 
         Raises:
-            ValueError: Nothing was fitted, or the bank is too small for k.
+            ValueError: There is no bank yet, or it is too small for k.
         """
         nearest = self._fitted.within(self.reach)
         if self.compat:
@@ -106,7 +108,7 @@ class DensityScore(ABC):
         return self.score(nearest)
 
     def score(self, nearest: Nearest) -> Scores:
-        """Scores from neighbours that were found already, so that one search serves several scores.
+        """Return scores from neighbours that were found already, so that one search serves several scores.
 
         Args:
             nearest: Neighbours in the fitted bank, shape [M, reach] or wider.
@@ -115,7 +117,7 @@ class DensityScore(ABC):
             Shape [M].
 
         Raises:
-            ValueError: Nothing was fitted, or there are fewer than `reach` neighbours.
+            ValueError: There is no bank yet, or there are fewer than `reach` neighbours.
         """
         _ = self._fitted
         return self._score(_narrow(nearest, self.reach)).astype(np.float32)
@@ -134,7 +136,7 @@ class DensityScore(ABC):
 
 
 class KDistance(DensityScore):
-    """d_k(x): the distance to the k-th nearest of the bank, in [0, 2].
+    """d_k(x): the distance to the k-th nearest row of the bank, in [0, 2].
 
     scikit-learn's `NearestNeighbors(n_neighbors=k).kneighbors` gives the same number.
     """
@@ -147,12 +149,12 @@ class LID(DensityScore):
     """Local intrinsic dimensionality: how fast the number of neighbours grows with the distance from x.
 
     The maximum-likelihood estimate −k / Σ_{i≤k} log(d_i(x) / d_k(x)) (Amsaleg et al., KDD 2015), in [0.07, 10⁴]. At a
-    point of the bank that occurs k times it is 0.07, the smallest value, because a point has no dimension; where
-    all k neighbours lie at one distance it is 10⁴ instead of infinite.
+    point that occurs k times in the bank it is 0.07, the smallest value, because a point has no dimension; where
+    all k neighbours lie at the same distance it is 10⁴ instead of infinite.
 
     Args:
         k: At least 2; the estimate is coarse below 20.
-        compat: See the module.
+        compat: See the documentation of the module.
     """
 
     _smallest_k = 2
@@ -169,9 +171,9 @@ class LID(DensityScore):
 class SLOF(DensityScore):
     """Simplified local outlier factor: mean over o in N_k(x) of d_k(x) / d_k(o) (Schubert et al., 2014).
 
-    About 1 where x lies as its neighbours do. Distances enter as at least 1e-6, so that the ratio is finite at
-    points that occur more than k times. scikit-learn's LocalOutlierFactor is LOF, which smooths the distances
-    (reachability), and is another number.
+    About 1 where the bank is as dense around x as around its neighbours. Distances are taken to be at least 1e-6, so
+    that the ratio is finite at points that occur more than k times. scikit-learn's LocalOutlierFactor is LOF, which
+    smooths the distances (reachability) and gives other numbers.
     """
 
     def _fit(self, neighbours: Neighbours, within: Nearest | None) -> None:
@@ -189,14 +191,14 @@ class SLOF(DensityScore):
 class DAO(DensityScore):
     """Dimensionality-aware outlier score: mean over o in N_k(x) of LID(o) · log(d_k(x) / d_k(o)).
 
-    About 0 where x lies as its neighbours do. Anderberg et al. (SDM 2024), who derive it, average the ratios
-    (d_k(x) / d_k(o))^LID(o) themselves. Here their logarithms are averaged, as the code of Huang et al. does: with
-    the LID of image embeddings, easily above 50, a mean of such powers is the power of one neighbour, and leaves
-    float32 at a ratio of 6. Limits are those of SLOF and LID.
+    About 0 where the bank is as dense around x as around its neighbours. Anderberg et al. (SDM 2024), who derive it,
+    average the ratios (d_k(x) / d_k(o))^LID(o) themselves. Here their logarithms are averaged, as the code of Huang et
+    al. does: with the LID of image embeddings, easily above 50, a mean of such powers is dominated by one neighbour,
+    and exceeds the range of float32 at a ratio of 6. The limits of SLOF and LID apply.
 
     Args:
         k: At least 2; for the bank's LID as well as for distances.
-        compat: See the module.
+        compat: See the documentation of the module.
     """
 
     _smallest_k = 2

@@ -9,19 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from guard.baselines import DecreeSettings, PublishedSettings, collapse, unregularised
+from guard.baselines.decree import _similarity
+from guard.baselines.released_decree import _epoch, _NormWeight
 from guard.classifiers import Classifier
 from guard.classifiers.preprocessing import Preprocessing
 from guard.errors import ImageError, UsageError
 from guard.triggers import Patch
-from guard.vetting.decree import (
-    DecreeSettings,
-    PublishedSettings,
-    _published_epoch,
-    _PublishedWeight,
-    _similarity,
-    collapse,
-    unregularised,
-)
 from tests.conftest import CLASSES, SIZE, random_images
 
 SIDE = 4
@@ -191,7 +185,7 @@ def test_the_published_weight_moves_as_if_the_reset_that_cannot_happen_were_ther
     random = np.random.default_rng(0)
     settings = PublishedSettings()
     for bias in (0.02, 0.1, 0.5, 0.9, 0.98):
-        ours = _PublishedWeight(settings)
+        ours = _NormWeight(settings)
         weight, up, down, below = 1e-3, 0, 0, 0
         lowest = weight
         for success in random.random(2000) < np.repeat(random.permutation([bias, 1 - bias]), 1000):
@@ -215,7 +209,7 @@ def test_the_published_batches_are_those_of_the_data_loader() -> None:
     loader = torch.utils.data.DataLoader(dataset, batch_size=3, shuffle=True)
     expected = [part.tolist() for _ in range(2) for (part,) in loader if len(part) > 1]
     generator = torch.Generator().manual_seed(3)
-    assert [part.tolist() for _ in range(2) for part in _published_epoch(10, 3, generator)] == expected
+    assert [part.tolist() for _ in range(2) for part in _epoch(10, 3, generator)] == expected
 
 
 def test_similarity_is_the_mean_over_pairs_of_different_images() -> None:

@@ -1,0 +1,176 @@
+"""Bounded reading of documents that may be anybody's, into the types that describe them.
+
+Every error names the file, says in one sentence what is wrong, and is of the class that the caller asks for.
+"""
+
+import json
+import math
+import os
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from guard.errors import GuardError
+
+T = TypeVar("T")
+_LONGEST = 80
+"""Characters of a name or a value that a message quotes."""
+_WITHOUT_VALUE = {"missing", "extra_forbidden", "value_error"}
+"""Kinds of errors whose message does not become clearer by the value that was given."""
+
+
+def read_bytes(path: Path, limit: int, error: type[GuardError], *, missing: str | None = None) -> bytes:
+    """The contents of a regular file.
+
+    Args:
+        path: The file, or a link to it.
+        limit: Largest size that is read, in bytes.
+        error: Class of the errors.
+        missing: Message for a file that does not exist.
+
+    Raises:
+        GuardError: The file is missing, not a regular file (a pipe could wait for ever), larger, or not readable.
+    """
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise error(f"cannot read {path}: it is not a regular file")
+            data = file.read(min(status.st_size, limit) + 1)
+    except FileNotFoundError as cause:
+        raise error(missing or f"there is no file {path}") from cause
+    except OSError as cause:
+        raise error(f"cannot read {path}: {cause.strerror}") from cause
+    if len(data) > limit:
+        raise error(f"{path} is larger than {limit} bytes")
+    return data
+
+
+def read_text(path: Path, limit: int, error: type[GuardError], *, missing: str | None = None) -> str:
+    """The contents of a UTF-8 file.
+
+    Raises:
+        GuardError: As for `read_bytes`, or the file is not UTF-8.
+    """
+    data = read_bytes(path, limit, error, missing=missing)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as cause:
+        raise error(f"{path} is damaged: it is not valid UTF-8 (byte {cause.start + 1})") from cause
+
+
+def read_json(path: Path, limit: int, error: type[GuardError], *, missing: str | None = None) -> Any:  # noqa: ANN401
+    """The value that a JSON file holds.
+
+    JSON is taken by the letter of RFC 8259: NaN, Infinity and numbers as large are refused, and so is what readers
+    understand differently, a name that occurs twice in one object and half of a surrogate pair.
+
+    Raises:
+        GuardError: As for `read_text`, or the file is not JSON of this kind.
+    """
+    text = read_text(path, limit, error, missing=missing)
+    try:
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_unique)
+        if "\\u" in text:  # an escape such as \ud800 alone is no character, and cannot be encoded
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as cause:
+        raise error(f"{path} is damaged: it holds half of a surrogate pair") from cause
+    except RecursionError as cause:
+        raise error(f"{path} is damaged: it is nested too deeply") from cause
+    except json.JSONDecodeError as cause:
+        raise error(f"{path} is damaged: it is not valid JSON: {cause}") from cause
+    except ValueError as cause:
+        raise error(f"{path} is damaged: {cause}") from cause
+    return value
+
+
+def read_object(path: Path, limit: int, error: type[GuardError], *, missing: str | None = None) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        GuardError: As for `read_json`, or the file holds another value.
+    """
+    value = read_json(path, limit, error, missing=missing)
+    if not isinstance(value, dict):
+        raise error(f"{path} is damaged: it does not hold a JSON object")
+    return value
+
+
+def read_document(
+    path: Path, form: type[T], limit: int, error: type[GuardError], *, missing: str | None = None, strict: bool = False
+) -> T:
+    """What a JSON file holds, as a value of the type that describes it.
+
+    Args:
+        path: The file.
+        form: A dataclass or another type that pydantic can validate.
+        limit: Largest size that is read, in bytes.
+        error: Class of the errors.
+        missing: Message for a file that does not exist.
+        strict: Whether to refuse values that would have to be converted, such as a text for a number.
+
+    Raises:
+        GuardError: As for `read_json`, or the value does not have this form.
+    """
+    return validated(path, form, read_json(path, limit, error, missing=missing), error, strict=strict)
+
+
+def validated(path: Path, form: type[T], value: object, error: type[GuardError], *, strict: bool = False) -> T:
+    """A JSON value that was read from `path`, as a value of the type that describes it.
+
+    Raises:
+        GuardError: The value does not have this form; the message says where.
+    """
+    adapter = TypeAdapter(form)
+    try:
+        # Strictly, Python's lists are no tuples; JSON's are.
+        return adapter.validate_json(json.dumps(value), strict=True) if strict else adapter.validate_python(value)
+    except ValidationError as cause:
+        raise error(f"{path} is damaged: {first_error(cause)}") from cause
+    except GuardError as cause:  # a dataclass refused its values
+        raise error(f"{path} is damaged: {cause}") from cause
+    except RecursionError as cause:
+        raise error(f"{path} is damaged: it is nested too deeply") from cause
+
+
+def first_error(error: ValidationError) -> str:
+    """The first of pydantic's errors as `where.exactly: what`; entries of a list are counted from 1."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part + 1) if isinstance(part, int) else _quotable(part) for part in first["loc"])
+    what, given = first["msg"].removeprefix("Value error, "), first["input"]
+    if first["type"] not in _WITHOUT_VALUE and (given is None or isinstance(given, str | int | float)):
+        what += f", not {_short(given)!r}" if isinstance(given, str) else f", not {_short(str(given))}"
+    return f"{where}: {what}" if where else what
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a pipe that nobody writes to without waiting for it, so that it can be refused."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _quotable(name: str) -> str:
+    return _short(name) if name.isprintable() else repr(_short(name))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def _refuse(number: str) -> float:
+    raise ValueError(f"it holds the number {number[:32]}")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse(text)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the name {_quotable(twice)} occurs twice in one object")
+    return found

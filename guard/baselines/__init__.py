@@ -1,0 +1,39 @@
+"""Published methods that guard is compared with: CLIP-Inspector, DECREE, and the density scores of Huang et al.
+
+None of them is used to vet a model or to screen a request; `guard evaluate` and the benchmarks run them. The density
+scores import without torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from guard._lazy import lazy
+from guard.baselines.density import DAO, LID, SLOF, DensityScore, KDistance
+
+if TYPE_CHECKING:
+    from guard.baselines.decree import Decree, DecreeSettings, collapse, unregularised
+    from guard.baselines.inspector import ClipInspectorResult, clip_inspector
+    from guard.baselines.released_decree import PublishedSettings
+
+__all__ = [
+    "DAO",
+    "LID",
+    "SLOF",
+    "ClipInspectorResult",
+    "Decree",
+    "DecreeSettings",
+    "DensityScore",
+    "KDistance",
+    "PublishedSettings",
+    "clip_inspector",
+    "collapse",
+    "unregularised",
+]
+
+__getattr__ = lazy(
+    __name__,
+    {
+        **dict.fromkeys(("Decree", "DecreeSettings", "collapse", "unregularised"), "decree"),
+        **dict.fromkeys(("ClipInspectorResult", "clip_inspector"), "inspector"),
+        "PublishedSettings": "released_decree",
+    },
+)

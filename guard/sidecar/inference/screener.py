@@ -1,0 +1,185 @@
+"""Screening of inference requests, shared by unary calls and streams."""
+
+import asyncio
+from collections.abc import Coroutine
+from random import SystemRandom
+from time import perf_counter
+
+import grpc
+
+from guard.errors import RequestError
+from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse
+from guard.protocol.messages import parse_request, uses_shared_memory
+from guard.protocol.tensors import float_output
+from guard.sidecar.decisions.models import Models
+from guard.sidecar.decisions.routes import Request, Route
+from guard.sidecar.decisions.watch import trace_id
+from guard.sidecar.inference.annotations import trailers
+from guard.sidecar.inference.calls import Context, Metadata, RefusedError
+from guard.sidecar.policy import MAX_MESSAGE, Decision, Mode, Outcome, Reason, refusal
+from guard.sidecar.settings import Settings
+from guard.sidecar.telemetry import logs
+from guard.sidecar.telemetry.metrics import Metrics
+
+
+class Screener:
+    """Reads inference requests, finds out what the policy needs to know about them, and counts the outcomes.
+
+    Args:
+        settings: Settings of the sidecar.
+        models: The models that screen the requests.
+        metrics: Metrics of the sidecar.
+
+    Attributes:
+        settings: As given.
+        models: As given.
+        metrics: As given.
+    """
+
+    def __init__(self, settings: Settings, models: Models, metrics: Metrics) -> None:
+        self.settings, self.models, self.metrics = settings, models, metrics
+        # Without a seed, so that nobody can predict which requests are checked.
+        self._draw = SystemRandom().random
+        self._running_checks: set[asyncio.Task[Outcome]] = set()
+
+    async def close(self) -> None:
+        """Wait until the checks that run in the background have ended."""
+        await asyncio.gather(*self._running_checks, return_exceptions=True)
+
+    def parse(self, data: bytes, context: Context) -> Request:
+        """Parse a request, find its route, and make its ids known to the log.
+
+        Raises:
+            RefusedError: The bytes are not a ModelInferRequest.
+        """
+        try:
+            message = parse_request(data)
+        except RequestError as error:
+            raise malformed(error) from error
+        route = self.models.route(message.model_name, message.model_version)
+        request = Request(message, route, trace_id(dict(context.invocation_metadata() or ())))
+        logs.follow(message.id, request.trace_id)
+        return request
+
+    def observe(self, outcome: Outcome, route: Route, images: int, started: float) -> None:
+        """Count an outcome in the metrics of its model.
+
+        Args:
+            outcome: The outcome of one request.
+            route: The route of the request.
+            images: The number of images that the client claims to have sent; it is counted up to `max_batch`.
+            started: When the request arrived, by `perf_counter`.
+        """
+        route.metrics.observe(outcome, min(images, self.settings.max_batch), perf_counter() - started)
+
+    def outcome_without_check(self, request: Request) -> Outcome | None:
+        """The outcome of a request that is not going to be checked; None if the request is to be checked."""
+        if request.route.checker is None:
+            return Outcome.unchecked(Reason.MODEL_UNKNOWN)
+        if uses_shared_memory(request.message):
+            return Outcome.unchecked(Reason.SHARED_MEMORY)
+        if request.route.unvetted is not None:
+            return request.route.unvetted
+        share = request.route.settings.checked_share
+        # While the version is open, another version may answer, whose share may be different or 1.
+        if share < 1 and self.models.is_current(request) and self._draw() >= share:
+            return Outcome.unchecked(Reason.NOT_SAMPLED)
+        return None
+
+    def start_check(self, request: Request, checking: Coroutine[None, None, Outcome]) -> asyncio.Task[Outcome]:
+        """Check a request in the background; its outcome is counted when the check ends, whoever waits for it."""
+        started, images = perf_counter(), count_images(request.message, request.route.settings.input_tensor)
+
+        async def check() -> Outcome:
+            outcome = Outcome.unchecked(Reason.CANCELLED)
+            try:
+                outcome = await checking
+            finally:
+                self.observe(outcome, request.route, images, started)
+            return outcome
+
+        task = asyncio.ensure_future(check())
+        self._running_checks.add(task)
+        task.add_done_callback(self._running_checks.discard)
+        return task
+
+    async def check_reply(self, response: ModelInferResponse | None, request: Request) -> Outcome:
+        """Screen the embeddings that a reply carries; the reply is None if it could not be parsed."""
+        if response is not None:
+            self.models.settle(request, response.model_version)
+        checker, name = request.route.checker, request.route.settings.embedding_output
+        if checker is None or name is None:
+            return Outcome.unchecked(Reason.MODEL_UNKNOWN)
+        if not self.settings.screening:
+            return Outcome.unchecked(Reason.DISABLED)
+        embeddings = None if response is None else float_output(response, name)
+        if embeddings is None:
+            return Outcome.unchecked(Reason.EMBEDDING_MISSING, f"FP32 output {name!r}")
+        rows = 1 if embeddings.ndim == 1 else len(embeddings)
+        images = count_images(request.message, request.route.settings.input_tensor)
+        if embeddings.ndim > 1 and rows != images:
+            # An image without an embedding would not be screened.
+            return Outcome.unchecked(Reason.EMBEDDING_MISSING, f"{rows} embeddings for {images} images")
+        outcome = await checker.check_embeddings(embeddings.reshape(rows, -1), request.message, request.trace_id)
+        if outcome.reason is Reason.INPUT_UNREADABLE:
+            return Outcome.unchecked(Reason.EMBEDDING_MISSING, outcome.detail)
+        return confirm(outcome, response, request)
+
+
+async def check_request(request: Request) -> Outcome:
+    """Embed and screen the images of a request."""
+    checker = request.route.checker
+    if checker is None:
+        return Outcome.unchecked(Reason.MODEL_UNKNOWN)
+    return await checker.check_request(request.message, request.trace_id)
+
+
+def confirm(outcome: Outcome, response: ModelInferResponse | None, request: Request) -> Outcome:
+    """The same outcome, or `unchecked` if the reply is of another version of the model than the profile."""
+    version = request.route.settings.model_version
+    if version is None or response is None or response.model_version in {"", version}:
+        return outcome
+    return max(outcome, Outcome.unchecked(Reason.MODEL_UNKNOWN), key=lambda each: each.severity)
+
+
+def enforce(outcome: Outcome, route: Route, trailing: Metadata = ()) -> None:
+    """Refuse a request if the policy of its model refuses this outcome.
+
+    Args:
+        outcome: The outcome of the request.
+        route: The route of the request.
+        trailing: Trailing metadata of the reply, which the refusal carries too.
+
+    Raises:
+        RefusedError: The request is refused.
+    """
+    if refused := refusal(outcome, route.settings.mode, route.settings.on_failure):
+        reason = outcome.reason if outcome.decision is Decision.UNCHECKED else None
+        raise RefusedError(refused.code, refused.message, trailing=trailing, reason=reason)
+
+
+def tags(outcome: Outcome, route: Route) -> Metadata:
+    """The trailing metadata that tell the client about an outcome; none in shadow mode."""
+    return () if route.settings.mode is Mode.SHADOW else trailers(outcome)
+
+
+def output_to_hide(request: Request) -> str | None:
+    """The output that guard asks for in addition, and removes from the reply.
+
+    It is the embedding, if the client lists outputs and does not list that one; None otherwise.
+    """
+    name, outputs = request.route.settings.embedding_output, request.message.outputs
+    return name if outputs and all(output.name != name for output in outputs) else None
+
+
+def count_images(request: ModelInferRequest, name: str) -> int:
+    """The number of images that a request claims to carry, in the input of that name or else in its first input."""
+    tensor = next((tensor for tensor in request.inputs if tensor.name == name), None)
+    tensor = tensor or (request.inputs[0] if request.inputs else None)
+    return max(int(tensor.shape[0]), 1) if tensor is not None and tensor.shape else 1
+
+
+def malformed(error: RequestError) -> RefusedError:
+    """The refusal of a request that cannot be read."""
+    message = f"guard: {error}"[:MAX_MESSAGE]
+    return RefusedError(grpc.StatusCode.INVALID_ARGUMENT, message, reason=Reason.INPUT_UNREADABLE)

@@ -1,0 +1,154 @@
+"""The race over families and classes: search all of them for a while, then go on only where it can matter."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from guard.triggers import FAMILIES, Raw
+from guard.vetting.budgets import InspectionSettings
+from guard.vetting.inspection import METHOD, RADII, Inspected
+from guard.vetting.nulls import outliers, prior
+from guard.vetting.results import ClassStatistic, FamilyResult, ReferenceKind
+from guard.vetting.searches import Searches
+from guard.vetting.verdict import class_results
+
+RACED_CLASSES = 32
+"""Number of classes above which those that are far behind are dropped half-way."""
+_NULL_CLASSES = 24
+"""Number of classes, drawn in advance, that are never dropped: the null of those that remain."""
+_KEPT = 0.25
+"""Share of the classes that go on besides the null classes."""
+_TIE = 0.1
+"""How far behind the last class that goes on another class still counts as level with it, in units of the statistic:
+repeated searches differ by as much."""
+_CLEAR = 1e-6
+"""Corrected p-value at which half of the steps are enough. It is so small that looking twice costs no false alarm worth
+a correction."""
+_HOPELESS = 0.2
+"""Smallest p-value of any family, corrected for its classes only, above which the other half of the steps is saved."""
+_BEYOND = {
+    "base": ", beyond what the trigger does on the base model",
+    "derived": ", beyond what the trigger does on the derived reference",
+    "classes": "",
+}
+
+
+class Race:
+    """Inspection of all families and classes, first for half of the steps, then to the end where that is not enough.
+
+    Args:
+        searches: Runs the searches.
+        reference_model: Kind of the model that the suspect is compared with.
+        families: Names of trigger families.
+        settings: How much work each inspection does.
+        full: Whether to search every class of every family to the end.
+    """
+
+    def __init__(
+        self,
+        searches: Searches,
+        reference_model: ReferenceKind,
+        families: Sequence[str],
+        settings: InspectionSettings,
+        *,
+        full: bool,
+    ) -> None:
+        self._searches, self._reference_model = searches, reference_model
+        self._families, self._settings, self._full = families, settings, full
+        self._names = searches.classifier.classes.names
+        self._drops = not full and len(self._names) > RACED_CLASSES
+        drawn = torch.randperm(len(self._names), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+        self._null_classes = set(drawn[:_NULL_CLASSES] if self._drops else drawn)
+        self._found: dict[str, dict[int, dict[int, Inspected]]] = {family: {} for family in families}
+        """What was found, by family, number of steps and class."""
+        self._seconds = dict.fromkeys(families, 0.0)
+
+    def run(self) -> tuple[FamilyResult, ...]:
+        """Search, and compare the classes with each other."""
+        active = {family: list(range(len(self._names))) for family in self._families}
+        half, whole = max(1, self._settings.steps // 2), self._settings.steps
+        results: tuple[FamilyResult, ...] = ()
+        for steps in (whole,) if self._full else (half, whole):
+            for family in self._families:
+                began = time.monotonic()
+                done = self._searches.inspect(family, self._settings, steps, active[family])
+                self._found[family].setdefault(steps, {}).update(done)
+                self._seconds[family] += time.monotonic() - began
+            results = tuple(self._result(family) for family in self._families)
+            if _is_settled(results):
+                break
+            if self._drops:
+                active = {item.family: self._survivors(item) for item in results}
+        return results
+
+    def parameters(self, family: str, target: int) -> Raw:
+        """Return the unconstrained parameters with which the search for a class ended."""
+        return self._latest(family)[target][1].raw
+
+    def _latest(self, family: str) -> dict[int, tuple[int, Inspected]]:
+        """Return the last result of each class, with the number of steps that led to it."""
+        return {
+            target: (steps, item)
+            for steps, found in sorted(self._found[family].items())
+            for target, item in found.items()
+        }
+
+    def _survivors(self, item: FamilyResult) -> list[int]:
+        """Return the classes that go on: the null classes, the leading quarter, and those level with its last."""
+        ranked = sorted((entry.statistic for entry in item.classes), reverse=True)
+        last = ranked[max(1, int(_KEPT * len(ranked))) - 1] - _TIE
+        return [entry.target for entry in item.classes if entry.statistic >= last or entry.target in self._null_classes]
+
+    def _result(self, family: str) -> FamilyResult:
+        """Compare each class with the null classes after as many steps as it has had itself."""
+        latest = self._latest(family)
+        scores, p_values = np.full((2, len(self._names)), np.nan)
+        for steps, found in self._found[family].items():
+            values = [found[target].lead if target in found else None for target in range(len(self._names))]
+            null = [target in self._null_classes for target in range(len(self._names))]
+            judged = np.array([latest[target][0] == steps for target in range(len(self._names))])
+            fresh = outliers(values, prior(self._reference_model, family, steps), null)
+            scores, p_values = (np.where(judged, new, old) for new, old in zip(fresh, (scores, p_values), strict=True))
+        classes = tuple(
+            ClassStatistic(
+                target,
+                self._names[target],
+                item.lead,
+                item.success,
+                steps,
+                None if np.isnan(scores[target]) else float(scores[target]),
+                None if np.isnan(p_values[target]) else float(p_values[target]),
+            )
+            for target, (steps, item) in sorted(latest.items())
+        )
+        return self._summary(family, classes)
+
+    def _summary(self, family: str, classes: tuple[ClassStatistic, ...]) -> FamilyResult:
+        tested = [entry for entry in classes if entry.p_value is not None]
+        leading = min(tested, key=lambda entry: entry.p_value or 0.0, default=None)
+        models = prior(self._reference_model, family, max(entry.steps for entry in classes)).models
+        moderated = f", their spread moderated by {models} clean models" if models else ""
+        return FamilyResult(
+            METHOD,
+            family,
+            RADII[family],
+            FAMILIES[family].norm_unit,
+            f"lead of the class under its trigger{_BEYOND[self._reference_model]}",
+            f"Student-t prediction from the other classes{moderated}, one-sided, Bonferroni over {len(tested)} classes",
+            self._reference_model,
+            classes,
+            leading.target if leading else None,
+            1.0 if leading is None else min(1.0, (leading.p_value or 0.0) * len(tested)),
+            self._settings.seed,
+            sum(item.passes for _, item in self._latest(family).values()),
+            self._seconds[family],
+        )
+
+
+def _is_settled(results: Sequence[FamilyResult]) -> bool:
+    """Whether the remaining steps would hardly change the verdict."""
+    ranked = class_results(results)
+    smallest = min(item.p_value for item in results)
+    return (bool(ranked) and ranked[0].p_value <= _CLEAR) or smallest > _HOPELESS

@@ -1,0 +1,158 @@
+"""Run searches on one suspect, batch by batch of classes, and remember the finished ones."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from guard.classifiers.classifier import Classifier
+from guard.classifiers.digest import canonical, sha256
+from guard.triggers import FAMILIES, InvertibleTrigger, Raw
+from guard.vetting.budgets import InspectionSettings, SearchSettings
+from guard.vetting.cache import SearchCache
+from guard.vetting.inspection import METHOD, RADII, Inspected, Inspector
+from guard.vetting.inversion import Reconstruction, reconstruct
+from guard.vetting.lead import Lead
+
+CLASS_BATCH = 16
+"""Number of classes that are searched side by side. It bounds memory, and a batch is the unit of work that an
+interrupted run does not repeat."""
+
+
+class Searches:
+    """All searches on one suspect, on one split of the images, against one reference model.
+
+    Args:
+        classifier: The suspect.
+        reference_model: The model that it is compared with; None for none.
+        reference_identity: What tells this reference model from others, as JSON-like values: it is part of the names in
+            the cache.
+        searched: uint8, shape [N, 3, H, W]: images to search on.
+        held_out: uint8, shape [M, 3, H, W]: images for the checks.
+        cache: Store of finished searches; None to remember nothing.
+        progress: Called with (what is searched, classes done, classes in all).
+
+    Attributes:
+        passes: Number of images pushed through image towers by reconstructions.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        reference_model: Classifier | None,
+        reference_identity: object,
+        searched: Tensor,
+        held_out: Tensor,
+        cache: SearchCache | None,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        self.classifier = classifier
+        self.passes = 0
+        self._reference_model = reference_model
+        self._searched, self._held_out = searched, held_out
+        self._lead = Lead(classifier, searched, reference_model)
+        self._progress, self._cache = progress, cache
+        identity = [
+            classifier.digest.root,
+            reference_identity,
+            *(sha256(part.contiguous().numpy().data) for part in (searched, held_out)),
+        ]
+        self._subject = canonical(identity) if cache else b""
+        self._inspectors: dict[tuple[str, int], Inspector] = {}
+
+    def inspect(
+        self, family: str, settings: InspectionSettings, steps: int, targets: Sequence[int]
+    ) -> dict[int, Inspected]:
+        """Search for the best trigger of limited strength for each of some classes, until `steps` steps are done."""
+        found: dict[int, Inspected] = {}
+        self._progress(family, 0, len(targets))
+        for start in range(0, len(self.classifier.classes.names), CLASS_BATCH):
+            part = [target for target in targets if start <= target < start + CLASS_BATCH]
+            if not part:
+                continue
+            name = self._name("inspection", family, asdict(settings), RADII[family], steps, start, part)
+            known = self._cache.load(name) if self._cache else None
+            if known is None:
+                done = self._inspector(family, settings, start).run(steps, part)
+                if self._cache:
+                    self._cache.save(name, [(_numbers(item, "raw"), item.raw) for item in done])
+            else:
+                done = [Inspected(raw=tensors, **numbers) for numbers, tensors in known]
+            found.update((item.target, item) for item in done)
+            self._progress(family, len(found), len(targets))
+        return found
+
+    def _inspector(self, family: str, settings: InspectionSettings, start: int) -> Inspector:
+        """Return the search over a batch of classes; it stays in memory, so that more steps continue from the last."""
+        if (family, start) not in self._inspectors:
+            targets = torch.arange(start, min(start + CLASS_BATCH, len(self.classifier.classes.names)))
+            self._inspectors[family, start] = Inspector(self._lead, FAMILIES[family], targets, settings)
+        return self._inspectors[family, start]
+
+    def reconstruct(
+        self, family: str, start: dict[int, Raw], settings: SearchSettings, what: str
+    ) -> list[Reconstruction]:
+        """Search for the smallest trigger for each of some classes.
+
+        Args:
+            family: Family of the triggers.
+            start: For each class the unconstrained parameters to start from: those with which its inspection ended.
+            settings: How much work to do.
+            what: Description of the search, for progress.
+        """
+        results: list[Reconstruction] = []
+        targets = list(start)
+        for part in (targets[k : k + CLASS_BATCH] for k in range(0, len(targets), CLASS_BATCH)):
+            self._progress(what, len(results), len(targets))
+            fingerprint = _fingerprint([start[target] for target in part])
+            name = self._name("reconstruction", family, asdict(settings), part, fingerprint)
+            known = self._cache.load(name) if self._cache else None
+            if known is None:
+                done = self._reconstruct(family, part, start, settings)
+                if self._cache:
+                    self._cache.save(name, [(_numbers(item, "trigger"), item.trigger.tensors()) for item in done])
+            else:
+                done = [
+                    Reconstruction(trigger=FAMILIES[family].from_tensors(tensors), **numbers)
+                    for numbers, tensors in known
+                ]
+            results += done
+        self._progress(what, len(targets), len(targets))
+        self.passes += sum(item.passes for item in results)
+        return results
+
+    def _reconstruct(
+        self, family: str, part: Sequence[int], start: dict[int, Raw], settings: SearchSettings
+    ) -> list[Reconstruction]:
+        return reconstruct(
+            self.classifier,
+            FAMILIES[family],
+            self._searched,
+            self._held_out,
+            torch.tensor(part),
+            settings,
+            reference_model=self._reference_model,
+            start={key: torch.stack([start[target][key] for target in part]) for key in start[part[0]]},
+        )
+
+    def target_feature(self, trigger: InvertibleTrigger) -> Tensor:
+        """Return the mean embedding of the held-out images under a trigger, of length 1; shape [D]."""
+        self.passes += len(self._held_out)
+        return normalize(self.classifier.embed(trigger.stamp(self._held_out)).mean(0), dim=0)
+
+    def _name(self, *what: object) -> str:
+        """Return the name of a search in the cache: a digest of everything that its result depends on."""
+        return sha256(self._subject + canonical([METHOD, *what]))[:40]
+
+
+def _numbers(item: Inspected | Reconstruction, tensors: str) -> dict[str, Any]:
+    """Return all fields of a result but the one with its tensors."""
+    return {key: value for key, value in vars(item).items() if key != tensors}
+
+
+def _fingerprint(starts: Sequence[Raw]) -> str:
+    parts = [sha256(tensor.contiguous().numpy().data) for raw in starts for tensor in raw.values()]
+    return sha256(canonical(parts))
