@@ -54,6 +54,9 @@ class ExportedClassifier:
         threads: Threads that one forward pass uses; 0 lets ONNX Runtime choose.
         gpu: Whether to use a GPU if ONNX Runtime can use one.
 
+    Attributes:
+        manifest: The contents of `classifier.json`.
+
     Raises:
         ModelError: A file is missing or damaged, or is not the file that the manifest names.
     """

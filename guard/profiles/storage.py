@@ -24,6 +24,7 @@ DOCUMENT_FILE = "profile.json"
 TRIGGERS_FILE = "triggers.safetensors"
 REFERENCE_FILE = "reference.safetensors"
 REPORT_FILE = "report.html"
+"""Name of the report in the folder of a profile."""
 _MAX_DOCUMENT_BYTES = 256 * 2**20
 _MAX_TENSOR_BYTES = 8 * 2**30
 _MAX_HEADER_BYTES = 16 * 2**20

@@ -1,4 +1,4 @@
-"""Search in a graph of neighbours, by faiss: for banks that are too large to be read for each request."""
+"""Approximate search in a graph of neighbours, by faiss, for banks too large to be read for each request."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -11,16 +11,16 @@ from guard.errors import MissingDependencyError
 _LINKS = 32
 _BUILD_EFFORT = 100
 _SEARCH_EFFORT = 256
-"""How many rows a search keeps in view; with 64 sought among 50,000 it then finds 99.8 % of them."""
+"""Number of candidates that a search keeps; when 64 rows are sought among 50,000, it then finds 99.8 % of them."""
 
 
 class Approximate:
-    """Candidates from a hierarchical navigable small-world graph (Malkov & Yashunin, 2018) over 8 bits per number.
+    """Proposes candidates by a hierarchical navigable small-world graph (Malkov & Yashunin, 2018), 8 bits per number.
 
-    Built on one thread, so that the same bank gives the same graph.
+    The graph is built on one thread, so that the same bank gives the same graph.
 
     Args:
-        bank: Shape [N, D].
+        bank: Unit vectors, float32, shape [N, D].
 
     Raises:
         MissingDependencyError: faiss is not installed.
@@ -46,13 +46,13 @@ class Approximate:
             faiss.omp_set_num_threads(threads)
 
     def candidates(self, queries: NDArray[np.float32], k: int) -> Sequence[NDArray[np.int64]]:
-        """For each query twice as many rows as are sought, and 32, because 8 bits cannot tell the nearest apart."""
+        """For each query 2 k + 32 row numbers, because 8 bits per number cannot tell the nearest rows apart."""
         count = 2 * k + 32
         everything = np.arange(self._size)
         if 2 * count >= self._size:
             return [everything] * len(queries)
         parameters = self._parameters(efSearch=max(_SEARCH_EFFORT, 2 * count))
         _, found = self._index.search(queries, count, params=parameters)
-        # Where the graph leads nowhere, rows are filled up with −1.
+        # faiss fills rows with −1 where it finds too few candidates.
         rows = [np.sort(row[row >= 0]) for row in found]
         return [row if len(row) >= k else everything for row in rows]

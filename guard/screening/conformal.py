@@ -1,4 +1,4 @@
-"""p-values of requests against clean scores, and thresholds with a false-alarm rate that holds. numpy only."""
+"""Conformal p-values of requests, and thresholds with a guaranteed false-alarm rate. numpy only."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from guard.errors import UsageError
 
 _SLACK = 1e-9
-"""Keeps 0.01 · 100 at 1: alpha is decimal, its float is not."""
+"""Tolerance by which 0.01 · 100 counts as 1: alpha is a decimal number, its float is not."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Threshold:
 
     Attributes:
         value: A score above it is flagged; one equal to it is not.
-        alpha: Share of clean requests that are flagged, at most and on average over calibrations.
-        size: Number of clean scores behind it.
+        alpha: Largest share of clean requests that are flagged, on average over calibrations.
+        size: Number of clean scores that the threshold was set from.
     """
 
     value: float
@@ -28,20 +28,20 @@ class Threshold:
 
 
 def smallest_alpha(size: int) -> float:
-    """The smallest false-alarm rate that so many clean scores support."""
+    """The smallest false-alarm rate that this number of clean scores supports."""
     return 1 / (size + 1)
 
 
 def needed(alpha: float) -> int:
-    """How many clean scores a false-alarm rate needs."""
+    """Number of clean scores that a false-alarm rate needs."""
     return math.ceil(1 / alpha - _SLACK) - 1
 
 
 def check_alpha(alpha: float, size: int) -> None:
-    """Make sure that so many clean scores support a false-alarm rate.
+    """Make sure that this number of clean scores supports a false-alarm rate.
 
     Raises:
-        UsageError: It is no rate, or smaller than 1 / (size + 1).
+        UsageError: alpha is not between 0 and 1, or is smaller than 1 / (size + 1).
     """
     if not 0 < alpha < 1:
         raise UsageError(f"alpha must lie between 0 and 1, not be {alpha:g}")
@@ -57,13 +57,13 @@ def threshold(scores: NDArray[np.floating], alpha: float) -> Threshold:
 
     The conformal p-value of a score s against n clean scores is (1 + #{clean ≥ s}) / (n + 1) (Vovk et al., 2005); under
     exchangeability it is at most alpha with probability at most alpha, in finite samples and for any score. The
-    threshold is the ⌊alpha·(n + 1)⌋-th largest clean score: above it, and only there, p ≤ alpha. Over calibrations
-    the rate that one threshold gives is distributed as Beta(⌊alpha·(n + 1)⌋, n + 1 − ⌊alpha·(n + 1)⌋) where scores have
-    no ties.
+    threshold is the ⌊alpha·(n + 1)⌋-th largest clean score: above it, and only there, p ≤ alpha. The rate that one
+    threshold gives is distributed over calibrations as Beta(⌊alpha·(n + 1)⌋, n + 1 − ⌊alpha·(n + 1)⌋) where scores
+    have no ties.
 
     Args:
-        scores: Scores of clean images that went into no bank, shape [n].
-        alpha: In (0, 1).
+        scores: Scores of clean images that are in no bank, shape [n].
+        alpha: False-alarm rate, in (0, 1).
 
     Raises:
         UsageError: alpha is out of range, or smaller than 1 / (n + 1), which n scores cannot support.
@@ -75,17 +75,17 @@ def threshold(scores: NDArray[np.floating], alpha: float) -> Threshold:
 
 
 class Conformal:
-    """Clean scores that requests are compared with.
+    """Compares the scores of requests with the scores of clean images.
 
     With classes, a request is compared with the clean images that were predicted as the same class, so that the
-    false-alarm rate holds for each class and not only on the whole (a Mondrian predictor; Vovk et al., 2005, §4.5).
-    Classes with too few images for alpha share one pool, in which the rate holds on the whole; if even that is too
-    small, its requests are compared with all images.
+    false-alarm rate applies to each class and not only to all requests together (a Mondrian predictor; Vovk et al.,
+    2005, §4.5). Classes with too few images for alpha share one pool, and the rate applies to the pool; if even the
+    pool is too small, its requests are compared with all images.
 
     Args:
-        scores: Clean, shape [n].
+        scores: Scores of clean images, shape [n].
         alpha: False-alarm rate, in (0, 1).
-        classes: What each was predicted as, int64, shape [n]; None to compare with all.
+        classes: The class that each clean image is predicted as, int64, shape [n]; None to compare with all images.
 
     Raises:
         UsageError: n scores do not support alpha.
@@ -108,7 +108,7 @@ class Conformal:
 
     @property
     def own(self) -> tuple[int, ...]:
-        """The classes that are compared with themselves only."""
+        """Indices of the classes whose requests are compared only with images of the same class."""
         return tuple(self._own)
 
     def p_values(self, values: NDArray[np.floating], classes: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
@@ -116,7 +116,7 @@ class Conformal:
 
         Args:
             values: Scores of requests, shape [N].
-            classes: What each was predicted as, shape [N]; needed where there are classes.
+            classes: The class that each request is predicted as, shape [N]; needed where the clean images have classes.
         """
         if not self._own or classes is None:
             return p_values(self._rare if classes is not None else self._all, values)
@@ -127,17 +127,17 @@ class Conformal:
         return found
 
     def flags(self, found: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Which p-values are small enough."""
+        """Whether each p-value is at most alpha."""
         flags: NDArray[np.bool_] = found <= self.alpha + _SLACK
         return flags
 
 
 def p_values(clean: NDArray[np.floating], values: NDArray[np.floating]) -> NDArray[np.float64]:
-    """(1 + #{clean ≥ value}) / (n + 1) for each value.
+    """The conformal p-value (1 + #{clean ≥ value}) / (n + 1) of each value.
 
     Args:
-        clean: Ascending, shape [n].
-        values: Shape [N].
+        clean: Scores of clean images in ascending order, shape [n].
+        values: Scores of requests, shape [N].
     """
     size = len(clean)
     found: NDArray[np.float64] = (1 + size - np.searchsorted(clean, values, side="left")) / (size + 1)

@@ -43,9 +43,6 @@ class Detector:
         per_class: Whether the rate must apply to each predicted class, not only to all requests together.
 
     Attributes:
-        screen: As given.
-        alpha: As given.
-        per_class: As given.
         size: Number of clean scores.
         threshold: Threshold on the score of a request, for classes that have no threshold of their own.
 

@@ -1,8 +1,8 @@
-"""Find reference images that carry a trigger: a bank with such would let the attacker's requests pass.
+"""Find reference images that carry a trigger: a bank with such images would let the attacker's requests pass.
 
 Clean images are collected from somewhere, and whoever poisoned the model may have been there too. A triggered image in
-the reference bank has its like for neighbours, so that it looks as ordinary as any; it is found by a comparison with
-images that are surely clean.
+the reference bank has other triggered images for neighbours, so that it looks as ordinary as any image; it is found by
+a comparison with images that are surely clean.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,14 @@ from guard.screening.screen import Tail, last_of_others, predict, ratio
 from guard.screening.whitening import Whitening
 
 LIMIT = 5.0
-"""Surprise of a match above which an image is left out: about one clean image in 1,500, were the tail exponential. On
-the zoo `small` of seed 0, where 4 leaves out ten times as many clean images, and 7 a third fewer of the triggered."""
+"""Surprise of a match above which an image is left out; if the tail were exponential, about one clean image in 1,500.
+On the zoo `small` of seed 0, a limit of 4 leaves out ten times as many clean images, and a limit of 7 a third fewer of
+the triggered ones."""
 _CORE = 0.5
-"""Share of the images of a target class that the others are first compared with, those farthest from where the trigger
-puts images: clean, as long as no more than half of the class is not."""
+"""Share of the images of a target class that the others are compared with first: those farthest from where the trigger
+puts images. They are clean as long as at most half of the class carries the trigger."""
 _ROUNDS = 2
-"""More of them let clusters of triggered images back in, each behind the other."""
+"""Number of comparisons; more of them let clusters of triggered images back in, one after the other."""
 
 
 def triggered(
@@ -29,17 +30,19 @@ def triggered(
 ) -> dict[int, str]:
     """The images of a bank that seem to carry a trigger.
 
-    A forward search: for each trigger's target class the half of the images nearest to the stamped bank is set aside,
-    the match to the trigger is learned from the rest, and images that do not stand out return; once more with these.
+    This is a forward search: for the target class of each trigger, the half of the images nearest to the stamped bank
+    is set aside, the match with the trigger is learned from the rest, and images that do not stand out return. Then
+    this is repeated once, with the images that are left.
 
     Args:
         clean: Embeddings of the bank's images, shape [N, D], L2-normalised.
-        stamped: For each trigger the class that it leads to, and embeddings of the same images with it, shape [N, D].
+        stamped: For each trigger the class index that it leads to, and embeddings of the same images with the trigger,
+            shape [N, D].
         head: Class embeddings, shape [D, C].
-        k: Which neighbour distances are taken to.
+        k: The neighbour that distances are taken to.
 
     Returns:
-        Row → the trigger that it matches.
+        Row of each such image → the trigger that it matches.
     """
     classes, own = predict(clean, head), np.arange(len(clean))
     kept = ~np.isin(classes, [target for target, _ in stamped.values()])
@@ -68,7 +71,7 @@ def _surprises(
     kept: NDArray[np.bool_],
     k: int,
 ) -> NDArray[np.float64]:
-    """How far each image's match to each trigger lies in the tail of the kept ones; shape [T, N]."""
+    """How far the match of each image with each trigger is in the tail of the kept images; shape [T, N]."""
     whitening = Whitening.fit(clean[kept], classes[kept])
     moved = whitening(clean)
     place = np.full(len(clean), -1)

@@ -1,4 +1,4 @@
-"""Watch the stream of p-values for what no single request shows: slow attacks, bursts, drift."""
+"""Watch a stream of p-values for what no single request shows: slow attacks, bursts and drift."""
 
 import json
 import math
@@ -21,30 +21,31 @@ _LEVELS: dict[Kind, tuple[float, ...]] = {
     "attack": (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.02, 0.05),
     "drift": (0.1, 0.25, 0.5),
 }
-"""An attack pushes its own requests into the tail; drift moves the body of all."""
+"""Levels of the p-values that are watched: an attack pushes its own requests into the tail, drift moves the body of the
+distribution."""
 _STAKES: dict[Kind, tuple[float, ...]] = {
     "attack": (0.002, 0.005, 0.0125, 0.03, 0.08, 0.2, 0.5),
     "drift": (0.03, 0.08, 0.2, 0.5),
 }
-"""Best where this share of the stream changed; steps of 2.5, between which little is lost."""
+"""Stakes of the bets. Each is best where this share of the stream changed; between steps of 2.5 little is lost."""
 _TRIGGERED = 0.05
-"""An image that matches a trigger at this level is no event for drift."""
+"""p-value of a match with a trigger up to which an image does not count as an event for drift."""
 _QUIET_FACTOR, _QUIET_IMAGES = 4, 1000
 _MAX_BYTES = 64 * 2**20
 _FORMAT = 1
 _SLACK = 1 + 1e-6
-"""Room for rounding when sums that were kept are compared."""
+"""Tolerance for rounding when stored sums are compared."""
 
 
 @dataclass(frozen=True)
 class WatchedScore:
-    """One score that is watched.
+    """One stream of p-values that is watched.
 
     Attributes:
-        name: Of the trigger, the score or the class.
+        name: Name of the stream: that of the score or the class whose p-values it consists of.
         kind: `attack` for the match with one reconstructed trigger, `drift` for a density score.
-        size: Clean scores behind its p-values; at least 19 for an attack and 1 for drift. A small change
-            needs thousands.
+        size: Number of clean scores that its p-values are computed from; at least 19 for an attack and 1 for drift.
+            To find a small change, thousands are needed.
     """
 
     name: str
@@ -54,18 +55,18 @@ class WatchedScore:
 
 @dataclass(frozen=True)
 class Alarm:
-    """A stream holds more small p-values than clean images explain.
+    """A stream has more small p-values than clean images explain.
 
     Attributes:
-        stream: Its name.
-        kind: Of the stream.
-        observed: Images of the stream when the alarm was raised.
-        after: How many of them came since the change began, as estimated at `level`; at least 1.
-        level: Level of the p-values at which the change shows best.
+        stream: Name of the stream.
+        kind: Kind of the stream: `attack` or `drift`.
+        observed: Number of images in the stream when the alarm was raised.
+        after: Number of images that came since the change began, as estimated at `level`; at least 1.
+        level: Level of the p-values at which the change is clearest.
         rate: Share of the images since the change with a p-value of at most `level`.
-        bound: The largest share that clean images explain, the error of the calibration included.
-        during_drift: Of an attack: whether a drift alarm is up as well, which may then be the cause. Drift moves the
-            match with a trigger too, and the attack alarm may come first.
+        bound: The largest such share that clean images explain, including the error of the calibration.
+        during_drift: For an attack alarm, whether a drift alarm is active as well, which may then be the cause. Drift
+            moves the match with a trigger too, and the attack alarm may come first.
     """
 
     stream: str
@@ -93,24 +94,24 @@ class Monitor:
     stream's share of the false alarms, and then starts again from 0. Half of the false alarms go to each kind, evenly
     over its streams. However often one looks, clean images raise at most one alarm in `run_length` images on average.
 
-    This holds if the chance of an event is at most r⁺ whatever came before. A client that sends one unusual clean image
-    a thousand times, or the frames of a film, breaks it. A change that stays below r⁺ is never found, and r⁺ is as far
-    from τ as the calibration is small: with 2,000 scores it is 0.006 for τ = 0.001.
+    This guarantee needs the probability of an event to be at most r⁺ whatever came before. A client that sends one
+    unusual clean image a thousand times, or the frames of a film, breaks it. A change that stays below r⁺ is never
+    found, and r⁺ is as far from τ as the calibration is small: with 2,000 scores it is 0.006 for τ = 0.001.
 
-    To tell an attack from drift, an image whose attack p-value is at most 0.05 for any trigger counts as observed and
-    as no event in the drift streams: a burst of triggered requests is then no drift, and the rate of clean images only
-    falls. Drift that makes all images match a trigger is reported as an attack. Drift towards larger p-values, images
-    more ordinary than those of the calibration, is not looked for.
+    To tell an attack from drift, an image whose attack p-value is at most 0.05 for any trigger counts in the drift
+    streams as observed, but not as an event: a burst of triggered requests is then not drift, and the rate of clean
+    images can only fall. Drift that makes all images match a trigger is reported as an attack. Drift towards larger
+    p-values, that is, towards images more ordinary than those of the calibration, is not detected.
 
-    An alarm stays up until its stream has seen four times as many images as came between change and alarm, and at least
-    1,000, without reaching the limit again. One that is up is not raised again.
+    An alarm stays active until its stream has seen four times as many images as came between change and alarm, and at
+    least 1,000, without reaching the limit again. An active alarm is not raised again.
 
-    One thread at a time.
+    A monitor must be used by one thread at a time.
 
     Args:
-        streams: At least one, of different names.
-        run_length: Images between two false alarms of the whole monitor, on average and at least.
-        delta: Probability, over the draw of the calibration images, that the run length does not hold.
+        streams: The streams to watch: at least one, with different names.
+        run_length: Smallest mean number of images between two false alarms of the whole monitor.
+        delta: Probability, over the draw of the calibration images, that the run length is shorter.
 
     Raises:
         ValueError: An argument is out of range, a name occurs twice, or a calibration is too small for every level.
@@ -136,23 +137,24 @@ class Monitor:
 
     @property
     def active(self) -> tuple[Alarm, ...]:
-        """The alarms that are up, in the order of the streams."""
+        """The active alarms, in the order of the streams."""
         up = [detector for detector in self._detectors.values() if detector.alarm]
         drift = any(detector.stream.kind == "drift" for detector in up)
         return tuple(detector.describe(during_drift=drift) for detector in up)
 
     def observe(self, p_values: Mapping[str, float | None]) -> tuple[Alarm, ...]:
-        """Take in one image.
+        """Process the p-values of one image.
 
         Args:
-            p_values: Conformal p-values by stream, in [0, 1]. A stream that is None or missing did not see the image.
-                Which streams see an image may depend on its predicted class, but not otherwise on its p-values.
+            p_values: Conformal p-values by name of the stream, in [0, 1]. A stream that is None or missing does not see
+                the image. Which streams see an image may depend on its predicted class, but not otherwise on its
+                p-values.
 
         Returns:
-            Alarms that this image raised.
+            The alarms that this image raised.
 
         Raises:
-            ValueError: A p-value is out of range or of no stream; nothing was taken in.
+            ValueError: A p-value is out of range, or its stream does not exist; the state is as before.
         """
         triggered = False
         for name, p_value in p_values.items():
@@ -172,14 +174,14 @@ class Monitor:
         return tuple(alarm for alarm in self.active if alarm.stream in raised) if raised else ()
 
     def state(self) -> dict[str, Any]:
-        """What a restart must keep: the document that `save` writes and `load` reads, of JSON's types."""
+        """The state that must survive a restart: the document that `save` writes and `load` reads, of JSON's types."""
         return {
             "settings": self._settings(),
             "streams": {name: detector.state() for name, detector in self._detectors.items()},
         }
 
     def save(self, path: Path) -> None:
-        """Write the state to a file, which is whole at every moment.
+        """Write the state to a file, which is complete at every moment.
 
         Raises:
             UsageError: The file cannot be written.
@@ -187,9 +189,9 @@ class Monitor:
         replace_file(path, json.dumps(self.state(), allow_nan=False).encode())
 
     def load(self, path: Path) -> None:
-        """Go on from where another monitor of the same streams and settings was; bit by bit what it would have done.
+        """Continue exactly as another monitor with the same streams and settings would have done from its state.
 
-        Only names and sizes of calibrations are compared; the caller knows whether the calibration is the same.
+        Only names and sizes of calibrations are compared; the caller must know whether the calibration is the same.
 
         Raises:
             StateError: The file is missing or damaged, or was saved for other streams or settings; nothing was changed.
@@ -228,7 +230,7 @@ class Monitor:
 
 
 class _Raised(NamedTuple):
-    """An alarm that is up: figures of when it was raised, and the image at which the limit was last reached."""
+    """An active alarm: figures of when it was raised, and the image at which the limit was last reached."""
 
     observed: int
     after: int
@@ -242,7 +244,7 @@ _NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class _StreamState:
-    """What is kept of one stream."""
+    """The stored state of one stream."""
 
     observed: Annotated[int, Field(ge=0, le=2**53)]
     sums: list[list[list[_NotNegative]]]
@@ -266,7 +268,7 @@ class _State:
 
 
 class _Detector:
-    """One stream's e-detector.
+    """The e-detector of one stream.
 
     `sums` has shape [3, levels, stakes]. The first plane is M, a sum over gamblers; in the second each one's capital is
     multiplied by the images, in the third by the events, since that one started. The gamblers who started where the
@@ -281,7 +283,7 @@ class _Detector:
         self.bounds = [_upper_rate(stream.size, rank, delta) for rank in ranks]
         stakes = np.array(_STAKES[stream.kind])
         event = 1 - stakes + stakes / np.array(self.bounds)[:, None]
-        # Row i is for a p-value above the first i levels: an event at the others.
+        # Row i is for a p-value above the first i levels, which is an event at the others.
         happened = np.arange(len(ranks)) >= np.arange(len(ranks) + 1)[:, None]
         self._factors = np.where(happened[:, :, None], event, 1 - stakes)
         self._limit = limit * event.size
@@ -315,10 +317,10 @@ class _Detector:
         return True
 
     def describe(self, *, during_drift: bool) -> Alarm:
-        """The alarm that is up, as others see it."""
+        """The active alarm, as a public record."""
         alarm = self.alarm
         if not alarm:
-            raise RuntimeError("no alarm is up")
+            raise RuntimeError("no alarm is active")
         return Alarm(
             self.stream.name,
             self.stream.kind,
@@ -338,10 +340,10 @@ class _Detector:
         }
 
     def check(self, state: _StreamState) -> None:
-        """Make sure that a state can be one of this stream.
+        """Make sure that a state can belong to this stream.
 
         Raises:
-            ValueError: It cannot.
+            ValueError: The state cannot belong to this stream.
         """
         planes, levels, stakes = self._sums.shape
         if [[len(row) for row in plane] for plane in state.sums] != [[stakes] * levels] * planes:

@@ -13,17 +13,18 @@ from guard.screening.quantised import Quantised, largest_code
 
 Embeddings = NDArray[np.float32]
 SearchMethod = Literal["exact", "approximate"]
+"""How nearest neighbours are searched: without a miss, or in an index that misses one now and then."""
 
 _BLOCK_BYTES = 64 * 2**20
 """Largest intermediate matrix of products."""
 _CHECKED_ROWS = 4096
-"""Rows of a bank that are looked at, at a time."""
+"""Rows of a bank that are checked at a time."""
 _NORM_TOLERANCE = 1e-3
 _PROBES, _PROBED_NEIGHBOUR, _LEAST_RECALL = 512, 16, 0.99
-"""A method other than the exact one must find the 16th neighbour of 99 % of so many rows. A decision depends on the
-neighbour only near the threshold, so that of decisions fewer than one in a thousand differ."""
+"""A method other than the exact one must find the 16th neighbour of 99 % of 512 rows. A decision depends on the
+neighbour only near the threshold, so that fewer than one decision in a thousand differs."""
 _QUANTISED_BYTES = 2**18
-"""Size of a bank from which it pays to make products of 8-bit codes first: 128 × 512 numbers."""
+"""Size of a bank from which products of 8-bit codes save time: 128 × 512 numbers."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Nearest:
     """The nearest rows of a bank, nearest first; rows at the same distance by their number.
 
     Attributes:
-        distances: Euclidean, shape [M, k].
-        indices: Rows of the bank, shape [M, k].
+        distances: Euclidean distances, float32, shape [M, k].
+        indices: Row numbers in the bank, int64, shape [M, k].
     """
 
     distances: NDArray[np.float32]
@@ -44,31 +45,32 @@ Measured = Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]]
 
 
 class Finder(Protocol):
-    """What finds the rows of banks that are worth measuring, and measures them."""
+    """Finds the rows of banks that may be nearest, and measures their distances."""
 
     def near(self, queries: Embeddings, k: int) -> Iterator[Measured]:
-        """For each query at least k distinct rows of each bank."""
+        """Squared distances to at least k distinct rows of each bank, for each query."""
 
 
 class Neighbours:
-    """A bank of unit vectors, or several that are asked together, and the search in them.
+    """Nearest neighbours in one bank of unit vectors, or in several banks that are searched together.
 
     Every method proposes candidates by a cheap product, and then measures their distance as the norm of a difference:
     2 − 2·cos loses all digits where vectors coincide. A distance therefore does not depend on the method, nor on which
     queries come in one batch; a copy of a bank row lies at distance 0.
 
     Args:
-        banks: All of one shape [N, D], L2-normalised, float32 in row order. Not copied: a memory-mapped one stays
-            mapped, and none may be changed.
-        method: `exact` misses none. It reads a copy of the bank at 8 bits per number first, unless the bank is tiny
-            or the machine does not multiply such numbers exactly; then it reads the bank itself. `approximate` asks an
-            index of the faiss library, which holds such a copy too, does not read all of it, and misses a neighbour now
-            and then; with a flat spectrum, as whitening makes it, nearly always (docs/decisions/0006-neighbours.md).
-        unit: Whether vectors must have length 1; without it, any finite ones are taken by the exact method.
+        banks: float32 arrays in row order, all of one shape [N, D], L2-normalised. They are not copied: a memory-mapped
+            bank stays mapped, and no bank may be changed.
+        method: `exact` misses no neighbour. It reads a copy of the bank with 8 bits per number first, unless the bank
+            is tiny or the machine does not multiply such numbers exactly; then it reads the bank itself. `approximate`
+            uses an index of the faiss library, which has such a copy too, does not read all of it, and misses a
+            neighbour now and then; with a flat spectrum, as whitening makes it, nearly always
+            (docs/decisions/0006-neighbours.md).
+        unit: Whether vectors must have length 1; if not, the exact method takes any finite vectors.
 
     Raises:
         ValueError: A bank is not a finite matrix of unit vectors, or they differ in shape.
-        UsageError: The method misses too many neighbours of this bank's own rows: its spectrum is too flat.
+        UsageError: The method misses too many neighbours of the bank's own rows, because its spectrum is too flat.
         MissingDependencyError: The approximate search needs faiss, which is not installed.
     """
 
@@ -96,7 +98,7 @@ class Neighbours:
             self._finder = _Each(self._banks, map(_Exact, self._banks, lengths))
 
     def _check_recall(self, method: SearchMethod, exact: Finder) -> None:
-        """Refuse a method that would decide otherwise; it does not notice by itself."""
+        """Refuse a method that would lead to other decisions, which it does not notice by itself."""
         k = min(_PROBED_NEIGHBOUR + 1, self.size)
         proposed = self._finder
         for number, bank in enumerate(self._banks):
@@ -122,11 +124,11 @@ class Neighbours:
         return len(self._banks[0])
 
     def search(self, queries: Embeddings, k: int) -> Nearest:
-        """The k nearest of the bank to each query; of the first, if there are several.
+        """The k nearest rows of the first bank to each query.
 
         Args:
-            queries: Shape [M, D]. Unit vectors, which is the caller's duty: scores of others mean nothing.
-            k: How many; 1 ≤ k ≤ size.
+            queries: float32, shape [M, D]. The caller must give unit vectors: scores of other vectors mean nothing.
+            k: Number of neighbours; 1 ≤ k ≤ size.
 
         Raises:
             ValueError: k is out of range, or queries are not finite vectors of the bank's length.
@@ -157,9 +159,9 @@ class Neighbours:
         return np.sqrt(found, out=found)
 
     def within(self, k: int) -> Nearest:
-        """The k nearest of each row of the bank among the others.
+        """The k nearest rows of the first bank to each of its rows, not counting the row itself.
 
-        Of the first bank, if there are several. Costs a product of the bank with itself, in blocks; for 50,000 rows of
+        This costs a product of the bank with itself, in blocks; for 50,000 rows of
         512 numbers half a minute of one core.
 
         Raises:
@@ -190,11 +192,11 @@ class _Proposer(Protocol):
 
 
 class _Each:
-    """Measures what is proposed for each bank by itself.
+    """Measures the rows that a proposer names, for each bank separately.
 
     Args:
-        banks: Shape [N, D] each.
-        proposers: One for each bank.
+        banks: The banks, shape [N, D] each.
+        proposers: One proposer for each bank.
     """
 
     def __init__(self, banks: Sequence[Embeddings], proposers: Iterable[_Proposer]) -> None:
@@ -210,7 +212,7 @@ class _Each:
 
 
 class _Exact:
-    """Everything that a rounding error could have put among the k nearest.
+    """Proposes every row that is among the k nearest but for rounding errors.
 
     The nearest row maximises b·q − |b|²/2, whatever the lengths.
     """
@@ -223,13 +225,13 @@ class _Exact:
     def candidates(self, queries: Embeddings, k: int) -> Sequence[NDArray[np.int64]]:
         closeness = products(self._bank, queries)
         closeness -= self._halves
-        # Half a square of the bank's and a product with the query round alike.
+        # Half a square of the bank's lengths and a product with the query have rounding errors alike.
         slack = self._rounding * (self._rounding / ROUNDING + np.linalg.norm(queries, axis=1)).astype(np.float32)
         return largest(closeness, k, slack)
 
 
 def _checked_lengths(bank: Embeddings, *, unit: bool) -> NDArray[np.float32]:
-    """The lengths of a bank's rows, in blocks, so that a mapped bank is read and not copied."""
+    """The lengths of a bank's rows, computed in blocks, so that a mapped bank is read and not copied."""
     lengths = np.empty(len(bank), np.float32)
     with np.errstate(over="ignore"):  # refused below
         for start in range(0, len(bank), _CHECKED_ROWS):

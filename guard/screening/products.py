@@ -1,4 +1,4 @@
-"""Products with a bank, the rows where they are largest, and distances: what every search is made of. numpy only."""
+"""Products with a bank, rows with the largest products, and distances: the parts of every search. numpy only."""
 
 from collections.abc import Sequence
 
@@ -7,26 +7,27 @@ import numpy as np
 from guard._types import Floats, Rows
 
 ROUNDING = 4e-6
-"""How far a float32 product of unit vectors may be from the exact one; a bound for 1024 dimensions."""
+"""Largest rounding error of a float32 product of unit vectors; a bound for 1024 dimensions."""
 _FEW = 4
-"""Up to here one pass over the bank per query is quicker than a matrix product, which first repacks the bank."""
+"""Number of queries up to which one pass over the bank per query is quicker than a matrix product, which first repacks
+the bank."""
 _BLOCK_ROWS = 1024
-"""Rows of the bank per matrix product; the block and what is repacked of it stay in the cache."""
+"""Rows of the bank per matrix product, so few that the block and its repacked copy stay in the cache."""
 _GROUPS = 4
-"""Groups per row that is sought. More of them cost time, fewer let too many rows through."""
+"""Number of groups per row that is sought. More groups cost time, fewer let too many rows through."""
 _MEASURED_ROWS = 4096
-"""Rows that are measured at a time."""
+"""Number of rows that are measured at a time."""
 
 
 def products(matrix: Floats, queries: Floats) -> Floats:
-    """Inner products.
+    """Inner products of the rows of a matrix with queries.
 
     A stack of dot products reads a row-major matrix at the speed of memory; OpenBLAS's matrix–vector product of such a
     matrix needs twice the time.
 
     Args:
-        matrix: Shape [N, D]; never copied.
-        queries: Shape [M, D].
+        matrix: float32, shape [N, D]; it is not copied.
+        queries: float32, shape [M, D].
 
     Returns:
         Shape [N, M].
@@ -42,19 +43,19 @@ def products(matrix: Floats, queries: Floats) -> Floats:
 
 
 def largest(values: Floats, count: int, slack: Floats | float = 0.0) -> Sequence[Rows]:
-    """For each column the rows of its largest values, and a few more.
+    """The rows of the largest values of each column, and a few more.
 
     Rows are dealt into groups. The count-th largest of the groups' maxima is at most the count-th largest value, so all
     that is sought lies at or above it, and one comparison finds it. This costs a few passes over the values, where a
     partition of them costs as much as the product they come from.
 
     Args:
-        values: Shape [N, M].
-        count: How many are sought; ≤ N.
-        slack: How far below the bound rows are still taken, one number or shape [M].
+        values: One column of values for each query, shape [N, M].
+        count: Number of values that are sought; ≤ N.
+        slack: Distance below the bound within which rows are still taken; one number, or shape [M].
 
     Returns:
-        For each column, ascending row numbers; at least `count` of them.
+        For each column at least `count` row numbers, ascending.
     """
     size, columns = values.shape
     depth = max(1, size // (_GROUPS * count))

@@ -13,37 +13,40 @@ from guard.screening.products import ROUNDING, largest, squares
 Codes = NDArray[np.int8]
 
 _ZERO = 128
-"""Code of 0 in a query."""
+"""Code that stands for 0 in a query."""
 _TOPS = (127, 63)
-"""Largest codes of a bank, which are signed: 8 bits, or 7 where more of them would not be multiplied exactly."""
+"""Largest codes of a bank, which are signed: of 8 bits, or of 7 bits where 8 would not be multiplied exactly."""
 _HIGH, _LOW = 127, 250
-"""A query has two codes, the unit of the lower a part in 250 of that of the higher: so it shares the pass over the
-bank, and leaves only the bank's own rounding in the bound. Half a unit of the higher is 125 of the lower, which fit."""
+"""A query has two codes for each number; the unit of the lower code is 1 / 250 of the unit of the higher one. Both
+share one pass over the bank, and only the rounding of the bank is left in the bound. Half a unit of the higher code is
+125 of the lower, which fits."""
 _REST = 0.5001 / (_HIGH * _LOW)
-"""What both codes leave of a number of a query whose numbers reach up to 1."""
+"""Largest error of both codes together, for a query whose numbers are at most 1."""
 _SPARE, _MORE = 8, 16
-"""Rows that a graph picks: eight times as many as are sought, and 16."""
+"""A graph picks eight times as many rows as are sought, plus 16."""
 _AT_ONCE = 1.15
-"""How far below the k-th largest product rows are measured, in reaches. What is needed turns out when they are: a reach
-below the product of the k-th nearest, and codes are wrong about that by a tenth of a reach."""
+"""How far below the k-th largest product rows are measured, in units of the error bound (`reaches`). How far is needed
+is known once they are measured: one bound below the product of the k-th nearest row, of which the codes are wrong by a
+tenth of a bound."""
 _FEW = 4
-"""Up to here the graphs pick the largest products; for more queries that takes longer than the products."""
+"""Number of queries up to which the graphs pick the largest products; for more queries this takes longer than the
+products."""
 _ROUNDINGS = 8
-"""Products, or terms as large, whose rounding errors meet in a bound."""
+"""Number of products, or terms as large, whose rounding errors add up in a bound."""
 _GRAPH_BYTES = 2**26
-"""Codes in one graph; its file is limited to 2 GiB, and held twice while it is read."""
+"""Bytes of codes in one graph; its file is limited to 2 GiB, and is in memory twice while it is read."""
 _BLOCK_BYTES = 2**22
-"""Products that are made before they are looked at; more of them leave the cache."""
+"""Bytes of products that are computed before they are used; more of them do not stay in the cache."""
 _CODED_ROWS = 4096
 
 
 class _Near(NamedTuple):
-    """What is to be measured at once of a bank, for one query.
+    """The rows of a bank that are measured first for one query.
 
     Attributes:
-        rows: At least k.
-        beyond: No other row has a larger product.
-        products: Those of all rows, shape [N], if they are known.
+        rows: Row numbers; at least k.
+        beyond: Bound of the products of all other rows.
+        products: Products of all rows, shape [N], if they are known.
     """
 
     rows: Rows
@@ -52,22 +55,24 @@ class _Near(NamedTuple):
 
 
 class Quantised:
-    """Finds what is nearest in some banks by products of 8-bit codes, and measures it.
+    """Finds the nearest rows of some banks by products of 8-bit codes, and measures their distances.
 
-    Rows are ranked by their product with the query q, so also without the mean m of their bank. What is left of a row
-    is s·c plus a rest of length r, with c of integers up to 127 or 63. A query has integers up to 31,750, so that its
-    own rest is hardly there. The products of integers are exact, so that those of rows are known within r·|q|. The rows
-    of the largest products are measured; with the k-th smallest distance d among them, a row that is nearer has a
-    product of at least (|b|² + |q|² − d²) / 2 − m·q, and one of its codes of at most r·|q| less. Those that have, and
-    were not measured, are. Without the mean, a bank that lies close together has short rests: as many rows are measured
-    of it as of one that is spread out.
+    Rows b are ranked by their product with the query q; subtracting the mean m of their bank does not change the order.
+    A row without the mean is s·c plus a rest of length r, where c is a vector of integers up to 127 or 63. A query is
+    coded by integers up to 31,750, so that its own rest is negligible. Products of integers are exact, so that the
+    products of rows are known up to an error of r·|q|. The rows with the largest products are measured. With the k-th
+    smallest distance d among them, a row that is nearer has a product of at least (|b|² + |q|² − d²) / 2 − m·q, and the
+    product of its codes is smaller by at most r·|q|. All rows that reach this and were not measured yet are measured
+    then. Without the mean, the rests of a bank whose rows are close together are short, so that as few of its rows are
+    measured as of a bank that is spread out.
 
-    ONNX Runtime codes the queries, multiplies them with all banks and, of a few queries, picks the largest products in
-    one call, on one thread, as a decision is. Only where what is needed reaches beyond these are all looked at.
+    ONNX Runtime codes the queries, multiplies them with all banks and, for a few queries, picks the largest products,
+    all in one call and on one thread, as each decision runs on one thread. All products are looked at only where the
+    bound reaches below those that were picked.
 
     Args:
         banks: Unit vectors, all of one shape [N, D]. Their codes take a quarter of their memory.
-        lengths: What the lengths of the vectors are exactly, shape [N] each.
+        lengths: The exact lengths of the vectors, shape [N] for each bank.
         top: The largest code; see `largest_code`.
     """
 
@@ -91,7 +96,7 @@ class Quantised:
         self._slacks = np.array(of_query, np.float32)
 
     def near(self, queries: Floats, k: int) -> Iterator[list[tuple[Floats, Rows]]]:
-        """For each query and each bank squared distances to rows, and which; the k nearest are among them."""
+        """For each query and each bank squared distances and row numbers, the k nearest rows among them."""
         step = max(1, _BLOCK_BYTES // (8 * len(self._banks) * self._size))
         for start in range(0, len(queries), step):
             yield from self._block(queries[start : start + step], k)
@@ -121,7 +126,7 @@ class Quantised:
             yield found
 
     def _picked(self, queries: Floats, k: int, depths: Floats) -> Iterator[list[_Near]]:
-        """By the largest products that the graphs pick, which is quicker for a few queries."""
+        """Choose rows by the largest products that the graphs pick, which is quicker for a few queries."""
         values, rows, others = self._largest(queries, k)
         counts = (values >= (values[:, :, k - 1] - depths)[:, :, None]).sum(axis=2)
         for each in zip(rows, values, counts, others, strict=True):
@@ -131,7 +136,7 @@ class Quantised:
             ]
 
     def _sifted(self, queries: Floats, k: int, depths: Floats) -> Iterator[list[_Near]]:
-        """By all products, which is quicker for many queries."""
+        """Choose rows by all products, which is quicker for many queries."""
         for products, depth in zip(self._products(queries), depths, strict=True):
             each = []
             for values, below in zip(products, depth, strict=True):
@@ -140,7 +145,7 @@ class Quantised:
             yield each
 
     def _largest(self, queries: Floats, k: int) -> tuple[Floats, Rows, Floats]:
-        """For each query and bank the largest products, in descending order, their rows, and a bound of all others."""
+        """For each query and bank the largest products in descending order, their rows, and a bound of all others."""
         count = _SPARE * k + _MORE
         picks = [graph.largest(queries, count) for graph in self._graphs]
         if len(picks) == 1:
@@ -154,16 +159,16 @@ class Quantised:
         return np.take_along_axis(values, order, 2), np.take_along_axis(rows, order, 2), others
 
     def _products(self, queries: Floats) -> Floats:
-        """All of them, shape [M, banks, N]."""
+        """All products, shape [M, banks, N]."""
         return np.concatenate([graph.products(queries) for graph in self._graphs], axis=2)
 
 
 class _Graph:
-    """Products of queries with the same rows of each bank, in ONNX Runtime.
+    """Computes products of queries with the same range of rows of each bank, by ONNX Runtime.
 
     Args:
-        codes: Shape [banks, n, D].
-        scales: What a unit of each row's codes is worth, shape [banks, n].
+        codes: Codes of the rows, shape [banks, n, D].
+        scales: The number that code 1 of each row stands for, shape [banks, n].
     """
 
     def __init__(self, codes: Codes, scales: Floats) -> None:
@@ -187,7 +192,7 @@ class _Graph:
             node("Sub", ["queries", "coarse"], ["fine"]),
             node("QuantizeLinear", ["fine", "lower unit", "zero"], ["low"]),
             node("Concat", ["high", "low"], ["codes"], axis=0),
-            # Integers until they are multiplied by the scales; numpy would need a pass of its own for that.
+            # Sums stay integers until they are multiplied by the scales; numpy would need another pass for that.
             node("MatMulIntegerToFloat", ["codes", "bank", "unit", "scales", "zero"], ["both"], domain="com.microsoft"),
             node("Split", ["both"], ["of high", "of low"], axis=0, num_outputs=2),
             node("Mul", ["of low", "lower share"], ["small"]),
@@ -211,20 +216,20 @@ class _Graph:
         model = helper.make_model(graph, opset_imports=versions, ir_version=8)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        # Quantisation here is arithmetic, and no hint that the layers of a network were quantised.
+        # Quantisation is meant as arithmetic here; ONNX Runtime must not take it for a quantised network.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         self._session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-        # Kept by ONNX Runtime for providers that fail: a second copy of the codes.
-        self._session._model_bytes = None  # noqa: SLF001 - as said
+        # ONNX Runtime keeps the model for providers that fail, which is a second copy of the codes.
+        self._session._model_bytes = None  # noqa: SLF001 - there is no public way
 
     def largest(self, queries: Floats, count: int) -> tuple[Floats, Rows]:
         """For each query and bank the largest products, in descending order, and their rows.
 
         Args:
-            queries: Shape [M, D], of numbers between −1 and 1.
-            count: How many; all, if there are fewer.
+            queries: Numbers between −1 and 1, shape [M, D].
+            count: Number of products; all products, if there are fewer.
 
         Returns:
             Two arrays of shape [M, banks, count].
@@ -234,16 +239,16 @@ class _Graph:
         return values, rows
 
     def products(self, queries: Floats) -> Floats:
-        """All of them, shape [M, banks, n]."""
+        """All products, shape [M, banks, n]."""
         found: Floats = self._session.run(["products"], {"queries": queries, "count": np.array([1])})[0]
         return found
 
 
 @cache
 def largest_code() -> int:
-    """The largest code of a bank whose products are exact on this machine; 0 if there is none.
+    """The largest code with which products are exact on this machine; 0 if there is none.
 
-    x86 without VNNI adds pairs of products in 16 bits, where those of 8-bit codes do not fit, and of 7-bit ones do.
+    x86 without VNNI adds pairs of products in 16 bits, which are enough for 7-bit codes and not for 8-bit codes.
     """
     return next((top for top in _TOPS if _is_exact(top)), 0)
 
@@ -257,14 +262,14 @@ def _is_exact(top: int) -> bool:
 
 
 class _Coded(NamedTuple):
-    """A bank, without its mean.
+    """The codes of a bank from which its mean was subtracted.
 
     Attributes:
-        mean: Shape [D].
-        codes: Shape [N, D].
-        scales: What a unit of each row's codes is worth, shape [N].
-        rest: What the codes leave of a row has at most this length.
-        furthest: What they stand for has at most this length; up to 2, opposite to the mean.
+        mean: Mean of the rows, shape [D].
+        codes: Codes of the rows, shape [N, D].
+        scales: The number that code 1 of each row stands for, shape [N].
+        rest: Largest length of the difference between a row and what its codes stand for.
+        furthest: Largest length of what the codes of a row stand for; up to 2, for a row opposite to the mean.
     """
 
     mean: Floats

@@ -12,29 +12,31 @@ from guard.screening.neighbours import Embeddings, Neighbours, SearchMethod
 from guard.screening.whitening import Whitening
 
 MAX_K = 16
-"""The k of Huang et al. (ICLR 2025), whose reference is a batch of thousands."""
+"""Largest k: that of Huang et al. (ICLR 2025), whose reference is a batch of thousands of images."""
 _FLOOR = 1e-3
 """Added to both distances of a ratio: a request that is in a bank has distance 0, and float32 resolves no less."""
 
 DENSITY = "k-distance"
+"""Name of the density score."""
 MATCH = "match"
+"""How the names of the scores that compare with a trigger begin."""
 DENSITY_WEIGHT = 0.1
-"""Share of the false alarms that density may use up where there are triggers to match. On the zoo `small` of seed 0 it
-costs no detection, and it is all there is against a trigger that vetting did not find."""
+"""Share of the false alarms that the density score may cause where there are triggers to match. On the zoo `small` of
+seed 0 this costs no detection, and density is the only defence against a trigger that vetting did not find."""
 _TAIL = 0.9
-"""Quantile above which a score is in its tail."""
+"""Quantile of a score above which its tail begins."""
 
 
 def default_k(bank: int, classes: int) -> int:
-    """Which neighbour to take distances to.
+    """The neighbour to take distances to.
 
-    The reference bank holds about bank / classes genuine images of the target class. If k is a large part of these,
+    The reference bank contains about bank / classes genuine images of the target class. If k is a large part of these,
     the k-th clean neighbour of a genuine image lies at the edge of its class or in another, and genuine images of the
     target look triggered. So k is a fortieth of a class's share, at least 2 and at most `MAX_K`
     (benchmarks/results/neighbour.md).
 
     Args:
-        bank: Images in the reference bank.
+        bank: Number of images in the reference bank.
         classes: Number of classes.
     """
     return max(2, min(MAX_K, bank // (40 * classes)))
@@ -42,12 +44,12 @@ def default_k(bank: int, classes: int) -> int:
 
 @dataclass(frozen=True)
 class Tail:
-    """Puts a score on a scale that all scores share: how far it lies in the tail of clean images.
+    """Brings a score to a scale that all scores share: how far it is in the tail of the scores of clean images.
 
     Attributes:
         start: The 90 % quantile of the score over the bank's own images, each compared with the others.
-        scale: By how much the scores above it exceed it on average; above 0.
-        weight: The score's share of the false alarms, in (0, 1].
+        scale: Mean excess over `start` of the scores above it; larger than 0.
+        weight: Share of the false alarms that the score may cause, in (0, 1].
     """
 
     start: float
@@ -56,32 +58,36 @@ class Tail:
 
     @classmethod
     def fit(cls, scores: NDArray[np.floating], weight: float) -> "Tail":
-        """From scores of clean images, shape [n]."""
+        """Fit a tail to scores of clean images, shape [n]."""
         start = float(np.quantile(scores, _TAIL))
         excess = scores[scores > start] - start
         return cls(start, max(float(excess.mean()) if len(excess) else 0.0, 1e-6), weight)
 
     def pure(self, scores: NDArray[np.floating]) -> NDArray[np.float32]:
-        """How far scores lie in the tail, in units of its scale: −log of the share of it above, if exponential."""
+        """How far scores are in the tail, in units of its scale.
+
+        If the tail is exponential, this is −log of the share of the tail that is above the score.
+        """
         values: NDArray[np.float32] = ((scores - self.start) / self.scale).astype(np.float32)
         return values
 
     def surprise(self, scores: NDArray[np.floating]) -> NDArray[np.float32]:
-        """The same, less what the weight takes off: what scores of several kinds are compared by."""
+        """`pure` plus the logarithm of the weight: scores of several kinds are compared by it."""
         return self.pure(scores) + np.float32(math.log(self.weight))
 
 
 @dataclass(frozen=True, eq=False)
 class Banks:
-    """What requests are compared with; made by `Banks.fit`, kept in a profile.
+    """The embeddings that requests are compared with; made by `Banks.fit`, stored in a profile.
 
     Attributes:
         whitening: Moves embeddings into the space of the banks.
-        head: Class embeddings, shape [D, C]; what a request is predicted as.
-        reference: Clean images, whitened, shape [N, D].
-        stamped: For each reconstructed trigger the same images with it, whitened, shape [N, D].
-        k: Which neighbour distances are taken to.
-        tails: For each score its tail over the bank's own images.
+        head: Class embeddings, shape [D, C], by which the class of a request is predicted.
+        reference: Embeddings of clean images, whitened, shape [N, D].
+        stamped: For each reconstructed trigger the embeddings of the same images with that trigger, whitened,
+            shape [N, D].
+        k: The neighbour that distances are taken to.
+        tails: For each score the tail of its distribution over the bank's own images.
     """
 
     whitening: Whitening
@@ -97,15 +103,15 @@ class Banks:
 
         Args:
             clean: Embeddings of clean images, shape [N, D], L2-normalised.
-            stamped: For each trigger those of the same images with it, in the same order.
+            stamped: For each trigger the embeddings of the same images with that trigger, in the same order.
             head: Class embeddings, shape [D, C].
-            k: Which neighbour; below N.
+            k: The neighbour that distances are taken to; smaller than N.
 
         Raises:
             ValueError: Shapes do not fit, or there are no more than k images.
         """
         if any(bank.shape != clean.shape for bank in stamped.values()):
-            raise ValueError("reference and stamped banks must hold the same images")
+            raise ValueError("reference and stamped banks must be of the same images")
         if not 1 <= k < len(clean):
             raise ValueError(f"k = {k} needs more than {k} images, there are {len(clean)}")
         whitening = Whitening.fit(clean, predict(clean, head))
@@ -131,7 +137,7 @@ def predict(embeddings: Embeddings, head: Embeddings) -> NDArray[np.int64]:
 
 
 def match(trigger: str) -> str:
-    """Name of the score that compares with a trigger."""
+    """Name of the score that compares requests with a trigger."""
     return f"{MATCH} {trigger}"
 
 
@@ -142,12 +148,12 @@ def ratio(reference: NDArray[np.float32], stamped: NDArray[np.float32]) -> NDArr
 
 
 def last_of_others(bank: Neighbours, queries: Embeddings, k: int, own: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Distance of each query to its k-th nearest in a bank, one row apart: that of the same image.
+    """Distance of each query to its k-th nearest row of a bank, not counting the row of the same image.
 
     Args:
         bank: More than k rows.
         queries: Shape [M, D].
-        k: Which neighbour.
+        k: The neighbour that the distance is taken to.
         own: For each query the row to leave out, −1 for none; shape [M].
     """
     found = bank.search(queries, k + 1)
@@ -158,14 +164,15 @@ def last_of_others(bank: Neighbours, queries: Embeddings, k: int, own: NDArray[n
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What screening found for a batch of requests.
+    """The scores of a batch of requests; larger is more suspicious.
 
     Attributes:
-        values: What decides: the largest surprise of all scores, shape [N].
-        parts: Each score by name, shape [N] each.
-        triggers: Index of the trigger that each matches best, shape [N]; −1 where there is none.
-        classes: What each is predicted as by the profile's head, shape [N].
-        embeddings: What was scored, L2-normalised, shape [N, D]; empty for scores that were stored.
+        values: The score that decides: the largest surprise of all scores; float32, shape [N].
+        parts: Each single score by name; float32, shape [N] each.
+        triggers: Index of the trigger that each request matches best, −1 where there is none; int64, shape [N].
+        classes: Index of the class that the head of the banks predicts for each request; int64, shape [N].
+        embeddings: The embeddings that were scored, L2-normalised; float32, shape [N, D]. Empty for scores that were
+            read from a profile.
     """
 
     values: NDArray[np.float32]
@@ -175,7 +182,7 @@ class Scores:
     embeddings: Embeddings = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
     def of(self, rows: NDArray[np.bool_]) -> "Scores":
-        """Those of some requests."""
+        """The scores of the requests that the mask `rows`, shape [N], selects; without embeddings."""
         parts = {name: scores[rows] for name, scores in self.parts.items()}
         return Scores(self.values[rows], parts, self.triggers[rows], self.classes[rows])
 
@@ -183,21 +190,24 @@ class Scores:
 class Screen:
     """Scores embeddings against a reference bank and the stamped banks of reconstructed triggers.
 
-    - *k-distance*: how far a request lies from clean images (Huang et al., ICLR 2025, use it to clean training sets).
-      It sees whatever is unusual, of any attack, and little of any.
-    - *match*, one per trigger: log(k-distance to the reference bank / k-distance to that trigger's stamped bank). Not
-      "is this unusual?" but "is this nearer to what the trigger produces than to clean images?". It sees the attacks
-      whose trigger vetting reconstructed, in whatever family.
+    - *k-distance*: how far a request is from clean images (Huang et al., ICLR 2025, use it to clean training sets). It
+      detects whatever is unusual, of every attack, but only a small part of each.
+    - *match*, one per trigger: log(k-distance to the reference bank / k-distance to that trigger's stamped bank). It
+      does not ask "is this unusual?" but "is this nearer to what the trigger produces than to clean images?". It
+      detects the attacks whose trigger vetting reconstructed, in whatever family.
 
-    Each is put on one scale by its `Tail`, and the largest decides. The rule is fixed by the banks, before any
-    calibration image is seen, so that a conformal threshold on it is exact.
+    Each score is brought to one scale by its `Tail`, and the largest decides. The rule is fixed by the banks, before
+    any calibration image is seen, so that a conformal threshold on it is exact.
 
     Args:
-        banks: What to compare with.
-        method: How neighbours are found.
+        banks: The embeddings to compare requests with.
+        method: How nearest neighbours are searched.
+
+    Attributes:
+        triggers: Ids of the triggers, in the order of the indices in `Scores.triggers`.
 
     Raises:
-        ValueError: A bank is not as described, or smaller than k.
+        ValueError: A bank is not as `Banks` describes it, or is smaller than k.
     """
 
     def __init__(self, banks: Banks, *, method: SearchMethod = "exact") -> None:
@@ -212,14 +222,14 @@ class Screen:
 
     @property
     def dimension(self) -> int:
-        """Length of the embeddings that are scored."""
+        """Length D of the embeddings that are scored."""
         return len(self._banks.whitening.mean)
 
     def score_samples(self, embeddings: Embeddings) -> Scores:
         """Score requests.
 
         Args:
-            embeddings: Shape [N, D]; normalised here, since an upstream server may not do it.
+            embeddings: float32, shape [N, D]; normalised here, since an upstream server may not do it.
 
         Raises:
             RequestError: Wrong shape, a value that is not finite, or a zero vector.

@@ -1,4 +1,4 @@
-"""The space in which requests are compared: embeddings, whitened by how images of one class differ. numpy only."""
+"""The space in which requests are compared: embeddings, whitened by the covariance within classes. numpy only."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -9,22 +9,22 @@ from numpy.typing import NDArray
 from guard.screening.neighbours import Embeddings
 
 MIN_SHRINKAGE = 0.05
-"""Least share of the identity in the covariance. On the zoo `small` of seed 0 the detection of triggered requests is
+"""Smallest share of the identity in the covariance. On the zoo `small` of seed 0 the detection of triggered requests is
 flat from 0.01 to 0.1."""
 
 
 @dataclass(frozen=True, eq=False)
 class Whitening:
-    """Moves embeddings to where the images of a class spread alike in all directions, and onto the unit sphere there.
+    """Moves embeddings to where the images of a class spread alike in all directions, and there to the unit sphere.
 
     Embeddings of one class differ much along a few directions (pose, background) and little along most. A trigger that
-    moves them along one of the quiet ones goes unseen by a Euclidean distance and is far in this one: the distance of
-    Mahalanobis, with the covariance within classes pooled (as Lee et al., NeurIPS 2018, use it against out-of-
+    moves them along one of the latter is not seen by a Euclidean distance, but is far away by this one: the Mahalanobis
+    distance, with the covariance within classes pooled (as Lee et al., NeurIPS 2018, use it against out-of-
     distribution inputs). Huang et al. (ICLR 2025) measure density on the embeddings as they are.
 
     Attributes:
         mean: Mean embedding, shape [D].
-        matrix: By which a centred embedding is multiplied from the right, shape [D, D].
+        matrix: The matrix by which a centred embedding is multiplied from the right, shape [D, D].
         shrinkage: Share of the identity in the covariance, in (0, 1].
     """
 
@@ -34,14 +34,14 @@ class Whitening:
 
     @classmethod
     def fit(cls, embeddings: Embeddings, classes: NDArray[np.int64]) -> Self:
-        """Estimate from clean embeddings.
+        """Estimate the whitening from clean embeddings.
 
         The covariance is shrunk towards a multiple of the identity by the oracle-approximating formula (Chen et al.,
         IEEE TSP 2010), at least by `MIN_SHRINKAGE`: few images say little about many directions.
 
         Args:
-            embeddings: Shape [N, D].
-            classes: The class that each is predicted as, shape [N].
+            embeddings: Embeddings of clean images, shape [N, D].
+            classes: The class that each image is predicted as, shape [N].
 
         Raises:
             ValueError: All embeddings of each class are the same; or the arguments do not fit.
@@ -61,10 +61,13 @@ class Whitening:
         return cls(values.mean(0).astype(np.float32), matrix.astype(np.float32), shrinkage)
 
     def __call__(self, embeddings: Embeddings) -> Embeddings:
-        """Move embeddings, shape [N, D], there; one that lies exactly at the mean goes to a fixed corner.
+        """Whiten embeddings; one that is exactly at the mean is moved to a fixed unit vector.
 
         Args:
-            embeddings: Of any length: L2-normalised first.
+            embeddings: Shape [N, D], of any length larger than 0: they are L2-normalised first.
+
+        Returns:
+            Unit vectors, float32, shape [N, D].
         """
         lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
         moved: Embeddings = ((embeddings / lengths).astype(np.float32, copy=False) - self.mean) @ self.matrix
@@ -81,7 +84,7 @@ def oas(covariance: NDArray[np.float64], size: int) -> float:
     """How far to shrink a covariance matrix, in [0, 1] (Chen et al., 2010, eq. 23, as scikit-learn computes it).
 
     Args:
-        covariance: Of `size` samples, shape [D, D].
+        covariance: Covariance matrix of `size` samples, shape [D, D].
         size: Number of samples.
     """
     dimension = len(covariance)

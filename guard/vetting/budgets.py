@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Budget = Literal["quick", "standard", "thorough"]
+"""Names of the budgets."""
 
 
 @dataclass(frozen=True)

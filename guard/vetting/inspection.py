@@ -77,6 +77,9 @@ class Inspector:
         family: Family of triggers that is searched.
         targets: int64, shape [K]: candidate classes.
         settings: How much work to do.
+
+    Attributes:
+        steps: Number of steps that are done.
     """
 
     def __init__(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from guard.triggers import InvertibleTrigger
 
 Conclusion = Literal["backdoored", "no evidence", "inconclusive"]
+"""What a verdict can conclude about a model; never that it is clean."""
 ReferenceKind = Literal["base", "derived", "classes"]
 """`base`: a trusted model. `derived`: a model that was made from the suspect. `classes`: there is no reference model,
 and only the classes are compared with each other."""

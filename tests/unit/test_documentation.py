@@ -9,9 +9,11 @@ import pkgutil
 import re
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import click
 import pydantic
 import pytest
 
@@ -37,7 +39,7 @@ def documented_constants(package: str) -> set[str]:
     found = set()
     for file in Path(str(importlib.import_module(package).__file__)).parent.glob("*.py"):
         body = tree(str(file)).body
-        for statement, following in zip(body, body[1:], strict=False):
+        for statement, following in pairwise(body):
             targets: list[ast.expr] = []
             if isinstance(statement, ast.Assign):
                 targets = [t for e in statement.targets for t in (e.elts if isinstance(e, ast.Tuple) else [e])]
@@ -100,8 +102,8 @@ def test_every_public_name_is_documented(name: str) -> None:
         value = getattr(module, public)
         if inspect.isclass(value):
             missing += [public] if issubclass(value, enum.Enum) and not value.__doc__ else gaps(value)
-        elif inspect.isfunction(value):
-            missing += [] if value.__doc__ else [public]
+        elif inspect.isfunction(value) or isinstance(value, click.Command):
+            missing += [] if getattr(value, "help", value.__doc__) else [public]
         elif public not in constants and not public.startswith("__"):
             missing.append(f"{public}, below its assignment")
     assert missing == []
