@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guard import profiles
 from guard.evidence import EVIDENCE_FILE, EvidenceLog
+from guard.profiles import Profile
 
 KEPT = Path(__file__).parents[1] / "kept"
 RELEASES = sorted(path.name for path in KEPT.iterdir())
@@ -26,12 +26,12 @@ def expected(path: Path) -> Any:
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_kept_profile_has_its_verdict_and_gives_its_scores(name: str) -> None:
-    profile, known = profiles.read(KEPT / name), expected(KEPT / f"{name}.json")
+    profile, known = Profile.open(KEPT / name), expected(KEPT / f"{name}.json")
     verdict = profile.document.vetting.verdict
     assert {key: getattr(verdict, key) for key in known["verdict"]} == known["verdict"]
     assert profile.document.model.digest == known["model"]
     assert [record.id for record in profile.document.triggers] == known["triggers"]
-    judgement = profile.detector().judge(np.array(known["embeddings"], np.float32))
+    judgement = profile.detector().score(np.array(known["embeddings"], np.float32))
     np.testing.assert_allclose(judgement.scores.values, known["scores"], rtol=1e-4)
     np.testing.assert_array_equal(judgement.p_values, known["p_values"])
     np.testing.assert_array_equal(judgement.flags, known["flags"])
