@@ -151,18 +151,7 @@ def sidecars(
     faults: Faults, server: InferenceServer, exported: Path, served_profile: Path
 ) -> Iterator[dict[tuple[str, str], Sidecar]]:
     """One for each source of embeddings and each policy, with one worker and no queue."""
-    common = (
-        "--profile",
-        served_profile,
-        "--workers",
-        "1",
-        "--max-queued",
-        "0",
-        "--timeout",
-        "0.5",
-        "--drain-timeout",
-        "0",
-    )
+    limits = ("--workers", "1", "--max-queued", "0", "--timeout", "0.5", "--drain-timeout", "0")
     with ExitStack() as stack:
         yield {
             (source, policy): stack.enter_context(
@@ -170,9 +159,8 @@ def sidecars(
                     faults,
                     faults.folder / f"{source}-{policy}.log",
                     *source_arguments(source, server, exported),
-                    *common,
-                    "--failure-policy",
-                    policy,
+                    *("--profile", served_profile, *limits),
+                    *("--failure-policy", policy),
                 )
             )
             for source in SOURCES
