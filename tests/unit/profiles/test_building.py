@@ -87,11 +87,11 @@ def test_embeddings_alone_replace_the_threshold_and_need_banks(
     ("content", "reason"),
     [
         (None, "cannot read"),
-        (b"\x80\x04 a pickle", "no NumPy file"),
+        (b"\x80\x04 a pickle", "not a NumPy file"),
         (np.zeros((3, 15), np.float32), r"floats of shape \[N, 16\]"),
         (np.zeros((3, 16), np.int64), "floats of shape"),
         (np.full((3, 16), np.nan, np.float32), "not finite"),
-        (np.array([{}, {}]), "no NumPy file"),
+        (np.array([{}, {}]), "not a NumPy file"),
     ],
 )
 def test_a_file_that_holds_no_embeddings_is_refused(content: object, reason: str, tmp_path: Path) -> None:
