@@ -1,18 +1,24 @@
 # `make demo` and `make test` do their own set-up; nothing else has to be typed.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-all lint format release-check clean
 
 VENV := .venv
 READY := $(VENV)/.ready
+PYTEST := $(VENV)/bin/python -m pytest
+# What a worker runs out of, it takes from another.
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 help: ## This list
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(READY) ## Train, vet, serve and attack a small classifier; write guard-demo/report.html
 	@$(VENV)/bin/guard demo
 
-test: $(READY) ## Run the tests
-	@$(VENV)/bin/python -m pytest
+test: $(READY) ## Run unit and integration tests; T=tests/unit/cli or T="-k name" runs a part of them
+	@$(PYTEST) $(if $(T),$(T),$(PARALLEL))
+
+test-all: $(READY) ## Run all tests, those of minutes too
+	@$(PYTEST) $(PARALLEL) tests
 
 lint: $(READY) ## Check style and types
 	@$(VENV)/bin/ruff check .

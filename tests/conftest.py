@@ -1,6 +1,11 @@
 """Fixtures made by code: a small classifier with random weights, its export, and a calibrated profile."""
 
 import os
+
+# Before torch starts its threads: models of 16 pixels gain nothing from them, and workers would take them from each
+# other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import numpy as np

@@ -149,7 +149,7 @@ def circles(imports: list[Import]) -> list[list[str]]:
             return found
 
 
-IMPORTS = list(read_imports(Path(guard.__path__[0])))
+IMPORTS = list(dict.fromkeys(read_imports(Path(guard.__path__[0]))))
 
 
 def test_every_room_has_its_floor() -> None:

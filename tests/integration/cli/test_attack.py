@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 from guard.classifiers import load
 from tests.conftest import CLASSES, random_images
-from tests.integration.cli.test_commands import guard, refused
+from tests.integration.cli.test_commands import refused
+from tests.program import guard
 
 
 @pytest.fixture(scope="module")

@@ -7,20 +7,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
 
-from guard.vetting import BUDGETS
+from guard.vetting import BUDGETS, DerivedReferenceSettings, Effort, InspectionSettings, SearchSettings
 from tests.conftest import CLASSES, CONFIG, tiny_model
+from tests.program import guard
 
 
-def guard(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "guard", *(str(argument) for argument in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-
-
-def refused(result: "subprocess.CompletedProcess[str]", code: int, *parts: str) -> None:
+def refused(result: "CompletedProcess[str]", code: int, *parts: str) -> None:
     """One clear line, the exit code that is documented, and nothing on standard output."""
     message = result.stderr.strip().splitlines()[-1]
     assert result.returncode == code, result.stderr
@@ -39,8 +36,10 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_vet_calibrate_export_and_what_they_print(
-    model_directory: Path, base: Path, image_folder: Path, tmp_path: Path
+    model_directory: Path, base: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fast = Effort(InspectionSettings(8, batch=16), SearchSettings(8, batch=16), DerivedReferenceSettings(steps=1))
+    monkeypatch.setitem(BUDGETS, "quick", fast)
     out = tmp_path / "profile"
     vetted = guard(
         "vet", model_directory, "--images", image_folder, "--base", base, "--out", out, "--budget", "quick", "--json"
@@ -48,7 +47,7 @@ def test_vet_calibrate_export_and_what_they_print(
     document = json.loads(vetted.stdout)
     verdict = document["vetting"]["verdict"]["outcome"]
     assert vetted.returncode == {"no evidence": 0, "backdoored": 1, "inconclusive": 3}[verdict]
-    assert document["vetting"]["effort"]["inspection"]["steps"] == BUDGETS["quick"].inspection.steps
+    assert document["vetting"]["effort"]["inspection"]["steps"] == 8
     assert document["vetting"]["reference_model"]["kind"] == "base"
     assert sorted(path.name for path in out.iterdir()) == ["profile.json", "report.html", "triggers.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "profile"]  # no searches left behind
@@ -81,7 +80,7 @@ class TestBadInput:
     def _nothing_is_left(self, tmp_path: Path) -> None:
         self.out = tmp_path / "out"
 
-    def vet(self, model: object, images: object, *more: object) -> "subprocess.CompletedProcess[str]":
+    def vet(self, model: object, images: object, *more: object) -> "CompletedProcess[str]":
         result = guard("vet", model, "--images", images, "--out", self.out, *more)
         assert not self.out.exists()
         assert not list(self.out.parent.glob(".out*"))

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from guard.classifiers import load, save_hugging_face
 from guard.cli import cli
 from guard.errors import UsageError, ZooError
 from guard.vetting import BUDGETS, DerivedReferenceSettings, Effort, InspectionSettings, SearchSettings
+from tests.program import guard
 from tests.zoo import FakeVetting, make_zoo
 
 
@@ -55,7 +54,7 @@ def test_withheld_labels_give_predictions_only(zoo: Path, vet: FakeVetting, tmp_
     out = tmp_path / "out"
     result = evaluate(zoo, "--methods", "vetting-derived", "--out", out)
     assert result.exit_code == 0, result.output
-    assert "the labels are withheld: no figures, 4 predictions" in result.stdout
+    assert "there are no figures; 4 predictions" in result.stdout
     outcomes = {entry["model"]: entry["outcome"] for entry in json.loads((out / "predictions.json").read_text())}
     assert outcomes == {"attacked": "backdoored", **dict.fromkeys(("base", "benign", "tried"), "no evidence")}
     assert not (out / "summary.json").exists()
@@ -97,7 +96,7 @@ def test_wrong_usage_is_refused_before_the_work(zoo: Path, vet: FakeVetting, tmp
     assert isinstance(refused.exception, UsageError)
     assert evaluate(zoo, "--alpha", "1.5").exit_code == 2
     (zoo / "evaluation").symlink_to(tmp_path)
-    assert "leads elsewhere" in str(evaluate(zoo).exception)
+    assert "is a symbolic link" in str(evaluate(zoo).exception)
     assert not vet.calls
 
 
@@ -123,8 +122,7 @@ def test_processes_side_by_side(zoo: Path, vet: FakeVetting) -> None:
     assert evaluate(zoo, "--methods", "vetting-derived").exit_code == 0
     assert len(vet.calls) == 4
     (zoo / "models" / "tried" / "open_clip_model.safetensors").write_bytes(b"")
-    command = [sys.executable, "-m", "guard", "evaluate", zoo, "--methods", "vetting-derived", "--jobs", "2", "--json"]
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=300)
+    result = guard("evaluate", zoo, "--methods", "vetting-derived", "--jobs", "2", "--json")
     assert result.returncode == 4, result.stderr
     assert "Traceback" not in result.stderr
     summary = json.loads(result.stdout)

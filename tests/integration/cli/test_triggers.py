@@ -1,8 +1,6 @@
 """`guard triggers` as a user runs it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +8,7 @@ import pytest
 from PIL import Image
 
 from guard.triggers import KNOWN
-
-
-def triggers(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "guard", "triggers", *(str(argument) for argument in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+from tests.program import guard
 
 
 @pytest.fixture
@@ -28,7 +22,7 @@ def few(image_folder: Path, tmp_path: Path) -> Path:
 
 def test_it_lists_every_trigger_and_draws_a_sheet(few: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "sheet.png"
-    result = triggers("--images", few, "--out", out, "--size", 32, "--json")
+    result = guard("triggers", "--images", few, "--out", out, "--size", 32, "--json")
     assert result.returncode == 0, result.stderr
     listed = json.loads(result.stdout)
     assert [item["name"] for item in listed] == list(KNOWN)
@@ -44,10 +38,9 @@ def test_it_lists_every_trigger_and_draws_a_sheet(few: Path, tmp_path: Path) -> 
 def test_equal_seeds_draw_equal_sheets(few: Path, tmp_path: Path) -> None:
     sheets = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert (
-            triggers("--images", few, "--out", tmp_path / f"{name}.png", "--size", 16, "--seed", seed).returncode == 0
-        )
-        sheets.append((tmp_path / f"{name}.png").read_bytes())
+        out = tmp_path / f"{name}.png"
+        assert guard("triggers", "--images", few, "--out", out, "--size", 16, "--seed", seed).returncode == 0
+        sheets.append(out.read_bytes())
     assert sheets[0] == sheets[1] != sheets[2]
 
 
@@ -60,7 +53,7 @@ def test_bad_input_is_one_clear_line(few: Path, tmp_path: Path) -> None:
         (("--images", tmp_path / "empty", "--out", tmp_path / "sheet.png"), 4, "contains no image"),
         (("--images", few, "--size", 8), 2, "8 is not in the range"),
     ):
-        result = triggers(*arguments)
+        result = guard("triggers", *arguments)
         assert result.returncode == code, result.stderr
         assert message in result.stderr
         assert "Traceback" not in result.stderr

@@ -2,6 +2,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,14 @@ def test_it_computes_what_open_clip_computes(model_directory: Path, classifier: 
     torch.testing.assert_close(classifier.head.norm(dim=1), torch.ones(6))
 
 
-def test_a_weights_file_of_a_named_architecture_loads(tmp_path: Path) -> None:
+def test_a_weights_file_of_a_named_architecture_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    name = "RN50"
-    config = open_clip.get_model_config(name)
+    name = "RN-tiny"
+    config = deepcopy(open_clip.get_model_config("RN50"))
+    config["embed_dim"] = config["text_cfg"]["width"] = 16
+    config["vision_cfg"] |= {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8}
+    config["text_cfg"] |= {"heads": 2, "layers": 1}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, config)
     model = open_clip.create_model(name, pretrained=None)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "w.safetensors")
     (tmp_path / "classes.json").write_text(CLASSES.to_json())

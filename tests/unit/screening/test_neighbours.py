@@ -252,7 +252,7 @@ def test_a_bank_that_the_approximate_search_cannot_serve_is_refused(monkeypatch:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("count", [0, 1, 40])
 def test_banks_that_are_asked_together_give_what_each_gives_by_itself(method: SearchMethod, count: int) -> None:
-    banks, asked = [steep(3000, seed=seed) for seed in range(3)], steep(40, seed=7)[:count]
+    banks, asked = [steep(1000, seed=seed) for seed in range(3)], steep(40, seed=7)[:count]
     together = Neighbours(*banks, method=method).distances(asked, 9)
     assert together.shape == (3, count)
     for bank, found in zip(banks, together, strict=True):

@@ -1,0 +1,52 @@
+"""What every release wrote is read for ever: tests/kept holds profiles and evidence logs, and what was in them.
+
+scripts/keep_artefacts.py writes them; a folder is added with each release, and none is changed.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from guard.evidence import EVIDENCE_FILE, EvidenceLog
+from guard.profiles import Profile
+
+KEPT = Path(__file__).parents[1] / "kept"
+RELEASES = sorted(path.name for path in KEPT.iterdir())
+PROFILES = [f"{release}/{name}" for release in RELEASES for name in ("with-base", "without-base")]
+
+
+def expected(path: Path) -> Any:
+    return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_kept_profile_has_its_verdict_and_gives_its_scores(name: str) -> None:
+    profile, known = Profile.open(KEPT / name), expected(KEPT / f"{name}.json")
+    verdict = profile.document.vetting.verdict
+    assert {key: getattr(verdict, key) for key in known["verdict"]} == known["verdict"]
+    assert profile.document.model.digest == known["model"]
+    assert [record.id for record in profile.document.triggers] == known["triggers"]
+    judgement = profile.detector().score(np.array(known["embeddings"], np.float32))
+    np.testing.assert_allclose(judgement.scores.values, known["scores"], rtol=1e-4)
+    np.testing.assert_array_equal(judgement.p_values, known["p_values"])
+    np.testing.assert_array_equal(judgement.flags, known["flags"])
+
+
+def test_kept_profiles_tell_clean_requests_from_triggered_ones() -> None:
+    flags = [expected(KEPT / f"{release}/with-base.json")["flags"] for release in RELEASES]
+    assert all(sum(row[:8]) <= 2 and all(row[8:]) for row in flags), flags
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_kept_evidence_log_has_its_records(release: str, tmp_path: Path) -> None:
+    # SQLite writes beside a log even if it only reads.
+    log = EvidenceLog(Path(shutil.copy(KEPT / release / EVIDENCE_FILE, tmp_path)))
+    found = [asdict(record) for record in log.after(0)]
+    for record in found:
+        record["thumbnail"] = record["thumbnail"] and record["thumbnail"].hex()
+    assert found == expected(KEPT / release / EVIDENCE_FILE)
