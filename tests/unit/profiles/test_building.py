@@ -151,3 +151,11 @@ def test_a_file_with_tensors_that_make_no_trigger_is_refused_and_an_unknown_fami
         Profile.open(tmp_path / "damaged")
     with_triggers(profile, {"curse": {"field": field}}).save(tmp_path / "newer")
     assert Profile.open(tmp_path / "newer").triggers.keys() == {"curse-1"}
+
+
+def test_a_profile_that_is_saved_without_a_report_leaves_no_older_one(profile: Profile, tmp_path: Path) -> None:
+    profile.save(str(tmp_path / "profile"), report="<html></html>")
+    assert (tmp_path / "profile" / profiles.REPORT_FILE).is_file()
+    profile.save(tmp_path / "profile")
+    assert not (tmp_path / "profile" / profiles.REPORT_FILE).exists()
+    assert Profile.open(str(tmp_path / "profile")).document.model == profile.document.model
