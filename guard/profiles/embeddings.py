@@ -1,4 +1,4 @@
-"""Embeddings in a file: recorded traffic, or what another program computed."""
+"""Files of embeddings, such as recorded traffic."""
 
 import io
 from pathlib import Path
@@ -13,17 +13,17 @@ _MAX_BYTES = 8 * 2**30
 
 
 def read_embeddings(path: Path, dimension: int) -> Floats:
-    """Read a NumPy file of float embeddings; nothing in it is executed.
+    """Read a NumPy file of embeddings; code in the file is never executed.
 
     Args:
-        path: A `.npy` file, shape [N, D].
-        dimension: The D that is expected.
+        path: A `.npy` file of floats, shape [N, D].
+        dimension: The expected length D of an embedding.
 
     Returns:
         float32, shape [N, D], not necessarily normalised.
 
     Raises:
-        EmbeddingsError: There is no such file, it is none of these, or of another model.
+        EmbeddingsError: The file is missing, is not a file of embeddings, or its embeddings are of another model.
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
@@ -33,19 +33,19 @@ def read_embeddings(path: Path, dimension: int) -> Floats:
     except OSError as error:
         raise EmbeddingsError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, EOFError, MemoryError) as error:
-        raise EmbeddingsError(f"{path} is no NumPy file of numbers: {error}") from error
+        raise EmbeddingsError(f"{path} is not a NumPy file of numbers: {error}") from error
     if values.ndim != 2 or values.shape[1] != dimension or not np.issubdtype(values.dtype, np.floating):
         raise EmbeddingsError(
-            f"{path} holds {values.dtype} of shape {values.shape}; embeddings of this model are floats of shape "
+            f"{path} contains {values.dtype} of shape {values.shape}; embeddings of this model are floats of shape "
             f"[N, {dimension}]"
         )
     if not np.isfinite(values).all():
-        raise EmbeddingsError(f"{path} holds a value that is not finite")
+        raise EmbeddingsError(f"{path} contains a value that is not finite")
     return values.astype(np.float32)
 
 
 def write_embeddings(path: Path, embeddings: Floats) -> None:
-    """Write embeddings, shape [N, D], so that `read_embeddings` reads them; whole or not at all."""
+    """Write embeddings, shape [N, D], to a file that `read_embeddings` reads; completely or not at all."""
     buffer = io.BytesIO()
     np.save(buffer, embeddings, allow_pickle=False)
     replace_file(path, buffer.getvalue())

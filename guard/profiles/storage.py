@@ -1,4 +1,4 @@
-"""Profiles on disk: written whole or not at all, and believed only after every check."""
+"""Profiles on disk: written completely or not at all, and used only after every check has passed."""
 
 import hashlib
 import json
@@ -29,27 +29,27 @@ _MAX_DOCUMENT_BYTES = 256 * 2**20
 _MAX_TENSOR_BYTES = 8 * 2**30
 _MAX_HEADER_BYTES = 16 * 2**20
 MAPPED_BYTES = 2**28
-"""A larger file of banks is mapped into memory, and read where it is searched."""
+"""Size above which a file of banks is mapped into memory instead of read."""
 _STAMPED = "stamped."
 _WHITENING, _BANK, _CLEAN = ("mean", "matrix", "head"), "reference", ("values", "parts", "triggers", "classes")
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 
 OLDEST_SCHEMA = 3
-"""The oldest form that is still read: that of release 0.1.0."""
+"""The oldest schema that is still read: that of release 0.1.0."""
 _NEW_NAMES = {
     "control": "reference_model",
     "control_success": "reference_success",
     "evidence": "results",
     "self_control": "derived_reference",
 }
-"""What schema 3 called otherwise."""
+"""Names in schema 3 → names in this schema."""
 
 
 def check_place(directory: Path) -> None:
-    """Make sure that a profile may be written there, before the work that leads to one.
+    """Make sure that a profile can be written to a directory; this saves work whose result could not be stored.
 
     Raises:
-        UsageError: Something else lies there.
+        UsageError: Something other than a profile is in the directory.
     """
     check_replaceable(directory, marker=DOCUMENT_FILE)
 
@@ -83,12 +83,14 @@ def read(directory: Path) -> tuple[Document, TriggerTensors, Reference | None]:
     for name, values in _read_tensors(directory / TRIGGERS_FILE, document).items():
         trigger, _, tensor = name.partition("/")
         if trigger not in triggers:
-            raise ProfileError(f"{directory / TRIGGERS_FILE} holds a trigger {trigger!r} that {DOCUMENT_FILE} does not")
+            raise ProfileError(
+                f"{directory / TRIGGERS_FILE} has a trigger {trigger!r} that {DOCUMENT_FILE} does not name"
+            )
         triggers[trigger][tensor] = values
     if missing := [trigger for trigger, tensors in triggers.items() if not tensors]:
         raise ProfileError(f"{directory / TRIGGERS_FILE} lacks the trigger {missing[0]!r}")
     for record in document.triggers:
-        if record.family in FORMS:  # a family of a newer guard can only be handed on
+        if record.family in FORMS:  # the form of a newer guard's family is not known here
             try:
                 check_tensors(record.family, triggers[record.id])
             except ValueError as error:
@@ -117,7 +119,7 @@ def _read_document(path: Path) -> Document:
 
 
 def _from_schema_3(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The same document in today's schema, which renamed what vetting found and what it was compared with."""
+    """The same document in the current schema, which has other names for results and reference model."""
 
     def renamed(item: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -137,7 +139,11 @@ def _from_schema_3(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _check_document(document: Document, path: Path) -> None:
-    """What the types alone do not say."""
+    """Check what the types alone do not ensure.
+
+    Raises:
+        ProfileError: Parts of the document contradict each other.
+    """
     model, classes = document.model, len(document.model.classes.names)
     if set(model.parts) != set(PARTS) or ClassifierDigest(model.parts).root != model.digest:
         raise ProfileError(f"{path} is damaged: the model's digest does not follow from its parts")
@@ -151,9 +157,11 @@ def _check_document(document: Document, path: Path) -> None:
         raise ProfileError(f"{path} is damaged: two triggers have the same id")
     calibration = document.calibration
     if calibration and calibration.k < 1:
-        raise ProfileError(f"{path} is damaged: k = {calibration.k} is no neighbour")
+        raise ProfileError(f"{path} is damaged: k = {calibration.k} is not positive")
     if calibration and any(not (tail.scale > 0 and 0 < tail.weight <= 1) for tail in calibration.tails.values()):
-        raise ProfileError(f"{path} is damaged: the tail of a score has no scale, or no weight")
+        raise ProfileError(
+            f"{path} is damaged: the tail of a score has a scale that is not positive, or a weight outside (0, 1]"
+        )
 
 
 def _reference_tensors(reference: Reference) -> dict[str, NDArray[Any]]:
@@ -173,11 +181,12 @@ def _reference_tensors(reference: Reference) -> dict[str, NDArray[Any]]:
 
 
 def _contents(path: Path, document: Document) -> NDArray[np.uint8]:
-    """The bytes of a file, which is the one that the document names.
+    """The bytes of a file, after a check that it is the one that the document names.
 
-    They are read into memory, so that what was checked is what is used, whatever becomes of the file. Only larger ones
-    than `MAPPED_BYTES` are mapped instead; who writes into a mapped file under a running sidecar changes what it uses,
-    and who shortens it ends it. guard replaces files by a rename, which does neither.
+    The file is read into memory, so that what was checked is what is used, whatever happens to the file later. Only
+    files larger than `MAPPED_BYTES` are mapped instead: whoever writes into a mapped file under a running sidecar
+    changes the data that it uses, and whoever truncates it crashes the sidecar. guard replaces files by a rename, which
+    does neither.
     """
     try:
         size = path.stat().st_size
@@ -188,16 +197,17 @@ def _contents(path: Path, document: Document) -> NDArray[np.uint8]:
         else:
             data = np.frombuffer(path.read_bytes(), np.uint8)
     except OSError as error:
-        raise ProfileError(f"cannot read {path}: {error.strerror}; the profile is not whole") from error
+        raise ProfileError(f"cannot read {path}: {error.strerror}; the profile is incomplete") from error
     if hashlib.sha256(data.data).hexdigest() != document.files.get(path.name):
         raise ProfileError(f"{path} is damaged, or of another profile: its SHA-256 is not the one in {DOCUMENT_FILE}")
     return data
 
 
 def _views(path: Path, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-    """The tensors in a safetensors file, none of them copied.
+    """The tensors of a safetensors file, as views that copy nothing.
 
-    The library checks the header, and copies what it returns; the offsets are therefore taken from the header here.
+    The library checks the header, but copies the tensors that it returns; therefore their offsets are read from the
+    header here.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -226,7 +236,7 @@ def _read_tensors(path: Path, document: Document) -> dict[str, Floats]:
         if values.dtype != np.float32:
             raise ProfileError(f"{path} is damaged: {name} is {values.dtype}, not float32")
         if not np.isfinite(values).all():
-            raise ProfileError(f"{path} is damaged: {name} holds a value that is not finite")
+            raise ProfileError(f"{path} is damaged: {name} has a value that is not finite")
         tensors[name] = np.array(values)
     return tensors
 
@@ -236,7 +246,7 @@ def _read_reference(path: Path, document: Document, calibration: CalibrationReco
     triggers = [trigger.id for trigger in document.triggers]
     expected = {*_WHITENING, _BANK, *_CLEAN, *(_STAMPED + name for name in triggers)}
     if set(tensors) != expected:
-        raise ProfileError(f"{path} is damaged: it holds {sorted(tensors)}, not {sorted(expected)}")
+        raise ProfileError(f"{path} is damaged: it has the tensors {sorted(tensors)}, not {sorted(expected)}")
     scores = [DENSITY, *(match(name) for name in triggers)]
     if set(calibration.tails) != set(scores):
         raise ProfileError(f"{path} is damaged: there are tails of {sorted(calibration.tails)}, not of {scores}")
@@ -264,12 +274,12 @@ def _read_reference(path: Path, document: Document, calibration: CalibrationReco
         raise ProfileError(
             f"{path} is damaged: {size} images in the banks and {count} scores do not fit {DOCUMENT_FILE}"
         )
-    for name in (*_WHITENING, "values", "parts"):  # the screen looks at the banks
+    for name in (*_WHITENING, "values", "parts"):  # `Screen` checks the banks
         if not np.isfinite(tensors[name]).all():
-            raise ProfileError(f"{path} is damaged: {name} holds a value that is not finite")
+            raise ProfileError(f"{path} is damaged: {name} has a value that is not finite")
     for name, least, most in (("classes", 0, classes), ("triggers", -1, len(triggers))):
         if count and not least <= tensors[name].min() <= tensors[name].max() < most:
-            raise ProfileError(f"{path} is damaged: {name} holds a number that stands for nothing")
+            raise ProfileError(f"{path} is damaged: {name} has an index that is out of range")
     banks = Banks(
         Whitening(tensors["mean"], tensors["matrix"], calibration.shrinkage),
         tensors["head"],

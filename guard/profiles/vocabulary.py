@@ -1,4 +1,4 @@
-"""What a target feature is called: its nearest texts of a vocabulary."""
+"""Name a target feature by the nearest texts of a vocabulary."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,19 +13,19 @@ from guard.errors import ClassListError
 from guard.profiles.document import NearestText
 
 NEAREST = 5
-"""Texts that are kept for each feature."""
+"""Number of texts that are kept for each feature."""
 MAX_TEXTS = 20_000
-"""Each is encoded once with every template of the classifier."""
+"""Largest number of texts in a vocabulary; each is encoded once with every template of the classifier."""
 _MAX_BYTES, _MAX_LENGTH = 4 * 2**20, 200
 _BATCH = 256
 
 
 def read_vocabulary(path: Path) -> tuple[str, ...]:
-    """Read texts, one on each line; blank lines and repetitions are left out.
+    """Read a file of texts, one on each line; blank lines and repetitions are left out.
 
     Raises:
-        ClassListError: The file cannot be read, is not UTF-8, is larger than 4 MiB, or holds no text, more than
-            `MAX_TEXTS`, or one of more than 200 characters.
+        ClassListError: The file cannot be read, is not UTF-8, is larger than 4 MiB, or contains no text, more
+            than `MAX_TEXTS` texts, or a text of more than 200 characters.
     """
     text = read_text(path, _MAX_BYTES, ClassListError, missing=f"there is no vocabulary {path}")
     lines = [line.strip() for line in text.removeprefix("\ufeff").splitlines()]
@@ -43,17 +43,18 @@ def read_vocabulary(path: Path) -> tuple[str, ...]:
 def nearest(
     classifier: Classifier, features: Sequence[Tensor], vocabulary: Sequence[str]
 ) -> list[tuple[NearestText, ...]]:
-    """Name features by the class names and texts that are nearest to them.
+    """Name features by the class names and texts that are nearest to them, by cosine.
 
-    By plain cosine. Image and text embeddings lie in two cones with a gap between them (Liang et al., "Mind the Gap",
-    NeurIPS 2022), but the gap lowers the cosine of all texts about alike and leaves their order. Taking off the mean
-    of the images without the trigger would order the texts by how far the trigger moves images towards them, which is
-    another question: the plain order is the classifier's own, and the nearest class name is what it answers.
+    Image and text embeddings lie in two cones with a gap between them (Liang et al., "Mind the Gap",
+    NeurIPS 2022), but the gap lowers the cosine of all texts by about the same amount and keeps their order.
+    Subtracting the mean of the images without the trigger would order the texts by how far the trigger moves images
+    towards them, which is another question: the plain order is the classifier's own, and the nearest class name is its
+    answer.
 
     Args:
-        classifier: Encodes the texts, with its own templates, as it does its class names.
-        features: Unit vectors, shape [D].
-        vocabulary: Texts besides the class names.
+        classifier: Encodes the texts with its own templates, as it encodes its class names.
+        features: Target features: unit vectors, shape [D].
+        vocabulary: Texts in addition to the class names.
 
     Returns:
         For each feature, up to `NEAREST` texts, nearest first.

@@ -87,11 +87,11 @@ def test_embeddings_alone_replace_the_threshold_and_need_banks(
     ("content", "reason"),
     [
         (None, "cannot read"),
-        (b"\x80\x04 a pickle", "no NumPy file"),
+        (b"\x80\x04 a pickle", "not a NumPy file"),
         (np.zeros((3, 15), np.float32), r"floats of shape \[N, 16\]"),
         (np.zeros((3, 16), np.int64), "floats of shape"),
         (np.full((3, 16), np.nan, np.float32), "not finite"),
-        (np.array([{}, {}]), "no NumPy file"),
+        (np.array([{}, {}]), "not a NumPy file"),
     ],
 )
 def test_a_file_that_holds_no_embeddings_is_refused(content: object, reason: str, tmp_path: Path) -> None:
@@ -151,3 +151,11 @@ def test_a_file_with_tensors_that_make_no_trigger_is_refused_and_an_unknown_fami
         Profile.open(tmp_path / "damaged")
     with_triggers(profile, {"curse": {"field": field}}).save(tmp_path / "newer")
     assert Profile.open(tmp_path / "newer").triggers.keys() == {"curse-1"}
+
+
+def test_a_profile_that_is_saved_without_a_report_leaves_no_older_one(profile: Profile, tmp_path: Path) -> None:
+    profile.save(str(tmp_path / "profile"), report="<html></html>")
+    assert (tmp_path / "profile" / profiles.REPORT_FILE).is_file()
+    profile.save(tmp_path / "profile")
+    assert not (tmp_path / "profile" / profiles.REPORT_FILE).exists()
+    assert Profile.open(str(tmp_path / "profile")).document.model == profile.document.model

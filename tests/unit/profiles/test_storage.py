@@ -337,7 +337,7 @@ def test_calibration_scores_that_are_no_list_are_refused(profile_directory: Path
 @pytest.mark.parametrize("name", ["reference", "values", "matrix", "stamped.patch-1"])
 def test_a_missing_tensor_of_the_reference_is_refused(profile_directory: Path, name: str) -> None:
     change_tensors(profile_directory, REFERENCE, lambda tensors: tensors.pop(name))
-    assert "it holds" in refused(profile_directory, REFERENCE)
+    assert "it has the tensors" in refused(profile_directory, REFERENCE)
 
 
 def test_an_extra_tensor_of_the_reference_is_refused(profile_directory: Path) -> None:
@@ -351,7 +351,7 @@ def test_a_class_or_trigger_that_there_is_not_is_refused(profile_directory: Path
         tensors[name][0] = value
 
     change_tensors(profile_directory, REFERENCE, damage)
-    assert f"{name} holds a number that stands for nothing" in refused(profile_directory, REFERENCE)
+    assert f"{name} has an index that is out of range" in refused(profile_directory, REFERENCE)
 
 
 def test_a_missing_trigger_is_refused(profile_directory: Path) -> None:
