@@ -1,4 +1,6 @@
-"""Try an installed wheel: python smoke.py WHEEL SOURCE, in an environment that has the wheel without its extras.
+"""Try an installed wheel, in an environment that has it without its extras.
+
+python scripts/smoke.py WHEEL SOURCE
 
 SOURCE is the tree that the wheel was built from.
 """
@@ -15,7 +17,7 @@ GUARD = str(Path(sys.executable).with_name("guard"))
 
 def run(*command: str, codes: tuple[int, ...] = (0,)) -> str:
     """What a command prints; its exit code must be one of `codes`."""
-    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own program
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode not in codes:
         sys.exit(f"{' '.join(command)} ended with {result.returncode}:\n{result.stdout}{result.stderr}")
     return result.stdout
