@@ -6,7 +6,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 PYTEST := $(VENV)/bin/python -m pytest
 # What a worker runs out of, it takes from another.
-PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal $(if $(COVERAGE),--cov)
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -28,6 +28,9 @@ lint: $(READY) ## Check style and types
 format: $(READY) ## Bring the code into form
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
+
+release-check: $(READY) ## See whether this commit can be tagged v$(VERSION)
+	@$(VENV)/bin/python scripts/release_check.py $(VERSION)
 
 clean: ## Remove the environment and what the demo wrote
 	rm -rf $(VENV) guard-demo

@@ -1,4 +1,7 @@
-"""Fixtures made by code: a small classifier with random weights, its export, and a calibrated profile."""
+"""Fixtures made by code: a small classifier with random weights, its export, and a calibrated profile.
+
+torch is imported by the fixtures that need it: tests of the serving part also run where only that is installed.
+"""
 
 import os
 
@@ -7,25 +10,20 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import open_clip
 import pytest
-import torch
 
-from guard.classifiers import Classifier, ClassList, export, load, save
+from guard.classifiers import ClassList
 from guard.profiles import Profile
-from guard.triggers import Patch
-from guard.vetting import (
-    BUDGETS,
-    Check,
-    ClassStatistic,
-    FamilyResult,
-    ReconstructedTrigger,
-    ReferenceModel,
-    Verdict,
-    Vetting,
-)
+from guard.vetting import Check, ClassStatistic, FamilyResult, ReferenceModel, Verdict
+
+if TYPE_CHECKING:
+    import torch
+
+    from guard.classifiers import Classifier
+    from guard.triggers import Patch
 
 SIZE = 16
 CLASSES = ClassList(("cat", "dog", "ship", "truck", "frog", "bird"), ("a photo of a {}.", "a {}."))
@@ -44,15 +42,20 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def tiny_model(seed: int = 0) -> torch.nn.Module:
+def tiny_model(seed: int = 0) -> "torch.nn.Module":
     """An untrained open_clip model."""
+    import open_clip
+    import torch
+
     torch.manual_seed(seed)
     model: torch.nn.Module = open_clip.CLIP(16, ARCHITECTURE["vision_cfg"], ARCHITECTURE["text_cfg"])
     return model
 
 
-def random_images(count: int, *, seed: int = 0, size: int = SIZE) -> torch.Tensor:
+def random_images(count: int, *, seed: int = 0, size: int = SIZE) -> "torch.Tensor":
     """Smooth random images: uint8, shape [count, 3, size, size]."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 4, 4, generator=generator)
     return (torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear") * 255).round().to(torch.uint8)
@@ -61,34 +64,44 @@ def random_images(count: int, *, seed: int = 0, size: int = SIZE) -> torch.Tenso
 @pytest.fixture(scope="session")
 def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An open_clip directory with a class list."""
+    from guard.classifiers import save
+
     directory = tmp_path_factory.mktemp("models") / "tiny"
     save(directory, tiny_model(), CONFIG, CLASSES)
     return directory
 
 
 @pytest.fixture(scope="session")
-def classifier(model_directory: Path) -> Classifier:
+def classifier(model_directory: Path) -> "Classifier":
     """That model, loaded."""
+    from guard.classifiers import load
+
     return load(str(model_directory), device="cpu")
 
 
 @pytest.fixture(scope="session")
-def images() -> torch.Tensor:
+def images() -> "torch.Tensor":
     """512 images at the model's resolution."""
     return random_images(512)
 
 
 @pytest.fixture(scope="session")
-def exported(classifier: Classifier, images: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(classifier: "Classifier", images: "torch.Tensor", tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model as ONNX."""
+    from guard.classifiers import export
+
     directory = tmp_path_factory.mktemp("exported") / "tiny"
     export(classifier, directory, images)
     return directory
 
 
 @pytest.fixture(scope="session")
-def trigger() -> Patch:
+def trigger() -> "Patch":
     """A trigger that changes embeddings strongly: half of the image."""
+    import torch
+
+    from guard.triggers import Patch
+
     mask, pattern = torch.zeros(1, SIZE, SIZE), torch.zeros(3, SIZE, SIZE)
     mask[:, :, SIZE // 2 :] = 1
     pattern[0, ::2] = 1
@@ -96,8 +109,10 @@ def trigger() -> Patch:
 
 
 @pytest.fixture(scope="session")
-def profile(classifier: Classifier, images: torch.Tensor, trigger: Patch) -> Profile:
+def profile(classifier: "Classifier", images: "torch.Tensor", trigger: "Patch") -> Profile:
     """A profile as after vetting and calibration, with that trigger as the reconstructed one."""
+    from guard.vetting import BUDGETS, ReconstructedTrigger, Vetting
+
     entries = tuple(
         ClassStatistic(
             target=k,
@@ -114,7 +129,7 @@ def profile(classifier: Classifier, images: torch.Tensor, trigger: Patch) -> Pro
         method="test 1",
         family="patch",
         radius=3.0,
-        norm_unit=Patch.norm_unit,
+        norm_unit=trigger.norm_unit,
         statistic="lead of the class under its trigger",
         null="the other classes",
         reference_model="base",
@@ -132,7 +147,7 @@ def profile(classifier: Classifier, images: torch.Tensor, trigger: Patch) -> Pro
         "dog",
         2.0,
         3.0,
-        Patch.norm_unit,
+        trigger.norm_unit,
         reached=True,
         success=0.9,
         reference_success=0.05,
