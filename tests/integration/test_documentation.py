@@ -133,11 +133,14 @@ def run_until_it_answers(command: Sequence[str], desk: Path, example: str) -> No
 
 
 def send_something_odd(address: str) -> None:
-    """An image unlike the calibration images, so that the evidence log has a record to show."""
-    image = client.InferInput("image", [1, 3, 16, 16], "FP32")
-    image.set_data_from_numpy(np.random.default_rng(0).choice([-2.0, 2.0], (1, 3, 16, 16)).astype(np.float32))
+    """Images unlike the calibration images, so that the evidence log has a record to show."""
+    noise = np.random.default_rng(0).choice([-2.0, 2.0], (8, 3, 16, 16))
+    pixels = np.concatenate([noise, 20 * noise, np.full((1, 3, 16, 16), -30.0)]).astype(np.float32)
+    images = client.InferInput("image", list(pixels.shape), "FP32")
+    images.set_data_from_numpy(pixels)
     with client.InferenceServerClient(address) as connection:
-        connection.infer("classifier", [image])
+        reply = connection.infer("classifier", [images])
+    assert reply.get_response().parameters["guard_decision"].string_param == "flag"
 
 
 @pytest.fixture(autouse=True)
