@@ -68,7 +68,12 @@ def write_profile(directory: Path, classifier: Classifier, vetting: Vetting, *, 
 
 def keep_evidence(path: Path) -> None:
     """An evidence log of three records, one of them with everything in it."""
-    common = {"model": "classifier", "model_digest": "sha256:" + "0" * 64, "decision": "flag", "mode": "tag"}
+    common: dict[str, Any] = {
+        "model": "classifier",
+        "model_digest": "sha256:" + "0" * 64,
+        "decision": "flag",
+        "mode": "tag",
+    }
     records = [
         Record("first", image=0, time="2025-01-02T03:04:05.678Z", **common),
         Record(

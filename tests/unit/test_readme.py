@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import guard
 from guard.cli import cli
 
 ROOT = Path(__file__).parents[2]
@@ -47,4 +48,4 @@ def test_links_lead_to_files() -> None:
 
 def test_the_module_runs_as_a_program() -> None:
     result = subprocess.run([sys.executable, "-m", "guard", "--version"], capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout) == (0, "guard, version 0.1.0\n")
+    assert (result.returncode, result.stdout) == (0, f"guard, version {guard.__version__}\n")

@@ -120,7 +120,8 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Faults:
 @contextmanager
 def faulty_sidecar(faults: Faults, log: Path, *arguments: str | Path) -> Iterator[Sidecar]:
     """Unlike others, it may write tracebacks to its log."""
-    variables = {**environment(), "PYTHONPATH": str(faults.folder), "FAULTS": str(faults.folder)}
+    path = os.pathsep.join([str(faults.folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = {**environment(), "PYTHONPATH": path, "FAULTS": str(faults.folder)}
     with log.open("wb") as errors:
         process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=errors, env=variables)
     try:
