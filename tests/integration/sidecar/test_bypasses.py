@@ -127,7 +127,9 @@ def test_where_the_operator_allows_it_they_are(
     assert [seen.data for seen in server.received if seen.method.endswith(method)][-1] == load(unload_dependents="true")
 
 
-@pytest.mark.parametrize("data", [load(config="{}"), load(file__1="x"), load(other="", config="")], ids=str)
+@pytest.mark.parametrize(
+    "data", [load(config="{}"), load(file__1="x"), load(other="", config="")], ids=["config", "file", "two"]
+)
 def test_a_model_that_a_client_brings_along_is_never_loaded(
     open_client: Client, server: InferenceServer, data: bytes
 ) -> None:
