@@ -84,9 +84,13 @@ def engine(path: Path, mode: Literal["ro", "rw"]) -> Engine:
     def connect() -> sqlite3.Connection:
         uri = f"file:{quote(str(path.absolute()))}?mode={mode}"
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_LENGTH)
-        for pragma in _PRAGMAS:
-            connection.execute(pragma)
+        try:
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_LENGTH)
+            for pragma in _PRAGMAS:
+                connection.execute(pragma)
+        except sqlite3.Error:  # the file is damaged
+            connection.close()
+            raise
         return connection
 
     # Values that clients sent do not belong in error messages.

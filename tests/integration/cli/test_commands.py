@@ -38,7 +38,7 @@ def base(tmp_path: Path) -> Path:
 def test_vet_calibrate_export_and_what_they_print(
     model_directory: Path, base: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fast = Effort(InspectionSettings(8, batch=16), SearchSettings(8, batch=16), DerivedReferenceSettings(steps=1))
+    fast = Effort(InspectionSettings(3, batch=16), SearchSettings(3, batch=16), DerivedReferenceSettings(steps=1))
     monkeypatch.setitem(BUDGETS, "quick", fast)
     out = tmp_path / "profile"
     vetted = guard(
@@ -47,7 +47,7 @@ def test_vet_calibrate_export_and_what_they_print(
     document = json.loads(vetted.stdout)
     verdict = document["vetting"]["verdict"]["outcome"]
     assert vetted.returncode == {"no evidence": 0, "backdoored": 1, "inconclusive": 3}[verdict]
-    assert document["vetting"]["effort"]["inspection"]["steps"] == 8
+    assert document["vetting"]["effort"]["inspection"]["steps"] == 3
     assert document["vetting"]["reference_model"]["kind"] == "base"
     assert sorted(path.name for path in out.iterdir()) == ["profile.json", "report.html", "triggers.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "profile"]  # no searches left behind

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -532,7 +533,7 @@ class Changing:
 
     def put(self, made: Path, place: Path) -> None:
         """Take the place of a folder by renaming."""
-        place.rename(self.folder / f"old-{len(list(self.folder.iterdir()))}")
+        place.rename(Path(tempfile.mkdtemp(prefix="old-", dir=self.folder)) / place.name)
         made.rename(place)
 
     def counts(self) -> tuple[float, float, float]:

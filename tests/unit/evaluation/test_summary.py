@@ -16,7 +16,7 @@ def result(model: str, outcome: Conclusion, suspicion: float, leading: int = 0, 
     target = leading if outcome == "backdoored" else None
     detection = Detection(outcome, target, leading, 0.5, suspicion, (), (), recovery, 1000)
     return Result(
-        1, "k", model, "vetting-derived", "1", "0.1.0", "d", None, 0, {}, "cpu", 1, 10.0, detection, None
+        1, "k", model, "vetting-derived", "1", "1.2.3", "d", None, 0, {}, "cpu", 1, 10.0, detection, None
     )  # fmt: skip
 
 

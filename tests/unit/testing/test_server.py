@@ -1,6 +1,5 @@
 import doctest
 import queue
-import re
 import subprocess
 import sys
 import threading
@@ -110,13 +109,6 @@ def typed_request() -> ModelInferRequest:
 def test_the_example_in_the_docstring_works() -> None:
     result = doctest.testmod(guard.testing.server)
     assert (result.failed, result.attempted > 5) == (0, True)
-
-
-def test_the_example_in_the_readme_works() -> None:
-    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"## Testing against guard\n.*?```python\n(.*?)```", readme, re.DOTALL)
-    assert found
-    exec(found[1], {})  # noqa: S102 - our own text
 
 
 @pytest.mark.parametrize("datatype", VALUES)
