@@ -89,9 +89,11 @@ def upstream() -> Iterator[str]:
         yield server.address
 
 
-def environment() -> dict[str, str]:
+def environment(command: Sequence[str]) -> dict[str, str]:
+    """Free ports for a sidecar; `guard doctor` would take such variables for a configuration."""
+    ports = {"GUARD_LISTEN": "127.0.0.1:0", "GUARD_METRICS": "127.0.0.1:0"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GUARD_")}
-    return {**kept, "GUARD_LISTEN": "127.0.0.1:0", "GUARD_METRICS": "127.0.0.1:0"}
+    return kept | (ports if command[3] == "serve" else {})
 
 
 def program(words: Sequence[str], upstream: str) -> list[str]:
@@ -100,7 +102,7 @@ def program(words: Sequence[str], upstream: str) -> list[str]:
 
 def run_to_the_end(command: Sequence[str], desk: Path) -> None:
     done = subprocess.run(
-        command, cwd=desk, env=environment(), capture_output=True, text=True, timeout=600, check=False
+        command, cwd=desk, env=environment(command), capture_output=True, text=True, timeout=600, check=False
     )
     # Verdicts have exit codes of their own, and `guard doctor` ends with 1 after a warning.
     allowed = {"vet": {0, 1, 3}, "doctor": {0, 1}}.get(command[3], {0})
@@ -112,7 +114,7 @@ def run_until_it_answers(command: Sequence[str], desk: Path, example: str) -> No
     """Start a command that runs until it is stopped, use it as its page says, and stop it."""
     follows = "--follow" in command
     with (desk / "stderr.log").open("w+", encoding="utf-8") as errors:
-        process = subprocess.Popen(command, cwd=desk, env=environment(), stdout=subprocess.PIPE, stderr=errors)
+        process = subprocess.Popen(command, cwd=desk, env=environment(command), stdout=subprocess.PIPE, stderr=errors)
         try:
             assert process.stdout is not None
             assert select.select([process.stdout], [], [], WAIT_SECONDS)[0], f"{shlex.join(command)} says nothing"
@@ -123,7 +125,7 @@ def run_until_it_answers(command: Sequence[str], desk: Path, example: str) -> No
                 assert announced["event"] == "serving"
                 if announced["upstream"] is None:
                     exec(compile(example.replace(SERVED, announced["listen"]), "client", "exec"), {})  # noqa: S102
-                    send_something_odd(announced["listen"])
+                    send_traffic(announced["listen"])
             process.send_signal(signal.SIGINT)
             process.communicate(timeout=WAIT_SECONDS)
             assert process.returncode == 0
@@ -132,15 +134,21 @@ def run_until_it_answers(command: Sequence[str], desk: Path, example: str) -> No
             process.communicate()
 
 
-def send_something_odd(address: str) -> None:
-    """Images unlike the calibration images, so that the evidence log has a record to show."""
+def send_traffic(address: str) -> None:
+    """Clean images, for the sample of embeddings, and images unlike them, so that the evidence log has a record."""
+    clean = random_images(200, seed=3).numpy() / 127.5 - 1
     noise = np.random.default_rng(0).choice([-2.0, 2.0], (8, 3, 16, 16))
-    pixels = np.concatenate([noise, 20 * noise, np.full((1, 3, 16, 16), -30.0)]).astype(np.float32)
+    odd = np.concatenate([noise, 20 * noise, np.full((1, 3, 16, 16), -30.0)])
+    assert decision(address, odd) == "flag"
+    assert decision(address, clean) in {"pass", "flag"}
+
+
+def decision(address: str, pixels: NDArray[np.float64]) -> str:
     images = client.InferInput("image", list(pixels.shape), "FP32")
-    images.set_data_from_numpy(pixels)
+    images.set_data_from_numpy(pixels.astype(np.float32))
     with client.InferenceServerClient(address) as connection:
         reply = connection.infer("classifier", [images])
-    assert reply.get_response().parameters["guard_decision"].string_param == "flag"
+    return str(reply.get_response().parameters["guard_decision"].string_param)
 
 
 @pytest.fixture(autouse=True)
