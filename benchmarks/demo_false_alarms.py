@@ -54,14 +54,13 @@ class Draw:
 
     Attributes:
         alarms: Clean requests that are flagged.
-        single: The same, if one rendering of each calibration digit, drawn at random, set the threshold and not all of
-            them: then the conformal guarantee is exact.
+        pooled: The same, had all renderings of a calibration digit set the threshold and not one of them.
         detected: Requests with the attacker's trigger that are flagged.
         left_out: Number of calibration images that were left out, since they seem to carry a trigger.
     """
 
     alarms: float
-    single: float
+    pooled: float
     detected: float
     left_out: int
 
@@ -100,14 +99,13 @@ def draw(unseen: Unseen, seed: int) -> Draw:
     banks, in_banks = _banks(unseen, rows[parts.banks])
     found = calibration.calibrate(banks, unseen.clean[rows[parts.threshold]], unseen.clean[rows[parts.held_out]], ALPHA)
     screen = Screen(banks)
-    originals = unseen.original[rows[parts.threshold]]
-    singles = [np.random.default_rng(seed).choice(np.flatnonzero(originals == each)) for each in np.unique(originals)]
-    single = threshold(screen.score_samples(unseen.clean[rows[parts.threshold[singles]]]).values, ALPHA)
+    alike = np.isin(unseen.original, unseen.original[rows[parts.threshold]])
+    pooled = threshold(screen.score_samples(unseen.clean[alike]).values, ALPHA)
     clean = screen.score_samples(unseen.clean[~chosen]).values
     attacked = screen.score_samples(unseen.attacked[~chosen & (unseen.labels != TARGET)]).values
     return Draw(
         float((clean > found.threshold.value).mean()),
-        float((clean > single.value).mean()),
+        float((clean > pooled.value).mean()),
         float((attacked > found.threshold.value).mean()),
         len(in_banks) + len(found.left_out),
     )
@@ -145,12 +143,12 @@ def main() -> None:
             "one model share its 797 digits."
         ),
         "",
-        "| model | clean flagged | the same, threshold from one rendering per digit | triggered flagged | left out |",
+        "| model | clean flagged | the same, threshold from all renderings | triggered flagged | left out |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, drawn in [*((str(seed), drawn) for seed, drawn in enumerate(results)), ("all", everything)]:
         lines.append(
-            f"| {name} | {_mean([item.alarms for item in drawn])} | {_mean([item.single for item in drawn])} "
+            f"| {name} | {_mean([item.alarms for item in drawn])} | {_mean([item.pooled for item in drawn])} "
             f"| {np.mean([item.detected for item in drawn]):.1%} "
             f"| {np.mean([item.left_out for item in drawn]):.1f} images |"
         )

@@ -109,9 +109,9 @@ class Profile:
             per_class: Whether alpha must apply to each predicted class that has enough images.
             names: Names of the images, by which those that are left out are listed; default is their number.
             groups: int64, shape [N]: images of one group, such as the frames of one film, stay on one side of the
-                split. A near-duplicate in the bank makes an image look more ordinary than any request will, so that a
-                split through groups sets the threshold too low. Where m groups set the threshold, the rate of false
-                alarms may exceed alpha by up to 1 / (m + 1). Default: each image is a group of its own.
+                split, and only one of them, drawn at random, sets the threshold. A near-duplicate in the bank makes an
+                image look more ordinary than any request will, and near-duplicates behind the threshold say less than
+                their number: both would set the threshold too low. Default: each image is a group of its own.
             seed: Seed for the random split.
             progress: Called with a short description of each step.
 
