@@ -4,7 +4,8 @@
 
 VENV := .venv
 READY := $(VENV)/.ready
-PYTEST := $(VENV)/bin/python -m pytest
+# Containers often forbid Python to keep what it compiled; then each of some hundred processes would compile it again.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest
 # What a worker runs out of, it takes from another.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal $(if $(COVERAGE),--cov)
 

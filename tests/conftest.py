@@ -3,6 +3,7 @@
 torch is imported by the fixtures that need it: tests of the serving part also run where only that is installed.
 """
 
+import fcntl
 import os
 
 # Before torch starts its threads: models of 16 pixels gain nothing from them, and workers would take them from each
@@ -87,12 +88,16 @@ def images() -> "torch.Tensor":
 
 @pytest.fixture(scope="session")
 def exported(classifier: "Classifier", images: "torch.Tensor", tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model as ONNX."""
+    """The model as ONNX: made by the first worker that needs it, since that takes seconds."""
     from guard.classifiers import export
 
-    directory = tmp_path_factory.mktemp("exported") / "tiny"
-    export(classifier, directory, images)
-    return directory
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (folder / "exported.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "exported").exists():
+            export(classifier, folder / "exported", images)
+    return folder / "exported"
 
 
 @pytest.fixture(scope="session")

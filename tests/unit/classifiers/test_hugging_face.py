@@ -61,7 +61,8 @@ def check_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5)
 
 
-def features(model: transformers.CLIPModel, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+# The types are quoted because transformers loads a model when its name is first used, and every worker collects this.
+def features(model: "transformers.CLIPModel", pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Image and text features of transformers, before normalisation."""
     with torch.no_grad():
         return (
@@ -70,7 +71,7 @@ def features(model: transformers.CLIPModel, pixels: torch.Tensor, ids: torch.Ten
         )
 
 
-def check_parity(model: transformers.CLIPModel, loaded: Classifier) -> None:
+def check_parity(model: "transformers.CLIPModel", loaded: Classifier) -> None:
     pixels = torch.randn(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     ids = loaded.tokenizer(PROMPTS)
     images, texts = features(model, pixels, ids)
