@@ -57,8 +57,8 @@ def split(groups: NDArray[np.int64], seed: int) -> Split:
     Of each group that sets the threshold one image is taken, at random. The scores of a group are alike, and say less
     than their number: a threshold from all of them may flag up to 1 / (m + 1) more clean requests than alpha for m
     groups of one size (Lee, Barber and Willett, "Distribution-free inference with hierarchical data", 2023). With one
-    image of each group the conformal guarantee is exact. In the demo, with 200 groups, the difference is 0.1 to 0.2
-    percentage points (benchmarks/results/demo-false-alarms.md).
+    image of each group the conformal guarantee is exact. In the demo, with 200 groups, the difference is 0.1 percentage
+    points at most (benchmarks/results/demo-false-alarms.md); with few groups it is large.
 
     Args:
         groups: Number of each image's group, shape [N].
