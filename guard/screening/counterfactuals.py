@@ -1,4 +1,4 @@
-"""What a request would look like without a trigger, or without a part of it. numpy only; nothing here is random."""
+"""Images as they would be without a trigger, or without a part. numpy only, without random choices."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -11,24 +11,24 @@ from guard._types import Floats
 from guard.triggers.forms import GENERATOR_SLOPE, YCRCB_TO_RGB, check_tensors
 
 Undo = Callable[[Floats], Floats]
-"""From an image, shape [3, H, W], values in [0, 1], to the same image without the trigger."""
+"""A function from an image, shape [3, H, W], values in [0, 1], to the same image without the trigger."""
 
 _OPAQUE = 0.5
-"""Opacity above which nothing of the image is left to recover, and its surroundings are drawn in instead."""
+"""Opacity above which a pixel cannot be recovered and is filled from its surroundings."""
 _MOST_OPAQUE = 0.95
-"""Above it a blend cannot be inverted: what bytes round away is multiplied by more than 20."""
+"""Opacity above which a blend cannot be inverted: the rounding to bytes is amplified more than 20 times."""
 _MARGIN = 1 / 16
-"""How far around the opaque part of a patch is drawn over too, relative to the side of the image. Inversion finds the
-few pixels of a patch that it needs; the attacker's own patch is larger."""
+"""Margin around the opaque part of a patch that is filled too, relative to the side of the image. Trigger inversion
+finds only the few pixels of a patch that it needs; the attacker's own patch is larger."""
 _MOST_LOST = 0.5
 """Share of the image above which a patch and its margin leave too little to fill them from."""
 _STEPS = 12
-"""Of an iteration; every step about halves what is left to solve."""
+"""Steps of a fixed-point iteration; each step about halves the remaining error."""
 _TO_RGB = np.array(YCRCB_TO_RGB, np.float32)
 
 
 def undoing(family: str, tensors: Mapping[str, Floats]) -> Undo | None:
-    """What undoes a trigger of `guard.triggers`, as far as it can be undone.
+    """Return a function that undoes a trigger of `guard.triggers`, as far as that is possible.
 
     - patch: where the mask is above 0.5 the image is lost; this, and a margin of 1/16 of the side around it, is filled
       from its surroundings. Elsewhere it is inverted like a blend.
@@ -42,7 +42,7 @@ def undoing(family: str, tensors: Mapping[str, Floats]) -> Undo | None:
         tensors: The trigger, as in `triggers.safetensors`; at any resolution.
 
     Returns:
-        None if there is no way back: a family without one, unknown here, or a trigger that leaves nothing of the image.
+        The function, or None for a family that cannot be undone or is unknown, or a trigger that hides the image.
 
     Raises:
         ValueError: The tensors are not those of a trigger of the family; the message is one line, for the caller to put
@@ -55,7 +55,7 @@ def undoing(family: str, tensors: Mapping[str, Floats]) -> Undo | None:
 
 
 def fill(images: Floats, regions: NDArray[np.bool_]) -> Floats:
-    """Draw over regions smoothly from their surroundings; every other value stays.
+    """Fill regions smoothly from their surroundings; all other values stay the same.
 
     Means of what is known are pulled to coarser and coarser grids until no hole is left, and pushed back into the
     holes (Gortler et al., The Lumigraph, SIGGRAPH 1996, without their partial weights). Its cost is that of a few
@@ -63,7 +63,7 @@ def fill(images: Floats, regions: NDArray[np.bool_]) -> Floats:
 
     Args:
         images: Shape [N, 3, H, W].
-        regions: Where to draw, shape [N, H, W] or [1, H, W].
+        regions: Mask of the regions to fill, shape [N, H, W] or [1, H, W].
 
     Raises:
         ValueError: A region is the whole image.
@@ -95,11 +95,11 @@ def boxes(size: tuple[int, int], count: int, share: float) -> tuple[tuple[int, i
 
 
 def low_pass(images: Floats, share: float) -> Floats:
-    """Take away what is smaller than a share of the side: scaled down and up again (bilinear).
+    """Remove detail smaller than a share of the side, by scaling down and up again (bilinear).
 
     Args:
         images: Shape [N, 3, H, W].
-        share: In (0, 1].
+        share: Size of the smallest detail that stays, relative to the side, in (0, 1].
     """
     size = images.shape[-2:]
     small = (max(1, round(1 / share)), max(1, round(1 / share)))

@@ -1,8 +1,8 @@
-"""A second look at a request that the first found suspicious: would it be answered so without the trigger? numpy only.
+"""A second look at a flagged request: would the classifier give the same answer without the trigger? numpy only.
 
-The first look asks where an embedding lies. This one changes the image and asks the classifier again: with each
-reconstructed trigger undone, with parts masked, with fine detail taken away. It costs a pass over some twenty images,
-so it has a budget of its own.
+The first look compares the embedding with the banks. The second look changes the image and asks the classifier again:
+with each reconstructed trigger undone, with parts masked, and with fine detail removed. It costs a forward pass over
+about twenty images, so it has a budget of its own.
 """
 
 import threading
@@ -29,26 +29,26 @@ _GRID, _MASKED = 4, 3 / 8
 """Masked squares along each side of the image, and their side relative to it: every patch of up to 1/6 of the side lies
 wholly within one."""
 _FINE = 3 / 32
-"""What is smaller than this share of the side, the low-pass takes away."""
+"""The low-pass filter removes detail that is smaller than this share of the side."""
 _STRONGEST = 0.1
 """A p-value at or below this share of alpha is never withdrawn."""
 _AS_SURE = 0.5
-"""Least share of the margin that has to stay for an answer to be as sure as it was."""
+"""Smallest share of its margin that an answer must keep to count as unchanged."""
 _AS_STRONG = 3.0
-"""By which factor, up or down, the p-value may change for a match to be as strong as it was."""
+"""Factor by which the p-value may rise or fall for a match to count as unchanged."""
 _SLACK = 1e-3
-"""By which pixels may leave [0, 1]: what normalising and its inverse round."""
+"""How far pixels may lie outside [0, 1], because normalising and its inverse round."""
 
 
 @dataclass(frozen=True)
 class View:
-    """One form of the image, and what the classifier and the first look make of it.
+    """One version of the image, with the answer of the classifier and the p-value of the first look.
 
     Attributes:
-        name: What was done to it, such as `rows 0-11, columns 20-31 masked`; `as sent` for the image itself.
-        answer: Class index.
-        margin: Score of the answer over that of the next class, at least 0.
-        p_value: Of the first look, in (0, 1].
+        name: The change, such as `rows 0-11, columns 20-31 masked`; `as sent` for the unchanged image.
+        answer: Index of the predicted class.
+        margin: Score of the predicted class minus the score of the second class, at least 0.
+        p_value: Conformal p-value of the first look, in (0, 1].
     """
 
     name: str
@@ -59,14 +59,14 @@ class View:
 
 @dataclass(frozen=True)
 class SecondLookResult:
-    """What a second look found.
+    """The result of a second look.
 
     Attributes:
-        outcome: `confirmed`: without the trigger the answer is another and the match is gone. `withdrawn`: neither
-            hangs on what a trigger could be. `undecided`: the first decision stands. `skipped`: so it does, since the
-            budget was spent.
+        outcome: `confirmed`: without the trigger, the answer changes and the match is gone. `withdrawn`: neither the
+            answer nor the match depends on anything that a trigger could be. `undecided`: the first decision stands.
+            `skipped`: the first decision stands, because the budget was spent.
         explanation: One sentence for people.
-        views: What was looked at, the image as sent first; empty if nothing was.
+        views: The versions of the image that were examined, the image as sent first; empty if none was.
     """
 
     outcome: SecondLookOutcome
@@ -75,16 +75,16 @@ class SecondLookResult:
 
 
 class SecondLook:
-    """Looks again at requests whose p-value is at most alpha; safe to use from many threads.
+    """Takes a second look at requests whose p-value is at most alpha; safe to use from many threads.
 
-    Undone are the reconstructed triggers that lead to the same class as the one that matches
+    The views undo each reconstructed trigger that leads to the same class as the matching one
     (`counterfactuals.undoing`); 4 × 4 overlapping squares of 3/8 of the side are masked, one at a time, and filled from
     their surroundings; and the image is scaled down to 11 px and up again. A view *breaks* the alarm if its answer is
     another and its p-value is above alpha.
 
     - Confirmed: the answer is the class that the trigger leads to, and a view with a trigger undone breaks the alarm.
-      That a view with a part masked does is told in the explanation and decides nothing: genuine images hang on their
-      parts too.
+      A view with a masked part that does so is only mentioned in the explanation, because genuine images depend on
+      their parts too.
     - Withdrawn: the p-value is above alpha / 10; under every undoing the answer stays with at least half its margin and
       the p-value within a factor of 3; so does the answer without fine detail; and no masked part breaks the alarm.
     - Undecided: anything else, such as no trigger that matches, or one that cannot be undone.
@@ -100,25 +100,27 @@ class SecondLook:
     the attacker's own triggers) it is 20 of 490 false alarms and 4 of 800 triggered requests.
 
     Limits. Nothing here sees a coarse change of the whole image (a warp, a photo filter) whose reconstruction is poor,
-    nor a coarse trigger that is repeated at several places, nor one that was built against these views; of all these
-    only a strong match (p at most alpha / 10) is safe from being withdrawn. A photograph often loses its class without
-    fine detail and then stays undecided. `confirmed` says that the answer hangs on what the undoing takes away. After a
+    nor a coarse trigger that is repeated at several places, nor one that was built against these views; of
+    all these only a strong match (p at most alpha / 10) cannot be withdrawn. A photograph often loses its class without
+    fine detail and then stays undecided. `confirmed` says that the answer depends on what the undoing removes. After a
     strong change (blend, colour map, generator) that is often true of genuine images as well: it is an explanation, not
     a second test at level alpha.
 
     Args:
         triggers: The reconstructed triggers by id.
-        embed: The classifier.
-        p_values: The first look.
+        embed: Computes embeddings and class scores of images.
+        p_values: Computes the p-values of the first look from embeddings.
         classes: Class names, for explanations.
-        alpha: Largest p-value that is looked at again, in (0, 1).
-        max_per_second: Most looks per second, on average, above 0; up to as many (at least one) at once.
-        max_views: Most images in one look, besides the image as sent. Masks are left out first, and without all of
-            them nothing is withdrawn.
-        clock: Seconds that only grow.
+        alpha: Largest p-value of a request that gets a second look, in (0, 1).
+        max_per_second: Largest average number of second looks per second, above 0; as many (at least one) may come at
+            once.
+        max_views: Largest number of changed images in one look. Masked images are left out first, and if any is left
+            out, nothing is withdrawn.
+        clock: Returns a time in seconds that never decreases.
 
     Raises:
-        ValueError: A limit is out of range, a target is no class, or the tensors of a trigger make none of its family.
+        ValueError: A limit is out of range, a target is not a class, or the tensors do not form a trigger of its
+            family.
     """
 
     def __init__(
@@ -153,11 +155,11 @@ class SecondLook:
         self._bucket = _Bucket(max_per_second, clock)
 
     def look(self, image: Floats, trigger: str | None) -> SecondLookResult:
-        """Look at one request again.
+        """Take a second look at one request.
 
         Args:
             image: float32, shape [3, H, W], values in [0, 1]: at the classifier's resolution, before normalisation.
-            trigger: Id of the trigger that it matches; None if it was flagged for another reason.
+            trigger: Id of the trigger that the request matches; None if it was flagged for another reason.
 
         Raises:
             ValueError: The image has another shape or type, or there is no such trigger.
