@@ -125,7 +125,7 @@ def validated(path: Path, form: type[T], value: object, error: type[GuardError],
     Raises:
         GuardError: The value does not have this form; the message says where.
     """
-    adapter = _adapter(form)
+    adapter: TypeAdapter[T] = _adapter(form)  # type: ignore[arg-type] # every type can be hashed
     try:
         # Strictly, Python's lists are no tuples; JSON's are.
         return adapter.validate_json(json.dumps(value), strict=True) if strict else adapter.validate_python(value)
