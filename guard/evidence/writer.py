@@ -217,11 +217,13 @@ class EvidenceWriter:
 
     def _connect(self) -> Connection:
         """The connection to the file that is at the path now."""
-        if self._connection is not None and self._file != _identity(self._path):
+        if self._connection is not None and (self._file is None or self._file != _identity(self._path)):
             self._disconnect()
         if self._connection is None:
-            self._connection = store.prepare(self._path).connect()
+            engine = store.prepare(self._path)
+            # Before it is opened: a file that is moved away in between is then noticed at the next record.
             self._file = _identity(self._path)
+            self._connection = engine.connect()
         return self._connection
 
     def _disconnect(self) -> None:
