@@ -599,7 +599,7 @@ def broken(kind: str, profile: Profile, other: Other, folder: Path) -> Path:
     place = folder / kind
     if kind == "uncalibrated":
         profile = Profile(replace(profile.document, calibration=None), profile.triggers)
-    other.profile if kind == "foreign" else profile.save(place)
+    (other.profile if kind == "foreign" else profile).save(place)
     if kind == "truncated":
         file = place / "reference.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
