@@ -19,6 +19,12 @@ from guard.errors import GuardError
 T = TypeVar("T")
 _LONGEST = 80
 """Characters of a name or a value that a message quotes."""
+_PLAIN = {
+    "dataclass_type": "it must be an object with names and values",
+    "extra_forbidden": "there is no such name",
+    "missing": "it is missing",
+}
+"""What pydantic says in words of its own, by the type of its error."""
 _WITHOUT_VALUE = {"missing", "extra_forbidden", "value_error"}
 """Kinds of errors whose message does not become clearer by the value that was given."""
 
@@ -147,7 +153,8 @@ def first_error(error: ValidationError) -> str:
     """The first of pydantic's errors as `where.exactly: what`; entries of a list are counted from 1."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part + 1) if isinstance(part, int) else _quotable(part) for part in first["loc"])
-    what, given = first["msg"].removeprefix("Value error, "), first["input"]
+    what = _PLAIN.get(first["type"], first["msg"].removeprefix("Value error, "))
+    given = first["input"]
     if first["type"] not in _WITHOUT_VALUE and (given is None or isinstance(given, str | int | float)):
         what += f", not {_short(given)!r}" if isinstance(given, str) else f", not {_short(str(given))}"
     return f"{where}: {what}" if where else what

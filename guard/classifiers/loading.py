@@ -19,7 +19,7 @@ _HUGGING_FACE_FILES = [
 ]  # fmt: skip
 
 
-def load(model: str, *, classes: Path | ClassList | None = None, device: str | None = None) -> "Classifier":
+def load(model: str, *, classes: Path | str | ClassList | None = None, device: str | None = None) -> "Classifier":
     """Load a classifier.
 
     Args:
@@ -36,6 +36,8 @@ def load(model: str, *, classes: Path | ClassList | None = None, device: str | N
         ModuleNotFoundError: torch or open_clip is not installed.
         MissingDependencyError: torchvision does not fit torch.
     """
+    if isinstance(classes, str):
+        classes = Path(classes)
     if model.startswith(HUB_PREFIX):
         return _load_directory(_download(model.removeprefix(HUB_PREFIX)), model, classes, device)
     if "::" in model:

@@ -80,7 +80,7 @@ class Detector:
         Raises:
             RequestError: Wrong shape, a value that is not finite, or a zero vector.
         """
-        scores = self.screen.score_samples(embeddings)
+        scores = self.screen.score_samples(np.asarray(embeddings))
         found = self._conformal.p_values(scores.values, scores.classes if self.per_class else None)
         return Judgement(scores, found, self._conformal.flags(found))
 

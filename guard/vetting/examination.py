@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from guard.classifiers.classifier import Classifier
@@ -65,7 +66,7 @@ def vet(
             unknown.
     """
     started = time.monotonic()
-    _check(classifier, images, base, families)
+    _check(classifier, images, base, families, budget)
     effort = BUDGETS[budget].seeded(seed)
     searched, held_out = halves(images, seed)
     settings = effort.derived_reference if derive else None
@@ -94,7 +95,18 @@ def vet(
     )
 
 
-def _check(classifier: Classifier, images: Tensor, base: Classifier | None, families: Sequence[str]) -> None:
+def _check(
+    classifier: Classifier, images: Tensor, base: Classifier | None, families: Sequence[str], budget: str
+) -> None:
+    if images.dtype is not torch.uint8 or images.shape[1:] != classifier.image_shape:
+        raise ImageError(
+            f"the images must be uint8 of shape [N, {', '.join(map(str, classifier.image_shape))}], not {images.dtype} "
+            f"of shape {list(images.shape)}; Classifier.read makes such images"
+        )
+    if budget not in BUDGETS:
+        raise UsageError(f"there is no budget {budget!r}; there are {', '.join(BUDGETS)}")
+    if base is not None and not isinstance(base, Classifier):
+        raise UsageError("the base model must be a classifier that was loaded, as guard.load returns it")
     if len(images) < MIN_IMAGES:
         raise ImageError(f"vetting needs at least {MIN_IMAGES} images, there are {len(images)}")
     if not families or not set(families) <= set(FAMILIES):

@@ -69,7 +69,7 @@ def test_vet_calibrate_export_and_what_they_print(
     assert guard("calibrate", out, "--images", image_folder, "--alpha", "0.05").returncode == 0
 
     too_strict = guard("calibrate", out, "--images", image_folder, "--alpha", "0.001")
-    refused(too_strict, 2, "needs at least 999 calibration images, there are 120")
+    refused(too_strict, 2, "needs at least 999 clean images that set the threshold, there are 120")
     assert "from 120 clean scores" in calibrated.stdout
 
 
