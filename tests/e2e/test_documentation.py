@@ -185,7 +185,8 @@ def test_every_other_command_of_the_pages_exists() -> None:
                 case ["python", "-m", module, *_]:
                     assert find_spec(module) is not None, module
                 case ["pip", "install", requirement]:
-                    assert requirement.startswith("clip-guard[")
-                    assert re.search(rf"^{requirement[11:-1]} = \[", extras, re.MULTILINE), requirement
+                    extra = re.fullmatch(r"(?:clip-guard|\.)\[(\w+)\]", requirement)
+                    assert extra, requirement
+                    assert re.search(rf"^{extra[1]} = \[", extras, re.MULTILINE), requirement
                 case _:
                     pytest.fail(f"{block.page}: nobody checks {shlex.join(words)}")
