@@ -1,6 +1,6 @@
 """Put the table that a demo printed into the README.
 
-python scripts/update_readme.py guard-demo/table.txt
+guard demo > table.txt; python scripts/update_readme.py table.txt
 """
 
 import re
