@@ -54,13 +54,18 @@ class Preprocessing:
     def pixels(self, image: "Image.Image", *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         """Resize and crop: uint8, shape [3, size, size], before normalisation.
 
-        The conversion to RGB comes after the resizing, as in open_clip; for grey, palette and RGBA images the order
-        changes the result.
+        Args:
+            image: An image in RGB, as `guard.classifiers.decode` makes it. An image of another mode is converted
+                first: open_clip converts after it has resized, which gives other pixels where there is a palette or
+                alpha.
+            max_pixels: The most pixels that the resized image may have before it is cropped.
 
         Raises:
             ImageError: Resized, the image has more than `max_pixels` pixels: a strip of 1 × 10,000,000 is small until
                 its short side is scaled up.
         """
+        if image.mode != "RGB":
+            image = image.convert("RGB")
         resampling = RESAMPLING[self.interpolation]
         size = self.size
         if self.resize_mode == "squash":
@@ -78,8 +83,6 @@ class Preprocessing:
             width, height = image.size
             left, top = round((width - size) / 2.0), round((height - size) / 2.0)
             image = image.crop((left, top, left + size, top + size))
-        if image.mode != "RGB":
-            image = image.convert("RGB")
         return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
     def normalise(self, pixels: NDArray[np.uint8] | Floats) -> Floats:
