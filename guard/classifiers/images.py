@@ -100,12 +100,9 @@ def _load(data: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
-        if width * height > max_pixels:
-            raise ImageError(
-                f"the image claims {width}×{height} pixels, more than the limit of {max_pixels}; send a smaller one"
-            )
-        image.load()
-    except (ImageError, MemoryError):
+        if width * height <= max_pixels:
+            image.load()
+    except MemoryError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"the image claims more pixels than the limit of {max_pixels}; send a smaller one") from error
@@ -115,6 +112,10 @@ def _load(data: bytes, max_pixels: int) -> Image.Image:
         # Pillow's decoders and readers of metadata report damage through any exception, also IndexError and
         # struct.error, and which ones changes with its version.
         raise ImageError(f"the image is damaged: {error}") from error
+    if width * height > max_pixels:
+        raise ImageError(
+            f"the image claims {width}×{height} pixels, more than the limit of {max_pixels}; send a smaller one"
+        )
     return image
 
 

@@ -6,6 +6,7 @@ file. After a change here, run scripts/generate_docs.py.
 """
 
 import os
+import re
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -22,7 +23,7 @@ from pydantic_settings import (
 from guard._documents import first_error
 from guard.errors import UsageError
 from guard.sidecar.addresses import is_loopback, socket_path, split_address
-from guard.sidecar.model_settings import RENAMED, ModelSettings, metavar
+from guard.sidecar.model_settings import RENAMED, ModelSettings, Names, metavar
 from guard.sidecar.policy import Mode
 
 ENVIRONMENT_PREFIX: Final = "GUARD_"
@@ -85,6 +86,22 @@ class Settings(ModelSettings, BaseSettings):
         default="auto",
         description="Dialect of the response streams of the --upstream server. With auto, guard recognises it from "
         "the replies.",
+    )
+    pass_methods: Names = Field(
+        default=(),
+        description="Paths of further methods of the --upstream server that are forwarded unread, as "
+        "/package.Service/Method or /package.Service/*. Any other method that guard does not know is an unchecked "
+        "request, and --failure-policy decides whether it is forwarded.",
+        examples=[["/package.Service/Method"]],
+        json_schema_extra=metavar("PATH,…"),
+    )
+    pass_headers: Names = Field(
+        default=(),
+        description="Keys of further request metadata that are passed on to the --upstream server; a * at the end "
+        "stands for any ending. By default, only keys of authorization, tracing and Triton's streams are passed on, "
+        "because others may choose another model.",
+        examples=[["x-tenant", "x-team-*"]],
+        json_schema_extra=metavar("KEY,…"),
     )
     allow_model_control: bool = Field(
         default=False,
@@ -241,6 +258,22 @@ class Settings(ModelSettings, BaseSettings):
     def _address(cls, value: str | None) -> str | None:
         if value is not None and socket_path(value) is None:
             split_address(value)
+        return value
+
+    @field_validator("pass_methods")
+    @classmethod
+    def _paths(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for path in value:
+            if not re.fullmatch(r"/[\w.]+/(\w+|\*)", path):
+                raise ValueError(f"{path!r} is not of the form /package.Service/Method")
+        return value
+
+    @field_validator("pass_headers")
+    @classmethod
+    def _keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for key in value:
+            if not re.fullmatch(r"[0-9a-z_.-]+\*?", key):
+                raise ValueError(f"{key!r} is not a key of metadata, which is written in small letters")
         return value
 
     @field_validator("metrics")

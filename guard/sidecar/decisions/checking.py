@@ -4,15 +4,18 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from guard._types import Floats
-from guard.classifiers import ExportedClassifier, Preprocessing, decode
+from guard.classifiers import ExportedClassifier, decode, decode_unambiguous, encode
 from guard.errors import ImageError, RequestError
 from guard.profiles import Profile
 from guard.protocol.inference_pb2 import ModelInferRequest
-from guard.protocol.tensors import encoded_images, find_input, float_images
+from guard.protocol.messages import with_images
+from guard.protocol.tensors import encoded_images, find_input, float_images, raw_contents
 from guard.screening import Detector
 from guard.sidecar.decisions.reservoir import Reservoir
 from guard.sidecar.decisions.watch import Shared, Watch
@@ -35,6 +38,25 @@ class Inference:
 
     logits: Floats
     outcome: Outcome
+
+
+@dataclass(frozen=True, eq=False)
+class _Images:
+    """The images of a request that can be read.
+
+    Attributes:
+        values: Preprocessed, shape [M, 3, S, S].
+        rows: Their numbers in the request, shape [M].
+        count: Number of images in the request.
+        trouble: Why the first of the others cannot be read; "" if there is none.
+        canonical: The request as it is forwarded; None if that is as it was sent.
+    """
+
+    values: Floats
+    rows: NDArray[np.int64]
+    count: int
+    trouble: str
+    canonical: bytes | None = None
 
 
 class Checker:
@@ -70,7 +92,7 @@ class Checker:
         self.profile, self.model, self.metrics = profile, model, metrics
         self._detector = detector
         self.watch = Watch(profile, detector, model, settings, metrics, shared, sample)
-        self._input, self._limits, self._workers = settings.input_tensor, shared.settings, shared.workers
+        self._settings, self._limits, self._workers = settings, shared.settings, shared.workers
         self.vetted = settings.clears(profile.document.vetting.verdict.outcome)
         metrics.describe(profile, detector)
 
@@ -92,13 +114,26 @@ class Checker:
         """
         return await self._workers.run(lambda: self._infer(message, trace_id))
 
-    async def check_request(self, message: ModelInferRequest, trace_id: str) -> Outcome:
-        """Embed and screen the images of a request that goes to an upstream server."""
-        return await self._bounded(lambda: self._infer(message, trace_id).outcome)
+    async def check_request(
+        self, message: ModelInferRequest, trace_id: str, forward: Callable[[bytes], None] | None = None
+    ) -> Outcome:
+        """Embed and screen the images of a request that goes to an upstream server.
+
+        Args:
+            message: The request.
+            trace_id: The trace that the request belongs to, or "".
+            forward: Called from another thread with the serialised request that holds the pixels that are checked, as
+                soon as these are known; not called if nothing of the request can be checked. None if the request is
+                forwarded as it was sent: then images that programs read in different ways are not checked.
+        """
+        return await self._bounded(lambda: self._check(message, trace_id, forward))
 
     async def check_embeddings(self, embeddings: Floats, message: ModelInferRequest, trace_id: str) -> Outcome:
         """Screen embeddings, shape [N, D], that the upstream server computed for a request."""
-        return await self._bounded(lambda: self._score(embeddings, message, trace_id, None))
+        rows = np.arange(len(embeddings))
+        return await self._bounded(
+            lambda: self._score(embeddings, message, trace_id, _Images(embeddings, rows, len(rows), ""), seen=False)
+        )
 
     async def _bounded(self, work: Callable[[], Outcome]) -> Outcome:
         """Run a check within the time limit; whatever fails becomes `unchecked` with a reason, never `pass`."""
@@ -117,51 +152,123 @@ class Checker:
             log.exception("screening failed")
             return Outcome.unchecked(Reason.ERROR)
 
-    def _infer(self, message: ModelInferRequest, trace_id: str) -> Inference:
-        if self.model is None:
-            raise RuntimeError("this sidecar has no model of its own")
+    def _check(self, message: ModelInferRequest, trace_id: str, forward: Callable[[bytes], None] | None) -> Outcome:
         with self.metrics.stage("decode"):
-            images = self._images(message, self.model)
+            images = self._images(message, replaced=forward is not None, ambiguous=forward is not None)
+        if not len(images.rows):
+            raise RequestError(images.trouble)
+        if forward is not None and images.canonical is not None:
+            forward(images.canonical)
         with self.metrics.stage("inference"):
-            embeddings, logits = self.model.run(images)
+            embeddings, _ = self._own_model.run(images.values)
+        return self._score(embeddings, message, trace_id, images)
+
+    def _infer(self, message: ModelInferRequest, trace_id: str) -> Inference:
+        with self.metrics.stage("decode"):
+            images = self._images(message, replaced=False, ambiguous=True)
+        if images.trouble:
+            # Every image needs an answer.
+            raise RequestError(images.trouble)
+        with self.metrics.stage("inference"):
+            embeddings, logits = self._own_model.run(images.values)
         if not self._limits.screening:
             return Inference(logits, Outcome.unchecked(Reason.DISABLED))
         try:
             return Inference(logits, self._score(embeddings, message, trace_id, images))
-        except RequestError as error:
-            # Caused by the client, with values so large that the model overflows.
-            return Inference(logits, Outcome.unchecked(Reason.INPUT_UNREADABLE, str(error)))
         except Exception:
             log.exception("screening failed")
             return Inference(logits, Outcome.unchecked(Reason.ERROR))
 
-    def _images(self, request: ModelInferRequest, model: ExportedClassifier) -> Floats:
-        tensor, raw = find_input(request, self._input)
-        preprocessing, limit = model.preprocessing, self._limits.max_batch
+    @property
+    def _own_model(self) -> ExportedClassifier:
+        if self.model is None:
+            raise RuntimeError("this sidecar has no model of its own")
+        return self.model
+
+    def _images(self, request: ModelInferRequest, *, replaced: bool, ambiguous: bool) -> _Images:
+        """Read the images of a request, each by itself.
+
+        Args:
+            request: The request.
+            replaced: Whether encoded images are forwarded as the pixels that are read here.
+            ambiguous: Whether images may be read that other programs read differently.
+        """
+        settings, limits = self._settings, self._limits
+        index = find_input(
+            request, settings.input_tensor, others=settings.other_inputs, parameters=settings.pass_parameters
+        )
+        tensor, raw, preprocessing = request.inputs[index], raw_contents(request, index), self._own_model.preprocessing
+        where, size = f"input {tensor.name[:128]!r}: ", preprocessing.size
         if tensor.datatype != "BYTES":
-            return float_images(tensor, raw, (3, preprocessing.size, preprocessing.size), limit)
-        try:
-            return np.stack([self._decode(file, preprocessing) for file in encoded_images(tensor, raw, limit)])
-        except ImageError as error:
-            raise RequestError(f"input {tensor.name!r}: {error}") from error
+            values = float_images(tensor, raw, (3, size, size), limits.max_batch)
+            finite = np.isfinite(values).all(axis=(1, 2, 3))
+            trouble = "" if finite.all() else f"{where}a value is not finite (NaN or infinity)"
+            return _Images(values[finite], np.flatnonzero(finite), len(values), trouble)
+        files = encoded_images(tensor, raw, limits.max_batch)
+        pixels: dict[int, NDArray[np.uint8]] = {}
+        trouble = ""
+        for row, file in enumerate(files):
+            try:
+                image = (
+                    decode(file, max_pixels=limits.max_pixels)
+                    if ambiguous
+                    else decode_unambiguous(file, size=size, max_pixels=limits.max_pixels)
+                )
+                pixels[row] = preprocessing.pixels(image, max_pixels=limits.max_pixels)
+            except ImageError as error:
+                which = f"image {row} of the batch: " if len(files) > 1 else ""
+                trouble = trouble or f"{where}{which}{error}"
+        read = np.array([*pixels.values()], np.uint8).reshape(-1, 3, size, size)
+        canonical = None
+        if replaced:
+            # What cannot be read is forwarded as it is; the failure policy decides about it.
+            canonical = with_images(
+                request, index, [encode(pixels[row]) if row in pixels else file for row, file in enumerate(files)]
+            )
+        return _Images(preprocessing.normalise(read), np.array([*pixels], int), len(files), trouble, canonical)
 
-    def _decode(self, file: bytes, preprocessing: Preprocessing) -> Floats:
-        limit = self._limits.max_pixels
-        return preprocessing(decode(file, max_pixels=limit), max_pixels=limit)
+    def _score(
+        self, embeddings: Floats, message: ModelInferRequest, trace_id: str, images: _Images, *, seen: bool = True
+    ) -> Outcome:
+        """Screen the embeddings of images, shape [M, D], each by itself: one that cannot be scored frees no other.
 
-    def _score(self, embeddings: Floats, message: ModelInferRequest, trace_id: str, images: Floats | None) -> Outcome:
+        Args:
+            embeddings: One for each of the images.
+            message: The request.
+            trace_id: The trace that the request belongs to, or "".
+            images: The images.
+            seen: Whether guard has seen the images, and not only their embeddings.
+        """
+        scorable = self._detector.screen.scorable(embeddings)
+        trouble = images.trouble or ("" if scorable.all() else "an embedding is zero or not finite")
+        if not scorable.any():
+            return Outcome.unchecked(Reason.INPUT_UNREADABLE, trouble)
+        rows, names = images.rows[scorable], self._detector.screen.triggers
         with self.metrics.stage("screening"):
-            found = self._detector.score(embeddings)
-        names = self._detector.screen.triggers
-        flags = self.watch.follow(found, message, trace_id, images)
+            found = self._detector.score(embeddings[scorable])
+        kept = self.watch.follow(found, rows, message, trace_id, images.values[scorable] if seen else None)
+        unread = np.ones(images.count, bool)
+        unread[rows] = False
+
+        def of_all(values: NDArray[Any], missing: float) -> NDArray[Any]:
+            every = np.full(images.count, missing, values.dtype)
+            every[rows] = values
+            return every
+
+        flags = of_all(kept, 0)
+        reason = None if self.vetted else Reason.MODEL_NOT_VETTED
+        if unread.any() and reason is None:
+            reason = Reason.INPUT_UNREADABLE
         return Outcome(
-            Decision.FLAG if flags.any() else Decision.PASS if self.vetted else Decision.UNCHECKED,
-            None if self.vetted else Reason.MODEL_NOT_VETTED,
-            scores=found.scores.values,
+            Decision.FLAG if flags.any() else Decision.PASS if reason is None else Decision.UNCHECKED,
+            reason,
+            trouble if reason is Reason.INPUT_UNREADABLE else "",
+            scores=of_all(found.scores.values, np.nan),
             flags=flags,
-            p_values=found.p_values,
+            p_values=of_all(found.p_values, np.nan),
             alpha=self._detector.alpha,
-            triggers=tuple("" if index < 0 else names[index] for index in found.scores.triggers),
-            withdrawn=int((found.flags & ~flags).sum()),
-            classes=found.scores.classes,
+            triggers=tuple("" if index < 0 else names[index] for index in of_all(found.scores.triggers, -1)),
+            withdrawn=int((found.flags & ~kept).sum()),
+            classes=of_all(found.scores.classes, -1),
+            unread=unread if unread.any() else None,
         )

@@ -58,9 +58,9 @@ class EmbeddedService(InferenceService):
             "ModelMetadata": self._model_metadata,
         }
 
-    async def infer(self, data: bytes, request: Request, context: Context) -> tuple[bytes, Outcome, Metadata]:
+    async def infer(self, request: Request, context: Context) -> tuple[bytes, Outcome, Metadata]:
         """Classify and screen the images of one request."""
-        del data, context
+        del context
         message = request.message
         served = self._find(message.model_name, message.model_version)
         checker = request.route.checker
