@@ -101,6 +101,17 @@ class Checker:
         """p-value up to which an image is flagged."""
         return self._detector.alpha
 
+    def find_images(self, request: ModelInferRequest) -> int:
+        """The number of the input with the images; see `find_input`.
+
+        Raises:
+            RequestError: The input is missing, or the request can be read in different ways.
+        """
+        settings = self._settings
+        return find_input(
+            request, settings.input_tensor, others=settings.other_inputs, parameters=settings.pass_parameters
+        )
+
     async def infer(self, message: ModelInferRequest, trace_id: str) -> Inference:
         """Classify and screen the images of a request in one pass (embedded mode).
 
@@ -193,10 +204,7 @@ class Checker:
             replaced: Whether encoded images are forwarded as the pixels that are read here.
             ambiguous: Whether images may be read that other programs read differently.
         """
-        settings, limits = self._settings, self._limits
-        index = find_input(
-            request, settings.input_tensor, others=settings.other_inputs, parameters=settings.pass_parameters
-        )
+        index, limits = self.find_images(request), self._limits
         tensor, raw, preprocessing = request.inputs[index], raw_contents(request, index), self._own_model.preprocessing
         where, size = f"input {tensor.name[:128]!r}: ", preprocessing.size
         if tensor.datatype != "BYTES":

@@ -84,6 +84,11 @@ class Screener:
             return Outcome.unchecked(Reason.SHARED_MEMORY)
         if request.route.unvetted is not None:
             return request.route.unvetted
+        if request.route.embeds:
+            try:
+                request.route.checker.find_images(request.message)
+            except RequestError as error:
+                return Outcome.unchecked(Reason.INPUT_UNREADABLE, str(error))
         share = request.route.settings.checked_share
         # While the version is open, another version may answer, whose share may be different or 1.
         if share < 1 and self.models.is_current(request) and self._draw() >= share:

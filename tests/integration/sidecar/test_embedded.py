@@ -401,6 +401,7 @@ def test_refusals_are_counted_by_code(client: Client, sidecar: Sidecar, clean: F
             sidecar.metric("guard_requests_total", model="classifier", decision="unchecked", mode="tag"),
         ]
 
+    client.refused(damaged(clean, "nan"))
     # A refusal is sent before its request is counted.
     eventually(lambda: sidecar.metric("guard_active_requests") == 0, "the requests before ending")
     before = counts()
