@@ -84,7 +84,7 @@ class Screener:
             return Outcome.unchecked(Reason.SHARED_MEMORY)
         if request.route.unvetted is not None:
             return request.route.unvetted
-        if request.route.embeds:
+        if request.route.embeds and self.settings.screening:
             try:
                 request.route.checker.find_images(request.message)
             except RequestError as error:

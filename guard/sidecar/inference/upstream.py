@@ -91,16 +91,21 @@ class UpstreamService(InferenceService):
         return await self._forward(path, data, context)
 
     async def _register_shared_memory(self, path: str, data: bytes, context: Context) -> bytes:
-        enforce(Outcome.unchecked(Reason.SHARED_MEMORY), self._screener.models.unknown)
+        self._enforce(Outcome.unchecked(Reason.SHARED_MEMORY))
         return await self._forward(path, data, context)
 
     async def _relay_unknown(self, path: str, requests: AsyncIterator[bytes], context: Context) -> None:
         started, outcome, route = perf_counter(), Outcome.unchecked(Reason.PROTOCOL_UNKNOWN), self._route(None)
         try:
-            enforce(outcome, route)
+            self._enforce(outcome)
             await self._relay(path, requests, context)
         finally:
             self._screener.observe(outcome, route, 1, started)
+
+    def _enforce(self, outcome: Outcome) -> None:
+        """Refuse a call whose messages are not read, if the policy for unknown models says so."""
+        route = self._screener.models.unknown
+        enforce(outcome, route, tags(outcome, route))
 
     async def _model_stream_infer(self, requests: AsyncIterator[bytes], context: Context) -> None:
         active = self._screener.metrics.active
