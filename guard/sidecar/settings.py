@@ -164,6 +164,12 @@ class Settings(ModelSettings, BaseSettings):
     max_pixels: int = Field(
         default=50_000_000, ge=1, description="Maximum number of pixels of an encoded image after decoding."
     )
+    max_request_pixels: int = Field(
+        default=500_000_000,
+        ge=1,
+        description="Maximum number of pixels that are decoded for one request: those of all its encoded images, "
+        "counted once for each scan of a progressive JPEG.",
+    )
     max_message_bytes: int = Field(
         default=64 * 2**20, ge=1024, le=2**31 - 1, description="Maximum size of a request or a reply in bytes."
     )

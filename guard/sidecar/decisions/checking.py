@@ -2,13 +2,15 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from guard._types import Floats
 from guard.classifiers import ExportedClassifier, Preprocessing, decode
+from guard.classifiers.headers import check_files
 from guard.errors import ImageError, RequestError
 from guard.profiles import Profile
 from guard.protocol.inference_pb2 import ModelInferRequest
@@ -16,11 +18,13 @@ from guard.protocol.tensors import encoded_images, find_input, float_images
 from guard.screening import Detector
 from guard.sidecar.decisions.reservoir import Reservoir
 from guard.sidecar.decisions.watch import Shared, Watch
-from guard.sidecar.decisions.workers import OverloadedError
+from guard.sidecar.decisions.workers import LargeWorkError, OverloadedError, checkpoint
 from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import Decision, Outcome, Reason
 from guard.sidecar.telemetry.metrics import ModelMetrics
 
+LARGE_PIXELS = 16_000_000
+"""Requests with more pixels to decode are large: not every thread takes them. A camera's picture is still below."""
 log = logging.getLogger(__name__)
 
 
@@ -120,10 +124,26 @@ class Checker:
     def _infer(self, message: ModelInferRequest, trace_id: str) -> Inference:
         if self.model is None:
             raise RuntimeError("this sidecar has no model of its own")
+        model = self.model
         with self.metrics.stage("decode"):
-            images = self._images(message, self.model)
+            images = self._images(message, model)
+        if callable(images):
+            decode_later = images
+
+            def rest() -> Inference:
+                with self.metrics.stage("decode"):
+                    decoded = decode_later()
+                return self._classify(decoded, model, message, trace_id)
+
+            raise LargeWorkError(rest)
+        return self._classify(images, model, message, trace_id)
+
+    def _classify(
+        self, images: Floats, model: ExportedClassifier, message: ModelInferRequest, trace_id: str
+    ) -> Inference:
+        checkpoint()
         with self.metrics.stage("inference"):
-            embeddings, logits = self.model.run(images)
+            embeddings, logits = model.run(images)
         if not self._limits.screening:
             return Inference(logits, Outcome.unchecked(Reason.DISABLED))
         try:
@@ -135,17 +155,25 @@ class Checker:
             log.exception("screening failed")
             return Inference(logits, Outcome.unchecked(Reason.ERROR))
 
-    def _images(self, request: ModelInferRequest, model: ExportedClassifier) -> Floats:
+    def _images(self, request: ModelInferRequest, model: ExportedClassifier) -> Floats | Callable[[], Floats]:
+        """The preprocessed images of a request; if it takes long to decode them, a function that does so."""
         tensor, raw = find_input(request, self._input)
         preprocessing, limit = model.preprocessing, self._limits.max_batch
         if tensor.datatype != "BYTES":
             return float_images(tensor, raw, (3, preprocessing.size, preprocessing.size), limit)
-        try:
-            return np.stack([self._decode(file, preprocessing) for file in encoded_images(tensor, raw, limit)])
-        except ImageError as error:
-            raise RequestError(f"input {tensor.name!r}: {error}") from error
+        files = encoded_images(tensor, raw, limit)
+
+        def decode_all() -> Floats:
+            with _of_input(tensor.name):
+                return np.stack([self._decode(file, preprocessing) for file in files])
+
+        with _of_input(tensor.name):
+            limits = self._limits
+            work = check_files(files, max_pixels=limits.max_pixels, max_work=limits.max_request_pixels)
+        return decode_all if work > LARGE_PIXELS else decode_all()
 
     def _decode(self, file: bytes, preprocessing: Preprocessing) -> Floats:
+        checkpoint()
         limit = self._limits.max_pixels
         return preprocessing(decode(file, max_pixels=limit), max_pixels=limit)
 
@@ -165,3 +193,12 @@ class Checker:
             withdrawn=int((found.flags & ~flags).sum()),
             classes=found.scores.classes,
         )
+
+
+@contextmanager
+def _of_input(name: str) -> Iterator[None]:
+    """Errors of images become errors of the input that carries them."""
+    try:
+        yield
+    except ImageError as error:
+        raise RequestError(f"input {name!r}: {error}") from error
