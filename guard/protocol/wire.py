@@ -8,6 +8,7 @@ hold other messages, and skips what is long (pixels, files), so that an ordinary
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from guard.errors import RequestError
 
@@ -18,7 +19,7 @@ _GROUPS = (3, 4)
 """Begin and end of a group, which the protocol does not use: the fields in it count as if they stood outside."""
 _MAX_DIMENSIONS = 32
 """numpy has at most 64, ONNX Runtime and Triton fewer in practice."""
-_MAX_TEXT = 4096
+_MAX_TEXT = 2**17
 """The longest name, version or id in bytes."""
 
 
@@ -31,19 +32,23 @@ class Limits:
         parameters: Parameters of the request and of its tensors, together.
         elements: Elements of all BYTES tensors together.
         text: Bytes of the value of a parameter, and of an error message.
-        parsed: Bytes of typed contents after parsing.
+        parsed: Bytes of typed contents after parsing, beyond twice the length of the message.
     """
 
     tensors: int = 256
     parameters: int = 1024
     elements: int = 2**16
     text: int = 2**16
-    parsed: int = 2**31
+    parsed: int = 2**24
 
     @property
     def fields(self) -> int:
         """Fields of any kind, those that nobody knows among them."""
         return 16 * self.tensors + 4 * self.parameters + self.elements
+
+
+REPLY_LIMITS: Final = Limits()
+"""Of replies: servers may answer with as many labels as they like."""
 
 
 @dataclass(frozen=True)
@@ -203,8 +208,8 @@ def _count(walk: _Walk, found: _Field, start: int, end: int) -> None:
         raise RequestError(f"a {found.name} has more than {found.longest} bytes")
     if found.growth:
         walk.parsed += found.growth * length
-        if walk.parsed > walk.limits.parsed:
-            raise RequestError(f"the typed contents take more than {walk.limits.parsed} bytes; send raw contents")
+        if walk.parsed > walk.limits.parsed + 2 * len(walk.data):
+            raise RequestError("the typed contents take several times their length when they are read; send raw ones")
 
 
 def _varint(data: bytes, position: int, end: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from guard.protocol.tensors import pack_bytes
 from guard.protocol.wire import MODEL_CONTROL, REPLY, REQUEST, STREAM_REPLY, Limits, check_message
 
 MANY = 200_000
-LIMITS = Limits(elements=1024, parsed=2**26)
+LIMITS = Limits(elements=1024)
 
 
 def varint(value: int) -> bytes:
@@ -56,11 +56,11 @@ FLOODS: dict[str, Callable[[], bytes]] = {
     "inputs in a group": lambda: b"\x0b" + EMPTY_INPUT * MANY + b"\x0c",
     "inputs whose length is in long form": lambda: b"\x2a\x80\0" * MANY,
     "inputs whose tag is in long form": lambda: b"\xaa\x80\0\0" * MANY,
-    "a name": lambda: holding(1, b"a" * 5000),
-    "an id": lambda: holding(3, b"a" * 5000),
-    "a name of an input": lambda: holding(5, holding(1, b"a" * 5000)),
-    "a name of a parameter": lambda: holding(4, holding(1, b"a" * 5000)),
-    "a text of a parameter": lambda: holding(4, holding(2, holding(3, b"a" * 70_000))),
+    "a name": lambda: holding(1, b"a" * 140_000),
+    "an id": lambda: holding(3, b"a" * 140_000),
+    "a name of an input": lambda: holding(5, holding(1, b"a" * 140_000)),
+    "a name of a parameter": lambda: holding(4, holding(1, b"a" * 140_000)),
+    "a text of a parameter": lambda: holding(4, holding(2, holding(3, b"a" * 140_000))),
     "raw elements": lambda: holding(5, holding(2, b"BYTES")) + holding(7, bytes(4 * MANY)),
     "raw elements before their tensor": lambda: holding(7, bytes(4 * MANY)) + holding(5, holding(2, b"BYTES")),
     "raw elements of the second tensor": lambda: (

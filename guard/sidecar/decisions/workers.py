@@ -149,6 +149,7 @@ class Workers:
             self._unfinished.discard(job)
             self._room += 1
             ended()
+            job.done.exception()  # perhaps nobody else asks for it
 
         job.done.add_done_callback(finish)
         self._jobs.put(job)

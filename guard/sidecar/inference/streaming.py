@@ -9,9 +9,11 @@ from time import perf_counter
 import grpc
 from google.protobuf.message import DecodeError
 
+from guard.errors import RequestError
 from guard.protocol.dialects import ERRORS_AS_STATUS, FINAL, Dialect, StreamDialect, error_reply, opened
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
 from guard.protocol.messages import with_output
+from guard.protocol.wire import REPLY_LIMITS, STREAM_REPLY, check_message
 from guard.sidecar.decisions.routes import Request, Route
 from guard.sidecar.inference.annotations import edit_reply
 from guard.sidecar.inference.calls import Context, RefusedError
@@ -140,18 +142,24 @@ class ScreenedStream:
         try:
             while (item := await queue.get()) is not None:
                 await self._forward(*item)
-                self._release(item[1])
+                self._release(*item)
             await reading
             await self.call.done_writing()
         finally:
             reading.cancel()
 
-    def _release(self, sent: _Sent | RefusedError) -> None:
+    def _release(self, data: bytes, sent: _Sent | RefusedError) -> None:
         """Allow one more request to be read as soon as this one was forwarded and its check has ended."""
-        if isinstance(sent, _Sent) and sent.check is not None:
-            sent.check.add_done_callback(lambda _: self._room.release())
-        else:
+        size = len(data)
+
+        def release(_: object) -> None:
             self._room.release()
+            self._context.forget(size)
+
+        if isinstance(sent, _Sent) and sent.check is not None:
+            sent.check.add_done_callback(release)
+        else:
+            release(None)
 
     def _admit(self, data: bytes) -> _Sent | RefusedError:
         """Parse a request and start its check."""
@@ -259,11 +267,13 @@ class ScreenedStream:
                     await self.replies.send(sent.error)
 
     async def _reply(self, reply: bytes) -> bytes:
-        dialect, response = self._dialect.of(reply), None
+        dialect, envelope, response = None, None, None
         try:
+            check_message(reply, STREAM_REPLY, REPLY_LIMITS)
+            dialect = self._dialect.of(reply)
             envelope, response = opened(reply, dialect)
-        except DecodeError:
-            envelope = None
+        except (DecodeError, RequestError):
+            pass  # there is no answer to check
         found = self._match(response, dialect)
         if response is not None and not response.outputs and not response.raw_output_contents:
             # An error, or only the mark that ends several replies: there is no answer to check.

@@ -8,10 +8,12 @@ from time import perf_counter
 import grpc
 from google.protobuf.message import DecodeError
 
+from guard.errors import RequestError
 from guard.protocol import DESCRIBING_METHODS, MODEL_CONTROL, SERVICE
 from guard.protocol.dialects import StreamDialect
 from guard.protocol.inference_pb2 import ModelInferResponse
 from guard.protocol.messages import remove_output, with_output
+from guard.protocol.wire import REPLY, REPLY_LIMITS, check_message
 from guard.sidecar.decisions.routes import Request
 from guard.sidecar.inference import bypass
 from guard.sidecar.inference.annotations import edit_reply
@@ -200,10 +202,11 @@ def _finish(
 
 
 def _parsed(reply: bytes) -> ModelInferResponse | None:
-    """The parsed reply; None if the bytes are not a ModelInferResponse."""
+    """The parsed reply; None if the bytes are not a ModelInferResponse, or one that is too dear to parse."""
     try:
+        check_message(reply, REPLY, REPLY_LIMITS)
         return ModelInferResponse.FromString(reply)
-    except DecodeError:
+    except (DecodeError, RequestError):
         return None
 
 
