@@ -78,25 +78,26 @@ class Workers:
         self._threads = [Thread(target=self._work, name=f"guard_{n}", daemon=True) for n in range(threads)]
         self._started = False
 
-    def close(self, seconds: float = CLOSE_SECONDS) -> bool:
-        """Accept no more work, and wait for the work in progress.
+    @property
+    def stuck(self) -> bool:
+        """Whether a thread still works; after `close`, it is one that could not be ended."""
+        return any(thread.is_alive() for thread in self._threads)
+
+    def close(self, seconds: float = CLOSE_SECONDS) -> None:
+        """Accept no more work, and wait for the work in progress; see `stuck`.
 
         Args:
             seconds: The most seconds to wait; work that looks at `checkpoint` ends early.
-
-        Returns:
-            Whether all threads have ended.
         """
         deadline, self._closed = monotonic() + seconds, True
         if not self._started:
-            return True
+            return
         for job in tuple(self._unfinished):
             job.awaited = False
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join(max(0.0, deadline - monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run a function on one of the threads.

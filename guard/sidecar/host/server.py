@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -154,7 +155,8 @@ async def _serve(settings: Settings, host: Host) -> None:
         )
         stopping = host.stopping()
         await server.start()
-        host.announce(_summary(settings, models, listening, probes.address, admin))
+        most = most_memory(settings, resting)
+        host.announce({**_summary(settings, models, listening, probes.address, admin), "most_memory_bytes": most})
         if not host.index:
             _warn_of_backdoors(models)
         watchers = [
@@ -174,6 +176,16 @@ async def _serve(settings: Settings, host: Host) -> None:
         for watcher in watchers:
             with suppress(asyncio.CancelledError):
                 await watcher  # raises what it ended with, if it did not end by being cancelled
+    if shared.workers.stuck:
+        _end_at_once()
+
+
+def _end_at_once() -> None:
+    """End the process in spite of threads that hang in a library: all that had to be saved is saved."""
+    log.warning("a thread did not end in time; the state is saved, and the process ends without it")
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _server(settings: Settings, limited: Limited, probed: Limited, *, shared_port: bool) -> grpc.aio.Server:
