@@ -225,7 +225,7 @@ def test_the_most_memory_follows_from_the_settings() -> None:
     def most(**more: object) -> int:
         return most_memory(Settings.load(None, profile=Path("p"), model=Path("m"), **more), 0)
 
-    assert most(max_message_bytes=2**20) - most(max_message_bytes=2**19) == 3 * 4 * 2**19
+    assert most(max_message_bytes=2**20) - most(max_message_bytes=2**19) == 16 * 2**19
     assert most(max_pixels=2 * 10**7) - most(max_pixels=10**7) == 16 * 10**7
     assert most(workers=3) - most(workers=2) == 16 * 50_000_000
     assert most(max_inflight_bytes=2**30) - most(max_inflight_bytes=2**29) == 3 * 2**29

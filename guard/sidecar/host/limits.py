@@ -25,8 +25,8 @@ from guard.sidecar.telemetry.metrics import Metrics
 
 PROBE_BYTES = 2**16
 """The longest message of a health check, and of the other methods of a sidecar's own."""
-_MOST_WAITING = 64
-"""Calls that wait for their first message at a time; one more, and the oldest is refused."""
+_LARGE_SHARE = 32
+"""Messages beyond one part of so many of all bytes in flight are large: they must leave half of that to others."""
 _SWEEP_SECONDS = 0.1
 """Seconds between two looks at what waits, and at the memory in use."""
 _QUIET_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 0.5
@@ -35,8 +35,8 @@ _BYTES_PER_PIXEL = 16
 """Of an image that is decoded: up to 8 of a progressive JPEG's coefficients, 4 of its pixels, 4 of a converted copy."""
 _COPIES = 3
 """Of each message: as bytes, as a parsed message, and while one is made from the other."""
-_ARRIVING = 2**28
-"""Bytes that may arrive, faster than they can be looked at, between two looks at the memory in use."""
+_ARRIVING = 16
+"""Messages of the largest size that may arrive, faster than anybody looks, between two looks at the memory in use."""
 _ENDING = "this sidecar is shutting down; try another one"
 Handler = Callable[[Any, grpc.aio.ServicerContext], Any]
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Bounds:
             settings.inflight_bytes,
             settings.first_message_timeout,
             settings.stream_idle_timeout,
-            most_memory(settings, resident_bytes()) - _ARRIVING,
+            most_memory(settings, resident_bytes()) - _ARRIVING * settings.max_message_bytes,
         )
 
     @classmethod
@@ -85,7 +85,12 @@ class Bounds:
     @property
     def outer(self) -> int:
         """Calls that gRPC may accept: those that are handled, those that wait, and as many that are being refused."""
-        return self.calls + self.streams + 2 * _MOST_WAITING
+        return self.streams + 3 * self.waiting
+
+    @property
+    def waiting(self) -> int:
+        """Calls that may wait for their first message at a time: the messages of as many may come at once."""
+        return max(64, self.calls)
 
 
 def most_memory(settings: Settings, resting: int) -> int:
@@ -97,7 +102,8 @@ def most_memory(settings: Settings, resting: int) -> int:
     """
     large_threads = max(1, settings.workers - 1)
     pixels = large_threads * settings.max_pixels + (settings.workers - large_threads) * LARGE_PIXELS
-    return resting + _BYTES_PER_PIXEL * pixels + _COPIES * settings.inflight_bytes + _ARRIVING
+    messages = _COPIES * settings.inflight_bytes + _ARRIVING * settings.max_message_bytes
+    return resting + _BYTES_PER_PIXEL * pixels + messages
 
 
 def resident_bytes() -> int:
@@ -233,7 +239,7 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
             )
         if streams:
             self._open_streams.add(call)
-        if len(self._waiting) >= _MOST_WAITING:
+        if len(self._waiting) >= self.bounds.waiting:
             self._evict_oldest()
         self._waiting[call] = call.last
         try:
@@ -258,7 +264,12 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
         if size > self.bounds.message_bytes:
             most = self.bounds.message_bytes
             await self.refuse(call, grpc.StatusCode.RESOURCE_EXHAUSTED, f"the message is longer than {most} bytes")
-        if self._short_of_memory or self._bytes + size > self.bounds.inflight_bytes:
+        most = self.bounds.inflight_bytes
+        if size > most // _LARGE_SHARE:
+            most = max(size, most // 2)
+            if self.bounds.memory is not None:
+                self._look_at_memory(self.bounds.memory)
+        if self._short_of_memory or self._bytes + size > most:
             message = "the messages that are being answered take up all memory for them; try again later"
             await self.refuse(call, grpc.StatusCode.RESOURCE_EXHAUSTED, message)
         self.give(call, -size)
