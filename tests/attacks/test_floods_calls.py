@@ -1,12 +1,14 @@
 """Calls that cost nothing to make and keep others out: silent ones, too many, too large, too many pings."""
 
 import asyncio
+import gc
 import json
 import signal
 import subprocess
 import sys
 import threading
 import urllib.request
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -41,19 +43,32 @@ class Echo(grpc.GenericRpcHandler):  # type: ignore[misc]
         self.open = asyncio.Event()
         self.open.set()
         self.received: list[bytes] = []
+        self.refuse, self.held = False, list[weakref.ref[set[int]]]()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         if handler_call_details.method == "/stream":
             return grpc.stream_stream_rpc_method_handler(self._stream)
         return grpc.unary_unary_rpc_method_handler(self._unary)
 
-    async def _unary(self, data: bytes, _: grpc.aio.ServicerContext) -> bytes:
+    async def _refuse(self, context: grpc.aio.ServicerContext) -> None:
+        message = set[int]()
+        self.held.append(weakref.ref(message))
+        try:
+            raise ValueError(message)
+        except ValueError:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no")
+
+    async def _unary(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        if self.refuse:
+            await self._refuse(context)
         self.received.append(data)
         await self.open.wait()
         return data
 
     async def _stream(self, _: object, context: grpc.aio.ServicerContext) -> None:
         while (message := await context.read()) is not grpc.aio.EOF:
+            if self.refuse:
+                await self._refuse(context)
             self.received.append(message)
             await self.open.wait()
             await context.write(message)
@@ -154,6 +169,7 @@ async def test_calls_are_limited_when_their_message_is_there() -> None:
 async def test_streams_are_limited_and_silent_ones_make_room() -> None:
     async with serving(Bounds(9, 2, 100, 1000, first_message=60, idle=60)) as served:
         silent = served.stream()
+        await until(lambda: bool(served.limited._waiting))
         talking = [served.stream() for _ in range(2)]
         for call in talking:
             await call.write(b"a")
@@ -219,6 +235,21 @@ async def test_what_arrives_is_refused_when_memory_is_used_up(monkeypatch: pytes
         used = 9
         await until(lambda: served.limited.trouble is None)
         assert await served.unary(b"c", timeout=WAIT) == b"c"
+
+
+async def test_a_refused_message_is_freed_at_once() -> None:
+    async with serving() as served:
+        served.echo.refuse = True
+        gc.collect()
+        gc.disable()
+        try:
+            for call in (served.unary(b"a"), served.stream([b"a"])):
+                code, _ = await refusal(call if isinstance(call, grpc.aio.UnaryUnaryCall) else call.read())
+                assert code is grpc.StatusCode.INVALID_ARGUMENT
+            await until(lambda: all(held() is None for held in served.echo.held))
+            assert len(served.echo.held) == 2
+        finally:
+            gc.enable()
 
 
 def test_the_most_memory_follows_from_the_settings() -> None:

@@ -31,16 +31,23 @@ class LargeWorkError(Exception):
 
 
 @dataclass(eq=False)
+class _Ticket:
+    """Whether somebody still waits for a piece of work."""
+
+    awaited: bool = True
+
+
+@dataclass(eq=False)
 class _Job:
     """A piece of work for a thread."""
 
     work: Callable[[], Any]
     done: asyncio.Future[Any]
     context: Context
-    awaited: bool = True
+    ticket: _Ticket
 
 
-_current: ContextVar[_Job | None] = ContextVar("_current", default=None)
+_current: ContextVar[_Ticket | None] = ContextVar("_current", default=None)
 
 
 def checkpoint() -> None:
@@ -49,8 +56,8 @@ def checkpoint() -> None:
     Raises:
         TimeoutError: Nobody waits for the work.
     """
-    job = _current.get()
-    if job is not None and not job.awaited:
+    ticket = _current.get()
+    if ticket is not None and not ticket.awaited:
         raise TimeoutError
 
 
@@ -73,7 +80,7 @@ class Workers:
         self._room, self._closed = threads + queue, False
         self._large_room = max(1, threads - 1) + queue // 8
         self._large_threads = asyncio.Semaphore(max(1, threads - 1))
-        self._unfinished: set[_Job] = set()
+        self._unfinished: set[_Ticket] = set()
         # Started with the first piece of work: a rehearsal of a start needs none.
         self._threads = [Thread(target=self._work, name=f"guard_{n}", daemon=True) for n in range(threads)]
         self._started = False
@@ -92,8 +99,8 @@ class Workers:
         deadline, self._closed = monotonic() + seconds, True
         if not self._started:
             return
-        for job in tuple(self._unfinished):
-            job.awaited = False
+        for ticket in tuple(self._unfinished):
+            ticket.awaited = False
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
@@ -142,29 +149,32 @@ class Workers:
             for thread in self._threads:
                 thread.start()
         self._room -= 1
-        # The context carries the ids of the request to the log.
-        job = _Job(work, asyncio.get_running_loop().create_future(), copy_context())
-        self._unfinished.add(job)
+        ticket, done = _Ticket(), asyncio.get_running_loop().create_future()
+        self._unfinished.add(ticket)
 
-        def finish(_: asyncio.Future[Any]) -> None:
-            self._unfinished.discard(job)
+        def finish(done: asyncio.Future[Any]) -> None:
+            self._unfinished.discard(ticket)
             self._room += 1
             ended()
-            job.done.exception()  # perhaps nobody else asks for it
+            done.exception()  # perhaps nobody else asks for it
 
-        job.done.add_done_callback(finish)
-        self._jobs.put(job)
+        done.add_done_callback(finish)
+        # The context carries the ids of the request to the log.
+        self._jobs.put(_Job(work, done, copy_context(), ticket))
         try:
-            return await asyncio.shield(job.done)
+            return await asyncio.shield(done)
         except asyncio.CancelledError:
-            job.awaited = False
+            ticket.awaited = False
             raise
+        finally:
+            # An error has the frame of this function, which must not have the error: nobody would free the images.
+            del done
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            result, error = None, None
+            result = error = None
             try:
-                result = job.context.run(_run, job)
+                result = job.context.run(_run, job.work, job.ticket)
             except BaseException as raised:  # noqa: BLE001 - whoever waits for the work gets it
                 error = raised
             try:
@@ -174,10 +184,10 @@ class Workers:
             del job, result, error  # not until the next job comes
 
 
-def _run(job: _Job) -> Any:  # noqa: ANN401 - of any work
-    _current.set(job)
+def _run(work: Callable[[], Any], ticket: _Ticket) -> Any:  # noqa: ANN401 - of any work
+    _current.set(ticket)
     checkpoint()
-    return job.work()
+    return work()
 
 
 def _settle(done: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:  # noqa: ANN401 - as above

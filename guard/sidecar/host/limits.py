@@ -29,6 +29,8 @@ _LARGE_SHARE = 32
 """Messages beyond one part of so many of all bytes in flight are large: they must leave half of that to others."""
 _SWEEP_SECONDS = 0.1
 """Seconds between two looks at what waits, and at the memory in use."""
+_TIDY_SECONDS = 1.0
+"""The least seconds between two times that free memory is given back: the C library keeps it, in pieces."""
 _QUIET_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 0.5
 """Seconds without a new call after which no more are expected; and the most seconds that are spent waiting for that."""
 _BYTES_PER_PIXEL = 16
@@ -54,6 +56,7 @@ class Bounds:
         first_message: Seconds in which a call must send its first message.
         idle: Seconds for which a stream may be silent in both directions.
         memory: Bytes of memory in use from which on nothing more is taken; None for no such limit.
+        tidy: Bytes of memory in use from which on memory that is free is given back to the system.
     """
 
     calls: int
@@ -63,10 +66,13 @@ class Bounds:
     first_message: float
     idle: float
     memory: int | None = None
+    tidy: int = 0
 
     @classmethod
     def of(cls, settings: Settings) -> "Bounds":
         """The limits of inference; call it when the models are loaded, since the memory in use then counts."""
+        resting = resident_bytes()
+        memory = most_memory(settings, resting) - _ARRIVING * settings.max_message_bytes
         return cls(
             settings.max_concurrent,
             settings.max_streams,
@@ -74,7 +80,8 @@ class Bounds:
             settings.inflight_bytes,
             settings.first_message_timeout,
             settings.stream_idle_timeout,
-            most_memory(settings, resident_bytes()) - _ARRIVING * settings.max_message_bytes,
+            memory,
+            (resting + memory) // 2,
         )
 
     @classmethod
@@ -114,6 +121,11 @@ def resident_bytes() -> int:
         return 0
 
 
+def _give_back() -> None:
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Limits calls, streams and bytes; what is beyond a limit ends with RESOURCE_EXHAUSTED and is counted.
 
@@ -138,6 +150,7 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def watch(self) -> None:
         """End calls that say nothing, and look at the memory in use, until cancelled."""
+        tidied = 0.0
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             now = monotonic()
@@ -146,17 +159,17 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
             for call in [call for call in self._open_streams if now - call.last > self.bounds.idle]:
                 self._evict(call, grpc.StatusCode.DEADLINE_EXCEEDED, _silent(self.bounds.idle))
             if self.bounds.memory is not None:
+                if resident_bytes() > self.bounds.tidy and now - tidied > _TIDY_SECONDS:
+                    tidied = now
+                    await asyncio.to_thread(_give_back)
                 self._look_at_memory(self.bounds.memory)
 
     def _look_at_memory(self, most: int) -> None:
         self._short_of_memory = resident_bytes() > most
-        if not self._short_of_memory:
-            return
-        # What they have sent so far lies in buffers of gRPC, and is given back with them.
-        for call in tuple(self._waiting):
-            self._evict(call, grpc.StatusCode.RESOURCE_EXHAUSTED, "the memory for requests is used up")
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+        if self._short_of_memory:
+            # What they have sent so far lies in buffers of gRPC, and is given back with them.
+            for call in tuple(self._waiting):
+                self._evict(call, grpc.StatusCode.RESOURCE_EXHAUSTED, "the memory for requests is used up")
 
     @property
     def trouble(self) -> str | None:
@@ -207,20 +220,27 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
         if inspect.isasyncgenfunction(method):
 
             async def stream(_: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:  # noqa: ANN401
-                async with self._admitted(context, streams=True) as call, aclosing(
-                    method(await request(call), call)
-                ) as replies:
-                    async for reply in replies:
-                        yield reply
+                try:
+                    async with (
+                        self._admitted(context, streams=True) as call,
+                        aclosing(method(await request(call), call)) as replies,
+                    ):
+                        async for reply in replies:
+                            yield reply
+                except grpc.aio.AbortError as error:
+                    raise _without_frames(error)  # noqa: B904 - that is what it is without
 
             return stream
 
         async def answer(_: Any, context: grpc.aio.ServicerContext) -> Any:  # noqa: ANN401 - of any method
-            async with self._admitted(context, streams=handler.response_streaming) as call:
-                reply = await method(await request(call), call)
-                if isinstance(reply, bytes):
-                    await call.take(len(reply))
-                return reply
+            try:
+                async with self._admitted(context, streams=handler.response_streaming) as call:
+                    reply = await method(await request(call), call)
+                    if isinstance(reply, bytes):
+                        await self.take(call, len(reply), received=False)
+                    return reply
+            except grpc.aio.AbortError as error:
+                raise _without_frames(error)  # noqa: B904 - as above
 
         return answer
 
@@ -259,13 +279,13 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
         call.begun = True
         self._running += 1
 
-    async def take(self, call: "_Call", size: int) -> None:
-        """Count bytes that are held for a call."""
+    async def take(self, call: "_Call", size: int, *, received: bool) -> None:
+        """Count bytes that are held for a call, of a message that was received or of a reply."""
         if size > self.bounds.message_bytes:
             most = self.bounds.message_bytes
             await self.refuse(call, grpc.StatusCode.RESOURCE_EXHAUSTED, f"the message is longer than {most} bytes")
         most = self.bounds.inflight_bytes
-        if size > most // _LARGE_SHARE:
+        if received and size > most // _LARGE_SHARE:
             most = max(size, most // 2)
             if self.bounds.memory is not None:
                 self._look_at_memory(self.bounds.memory)
@@ -336,7 +356,7 @@ class _Call:
             return message
         if not self.begun:
             await self._limited.begin(self)
-        await self.take(len(message))
+        await self._limited.take(self, len(message), received=True)
         return message
 
     async def only_message(self) -> bytes:
@@ -349,20 +369,25 @@ class _Call:
     async def write(self, message: Any) -> None:  # noqa: ANN401 - bytes, or a message of a method of our own
         """Send a message, which counts until gRPC has taken it."""
         self.last, size = monotonic(), len(message) if isinstance(message, bytes) else 0
-        await self.take(size)
+        await self._limited.take(self, size, received=False)
         try:
             await self._context.write(message)
         finally:
             self.forget(size)
             self.last = monotonic()
 
-    async def take(self, size: int) -> None:
-        """Count bytes that are held for the call until it ends, or until they are forgotten."""
-        await self._limited.take(self, size)
-
     def forget(self, size: int) -> None:
         """Count bytes as no longer held: a stream does so for each message that it has dealt with."""
         self._limited.give(self, size)
+
+
+def _without_frames(error: grpc.aio.AbortError) -> grpc.aio.AbortError:
+    """An error without the frames that it came through: gRPC keeps it with the call, and they keep call and message.
+
+    Only the collector of such circles would free the message, and it counts objects and not megabytes.
+    """
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
 
 
 async def _messages(call: _Call, read: Callable[[bytes], Any]) -> AsyncIterator[Any]:
