@@ -18,6 +18,7 @@ from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.loading import match, read_profile
 from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.decisions.workers import Workers
+from guard.sidecar.host.limits import most_memory, resident_bytes
 from guard.sidecar.inference.proxy import upstream_endpoint
 from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import FailurePolicy
@@ -52,6 +53,7 @@ def preflight(settings: Settings) -> tuple[Finding, ...]:
                 for each in (_ModelChecks(own, checks) for own in settings.served)
                 for subject, check in each.all()
             ),
+            ("memory", checks.memory),
             ("upstream", checks.upstream),
             ("tls", checks.tls),
             ("metrics", checks.metrics),
@@ -114,6 +116,14 @@ class _Checks:
             return None
         who = "clients need a certificate" if settings.tls_client_ca else "clients need no certificate"
         return f"{settings.tls_certificate}; {who}"
+
+    def memory(self) -> str:
+        """The bound that follows from the settings; the models are in memory by now."""
+        most = most_memory(self._settings, resident_bytes())
+        return (
+            f"at most {most / 2**20:,.0f} MiB in each process, besides what the model takes for a forward pass of "
+            f"{self._settings.max_batch} images"
+        )
 
     def listen(self) -> str:
         check_free(self._settings.listen)

@@ -177,12 +177,81 @@ class Settings(ModelSettings, BaseSettings):
         description="Maximum number of requests in each process that are handled at the same time. Further requests "
         "are refused with RESOURCE_EXHAUSTED.",
     )
+    max_streams: int = Field(
+        default=64,
+        ge=1,
+        description="Maximum number of streams in each process that are open at the same time. Further streams are "
+        "refused with RESOURCE_EXHAUSTED.",
+    )
+    max_inflight_bytes: int | None = Field(
+        default=None,
+        ge=1024,
+        description="Maximum size in bytes of all messages and replies together that each process handles at the same "
+        "time. Further messages are refused with RESOURCE_EXHAUSTED; large ones are refused when half of it is taken. "
+        "By default, it is 256 MiB, or four times --max-message-bytes if that is more.",
+        examples=[2**28],
+    )
+    first_message_timeout: float = Field(
+        default=10.0,
+        gt=0,
+        le=3600,
+        description="Number of seconds in which a call must have sent its first message. Where many calls wait for "
+        "theirs, the one that has waited longest makes room earlier.",
+    )
+    stream_idle_timeout: float = Field(
+        default=600.0,
+        gt=0,
+        description="Number of seconds for which a stream may be silent in both directions before it is ended.",
+    )
+    ping_interval: float = Field(
+        default=10.0,
+        ge=0.001,
+        le=86_400,
+        description="Minimum number of seconds between two keepalive pings of a client. The connection of a client "
+        "that sends more of them is closed. A ping costs next to nothing, and ten seconds is the least that clients "
+        "of gRPC send by themselves.",
+    )
+    ping_without_calls: bool = Field(
+        default=True, description="Whether a client may send keepalive pings while it has no call open."
+    )
+    max_connection_idle: float = Field(
+        default=3600.0,
+        gt=0,
+        le=86_400,
+        description="Number of seconds without a call after which a connection is closed, so that forgotten "
+        "connections do not add up. Clients connect again by themselves.",
+    )
+    max_connection_age: float | None = Field(
+        default=None,
+        gt=0,
+        le=86_400 * 7,
+        description="Number of seconds after which a connection is closed when its calls have ended, so that clients "
+        "spread over new sidecars. By default, connections have any age.",
+        examples=[1800.0],
+    )
+    max_connection_age_grace: float = Field(
+        default=60.0,
+        gt=0,
+        le=86_400,
+        description="Number of seconds in which the calls of a connection may finish after --max-connection-age; then "
+        "they are ended.",
+    )
     max_batch: int = Field(default=256, ge=1, le=65_536, description="Maximum number of images in one request.")
     max_pixels: int = Field(
         default=50_000_000, ge=1, description="Maximum number of pixels of an encoded image after decoding."
     )
+    max_request_pixels: int = Field(
+        default=500_000_000,
+        ge=1,
+        description="Maximum number of pixels that are decoded for one request: those of all its encoded images, "
+        "counted once for each scan of a progressive JPEG.",
+    )
     max_message_bytes: int = Field(
-        default=64 * 2**20, ge=1024, le=2**31 - 1, description="Maximum size of a request or a reply in bytes."
+        default=16 * 2**20,
+        ge=1024,
+        le=2**31 - 1,
+        description="Maximum size of a request or a reply in bytes. Reading a message of 16 MiB, which has room for 27 "
+        "images of 224 × 224 pixels as FP32, keeps all other calls waiting for some hundredths of a second.",
     )
     timeout: float = Field(
         default=1.0,
@@ -321,6 +390,14 @@ class Settings(ModelSettings, BaseSettings):
             )
 
     @model_validator(mode="after")
+    def _a_message_fits(self) -> Self:
+        if self.inflight_bytes < self.max_message_bytes:
+            raise ValueError(
+                "--max-inflight-bytes must not be less than --max-message-bytes: no such message would be taken"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _state_is_needed(self) -> Self:
         if self.state_dir is None and (self.keep_embeddings or self.thumbnails):
             raise ValueError("--keep-embeddings and --thumbnails need a folder to write to; give one with --state-dir")
@@ -363,6 +440,13 @@ class Settings(ModelSettings, BaseSettings):
         if self.upstream_tls is not None and self.upstream is None:
             raise ValueError("--upstream-tls encrypts the connection to an upstream server, so it needs --upstream")
         return self
+
+    @property
+    def inflight_bytes(self) -> int:
+        """The most bytes of all messages and replies that are handled at a time, with the default applied."""
+        if self.max_inflight_bytes is not None:
+            return self.max_inflight_bytes
+        return max(2**28, 4 * self.max_message_bytes)
 
     @property
     def admin_addresses(self) -> tuple[str, ...]:

@@ -4,13 +4,14 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from guard._types import Floats
 from guard.classifiers import ExportedClassifier, decode, decode_unambiguous, encode
+from guard.classifiers.headers import read_headers
 from guard.errors import ImageError, RequestError
 from guard.profiles import Profile
 from guard.protocol.inference_pb2 import ModelInferRequest
@@ -19,11 +20,14 @@ from guard.protocol.tensors import encoded_images, find_input, float_images, raw
 from guard.screening import Detector
 from guard.sidecar.decisions.reservoir import Reservoir
 from guard.sidecar.decisions.watch import Shared, Watch
-from guard.sidecar.decisions.workers import OverloadedError
+from guard.sidecar.decisions.workers import LargeWorkError, OverloadedError, checkpoint
 from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import Decision, Outcome, Reason
 from guard.sidecar.telemetry.metrics import ModelMetrics
 
+T = TypeVar("T")
+LARGE_PIXELS = 16_000_000
+"""Requests with more pixels to decode are large: not every thread takes them. A camera's picture is still below."""
 log = logging.getLogger(__name__)
 
 
@@ -38,6 +42,40 @@ class Inference:
 
     logits: Floats
     outcome: Outcome
+
+
+@dataclass(frozen=True, eq=False)
+class _Claims:
+    """What a request claims to hold, before anything is decoded.
+
+    Attributes:
+        index: Number of the input with the images.
+        where: How errors name that input.
+        files: The encoded images; None if the images are preprocessed.
+        work: Pixels that decoding them visits.
+        troubles: Why images cannot be read, by their numbers; completed while they are decoded.
+    """
+
+    index: int
+    where: str
+    files: list[bytes] | None
+    work: int
+    troubles: dict[int, ImageError]
+
+    @property
+    def trouble(self) -> str:
+        """Why the first of the images that cannot be read cannot be; "" if all can."""
+        if not self.troubles:
+            return ""
+        first = min(self.troubles)
+        which = f"image {first} of the batch: " if self.files is not None and len(self.files) > 1 else ""
+        return f"{self.where}{which}{self.troubles[first]}"
+
+    def in_turn(self, rest: Callable[[], T]) -> T:
+        """Do what is left to do, now or, if decoding takes long, when a thread for large work is free."""
+        if self.work > LARGE_PIXELS:
+            raise LargeWorkError(rest)
+        return rest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,21 +203,36 @@ class Checker:
 
     def _check(self, message: ModelInferRequest, trace_id: str, forward: Callable[[bytes], None] | None) -> Outcome:
         with self.metrics.stage("decode"):
-            images = self._images(message, replaced=forward is not None, ambiguous=forward is not None)
-        if not len(images.rows):
-            raise RequestError(images.trouble)
-        if forward is not None and images.canonical is not None:
-            forward(images.canonical)
-        with self.metrics.stage("inference"):
-            embeddings, _ = self._own_model.run(images.values)
-        return self._score(embeddings, message, trace_id, images)
+            claims = self._claims(message)
+
+        def rest() -> Outcome:
+            with self.metrics.stage("decode"):
+                images = self._decoded(message, claims, replaced=forward is not None, ambiguous=forward is not None)
+            if not len(images.rows):
+                raise RequestError(images.trouble)
+            if forward is not None and images.canonical is not None:
+                forward(images.canonical)
+            checkpoint()
+            with self.metrics.stage("inference"):
+                embeddings, _ = self._own_model.run(images.values)
+            return self._score(embeddings, message, trace_id, images)
+
+        return claims.in_turn(rest)
 
     def _infer(self, message: ModelInferRequest, trace_id: str) -> Inference:
         with self.metrics.stage("decode"):
-            images = self._images(message, replaced=False, ambiguous=True)
+            claims = self._claims(message)
+        if claims.troubles:
+            raise RequestError(claims.trouble)
+        return claims.in_turn(lambda: self._classify(message, claims, trace_id))
+
+    def _classify(self, message: ModelInferRequest, claims: _Claims, trace_id: str) -> Inference:
+        with self.metrics.stage("decode"):
+            images = self._decoded(message, claims, replaced=False, ambiguous=True)
         if images.trouble:
             # Every image needs an answer.
             raise RequestError(images.trouble)
+        checkpoint()
         with self.metrics.stage("inference"):
             embeddings, logits = self._own_model.run(images.values)
         if not self._limits.screening:
@@ -196,26 +249,46 @@ class Checker:
             raise RuntimeError("this sidecar has no model of its own")
         return self.model
 
-    def _images(self, request: ModelInferRequest, *, replaced: bool, ambiguous: bool) -> _Images:
+    def _claims(self, request: ModelInferRequest) -> _Claims:
+        """What a request claims to hold, before any image is decoded.
+
+        Raises:
+            RequestError: The request cannot be read in one way, or its images are beyond the limits in sum.
+        """
+        index, limits = self.find_images(request), self._limits
+        tensor, raw = request.inputs[index], raw_contents(request, index)
+        where = f"input {tensor.name[:128]!r}: "
+        if tensor.datatype != "BYTES":
+            return _Claims(index, where, None, 0, {})
+        files = encoded_images(tensor, raw, limits.max_batch)
+        try:
+            work, troubles = read_headers(files, max_pixels=limits.max_pixels, max_work=limits.max_request_pixels)
+        except ImageError as error:
+            raise RequestError(f"{where}{error}") from error
+        return _Claims(index, where, files, work, troubles)
+
+    def _decoded(self, request: ModelInferRequest, claims: _Claims, *, replaced: bool, ambiguous: bool) -> _Images:
         """Read the images of a request, each by itself.
 
         Args:
             request: The request.
+            claims: What it claims to hold.
             replaced: Whether encoded images are forwarded as the pixels that are read here.
             ambiguous: Whether images may be read that other programs read differently.
         """
-        index, limits = self.find_images(request), self._limits
-        tensor, raw, preprocessing = request.inputs[index], raw_contents(request, index), self._own_model.preprocessing
-        where, size = f"input {tensor.name[:128]!r}: ", preprocessing.size
-        if tensor.datatype != "BYTES":
+        preprocessing, limits, files = self._own_model.preprocessing, self._limits, claims.files
+        size = preprocessing.size
+        if files is None:
+            tensor, raw = request.inputs[claims.index], raw_contents(request, claims.index)
             values = float_images(tensor, raw, (3, size, size), limits.max_batch)
             finite = np.isfinite(values).all(axis=(1, 2, 3))
-            trouble = "" if finite.all() else f"{where}a value is not finite (NaN or infinity)"
+            trouble = "" if finite.all() else f"{claims.where}a value is not finite (NaN or infinity)"
             return _Images(values[finite], np.flatnonzero(finite), len(values), trouble)
-        files = encoded_images(tensor, raw, limits.max_batch)
         pixels: dict[int, NDArray[np.uint8]] = {}
-        trouble = ""
         for row, file in enumerate(files):
+            if row in claims.troubles:
+                continue
+            checkpoint()
             try:
                 image = (
                     decode(file, max_pixels=limits.max_pixels)
@@ -224,16 +297,14 @@ class Checker:
                 )
                 pixels[row] = preprocessing.pixels(image, max_pixels=limits.max_pixels)
             except ImageError as error:
-                which = f"image {row} of the batch: " if len(files) > 1 else ""
-                trouble = trouble or f"{where}{which}{error}"
+                claims.troubles[row] = error
         read = np.array([*pixels.values()], np.uint8).reshape(-1, 3, size, size)
         canonical = None
         if replaced:
             # What cannot be read is forwarded as it is; the failure policy decides about it.
-            canonical = with_images(
-                request, index, [encode(pixels[row]) if row in pixels else file for row, file in enumerate(files)]
-            )
-        return _Images(preprocessing.normalise(read), np.array([*pixels], int), len(files), trouble, canonical)
+            sent = [encode(pixels[row]) if row in pixels else file for row, file in enumerate(files)]
+            canonical = with_images(request, claims.index, sent)
+        return _Images(preprocessing.normalise(read), np.array([*pixels], int), len(files), claims.trouble, canonical)
 
     def _score(
         self, embeddings: Floats, message: ModelInferRequest, trace_id: str, images: _Images, *, seen: bool = True

@@ -3,9 +3,10 @@
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from time import perf_counter
@@ -21,7 +22,7 @@ from guard.sidecar.decisions.workers import Workers
 from guard.sidecar.host import reflection
 from guard.sidecar.host.admin import AdminServer
 from guard.sidecar.host.health import Health, ProbeServer, loop_answers
-from guard.sidecar.host.limits import SPARE, Limited
+from guard.sidecar.host.limits import Bounds, Limited, most_memory, resident_bytes
 from guard.sidecar.host.processes import Worker, supervise
 from guard.sidecar.inference.embedded import EmbeddedService
 from guard.sidecar.inference.screener import Screener
@@ -142,8 +143,10 @@ async def _serve(settings: Settings, host: Host) -> None:
         )
         health, loop = Health(metrics), asyncio.get_running_loop()
         probes = stack.enter_context(ProbeServer(host.probes, metrics, health, lambda: loop_answers(loop)))
-        limited = Limited(service.handlers(), settings.max_concurrent, metrics)
-        server = _server(settings, limited, health, shared_port=host.shares_port)
+        resting = resident_bytes()
+        limited = Limited(service.handlers(), Bounds.of(settings), metrics)
+        probed = Limited(_OwnHandlers(health), Bounds.of_probes(settings), metrics)
+        server = _server(settings, limited, probed, shared_port=host.shares_port)
         admin = None
         if settings.admin is not None:
             admin = (await stack.enter_async_context(AdminServer(shared, models, health, metrics))).address
@@ -152,12 +155,18 @@ async def _serve(settings: Settings, host: Host) -> None:
         )
         stopping = host.stopping()
         await server.start()
-        host.announce(_summary(settings, models, listening, probes.address, admin))
+        most = most_memory(settings, resting)
+        host.announce({**_summary(settings, models, listening, probes.address, admin), "most_memory_bytes": most})
         if not host.index:
             _warn_of_backdoors(models)
         watchers = [
             asyncio.ensure_future(watcher)
-            for watcher in (_keep_ready(service, settings.upstream, health), _keep_fresh(models, certificates))
+            for watcher in (
+                _keep_ready(service, limited, settings.upstream, health),
+                _keep_fresh(models, certificates),
+                limited.watch(),
+                probed.watch(),
+            )
         ]
         stopped = asyncio.ensure_future(stopping.wait())
         await asyncio.wait({*watchers, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -167,22 +176,73 @@ async def _serve(settings: Settings, host: Host) -> None:
         for watcher in watchers:
             with suppress(asyncio.CancelledError):
                 await watcher  # raises what it ended with, if it did not end by being cancelled
+    if shared.workers.stuck:
+        _end_at_once()
 
 
-def _server(settings: Settings, limited: Limited, health: Health, *, shared_port: bool) -> grpc.aio.Server:
+def _end_at_once() -> None:
+    """End the process in spite of threads that hang in a library: all that had to be saved is saved."""
+    log.warning("a thread did not end in time; the state is saved, and the process ends without it")
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _server(settings: Settings, limited: Limited, probed: Limited, *, shared_port: bool) -> grpc.aio.Server:
     server = grpc.aio.server(
-        maximum_concurrent_rpcs=settings.max_concurrent + SPARE,
+        maximum_concurrent_rpcs=limited.bounds.outer + probed.bounds.outer,
         options=[
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", settings.max_message_bytes),
             # Without this, a second sidecar on the same port would start and take half of the requests.
             ("grpc.so_reuseport", int(shared_port)),
+            # What one client can have open; the limits of the whole sidecar are counted in `Limited`.
+            ("grpc.max_concurrent_streams", limited.bounds.outer),
+            *_keepalive(settings),
         ],
     )
-    server.add_generic_rpc_handlers((limited,))
-    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
-    reflection.enable(server)
+    server.add_generic_rpc_handlers((limited, probed))
     return server
+
+
+def _keepalive(settings: Settings) -> list[tuple[str, int]]:
+    """What gRPC tolerates of its clients, and how it finds out that one has vanished."""
+    options = [
+        ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * settings.ping_interval)),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", round(1000 * settings.ping_interval)),
+        ("grpc.keepalive_permit_without_calls", int(settings.ping_without_calls)),
+        # A call of a client whose machine has vanished must not occupy a place for ever.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.max_connection_idle_ms", round(1000 * settings.max_connection_idle)),
+    ]
+    if settings.max_connection_age is not None:
+        options += [
+            ("grpc.max_connection_age_ms", round(1000 * settings.max_connection_age)),
+            ("grpc.max_connection_age_grace_ms", round(1000 * settings.max_connection_age_grace)),
+        ]
+    return options
+
+
+class _OwnHandlers(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc publishes no types
+    """Health checks and reflection: collected as a server would, so that they can be limited."""
+
+    def __init__(self, health: Health) -> None:
+        self._handlers: list[grpc.GenericRpcHandler] = []
+        health_pb2_grpc.add_HealthServicer_to_server(health.servicer, self)
+        reflection.enable(self)
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Collect handlers."""
+        self._handlers += handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler]) -> None:
+        """Do nothing: these are among the generic handlers too."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        """The handler of a method; None if it is none of these."""
+        found = (handlers.service(handler_call_details) for handlers in self._handlers)
+        return next((handler for handler in found if handler is not None), None)
 
 
 def _summary(settings: Settings, models: Models, listening: str, metrics: str, admin: str | None) -> dict[str, Any]:
@@ -237,28 +297,30 @@ async def _drain(
         with suppress(TimeoutError):
             await asyncio.wait_for(again.wait(), settings.drain_delay)
     log.info("draining for up to %g s", settings.drain_timeout)
+    end = perf_counter() + settings.drain_timeout
     # When gRPC stops, it answers CANCELLED to calls that it has received and not handed over yet (grpc/grpc#41785), and
     # no client retries after that. So all new calls are accepted first, and held: clients wait, and soon no more calls
     # arrive. Once their connections have been told to end, the held calls get UNAVAILABLE and are retried elsewhere.
     await limited.hold()
-    stopping = asyncio.ensure_future(server.stop(settings.drain_timeout))
+    stopping = asyncio.ensure_future(server.stop(max(0.0, end - perf_counter())))
     await asyncio.sleep(0)
     limited.release()
     await stopping
 
 
-async def _keep_ready(service: InferenceService, upstream: str | None, health: Health) -> None:
+async def _keep_ready(service: InferenceService, limited: Limited, upstream: str | None, health: Health) -> None:
     """Keep the reported health up to date."""
     known = False
     while True:
-        ready = await service.ready()
-        reason = None if ready else f"the upstream server {upstream} is not ready"
+        reason = limited.trouble
+        if not await service.ready():
+            reason = f"the upstream server {upstream} is not ready"
         if reason != health.reason:
             await health.tell(reason)
             if reason is not None:
-                log.warning("%s; requests get UNAVAILABLE", reason)
+                log.warning("%s; requests are refused", reason)
             elif known:
-                log.info("the upstream server %s is ready", upstream)
+                log.info("requests are served again")
             known = True
         await asyncio.sleep(WATCH_SECONDS)
 

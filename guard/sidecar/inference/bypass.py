@@ -5,8 +5,10 @@ from collections.abc import Collection
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
+from guard.errors import RequestError
 from guard.protocol import SERVICE
 from guard.protocol.inference_pb2 import RepositoryModelLoadRequest
+from guard.protocol.wire import MODEL_CONTROL, Limits, check_message
 from guard.sidecar.inference.calls import RefusedError
 
 SHARED_MEMORY = frozenset({"SystemSharedMemoryRegister", "CudaSharedMemoryRegister"})
@@ -53,8 +55,9 @@ def check_model_control(data: bytes, *, allowed: bool) -> None:
             "allow_model_control",
         )
     try:
+        check_message(data, MODEL_CONTROL, Limits())
         parameters = RepositoryModelLoadRequest.FromString(data).parameters
-    except DecodeError as error:
+    except (DecodeError, RequestError) as error:
         raise RefusedError(StatusCode.INVALID_ARGUMENT, "guard: not a RepositoryModelLoadRequest") from error
     if any(name == "config" or name.startswith("file:") for name in parameters):
         raise RefusedError(

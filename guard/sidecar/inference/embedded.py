@@ -32,6 +32,8 @@ from guard.sidecar.inference.service import InferenceService, UnaryHandler
 from guard.sidecar.policy import MAX_MESSAGE, Mode, Outcome, Reason
 
 LOGITS, LABEL = "logits", "label"
+_LONGEST_QUESTION = 2**18
+"""Bytes of a request for metadata or readiness, which carries a name and a version."""
 
 
 class EmbeddedService(InferenceService):
@@ -155,7 +157,10 @@ class EmbeddedService(InferenceService):
 
 
 def _parse(message: Message, data: bytes) -> None:
+    refusal = RefusedError(grpc.StatusCode.INVALID_ARGUMENT, f"guard: not a {type(message).__name__}")
+    if len(data) > _LONGEST_QUESTION:
+        raise refusal
     try:
         message.ParseFromString(data)
     except DecodeError as error:
-        raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, f"guard: not a {type(message).__name__}") from error
+        raise refusal from error

@@ -185,6 +185,7 @@ class Proxy:
         async def upwards() -> None:
             async for message in requests:
                 await call.write(message)
+                context.forget(len(message))
             await call.done_writing()
 
         async def downwards() -> None:

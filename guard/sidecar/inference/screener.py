@@ -13,6 +13,7 @@ from guard.errors import RequestError
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse
 from guard.protocol.messages import parse_request, remove_own_names, uses_shared_memory
 from guard.protocol.tensors import float_output
+from guard.protocol.wire import REQUEST, Limits, check_message
 from guard.sidecar.decisions.models import Models
 from guard.sidecar.decisions.routes import Request, Route
 from guard.sidecar.decisions.watch import trace_id
@@ -22,6 +23,11 @@ from guard.sidecar.policy import MAX_MESSAGE, Decision, Mode, Outcome, Reason, r
 from guard.sidecar.settings import Settings
 from guard.sidecar.telemetry import logs
 from guard.sidecar.telemetry.metrics import Metrics
+
+LEAST_ELEMENTS = 1024
+"""Elements of all BYTES inputs of a request that are taken in any case; else four times `max_batch`."""
+_END_SECONDS = 0.5
+"""Seconds that checks in the background are given to end when the sidecar ends."""
 
 
 class Screener:
@@ -40,12 +46,17 @@ class Screener:
 
     def __init__(self, settings: Settings, models: Models, metrics: Metrics) -> None:
         self.settings, self.models, self.metrics = settings, models, metrics
+        self._wire_limits = Limits(elements=max(LEAST_ELEMENTS, 4 * settings.max_batch))
         # Without a seed, so that nobody can predict which requests are checked.
         self._draw = SystemRandom().random
         self._running_checks: set[asyncio.Task[Outcome]] = set()
 
     async def close(self) -> None:
-        """Wait until the checks that run in the background have ended."""
+        """Wait for the checks that run in the background; those that hang are cancelled."""
+        if self._running_checks:
+            await asyncio.wait(self._running_checks, timeout=_END_SECONDS)
+        for check in self._running_checks:
+            check.cancel()
         await asyncio.gather(*self._running_checks, return_exceptions=True)
 
     def parse(self, data: bytes, context: Context) -> Request:
@@ -55,6 +66,7 @@ class Screener:
             RefusedError: The bytes are not a ModelInferRequest.
         """
         try:
+            check_message(data, REQUEST, self._wire_limits)
             message = parse_request(data)
         except RequestError as error:
             raise malformed(error) from error

@@ -132,6 +132,8 @@ class InferenceService(ABC):
 
     async def _end(self, error: Exception, context: Context) -> None:
         """End a call with the status that belongs to an error."""
+        if isinstance(error, grpc.aio.AbortError):
+            raise error  # it is answered, and counted, already
         if context.done():
             # The client is gone, so that nothing can be written to it; that is not an error of guard.
             log.debug("a call ended before it was answered", exc_info=error)

@@ -8,9 +8,11 @@ from time import perf_counter
 
 import grpc
 
+from guard.errors import RequestError
 from guard.protocol.dialects import ERRORS_AS_STATUS, FINAL, Dialect, StreamDialect, error_reply
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
 from guard.protocol.messages import OWN_PREFIX, remove_own_names, with_output
+from guard.protocol.wire import REPLY_LIMITS, STREAM_REPLY, check_message
 from guard.sidecar.decisions.routes import Request, Route
 from guard.sidecar.inference.annotations import edit_reply
 from guard.sidecar.inference.calls import Context, RefusedError
@@ -132,31 +134,36 @@ class ScreenedStream:
         Raises:
             RefusedError: The stream ends with a refusal.
         """
-        queue: asyncio.Queue[_Sent | RefusedError | None] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[_Sent | RefusedError, int] | None] = asyncio.Queue()
 
         async def read() -> None:
             await self._room.acquire()
             async for data in requests:
-                queue.put_nowait(await self._admit(data))
+                queue.put_nowait((await self._admit(data), len(data)))
                 await self._room.acquire()
 
         reading = asyncio.ensure_future(read())
         reading.add_done_callback(lambda _: queue.put_nowait(None))
         try:
             while (item := await queue.get()) is not None:
-                await self._forward(item)
-                self._release(item)
+                await self._forward(item[0])
+                self._release(*item)
             await reading
             await self.call.done_writing()
         finally:
             reading.cancel()
 
-    def _release(self, sent: _Sent | RefusedError) -> None:
+    def _release(self, sent: _Sent | RefusedError, size: int) -> None:
         """Allow one more request to be read as soon as this one was forwarded and its check has ended."""
-        if isinstance(sent, _Sent) and sent.check is not None:
-            sent.check.add_done_callback(lambda _: self._room.release())
-        else:
+
+        def release(_: object) -> None:
             self._room.release()
+            self._context.forget(size)
+
+        if isinstance(sent, _Sent) and sent.check is not None:
+            sent.check.add_done_callback(release)
+        else:
+            release(None)
 
     async def _admit(self, data: bytes) -> _Sent | RefusedError:
         """Parse a request and start its check."""
@@ -290,7 +297,11 @@ class ScreenedStream:
         return reply.message.SerializeToString() if remove_own_names(reply.response, data) else data
 
     async def _reply(self, data: bytes) -> bytes:
-        reply = self._dialect.read(data)
+        try:
+            check_message(data, STREAM_REPLY, REPLY_LIMITS)
+            reply = self._dialect.read(data)
+        except RequestError:
+            reply = None  # too dear to parse
         response = None if reply is None else reply.response
         if response is not None:
             remove_own_names(response, data)

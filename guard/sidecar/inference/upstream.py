@@ -7,10 +7,12 @@ from time import perf_counter
 
 import grpc
 
+from guard.errors import RequestError
 from guard.protocol import DESCRIBING_METHODS, MODEL_CONTROL, SERVICE
 from guard.protocol.dialects import StreamDialect
 from guard.protocol.inference_pb2 import ModelInferResponse
 from guard.protocol.messages import OWN_PREFIX, parse_request, parse_whole, remove_output, remove_own_names, with_output
+from guard.protocol.wire import REPLY, REPLY_LIMITS, check_message
 from guard.sidecar.decisions.routes import Request
 from guard.sidecar.inference import bypass
 from guard.sidecar.inference.annotations import edit_reply
@@ -208,8 +210,12 @@ def _finish(
 
 
 def _parsed(reply: bytes) -> ModelInferResponse | None:
-    """The parsed reply; None if the bytes are not a ModelInferResponse, or have fields that it does not have."""
+    """The parsed reply; None if the bytes are not a ModelInferResponse, have other fields, or are too dear to parse."""
     response = ModelInferResponse()
+    try:
+        check_message(reply, REPLY, REPLY_LIMITS)
+    except RequestError:
+        return None
     return response if parse_whole(response, reply) else None
 
 
