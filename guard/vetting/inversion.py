@@ -120,6 +120,7 @@ class _Search:
             loss = self._step(active, index, step)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
+            self.lead.check_gradients(self.raw.values())
             optimiser.step()
             stalled = (step - self.improved[active] >= settings.stall) & (self.vain[active] >= _VAIN_SUCCESSES)
             if stalled.any():

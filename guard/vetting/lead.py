@@ -1,11 +1,13 @@
 """The distance of a candidate class from winning, which every search minimises."""
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from guard.classifiers.classifier import Classifier
+from guard.errors import ModelError
 
 
 def margin(logits: Tensor, targets: Tensor) -> Tensor:
@@ -83,6 +85,15 @@ class Lead:
     def untouched(self, index: Tensor, targets: Tensor) -> Tensor:
         """Return the distances of images without a trigger from the targets, shape [K, B]."""
         return self._views[0].untouched(index, targets)
+
+    def check_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Make sure that the last backward pass gave numbers: a step along others would end the search in silence.
+
+        Raises:
+            ModelError: A gradient is not finite, since a model overflows.
+        """
+        if not all(each.grad is None or bool(each.grad.isfinite().all()) for each in parameters):
+            raise ModelError(f"{self.classifier.source} computes no finite numbers: gradients of its scores overflow")
 
 
 class _View:
