@@ -17,7 +17,7 @@ from guard.classifiers.classes import ClassList
 from guard.classifiers.digest import ClassifierDigest, canonical, sha256
 from guard.classifiers.images import ImageFolder
 from guard.classifiers.preprocessing import Preprocessing
-from guard.errors import ModelError
+from guard.errors import ClassListError, ModelError
 
 ENCODE_BATCH = 256
 _TOKENIZER_PROBE = ("a photo of a cat.", "Zażółć gęślą jaźń 123 !?", "the quick brown fox jumps over the lazy dog")
@@ -81,7 +81,8 @@ class Classifier:
         self.model.to(device, memory_format=torch.channels_last)
         self._mean = torch.tensor(self.preprocessing.mean, device=device).view(3, 1, 1)
         self._std = torch.tensor(self.preprocessing.std, device=device).view(3, 1, 1)
-        self.__dict__.pop("head", None)  # encoded again on the new device when it is next needed
+        for name in ("head", "distinct"):  # computed again on the new device when they are next needed
+            self.__dict__.pop(name, None)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -129,6 +130,25 @@ class Classifier:
         with torch.no_grad():
             rows = [self.encode_texts(self.classes.prompts(name)).mean(0) for name in self.classes.names]
             return self._finite(normalize(torch.stack(rows), dim=-1), "prompts")
+
+    @cached_property
+    def distinct(self) -> Tensor | None:
+        """Which classes are the first of those that have one and the same row of the head: bool, shape [C].
+
+        None where all rows differ. Classes with the same row always have the same score, whatever the image: none of
+        them ever leads the other, and `predict` answers with the first.
+
+        Raises:
+            ClassListError: All rows are the same.
+        """
+        rows = self.head.unique(dim=0, return_inverse=True)[1].cpu()
+        seen: set[int] = set()
+        first = [not (row in seen or seen.add(row)) for row in rows.tolist()]
+        if sum(first) < 2:
+            raise ClassListError(
+                f"all prompts of the classes mean the same to {self.source}; nothing can be classified"
+            )
+        return None if all(first) else torch.tensor(first, device=self.device)
 
     @cached_property
     def logit_scale(self) -> float:
@@ -193,7 +213,7 @@ class Classifier:
                 "weights": _weights_digest(self.model.state_dict()),
                 "preprocessing": sha256(canonical(asdict(self.preprocessing))),
                 "tokenizer": sha256(canonical({"vocabulary": _vocabulary(self.tokenizer), "probe": ids.tolist()})),
-                "classes": sha256(canonical(asdict(self.classes))),
+                "classes": sha256(canonical(self.classes.document())),
             }
         )
 

@@ -25,6 +25,19 @@ def margin(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.scatter(-1, index, -torch.inf).amax(-1) - target
 
 
+def of_distinct_classes(classifier: Classifier, logits: Tensor) -> Tensor:
+    """Logits without those of classes that only repeat another class's row of the head: there they are −∞.
+
+    A class never leads its own double. Left in, a class list that names the attacker's class twice would hide it.
+
+    Args:
+        classifier: Its head says which classes these are.
+        logits: Shape [..., C].
+    """
+    distinct = classifier.distinct
+    return logits if distinct is None else logits.masked_fill(~distinct, -torch.inf)
+
+
 class Lead:
     """The distance of each image from each candidate class, on the suspect alone or against a reference model.
 
@@ -106,7 +119,10 @@ class _View:
     @torch.no_grad()
     def clean(self) -> Tensor:
         """Logits of the images without a trigger, shape [N, C]."""
-        return self._model.logits(self._model.embed(self._images).to(self._model.device))
+        return self._logits(self._model.embed(self._images).to(self._model.device))
+
+    def _logits(self, embeddings: Tensor) -> Tensor:
+        return of_distinct_classes(self._model, self._model.logits(embeddings))
 
     @cached_property
     def predicted(self) -> Tensor:
@@ -125,4 +141,4 @@ class _View:
     def distance(self, flat: Tensor, targets: Tensor) -> Tensor:
         with self._model.autocast():
             embeddings = self._model.encode_images(flat)
-        return margin(self._model.logits(embeddings).unflatten(0, (len(targets), -1)), targets) / self.unit
+        return margin(self._logits(embeddings).unflatten(0, (len(targets), -1)), targets) / self.unit
