@@ -142,8 +142,8 @@ class Classifier:
             ClassListError: All rows are the same.
         """
         rows = self.head.unique(dim=0, return_inverse=True)[1].cpu()
-        seen: set[int] = set()
-        first = [not (row in seen or seen.add(row)) for row in rows.tolist()]
+        places = {row: place for place, row in reversed(list(enumerate(rows.tolist())))}
+        first = [places[row] == place for place, row in enumerate(rows.tolist())]
         if sum(first) < 2:
             raise ClassListError(
                 f"all prompts of the classes mean the same to {self.source}; nothing can be classified"
