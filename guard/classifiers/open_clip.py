@@ -216,10 +216,11 @@ def _model(config: Mapping[str, Any]) -> "torch.nn.Module":
     arguments = deepcopy(dict(config))
     if arguments["vision_cfg"].get("timm_model_name"):
         arguments["vision_cfg"]["timm_model_pretrained"] = False  # which would be fetched
+    if arguments.get("multimodal_cfg", {}) is None:
+        del arguments["multimodal_cfg"]
     if not arguments.pop("custom_text", False):
-        arguments.pop("multimodal_cfg", None)
         return open_clip.CLIP(**arguments)  # type: ignore[no-any-return]
-    kind = open_clip.CoCa if arguments.get("multimodal_cfg") else open_clip.CustomTextCLIP
+    kind = open_clip.CoCa if "multimodal_cfg" in arguments else open_clip.CustomTextCLIP
     return kind(**arguments)  # type: ignore[no-any-return]
 
 

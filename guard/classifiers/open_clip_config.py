@@ -169,6 +169,8 @@ class OpenClipConfig:
     def __post_init__(self) -> None:
         if self.multimodal_cfg is None and (self.vision_cfg.output_tokens or self.text_cfg.output_tokens):
             raise ValueError("output_tokens is for a CoCa; the towers of a CLIP give one embedding")
+        if self.multimodal_cfg is not None and not self.custom_text:
+            raise ValueError("multimodal_cfg is for a CoCa, which has custom_text")
 
 
 @_closed
