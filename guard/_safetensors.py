@@ -136,7 +136,9 @@ def parse_header(header: bytes, size: int) -> dict[str, Entry]:
         raise ValueError("its header is not valid UTF-8") from cause
     if not isinstance(document, dict):
         raise ValueError("its header is not an object")  # noqa: TRY004 - it is the file that is wrong
-    document.pop("__metadata__", None)
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its metadata are not texts")
     begin = _LENGTH + len(header)
     entries = {name: _entry(name, form, begin) for name, form in document.items()}
     ends = [begin, *sorted(entry.start + entry.size for entry in entries.values()), size]

@@ -408,10 +408,9 @@ class TestThePreprocessingIsTheModels:
         ("name", "value"),
         [
             ("mean", None), ("mean", [0.5]), ("mean", [0.5] * 4), ("mean", 0.5), ("mean", [1e39] * 3),
-            ("mean", ["0.5"] * 3), ("std", None), ("std", [0.0] * 3), ("std", [-1.0] * 3), ("std", [1e-50] * 3), ("size", 32),
-            ("size", [16, 32]), ("interpolation", "nearest"), ("interpolation", None),
-            ("resize_mode", "longest"),
-            ("mode", "L"), ("image_mean", [0.5] * 3), ("crop", 16),
+            ("mean", ["0.5"] * 3), ("std", None), ("std", [0.0] * 3), ("std", [-1.0] * 3), ("std", [1e-50] * 3),
+            ("size", 32), ("size", [16, 32]), ("interpolation", "nearest"), ("interpolation", None),
+            ("resize_mode", "longest"), ("mode", "L"), ("image_mean", [0.5] * 3), ("crop", 16),
         ],
     )  # fmt: skip
     def test_a_value_that_is_not_understood_is_refused(self, copy: Path, name: str, value: object) -> None:
