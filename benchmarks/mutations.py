@@ -163,12 +163,12 @@ def make_artefacts(folder: Path) -> Artefacts:
 def run(name: str, artefacts: Artefacts, seed: int, count: int) -> Outcome:
     """Mutations of one kind, in a process of their own."""
     whole = Outcome()
-    starts = range(0, count, CHUNK)
-    while starts:
+    todo = list(range(0, count, CHUNK))
+    while todo:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            for start in starts:
+            while todo:
+                start = todo.pop(0)
                 stop = min(start + CHUNK, count)
-                starts = starts[1:]
                 try:
                     whole.add(pool.submit(run_here, name, artefacts, seed, range(start, stop)).result())
                 except BrokenProcessPool:
@@ -336,7 +336,7 @@ def _onnx(artefacts: Artefacts, folder: Path) -> Kind:
         ExportedClassifier(directory, threads=1, gpu=False)
         for message in _messages(onnx.ModelProto.FromString(data)):
             foreign = getattr(message, "domain", "") not in {"", "ai.onnx"} and not isinstance(message, onnx.ModelProto)
-            if foreign or getattr(message, "external_data", ()) or getattr(message, "functions", ()):
+            if foreign or any(getattr(message, name, None) for name in ("external_data", "functions")):
                 raise WrongAcceptError(f"a {type(message).__name__} that is not whole in itself")
 
     def reshape(data: bytes, source: random.Random) -> bytes:

@@ -95,7 +95,8 @@ class ClassList:
         if path == Path(EVERYDAY) and not path.exists():
             return cls.everyday()
         missing = f"there is no class list {path}"
-        templates, words = DEFAULT_TEMPLATES, ()
+        templates: tuple[str, ...] = DEFAULT_TEMPLATES
+        words: tuple[str, ...] = ()
         try:
             if path.suffix.lower() == ".json":
                 document = read_document(path, _Document, _MAX_BYTES, ClassListError, missing=missing)

@@ -133,7 +133,10 @@ def _session(path: Path, expected: str, *, threads: int, gpu: bool) -> Any:  # n
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if gpu and _has_gpu() else ["CPUExecutionProvider"]
     try:
         # From bytes, so that the file that was hashed and checked is the file that runs.
-        return onnxruntime.InferenceSession(data, sess_options=options, providers=providers)
+        # Without a second provider there is nothing to fall back to, which ONNX Runtime would print and try.
+        return onnxruntime.InferenceSession(
+            data, sess_options=options, providers=providers, enable_fallback=len(providers) > 1
+        )
     except Exception as error:  # ONNX Runtime's errors share no public base
         raise ModelError(f"ONNX Runtime cannot load {path}: {first_line(error)}") from error
 

@@ -52,11 +52,13 @@ def check_graph(data: bytes) -> None:
         known = _fields(message)
         for number, wire, at, after in _walk(view, start, end):
             fields += 1
-            name, kind, inner = known.get(number, ("", -1, None))
+            name, kind, inner, is_text = known.get(number, ("", -1, None, False))
             if wire != kind and not (wire == _BYTES and inner is None and kind in {_VARINT, _FIXED32, _FIXED64}):
                 raise ValueError(f"it has a field that onnx does not know: {number} of {message.name}")
             field = message.name, name
             _check_field(field, wire, view, at, after)
+            if is_text:
+                _check_text(field, view[at:after])
             structure += 0 if field == _NUMBERS or inner else after - at
             if fields > _MAX_FIELDS or structure > _MAX_STRUCTURE:
                 raise ValueError(f"it has more than {_MAX_FIELDS} fields, or {_MAX_STRUCTURE} bytes beside its weights")
@@ -75,9 +77,16 @@ def _check_field(field: tuple[str, str], wire: int, view: memoryview, at: int, a
         raise ValueError(f"it has operators of the domain {domain.decode(errors='replace')!r}; refused")
 
 
+def _check_text(field: tuple[str, str], value: memoryview) -> None:
+    try:
+        str(value, "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the field {field[1]} of a {field[0]} is not valid UTF-8") from error
+
+
 @cache
-def _fields(message: Any) -> dict[int, tuple[str, int, Any]]:  # noqa: ANN401 - protobuf's descriptors have no public type
-    """Name, wire type, and message type if it is one, of each field of a message, by number."""
+def _fields(message: Any) -> dict[int, tuple[str, int, Any, bool]]:  # noqa: ANN401 - protobuf's descriptors have no public type
+    """Name, wire type, message type if it is one, and whether it is text, of each field of a message, by number."""
     kinds = {
         message.fields[0].TYPE_FLOAT: _FIXED32,
         message.fields[0].TYPE_DOUBLE: _FIXED64,
@@ -85,7 +94,10 @@ def _fields(message: Any) -> dict[int, tuple[str, int, Any]]:  # noqa: ANN401 - 
         message.fields[0].TYPE_BYTES: _BYTES,
         message.fields[0].TYPE_MESSAGE: _BYTES,
     }
-    return {field.number: (field.name, kinds.get(field.type, _VARINT), field.message_type) for field in message.fields}
+    return {
+        each.number: (each.name, kinds.get(each.type, _VARINT), each.message_type, each.type == each.TYPE_STRING)
+        for each in message.fields
+    }
 
 
 def _walk(view: memoryview, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:

@@ -109,7 +109,7 @@ def unseen(name: str) -> str | None:
     """
     if match := _STRAY_JOINER.search(name):
         return match[1] or match[2]
-    hidden = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
+    hidden = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}
     return next(
         (each for each in name if each in _BLANKS or (unicodedata.category(each) in hidden and each not in _JOINERS)),
         None,

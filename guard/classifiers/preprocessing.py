@@ -51,7 +51,7 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if not 1 <= self.size <= MAX_SIDE:
             raise ValueError(f"the input size must be positive and at most {MAX_SIDE}, not {self.size}")
-        if len(self.mean) != 3 or len(self.std) != 3:
+        if {len(self.mean), len(self.std)} != {3}:
             raise ValueError(f"mean and std need a number for each of three channels, not {self.mean} and {self.std}")
         if not min(self.std) > 0:
             raise ValueError(f"every std must be positive, not {self.std}")

@@ -149,7 +149,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(root: Path, monkeypatch: pytes
         return real(path)
 
     # Not by its permissions: whoever runs the tests may be allowed everything.
-    monkeypatch.setattr(images.os, "scandir", refusing)
+    monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(ImageError, match=r"cannot read the folder .*dog: Permission denied"):
         ImageFolder.scan(root)
 

@@ -24,6 +24,9 @@ from guard.profiles import Profile, read_embeddings, read_vocabulary
 from guard.sidecar.settings import Settings
 from tests.conftest import ARCHITECTURE, CLASSES, tiny_model
 
+VISION: Any = ARCHITECTURE["vision_cfg"]
+TEXT: Any = ARCHITECTURE["text_cfg"]
+
 
 @pytest.fixture
 def copy(model_directory: Path, tmp_path: Path) -> Path:
@@ -131,7 +134,7 @@ class TestWhatWasCheckedIsWhatIsLoaded:
     def test_a_configuration_that_changes_after_the_check_changes_nothing(
         self, copy: Path, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        read = reader.read_config
+        read = open_clip_config.read_config
 
         def changing(path: Path) -> Any:
             found = read(path)
@@ -187,7 +190,12 @@ class TestWhatWasCheckedIsWhatIsLoaded:
                 put(copy, "model_cfg", name, value)
         built = []
         model = reader._model
-        monkeypatch.setattr(reader, "_model", lambda config: built.append(torch.empty(0).device.type) or model(config))
+
+        def counting(config: Any) -> Any:
+            built.append(torch.empty(0).device.type)
+            return model(config)
+
+        monkeypatch.setattr(reader, "_model", counting)
         assert "in shape" in refused(copy) or "has no place for" in refused(copy) or "lacks" in refused(copy)
         assert set(built) == {"meta"}
 
@@ -324,12 +332,8 @@ class TestWeightsAreNotBentToTheConfiguration:
         if shape == "scale":
             assert "'logit_scale' in shape [1]" in self.change(copy, lambda t: t.update(logit_scale=torch.ones(1)))
             return
-        vision = (
-            {**ARCHITECTURE["vision_cfg"], "image_size": 32} if shape == "larger image" else ARCHITECTURE["vision_cfg"]
-        )
-        text = (
-            {**ARCHITECTURE["text_cfg"], "context_length": 248} if shape == "longer text" else ARCHITECTURE["text_cfg"]
-        )
+        vision = {**VISION, "image_size": 32} if shape == "larger image" else ARCHITECTURE["vision_cfg"]
+        text = {**TEXT, "context_length": 248} if shape == "longer text" else ARCHITECTURE["text_cfg"]
         save_file(open_clip.CLIP(16, vision, text).state_dict(), copy / "open_clip_model.safetensors")
         assert "positional_embedding' in shape" in refused(copy)
 

@@ -81,10 +81,14 @@ def test_finite_extremes_are_loaded(model_directory: Path, tmp_path: Path, scale
     assert loaded.logits(loaded.embed(random_images(2))).isfinite().all()
 
 
+def huge(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors[name].fill_(3e38)
+
+
 def test_finite_weights_whose_embeddings_overflow_are_refused(model_directory: Path, tmp_path: Path) -> None:
     for name, what in (("visual.proj", "images"), ("text_projection", "prompts")):
         copy = Path(shutil.copytree(model_directory, tmp_path / name))
-        edit(copy / "open_clip_model.safetensors", lambda tensors, name=name: tensors[name].fill_(3e38))
+        edit(copy / "open_clip_model.safetensors", huge(name))
         loaded = load(str(copy), device="cpu")
         with pytest.raises(ModelError, match=f"embeddings of {what} overflow"):
             _ = loaded.embed(random_images(4)) if what == "images" else loaded.head
@@ -98,14 +102,15 @@ class _Steep(torch.autograd.Function):
         return values.clone()
 
     @staticmethod
-    def backward(_: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(_: Any, gradient: torch.Tensor) -> torch.Tensor:
         return torch.full_like(gradient, torch.nan)
 
 
 def test_gradients_that_are_not_finite_end_a_vetting_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     suspect = toy()
     whole = suspect.model.encode_image
-    monkeypatch.setattr(suspect.model, "encode_image", lambda pixels: _Steep.apply(whole(pixels)))
+    steep: Any = _Steep.apply
+    monkeypatch.setattr(suspect.model, "encode_image", lambda pixels: steep(whole(pixels)))
     with pytest.raises(ModelError, match="gradients of its scores overflow"):
         vet(suspect, random_images(64), derive=False, families=("warp",), budget="quick")
 
