@@ -1,18 +1,22 @@
 """Untrusted images: bounded decoding, and the images of a folder."""
 
 import io
+import itertools
+import os
 import random
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from guard._documents import read_bytes
 from guard.classifiers.preprocessing import MAX_PIXELS, Preprocessing
 from guard.errors import ImageError
 
@@ -24,6 +28,12 @@ _YCBCR = ((1, 2, 3), (0, 1, 2))
 _AREAS = 4
 """Number of areas in each direction over which the pixels of an image are averaged, to compare ways to resize it."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SYSTEM_FOLDERS = frozenset({"@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
+"""Names of folders that a system makes by itself, and whose images are copies or nobody's."""
+_MAX_FOLDERS = 200_000
+"""Folders that are looked at: links among a few can lead to any number of ways."""
+_MAX_BYTES = 512 * 2**20
+"""Largest file of an image; the largest image that is decoded is smaller without any compression."""
 
 # Pillow's own warning has a fixed limit; `decode` enforces the limit that applies here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -150,7 +160,7 @@ def _resampling_ambiguity(image: Image.Image, size: int) -> str | None:
     Pixels between those that a program picks may hold another picture. So the means over large areas are compared: they
     hardly depend on the way in which an ordinary photograph is resized.
     """
-    if min(image.size) <= size:
+    if max(image.size) <= size:
         return None
     pixels, areas = np.asarray(image), (_AREAS, _AREAS)
     averaged = np.asarray(image.resize(areas, Image.Resampling.BOX), np.float32)
@@ -166,12 +176,53 @@ def _resampling_ambiguity(image: Image.Image, size: int) -> str | None:
 
 def _read(path: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     """The pixels of one file at the resolution of a model; an error names the file."""
+    data = read_bytes(path, _MAX_BYTES, ImageError)
     try:
-        return preprocessing.pixels(decode(path.read_bytes()))
-    except OSError as error:
-        raise ImageError(f"cannot read {path}: {error.strerror}") from error
+        return preprocessing.pixels(decode(data))
     except ImageError as error:
         raise ImageError(f"cannot use {path}: {error}; repair it or take it out of the folder") from error
+
+
+def _images_below(root: Path) -> Iterator[Path]:
+    """Every image below a folder; errors as `ImageFolder.scan` has them."""
+    # Each folder with those above it, by what they are and not by their names.
+    todo: list[tuple[Path, frozenset[tuple[int, int]]]] = [(root, frozenset())]
+    for count in itertools.count(1):
+        if not todo:
+            return
+        if count > _MAX_FOLDERS:
+            raise ImageError(f"there are more than {_MAX_FOLDERS} folders below {root}, with links that lead to others")
+        folder, above = todo.pop()
+        try:
+            status = folder.stat()
+            identity = status.st_dev, status.st_ino
+            if identity in above:
+                continue
+            with os.scandir(folder) as entries:
+                kinds = {entry.name: _kind(entry) for entry in entries if not entry.name.startswith(".")}
+        except OSError as error:
+            raise ImageError(f"cannot read the folder {folder}: {error.strerror}") from error
+        if broken := next((folder / name for name in sorted(kinds) if kinds[name] == "broken"), None):
+            raise ImageError(
+                f"{broken} is a link that leads nowhere or cannot be followed, or neither a file nor a folder; take it "
+                "away, or repair it"
+            )
+        folders = [name for name, kind in kinds.items() if kind == "folder" and name not in SYSTEM_FOLDERS]
+        todo += [(folder / name, above | {identity}) for name in folders]
+        yield from (folder / name for name, kind in kinds.items() if kind == "image")
+
+
+def _kind(entry: "os.DirEntry[str]") -> Literal["folder", "image", "broken", "other"]:
+    named = Path(entry.name).suffix.lower() in SUFFIXES
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "image" if named else "other"
+    except OSError:  # links in a circle, or into a folder that cannot be entered
+        return "broken"
+    # Sockets and the like are nobody's images, unless they say so.
+    return "broken" if named or entry.is_symlink() else "other"
 
 
 @dataclass(frozen=True)
@@ -188,19 +239,19 @@ class ImageFolder:
 
     @classmethod
     def scan(cls, root: Path | str) -> "ImageFolder":
-        """Find the images below `root`, at any depth; hidden files are left out.
+        """Find the images below `root`, at any depth, as its user sees them.
+
+        Links are followed, to files and to folders; a link that leads back to a folder above it is not followed again.
+        Hidden files and folders are left out, and so are those that systems add by themselves (`SYSTEM_FOLDERS`).
 
         Raises:
-            ImageError: The folder does not exist or contains no image.
+            ImageError: The folder does not exist or contains no image; or a part of it cannot be read, leads nowhere,
+                or is neither a file nor a folder: what is left out in silence is missed by nobody.
         """
         root = Path(root)
         if not root.is_dir():
             raise ImageError(f"there is no folder {root}")
-        files = sorted(
-            path
-            for path in root.rglob("*")
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-        )
+        files = sorted(_images_below(root))
         if not files:
             raise ImageError(f"the folder {root} contains no image ({', '.join(SUFFIXES)})")
         return cls(root, tuple(files))
