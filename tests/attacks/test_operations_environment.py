@@ -48,7 +48,7 @@ def listener() -> Iterator[tuple[str, list[bytes]]]:
         server.shutdown(socket.SHUT_RDWR)
 
 
-@pytest.mark.parametrize("variables", PROXIES, ids=lambda variables: "+".join(variables))
+@pytest.mark.parametrize("variables", PROXIES, ids="+".join)
 def test_a_channel_leads_to_its_address_whatever_proxy_is_set(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
 ) -> None:
