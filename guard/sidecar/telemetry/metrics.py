@@ -21,8 +21,12 @@ UNKNOWN = "(unknown)"
 """Label `model` of all models that guard has no profile of."""
 _MODEL = ("model", "version")
 _P_VALUES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
-_SCORES = (-2.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 16.0, 24.0, 32.0)
-"""Scores of all models have the same units: each is calibrated to the tail of an exponential distribution."""
+_SCORES = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 16.0, 24.0, 32.0)
+"""Scores of all models have the same units: each is calibrated to the tail of an exponential distribution.
+
+No bucket is below 0, and no negative score is added to the sum: OpenMetrics forbids both, and a strict parser refuses the
+whole scrape then.
+"""
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -75,7 +79,7 @@ class Metrics:
             "guard_check_duration_seconds", "Seconds in each stage of a check.", _SECONDS, *_MODEL, "stage"
         )
         self.scores = self._histogram(
-            "guard_score", "Score of each image; larger is more suspicious.", _SCORES, *_MODEL
+            "guard_score", "Score of each image, 0 if it is below; larger is more suspicious.", _SCORES, *_MODEL
         )
         self.p_values = self._histogram(
             "guard_p_value",
@@ -218,7 +222,8 @@ class ModelMetrics:
         self._images[Decision.FLAG].inc(flagged)
         self._images[outcome.others].inc(len(outcome.flags) - flagged)
         for score in outcome.scores:
-            self._scores.observe(float(score), exemplar)
+            # Written so that a NaN, which would be one for ever in the sum, is 0 too.
+            self._scores.observe(float(score) if score > 0 else 0.0, exemplar)
         for row in np.flatnonzero(outcome.flags):
             # The profile that named the trigger may have been replaced meanwhile.
             if matched := self._triggers.get(outcome.triggers[row]):
