@@ -1,15 +1,19 @@
 """Files of embeddings, such as recorded traffic."""
 
 import io
+import stat
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
 from guard._files import replace_file
 from guard._types import Floats
-from guard.errors import EmbeddingsError
+from guard.errors import EmbeddingsError, first_line
 
 _MAX_BYTES = 8 * 2**30
+_DAMAGED = (ValueError, EOFError, MemoryError, OverflowError, TypeError, SyntaxError, TokenError, RecursionError)
+"""What NumPy raises for the head of a file that is not its own."""
 
 
 def read_embeddings(path: Path, dimension: int) -> Floats:
@@ -26,14 +30,17 @@ def read_embeddings(path: Path, dimension: int) -> Floats:
         EmbeddingsError: The file is missing, is not a file of embeddings, or its embeddings are of another model.
     """
     try:
-        if path.stat().st_size > _MAX_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise EmbeddingsError(f"cannot read {path}: it is not a regular file")
+        if status.st_size > _MAX_BYTES:
             raise EmbeddingsError(f"{path} is larger than {_MAX_BYTES} bytes")
         with path.open("rb") as file:
             values = np.lib.format.read_array(file, allow_pickle=False)
     except OSError as error:
         raise EmbeddingsError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, EOFError, MemoryError) as error:
-        raise EmbeddingsError(f"{path} is not a NumPy file of numbers: {error}") from error
+    except _DAMAGED as error:
+        raise EmbeddingsError(f"{path} is not a NumPy file of numbers: {first_line(error)}") from error
     if values.ndim != 2 or values.shape[1] != dimension or not np.issubdtype(values.dtype, np.floating):
         raise EmbeddingsError(
             f"{path} contains {values.dtype} of shape {values.shape}; embeddings of this model are floats of shape "
@@ -45,7 +52,13 @@ def read_embeddings(path: Path, dimension: int) -> Floats:
 
 
 def write_embeddings(path: Path, embeddings: Floats) -> None:
-    """Write embeddings, shape [N, D], to a file that `read_embeddings` reads; completely or not at all."""
+    """Write embeddings, shape [N, D], to a file that `read_embeddings` reads; completely or not at all.
+
+    Only this user can read the file: embeddings tell what images were sent.
+
+    Raises:
+        UsageError: The file cannot be written.
+    """
     buffer = io.BytesIO()
     np.save(buffer, embeddings, allow_pickle=False)
-    replace_file(path, buffer.getvalue())
+    replace_file(path, buffer.getvalue(), mode=0o600)

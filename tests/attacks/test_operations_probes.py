@@ -100,10 +100,14 @@ def test_a_request_must_be_whole_within_a_time_however_steadily_it_trickles(
     server: ProbeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_server, "HEAD_SECONDS", 0.2)
-    with connect(server) as connection, pytest.raises(ConnectionError):
+
+    def trickle() -> None:
         while True:
             connection.sendall(b"a")
             time.sleep(0.01)
+
+    with connect(server) as connection, pytest.raises(ConnectionError):
+        trickle()
     assert ask(server, "GET", "/healthz")[0] == 200
 
 

@@ -65,7 +65,6 @@ class Models:
         ProfileError: A profile is missing, damaged, not calibrated, or of another model.
         ModelError: An exported model is missing or damaged.
         UsageError: A calibration does not support an alpha.
-        StateError: The state of a monitor is damaged, or of other settings.
     """
 
     def __init__(self, shared: Shared, metrics: Metrics) -> None:

@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2_grpc
 
 from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.models import Models, Served
+from guard.sidecar.decisions.state import Role, hold
 from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.decisions.workers import Workers
 from guard.sidecar.host import reflection
@@ -99,18 +100,18 @@ def serve(settings: Settings) -> None:
     Raises:
         ProfileError: A profile is missing, damaged, not calibrated, or of another model.
         ModelError: An exported model is missing or damaged.
-        EvidenceError: The evidence log is damaged.
-        StateError: The state of a stream monitor is damaged.
-        UsageError: A port is taken, or a certificate cannot be used.
+        EvidenceError: The evidence log can neither be opened nor begun anew.
+        UsageError: A port is taken, another sidecar uses the folder for state, or a certificate cannot be used.
         MissingDependencyError: uvloop was asked for and is not installed.
     """
     if settings.processes > 1:
-        supervise(
-            partial(_work, settings=settings),
-            count=settings.processes,
-            listen=settings.listen,
-            metrics=settings.metrics,
-        )
+        with hold(settings.state_dir, "parent"):
+            supervise(
+                partial(_work, settings=settings),
+                count=settings.processes,
+                listen=settings.listen,
+                metrics=settings.metrics,
+            )
         return
     with asyncio.Runner(loop_factory=loop_factory(settings.event_loop)) as runner:
         runner.run(_serve(settings, Alone(settings)))
@@ -126,6 +127,8 @@ def _work(worker: Worker, *, settings: Settings) -> None:
 async def _serve(settings: Settings, host: Host) -> None:
     metrics = Metrics()
     async with AsyncExitStack() as stack:
+        role: Role = "alone" if host.index is None else "worker"
+        stack.enter_context(hold(settings.state_dir, role, metrics.state_damaged))
         shared = Shared(
             settings, Workers(settings.workers, settings.max_queued), Recorder(settings, metrics), host.index
         )
