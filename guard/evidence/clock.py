@@ -17,6 +17,10 @@ _GAP = timedelta(days=7)
 _CONSEQUENCE = f"no record is deleted for its age until it has run evenly for {TRUST_SECONDS / 3600:g} hours"
 
 
+def _now() -> float:
+    return time.time()
+
+
 def _uptime() -> float:
     """Seconds that nobody can set, and that go on while the machine sleeps."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
@@ -39,7 +43,7 @@ class Clock:
     def __init__(
         self,
         newest: Callable[[datetime], datetime | None],
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] = _now,
         uptime: Callable[[], float] = _uptime,
     ) -> None:
         self._now, self._uptime = now, uptime

@@ -45,6 +45,8 @@ COMPANIONS = ("-wal", "-shm")
 """Suffixes of the files that SQLite keeps beside a database: its write-ahead log and an index of that."""
 APPLICATION = int.from_bytes(b"grdE")
 """Marks the file as an evidence log, in the header field that SQLite reserves for this purpose."""
+_MAGIC, _HEAD_BYTES = b"SQLite format 3\0", 100
+"""The beginning of every SQLite file, and the length of its head, where the schema and the mark above are."""
 MIN_BYTES = 2**18
 BUSY_SECONDS = 2.0
 """How long a statement waits for another process."""
@@ -57,6 +59,9 @@ _KEEP = 0.9
 
 _NUMBERS = TypeAdapter(dict[str, float | None])
 """Scores and thresholds, which are stored as JSON; a number that is not finite as null."""
+
+FAILURES = (DatabaseError, UnicodeDecodeError)
+"""What using a damaged log may raise; the second where a text in it, or SQLite's message about it, is not UTF-8."""
 
 _PRAGMAS = (
     "PRAGMA trusted_schema = OFF",
@@ -102,6 +107,8 @@ def engine(path: Path, mode: Literal["ro", "rw"]) -> Engine:
             # To read a log, SQLite makes files beside it, unless it is told that nobody writes.
             uri += "&immutable=1"
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)
+        # One damaged text must not make all others unreadable.
+        connection.text_factory = _text
         try:
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_LENGTH)
             for pragma in _PRAGMAS:
@@ -113,6 +120,10 @@ def engine(path: Path, mode: Literal["ro", "rw"]) -> Engine:
 
     # Values that clients sent do not belong in error messages.
     return create_engine("sqlite://", creator=connect, poolclass=NullPool, hide_parameters=True)
+
+
+def _text(data: bytes) -> str:
+    return data.decode(errors="replace")
 
 
 def _lies_still(path: Path) -> bool:
@@ -139,23 +150,35 @@ def check(engine: Engine, path: Path) -> None:
         raise EvidenceError(f"there is no evidence log {path}")
     if not path.is_file():
         raise DamagedLogError(f"{path} is not an evidence log, because it is not a regular file")
+    _check_head(path)
     try:
         with engine.connect() as connection:
-            application, schema = _pragma(connection, "application_id"), _pragma(connection, "user_version")
-            if application != APPLICATION:
-                raise DamagedLogError(f"{path} is not an evidence log")
-            if schema != SCHEMA:
-                raise DamagedLogError(
-                    f"the evidence log {path} has schema {schema}, this guard knows {SCHEMA}; "
-                    f"read it with {'a newer' if schema > SCHEMA else 'the older'} guard"
-                )
             connection.execute(select(table).order_by(table.c.id.desc()).limit(1)).all()
-    except DatabaseError as error:
+    except FAILURES as error:
         raise unusable(path, error) from error
 
 
-def unusable(path: Path, error: DatabaseError) -> EvidenceError:
+def _check_head(path: Path) -> None:
+    """Make sure that a file is an evidence log before SQLite looks at it, which changes what lies beside some files."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError as error:
+        raise EvidenceError(f"cannot read the evidence log {path}: {error.strerror}") from error
+    if head[:16] != _MAGIC or int.from_bytes(head[68:72]) != APPLICATION:
+        raise DamagedLogError(f"{path} is damaged, or is not an evidence log")
+    schema = int.from_bytes(head[60:64])
+    if schema != SCHEMA:
+        raise DamagedLogError(
+            f"the evidence log {path} has schema {schema}, this guard knows {SCHEMA}; "
+            f"read it with {'a newer' if schema > SCHEMA else 'the older'} guard"
+        )
+
+
+def unusable(path: Path, error: DatabaseError | UnicodeDecodeError) -> EvidenceError:
     """The error for a log on which the database failed."""
+    if isinstance(error, UnicodeDecodeError):
+        return DamagedLogError(f"the evidence log {path} is damaged ({error.reason} in a text)")
     code = error_code(error)
     if code in _DAMAGE:
         return DamagedLogError(f"the evidence log {path} is damaged, or is not an evidence log ({error.orig})")
@@ -217,9 +240,9 @@ def renew(path: Path, on_damage: Callable[[Path, EvidenceError], object], spoile
     with _alone_in(path.parent):
         if spoiled is not None and spoiled == identity(path):
             _set_aside(path, EvidenceError(f"the evidence log {path} is damaged"), on_damage)
-        elif not os.path.lexists(path) and any(os.path.lexists(each) for each in _companions(path)):
-            # SQLite would take the write-ahead log of one file for that of another.
-            _set_aside(path, EvidenceError(f"the evidence log {path} is gone, but not what lies beside it"), on_damage)
+        elif any(os.path.lexists(each) and not (path.exists() and each.is_file()) for each in _companions(path)):
+            # SQLite cannot use what is not a file, and would take the write-ahead log of one file for that of another.
+            _set_aside(path, EvidenceError(f"what lies beside the evidence log {path} is not its own"), on_damage)
         try:
             return prepare(path)
         except EvidenceError as error:

@@ -274,7 +274,7 @@ def _reason(error: Exception) -> Drop | None:
             return None
         known = _REASONS.get(code & 0xFF)
         return known or (Drop.ERROR if isinstance(error.orig, sqlite3.OperationalError) else None)
-    if isinstance(error, store.DamagedLogError):
+    if isinstance(error, (store.DamagedLogError, UnicodeDecodeError)):
         return Drop.DAMAGED
     if isinstance(error, EvidenceError):
         return _reason(error.__cause__) if isinstance(error.__cause__, Exception) else Drop.DAMAGED

@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from guard.screening import Monitor
 from guard.screening.monitor import WatchedScore
 from guard.sidecar.decisions.reservoir import Reservoir, about_file, store
 
-MUTATIONS = 200
+MUTATIONS = int(os.environ.get("GUARD_FUZZ_EXAMPLES", "60"))
+"""How many changes of each kind of state are tried."""
 WAIT = 30.0
 
 

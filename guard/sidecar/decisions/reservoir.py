@@ -81,9 +81,8 @@ class Reservoir:
             StateError: What is known of the sample is missing or damaged.
             EmbeddingsError: The file of embeddings is damaged.
         """
-        about = read_document(
-            about_file(path), _About, _MAX_BYTES, StateError, missing=f"{path} has no {about_file(path).name}"
-        )
+        missing = f"{path} has no {about_file(path).name} beside it"
+        about = read_document(about_file(path), _About, _MAX_BYTES, StateError, missing=missing, strict=True)
         if about.model != model:
             return
         stored, room = read_embeddings(path, self._kept.shape[1]), len(self._kept)

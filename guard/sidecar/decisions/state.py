@@ -133,6 +133,8 @@ def _opened(path: Path) -> int:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+    with suppress(OSError):  # the lock of another user
+        os.fchmod(descriptor, 0o600)
     return descriptor
 
 
