@@ -43,9 +43,10 @@ class Clock:
     def __init__(
         self,
         newest: Callable[[datetime], datetime | None],
-        now: Callable[[], float] = _now,
-        uptime: Callable[[], float] = _uptime,
+        now: Callable[[], float] | None = None,
+        uptime: Callable[[], float] | None = None,
     ) -> None:
+        now, uptime = now or _now, uptime or _uptime
         self._now, self._uptime = now, uptime
         self._offset = now() - uptime()
         before = datetime.fromtimestamp(now(), UTC) - timedelta(seconds=TRUST_SECONDS)

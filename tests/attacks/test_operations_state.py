@@ -5,6 +5,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -194,8 +195,7 @@ class TestClock:
                 return datetime.now(UTC) + timedelta(seconds=jumped[0])
 
         monkeypatch.setattr("guard.evidence.store.datetime", Later)
-        real = clocks.time.time
-        monkeypatch.setattr(clocks.time, "time", lambda: real() + jumped[0])
+        monkeypatch.setattr(clocks, "_now", lambda: time.time() + jumped[0])
         writer = EvidenceWriter(path, max_rows=8, max_age_days=90)
         jumped[0] = 400 * DAY
         for number in range(4):
@@ -235,7 +235,7 @@ class TestMonitor:
     def test_it_is_moved_aside_counted_and_told(
         self, tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
     ) -> None:
-        path, counted = tmp_path / "monitor.json", []
+        path, counted = tmp_path / "monitor.json", list[str]()
         self.monitor().save(path)
         damage(path)
         state.set_aside(path, "monitor", StateError("it is damaged"), counted.append)
@@ -333,7 +333,7 @@ class TestLock:
             for mine in ("alone", "parent"):
                 with (
                     pytest.raises(UsageError, match=f"another sidecar uses the folder {folder}"),
-                    hold(folder, mine),  # type: ignore[arg-type] # the values of a literal
+                    hold(folder, mine),
                 ):
                     pass
             if role == "alone":

@@ -115,15 +115,19 @@ class Models:
             if found is not None:
                 request.route = found.route
 
-    async def refresh(self) -> None:
+    async def refresh(self, *, again: bool = False) -> None:
         """Load profiles and exported models that have changed; running requests keep those that they began with.
 
         Files that are damaged, not calibrated, or do not belong together are not used: the old ones stay in use until
         the files change again.
+
+        Args:
+            again: Whether files are read even if they seem to be the same.
         """
         for served in self.served:
             stamps = await asyncio.to_thread(_stamps, served.settings)
-            if stamps == served.stamps or () in stamps[: 1 + (served.settings.model is not None)]:
+            unchanged = stamps == served.stamps and not again
+            if unchanged or () in stamps[: 1 + (served.settings.model is not None)]:
                 # A missing folder is the moment between two renames, or an unmounted volume: no reason to stop serving.
                 continue
             taken = False

@@ -5,7 +5,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from time import perf_counter
@@ -64,8 +64,12 @@ class Host(Protocol):
     def announce(self, line: Mapping[str, Any]) -> None:
         """Report that requests are served."""
 
-    def stopping(self) -> asyncio.Event:
-        """An event that is set each time that the sidecar is asked to stop."""
+    def stopping(self, on_reload: Callable[[], object]) -> asyncio.Event:
+        """An event that is set each time that the sidecar is asked to stop.
+
+        Args:
+            on_reload: Called on the running loop each time that the sidecar is asked to read its files again.
+        """
 
 
 class Alone:
@@ -86,16 +90,17 @@ class Alone:
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
 
-    def stopping(self) -> asyncio.Event:
-        """An event of the running loop that is set at each SIGTERM or SIGINT."""
-        event = asyncio.Event()
+    def stopping(self, on_reload: Callable[[], object]) -> asyncio.Event:
+        """An event of the running loop that is set at each SIGTERM or SIGINT; SIGHUP asks to read files again."""
+        event, loop = asyncio.Event(), asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, event.set)
+            loop.add_signal_handler(number, event.set)
+        loop.add_signal_handler(signal.SIGHUP, on_reload)
         return event
 
 
 def serve(settings: Settings) -> None:
-    """Run a sidecar until SIGTERM or SIGINT.
+    """Run a sidecar until SIGTERM or SIGINT; at SIGHUP it reads its files again.
 
     Raises:
         ProfileError: A profile is missing, damaged, not calibrated, or of another model.
@@ -153,14 +158,15 @@ async def _serve(settings: Settings, host: Host) -> None:
         listening = open_port(
             server, host.listen, certificates, socket_mode=settings.socket_mode, shared=host.shares_port
         )
-        stopping = host.stopping()
+        asked = asyncio.Event()
+        stopping = host.stopping(asked.set)
         await server.start()
         host.announce(_summary(settings, models, listening, probes.address, admin))
         if not host.index:
             _warn_of_backdoors(models)
         watchers = [
             asyncio.ensure_future(watcher)
-            for watcher in (_keep_ready(service, settings.upstream, health), _keep_fresh(models, certificates))
+            for watcher in (_keep_ready(service, settings.upstream, health), _keep_fresh(models, certificates, asked))
         ]
         stopped = asyncio.ensure_future(stopping.wait())
         await asyncio.wait({*watchers, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -266,14 +272,19 @@ async def _keep_ready(service: InferenceService, upstream: str | None, health: H
         await asyncio.sleep(WATCH_SECONDS)
 
 
-async def _keep_fresh(models: Models, certificates: Certificates | None) -> None:
-    """Load files that change on disk, and save the state at intervals."""
+async def _keep_fresh(models: Models, certificates: Certificates | None, asked: asyncio.Event) -> None:
+    """Load files that change on disk, all of them when that is asked for, and save the state at intervals."""
     last_save = perf_counter()
     while True:
-        await asyncio.sleep(WATCH_SECONDS)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asked.wait(), WATCH_SECONDS)
+        again = asked.is_set()
+        asked.clear()
+        if again:
+            log.info("SIGHUP: certificates, profiles and models are read again")
         if certificates is not None:
-            await asyncio.to_thread(certificates.refresh)
-        await models.refresh()
+            await asyncio.to_thread(certificates.refresh, again=again)
+        await models.refresh(again=again)
         if perf_counter() - last_save >= SAVE_SECONDS:
             await asyncio.to_thread(models.save)
             last_save = perf_counter()

@@ -55,11 +55,15 @@ class Certificates:
             self._handed_out, self._renewed, require_client_authentication=self._client_ca is not None
         )
 
-    def refresh(self) -> None:
-        """Read the files again if they have changed."""
+    def refresh(self, *, again: bool = False) -> None:
+        """Read the files again if they have changed.
+
+        Args:
+            again: Whether they are read even if they seem to be the same.
+        """
         with self._lock:
             stamp = self._stamps()
-            if stamp == self._stamp:
+            if stamp == self._stamp and not again:
                 return
             self._stamp = stamp
             try:
@@ -68,7 +72,7 @@ class Certificates:
                 log.warning("the changed TLS files are not used, the old ones stay in use: %s", error)
                 self._on_failure()
             else:
-                log.info("the TLS files have changed and were read again")
+                log.info("the TLS files were read again")
 
     def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
         """The configuration if gRPC has not seen it yet, else None.
