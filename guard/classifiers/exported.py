@@ -6,12 +6,17 @@ from typing import Any
 
 import onnxruntime
 
+from guard._cpus import usable_cpus
 from guard._documents import read_bytes, read_document
 from guard._types import Floats
 from guard.classifiers.classes import ClassList
 from guard.classifiers.digest import canonical, sha256
 from guard.classifiers.preprocessing import Preprocessing
 from guard.errors import ModelError, first_line
+
+_FATAL = 4
+"""Errors come as exceptions; lines of ONNX Runtime's own on standard error would break the form of a log."""
+onnxruntime.set_default_logger_severity(_FATAL)
 
 MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "classifier.json"
@@ -51,7 +56,7 @@ class ExportedClassifier:
 
     Args:
         directory: A directory that `guard export` wrote.
-        threads: Threads that one forward pass uses; 0 lets ONNX Runtime choose.
+        threads: Threads that one forward pass uses; 0 for as many as there are processors for this process.
         gpu: Whether to use a GPU if ONNX Runtime can use one.
 
     Attributes:
@@ -119,8 +124,10 @@ def _session(path: Path, expected: str, *, threads: int, gpu: bool) -> Any:  # n
     if sha256(data) != expected:
         raise ModelError(f"{path} is not the file that was exported (its SHA-256 differs); export the model again")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    # Never left to ONNX Runtime, which counts the processors of the machine and not those of the container.
+    options.intra_op_num_threads = threads or usable_cpus()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _FATAL
     # By default idle threads spin, and each occupies a core that the rest of the sidecar and its neighbours could use.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if gpu and _has_gpu() else ["CPUExecutionProvider"]

@@ -100,6 +100,11 @@ class _Checks:
             for process in range(self._settings.processes)
         )
 
+    @property
+    def threads(self) -> int:
+        """Threads that one forward pass uses."""
+        return self._settings.forward_threads
+
     def loop(self) -> str:
         return "asyncio" if loop_factory(self._settings.event_loop) is None else "uvloop"
 
@@ -200,7 +205,7 @@ class _ModelChecks:
     def model(self) -> str | None:
         if self.settings.model is None:
             return None
-        self._model = ExportedClassifier(self.settings.model)
+        self._model = ExportedClassifier(self.settings.model, threads=self._sidecar.threads)
         return self._model.digest
 
     def digest(self) -> str | None:

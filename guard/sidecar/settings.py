@@ -19,6 +19,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from guard._cpus import usable_cpus
 from guard._documents import first_error
 from guard.errors import UsageError
 from guard.sidecar.addresses import is_loopback, socket_path, split_address
@@ -147,6 +148,14 @@ class Settings(ModelSettings, BaseSettings):
     )
     workers: int = Field(
         default=2, ge=1, le=256, description="Number of threads in each process that decode, embed and screen images."
+    )
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Number of threads that one forward pass of --model uses. By default, as many as there are "
+        "processors for this process, by its affinity and the quota of its container, divided by --processes.",
+        examples=[4],
     )
     max_queued: int = Field(
         default=256,
@@ -330,6 +339,11 @@ class Settings(ModelSettings, BaseSettings):
         if self.upstream_tls is not None and self.upstream is None:
             raise ValueError("--upstream-tls encrypts the connection to an upstream server, so it needs --upstream")
         return self
+
+    @property
+    def forward_threads(self) -> int:
+        """Threads that one forward pass uses in each process."""
+        return self.threads or max(1, usable_cpus() // self.processes)
 
     @property
     def admin_addresses(self) -> tuple[str, ...]:

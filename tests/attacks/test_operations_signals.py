@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from guard.cli.beginning import begin
 from tests.integration.sidecar.conftest import (
     Floats,
     Launcher,
+    Sidecar,
     connected,
     environment,
     eventually,
@@ -62,6 +64,10 @@ def test_both_are_set_before_anything_large_is_loaded() -> None:
     assert done.stdout.split("\n")[0] == "True True []"
 
 
+def told(sidecar: Sidecar, times: int) -> bool:
+    return sidecar.stderr.count("SIGHUP: ") >= times
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sighup_reads_files_again_and_ends_nothing(
     launch: Launcher,
@@ -73,7 +79,7 @@ def test_sighup_reads_files_again_and_ends_nothing(
     with launch(*arguments) as sidecar, connected(sidecar.address) as client:
         for expected in (processes, 2 * processes, 3 * processes):
             sidecar.process.send_signal(signal.SIGHUP)
-            eventually(lambda expected=expected: sidecar.stderr.count("SIGHUP: ") >= expected, "the reading")
+            eventually(partial(told, sidecar, expected), "the reading")
             assert client.call("ServerLive") is not None
         assert sidecar.process.poll() is None
 

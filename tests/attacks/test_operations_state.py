@@ -72,8 +72,8 @@ def record(request_id: str = "r", **values: object) -> Record:
 
 def filled(path: Path, *times: datetime) -> None:
     writer = EvidenceWriter(path)
-    for number, time in enumerate(times or [datetime.now(UTC)]):
-        writer.record(record(str(number), time=time.isoformat()))
+    for number, moment in enumerate(times or [datetime.now(UTC)]):
+        writer.record(record(str(number), time=moment.isoformat()))
     assert writer.close(WAIT)
 
 

@@ -153,7 +153,7 @@ class Models:
     def _load(self, settings: ModelSettings, version: str, metrics: ModelMetrics) -> Served:
         # The stamps are taken before reading, so that files that change meanwhile are read again.
         stamps = _stamps(settings)
-        profile, model = load(settings)
+        profile, model = load(settings, threads=self._shared.settings.forward_threads)
         detector = profile.detector(settings.neighbours, settings.alpha)
         size = self._shared.settings.keep_embeddings
         sample = Reservoir(size, detector.screen.dimension) if size else None
@@ -163,7 +163,8 @@ class Models:
     def _replace(self, served: Served, stamps: tuple[FolderStamp, FolderStamp]) -> None:
         """Read the files of a model and replace its checker."""
         old, settings = served.checker, served.settings
-        profile, model = load(settings, old.model if stamps[1] == served.loaded else None)
+        kept = old.model if stamps[1] == served.loaded else None
+        profile, model = load(settings, kept, threads=self._shared.settings.forward_threads)
         if model is old.model and profile.document == old.profile.document:
             # Only a certificate or a report beside the profile is new, or the old files are back: the monitor goes on.
             old.metrics.reloaded(taken=True)
