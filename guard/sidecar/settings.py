@@ -252,6 +252,13 @@ class Settings(ModelSettings, BaseSettings):
             split_address(value)
         return value
 
+    @field_validator("upstream")
+    @classmethod
+    def _can_be_called(cls, value: str | None) -> str | None:
+        if value is not None and socket_path(value) is None and not split_address(value)[1]:
+            raise ValueError(f"{value!r} has port 0, at which no server can be called")
+        return value
+
     @field_validator("metrics")
     @classmethod
     def _tcp_address(cls, value: str) -> str:
