@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 
 from guard.classifiers import ExportedClassifier
 from guard.diagnostics.findings import Finding, Status
-from guard.errors import GuardError, ProfileError, StateError
+from guard.errors import DamagedLogError, GuardError, ProfileError, StateError
 from guard.evidence import EVIDENCE_FILE
 from guard.protocol import SERVICE
 from guard.protocol.inference_pb2 import ServerReadyRequest, ServerReadyResponse
@@ -112,8 +112,6 @@ class _Checks:
         folder = self._settings.state_dir
         recorder = Recorder(self._settings.model_copy(update={"state_dir": None}), self.sidecar_metrics)
         if folder is not None:
-            from guard.evidence.store import DamagedLogError
-
             try:
                 Recorder(self._settings, self.sidecar_metrics, read_only=True)
             except DamagedLogError as error:

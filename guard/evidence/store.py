@@ -37,7 +37,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DatabaseError
 
 from guard._files import move_aside, sync
-from guard.errors import EvidenceError
+from guard.errors import DamagedLogError, EvidenceError
 from guard.evidence.records import Record, rfc3339
 
 SCHEMA = 1
@@ -92,10 +92,6 @@ table = Table(
 
 Identity = tuple[int, int]
 """Device and inode of a file: it keeps them when it is renamed, and no other file has them."""
-
-
-class DamagedLogError(EvidenceError):
-    """A file in the place of an evidence log is damaged, of another kind, or of another schema."""
 
 
 def engine(path: Path, mode: Literal["ro", "rw"]) -> Engine:

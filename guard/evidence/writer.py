@@ -15,7 +15,7 @@ from time import monotonic
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from guard.errors import EvidenceError, UsageError
+from guard.errors import DamagedLogError, EvidenceError, UsageError
 from guard.evidence import store
 from guard.evidence.clock import Clock
 from guard.evidence.records import Drop, Record
@@ -121,7 +121,7 @@ class EvidenceWriter:
                 store.check(store.engine(path, "ro"), path)
         except EvidenceError as error:
             if store.is_damage(path, error):
-                raise store.DamagedLogError(str(error)) from error
+                raise DamagedLogError(str(error)) from error
             raise
 
     @property
@@ -274,7 +274,7 @@ def _reason(error: Exception) -> Drop | None:
             return None
         known = _REASONS.get(code & 0xFF)
         return known or (Drop.ERROR if isinstance(error.orig, sqlite3.OperationalError) else None)
-    if isinstance(error, (store.DamagedLogError, UnicodeDecodeError)):
+    if isinstance(error, (DamagedLogError, UnicodeDecodeError)):
         return Drop.DAMAGED
     if isinstance(error, EvidenceError):
         return _reason(error.__cause__) if isinstance(error.__cause__, Exception) else Drop.DAMAGED
