@@ -362,6 +362,16 @@ class TestLock:
         aside = list(tmp_path.glob(f"{LOCK_FILE}.damaged-*"))
         assert counted == ["lock"] * len(aside)
 
+    def test_what_a_killed_sidecar_was_writing_is_swept_away_and_nothing_else(self, tmp_path: Path) -> None:
+        left = (".monitor-1.json.abc", ".traffic-m.npy.abc")
+        kept = ("monitor-1.json", "traffic-m.npy", "monitor-1.json.damaged-1", ".other")
+        for name in (*left, *kept):
+            (tmp_path / name).touch()
+        with hold(tmp_path, "worker"):
+            assert all((tmp_path / name).exists() for name in left)
+        with hold(tmp_path, "alone"):
+            assert {each.name for each in tmp_path.iterdir()} == {*kept, LOCK_FILE}
+
     def test_no_folder_needs_no_lock(self) -> None:
         with hold(None, "alone"):
             pass
