@@ -12,7 +12,7 @@ from guard._types import Floats
 from guard.errors import EmbeddingsError, first_line
 
 _MAX_BYTES = 8 * 2**30
-_DAMAGED = (ValueError, EOFError, MemoryError, OverflowError, TypeError, SyntaxError, TokenError, RecursionError)
+_DAMAGED = (ValueError, EOFError, OverflowError, TypeError, SyntaxError, TokenError, RecursionError)
 """What NumPy raises for the head of a file that is not its own."""
 
 
@@ -35,10 +35,14 @@ def read_embeddings(path: Path, dimension: int) -> Floats:
             raise EmbeddingsError(f"cannot read {path}: it is not a regular file")
         if status.st_size > _MAX_BYTES:
             raise EmbeddingsError(f"{path} is larger than {_MAX_BYTES} bytes")
+        # Nothing is allocated that the file is too short for, whatever its head says.
+        np.lib.format.open_memmap(path, mode="r")
         with path.open("rb") as file:
             values = np.lib.format.read_array(file, allow_pickle=False)
     except OSError as error:
         raise EmbeddingsError(f"cannot read {path}: {error.strerror}") from error
+    except MemoryError as error:
+        raise EmbeddingsError(f"there is not enough memory to read {path}") from error
     except _DAMAGED as error:
         raise EmbeddingsError(f"{path} is not a NumPy file of numbers: {first_line(error)}") from error
     if values.ndim != 2 or values.shape[1] != dimension or not np.issubdtype(values.dtype, np.floating):
