@@ -10,7 +10,7 @@ import sys
 
 
 def begin(arguments: list[str], process: int) -> None:
-    """Set the signals.
+    """Set the signals, and leave out what of the environment is not meant for a sidecar.
 
     Args:
         arguments: The words behind the program's name.
@@ -21,6 +21,9 @@ def begin(arguments: list[str], process: int) -> None:
         signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     if arguments[:1] == ["serve"]:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # Meant for other programs: prometheus_client would keep the metrics in files there, across restarts.
+        for name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):
+            os.environ.pop(name, None)
 
 
 begin(sys.argv[1:], os.getpid())

@@ -12,7 +12,7 @@ from guard._types import Floats
 from guard.errors import EmbeddingsError, first_line
 
 _MAX_BYTES = 8 * 2**30
-_DAMAGED = (ValueError, EOFError, MemoryError, OverflowError, TypeError, SyntaxError, TokenError, RecursionError)
+_DAMAGED = (ValueError, EOFError, OverflowError, TypeError, SyntaxError, TokenError, RecursionError)
 """What NumPy raises for the head of a file that is not its own."""
 
 
@@ -32,7 +32,11 @@ def read_embeddings(path: Path, dimension: int) -> Floats:
     missing = f"cannot read {path}: there is no such file"
     try:
         with open_regular(path, _MAX_BYTES, EmbeddingsError, missing=missing) as (file, _):
+            # Nothing is allocated that the file is too short for, whatever its head says.
+            np.lib.format.open_memmap(path, mode="r")
             values = np.lib.format.read_array(file, allow_pickle=False)
+    except MemoryError as error:
+        raise EmbeddingsError(f"there is not enough memory to read {path}") from error
     except _DAMAGED as error:
         raise EmbeddingsError(f"{path} is not a NumPy file of numbers: {first_line(error)}") from error
     if values.ndim != 2 or values.shape[1] != dimension or not np.issubdtype(values.dtype, np.floating):

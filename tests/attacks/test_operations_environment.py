@@ -124,3 +124,13 @@ def test_who_wants_telemetry_can_have_it() -> None:
     program = "import guard, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0"
+
+
+def test_metrics_are_kept_in_memory_whatever_folder_is_meant_for_other_programs(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.argv = ['guard', 'serve']; import guard.cli\n"
+        "from guard.sidecar.telemetry.metrics import Metrics; Metrics().active.inc()"
+    )
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)
+    assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from guard import _files
-from guard.errors import EvidenceError, StateError, UsageError
+from guard.errors import EmbeddingsError, EvidenceError, StateError, UsageError
 from guard.evidence import EVIDENCE_FILE, EvidenceLog, EvidenceWriter, Record
 from guard.evidence import clock as clocks
 from guard.evidence.clock import TRUST_SECONDS, Clock
@@ -295,14 +295,21 @@ class TestSample:
     def test_damage_is_one_error_that_changes_nothing(
         self, tmp_path: Path, damage: Callable[[Path], None], which: str
     ) -> None:
-        from guard.errors import EmbeddingsError
-
         path, _ = self.stored(tmp_path)
         damage(path if which == "embeddings" else about_file(path))
         after = Reservoir(20, 4)
         with pytest.raises((StateError, EmbeddingsError)):
             after.restore(path, "digest")
         assert after.seen == 0
+
+    def test_a_head_that_claims_more_than_the_file_holds_takes_no_memory(self, tmp_path: Path) -> None:
+        path, _ = self.stored(tmp_path)
+        data = path.read_bytes()
+        claimed = data.replace(b"(20, 4)", b"(10000000000, 4)").replace(b" " * 9 + b"\n", b"\n", 1)
+        assert len(claimed) == len(data)
+        path.write_bytes(claimed)
+        with pytest.raises(EmbeddingsError, match="is not a NumPy file of numbers"):
+            read_embeddings(path, 4)
 
     @pytest.mark.parametrize("about", [{"format": 2}, {"seen": -1}, {"seen": "9"}, {"seen": 2**60}])
     def test_a_description_of_another_form_is_refused(self, tmp_path: Path, about: dict[str, object]) -> None:
@@ -361,6 +368,16 @@ class TestLock:
             assert (tmp_path / LOCK_FILE).is_file()
         aside = list(tmp_path.glob(f"{LOCK_FILE}.damaged-*"))
         assert counted == ["lock"] * len(aside)
+
+    def test_what_a_killed_sidecar_was_writing_is_swept_away_and_nothing_else(self, tmp_path: Path) -> None:
+        left = (".monitor-1.json.abc", ".traffic-m.npy.abc")
+        kept = ("monitor-1.json", "traffic-m.npy", "monitor-1.json.damaged-1", ".other")
+        for name in (*left, *kept):
+            (tmp_path / name).touch()
+        with hold(tmp_path, "worker"):
+            assert all((tmp_path / name).exists() for name in left)
+        with hold(tmp_path, "alone"):
+            assert {each.name for each in tmp_path.iterdir()} == {*kept, LOCK_FILE}
 
     def test_no_folder_needs_no_lock(self) -> None:
         with hold(None, "alone"):

@@ -64,6 +64,8 @@ def hold(folder: Path | None, role: Role, on_damage: Callable[[Kind], object] = 
         steps = {"alone": (fcntl.LOCK_EX,), "parent": (fcntl.LOCK_EX, fcntl.LOCK_SH), "worker": (fcntl.LOCK_SH,)}
         for kind in steps[role]:
             _take(descriptor, kind, folder)
+        if role != "worker":
+            _sweep(folder)
         yield
     finally:
         os.close(descriptor)
@@ -136,6 +138,14 @@ def _opened(path: Path) -> int:
     with suppress(OSError):  # the lock of another user
         os.fchmod(descriptor, 0o600)
     return descriptor
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what a sidecar that was killed while it saved has left: files that never took their place."""
+    for pattern in (".monitor-*", ".traffic-*"):
+        for path in folder.glob(pattern):
+            with suppress(OSError):
+                path.unlink()
 
 
 def _take(descriptor: int, kind: int, folder: Path) -> None:

@@ -88,7 +88,7 @@ class HttpServer:
         except ValueError:
             answer = _message("400 Bad Request", [], b"", with_body=False)
         else:
-            answer = await self._loop.run_in_executor(self._pool, _respond, self._application, environ)
+            answer = await self._loop.run_in_executor(self._pool, self._compute, writer, environ)
         # `drain` then waits until the kernel has taken all of it.
         writer.transport.set_write_buffer_limits(high=0)
         writer.write(answer)
@@ -99,6 +99,10 @@ class HttpServer:
         async with asyncio.timeout(_END_SECONDS):
             while await reader.read(2**16):
                 pass
+
+    def _compute(self, writer: asyncio.StreamWriter, environ: "WSGIEnvironment") -> bytes:
+        # Whoever was displaced while waiting for a thread gets no answer, so that a flood makes no work.
+        return b"" if writer.transport.is_closing() else _respond(self._application, environ)
 
 
 async def _read_head(reader: asyncio.StreamReader) -> "WSGIEnvironment":
