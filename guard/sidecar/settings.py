@@ -359,7 +359,9 @@ class Settings(ModelSettings, BaseSettings):
     @model_validator(mode="after")
     def _a_message_fits(self) -> Self:
         if self.inflight_bytes < self.max_message_bytes:
-            raise ValueError("--max-inflight-bytes must not be less than --max-message-bytes: no such message would be taken")
+            raise ValueError(
+                "--max-inflight-bytes must not be less than --max-message-bytes: no such message would be taken"
+            )
         return self
 
     @model_validator(mode="after")

@@ -26,8 +26,8 @@ from guard.sidecar.host.limits import Bounds, Limited, most_memory
 from guard.sidecar.telemetry.metrics import Metrics
 from tests.damage import FILES
 from tests.integration.sidecar.conftest import Launcher, Sidecar, connected, eventually, infer_request
-from tests.integration.sidecar.conftest import clean as clean  # noqa: PLC0414 - fixtures
 from tests.integration.sidecar.conftest import classify as classify  # noqa: PLC0414
+from tests.integration.sidecar.conftest import clean as clean  # noqa: PLC0414 - fixtures
 from tests.integration.sidecar.conftest import launch as launch  # noqa: PLC0414
 from tests.integration.sidecar.conftest import served_profile as served_profile  # noqa: PLC0414
 
@@ -54,7 +54,7 @@ class Echo(grpc.GenericRpcHandler):  # type: ignore[misc]
         message = set[int]()
         self.held.append(weakref.ref(message))
         try:
-            raise ValueError(message)
+            raise ValueError(message)  # noqa: TRY301
         except ValueError:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no")
 
@@ -103,7 +103,7 @@ async def serving(bounds: Bounds = BOUNDS) -> AsyncIterator[Served]:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(WAIT):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 
@@ -280,7 +280,10 @@ def readyz(sidecar: Sidecar) -> int:
 def test_a_sidecar_answers_under_silent_calls(sidecar: Sidecar, clean: Floats) -> None:
     request = infer_request(clean[:1])
     with grpc.insecure_channel(sidecar.address, [("grpc.use_local_subchannel_pool", 1)]) as flooding:
-        silent, watching = flooding.stream_stream(f"/{SERVICE}/ModelInfer"), flooding.stream_stream("/grpc.health.v1.Health/Watch")
+        silent, watching = (
+            flooding.stream_stream(f"/{SERVICE}/ModelInfer"),
+            flooding.stream_stream("/grpc.health.v1.Health/Watch"),
+        )
         calls = [method(_nothing()) for _ in range(160) for method in (silent, watching)]
         with connected(sidecar.address) as client:
             assert client.infer(request).decision in {"pass", "flag"}
@@ -297,7 +300,7 @@ def _nothing() -> Iterator[bytes]:
     yield b""
 
 
-def test_pings_of_clients_are_tolerated(sidecar: Sidecar, clean: Floats) -> None:
+def test_pings_of_clients_are_tolerated(sidecar: Sidecar) -> None:
     often = [
         ("grpc.keepalive_time_ms", 100),
         ("grpc.keepalive_permit_without_calls", 1),

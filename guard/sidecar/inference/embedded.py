@@ -157,9 +157,10 @@ class EmbeddedService(InferenceService):
 
 
 def _parse(message: Message, data: bytes) -> None:
+    refused = RefusedError(grpc.StatusCode.INVALID_ARGUMENT, f"guard: not a {type(message).__name__}")
+    if len(data) > _LONGEST_QUESTION:
+        raise refused
     try:
-        if len(data) > _LONGEST_QUESTION:
-            raise DecodeError
         message.ParseFromString(data)
     except DecodeError as error:
-        raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, f"guard: not a {type(message).__name__}") from error
+        raise refused from error

@@ -22,7 +22,6 @@ from guard.sidecar.settings import Settings
 from guard.sidecar.telemetry import logs
 from guard.sidecar.telemetry.metrics import Metrics
 
-
 LEAST_ELEMENTS = 1024
 """Elements of all BYTES inputs of a request that are taken in any case; else four times `max_batch`."""
 _END_SECONDS = 0.5
