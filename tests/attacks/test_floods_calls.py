@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import io
 import json
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from PIL import Image
 
 from guard.protocol import SERVICE
 from guard.protocol.inference_pb2 import ModelInferRequest
@@ -32,6 +34,7 @@ from tests.integration.sidecar.conftest import launch as launch  # noqa: PLC0414
 from tests.integration.sidecar.conftest import served_profile as served_profile  # noqa: PLC0414
 
 WAIT = 30
+EMPTY_INPUT = b"\x2a\0"
 BOUNDS = Bounds(calls=2, streams=2, message_bytes=10_000, inflight_bytes=10_000, first_message=60, idle=60)
 Floats = np.ndarray
 
@@ -257,8 +260,8 @@ def test_the_most_memory_follows_from_the_settings() -> None:
         return most_memory(Settings.load(None, profile=Path("p"), model=Path("m"), **more), 0)
 
     assert most(max_message_bytes=2**20) - most(max_message_bytes=2**19) == 16 * 2**19
-    assert most(max_pixels=2 * 10**7) - most(max_pixels=10**7) == 16 * 10**7
-    assert most(workers=3) - most(workers=2) == 16 * 50_000_000
+    assert most(max_pixels=2 * 10**7) - most(max_pixels=10**7) == 20 * 10**7
+    assert most(workers=3) - most(workers=2) == 20 * 50_000_000
     assert most(max_inflight_bytes=2**30) - most(max_inflight_bytes=2**29) == 3 * 2**29
 
 
@@ -315,6 +318,44 @@ def test_pings_of_clients_are_tolerated(sidecar: Sidecar) -> None:
         watch.add_callback(ended.set)
         assert not ended.wait(2.0)
         watch.cancel()
+
+
+def high_water(process: int) -> int:
+    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
+def test_memory_stays_under_the_bound_that_the_sidecar_states(
+    launch: Launcher, exported: Path, served_profile: Path
+) -> None:
+    mib = 2**20
+    limits = ("--max-message-bytes", 4 * mib, "--max-inflight-bytes", 8 * mib, "--max-pixels", 4_000_000)
+    large = ModelInferRequest(model_name="classifier", raw_input_contents=[bytes(4 * mib - 100)])
+    large.inputs.add(name="image", datatype="FP32", shape=[1, 3, 16, 16])
+    picture = io.BytesIO()
+    Image.new("RGB", (2000, 2000)).save(picture, "WEBP", lossless=True)
+    pictures = ModelInferRequest(model_name="classifier")
+    pictures.inputs.add(name="image", datatype="BYTES", shape=[8]).contents.bytes_contents.extend(
+        [picture.getvalue()] * 8
+    )
+    floods = [large.SerializeToString(), pictures.SerializeToString(), EMPTY_INPUT * mib]
+    with launch("--model", exported, "--profile", served_profile, *map(str, limits)) as running:
+        most = int(running.announced["most_memory_bytes"])
+        with grpc.insecure_channel(running.address) as channel:
+            method = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+            for _ in range(3):
+                calls = [method.future(data, timeout=WAIT) for data in floods for _ in range(20)]
+                codes = {call.code() for call in calls}
+                assert codes <= {
+                    grpc.StatusCode.OK,
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    grpc.StatusCode.UNAVAILABLE,
+                }
+        assert high_water(running.process.pid) < most
+        # It is a bound and not a number beyond all use: pixels, messages in flight, and those that arrive.
+        assert most < high_water(running.process.pid) + (20 * 20_000_000 + 3 * 8 * mib + 16 * 4 * mib)
 
 
 STUCK = """
