@@ -211,6 +211,19 @@ async def test_bytes_are_limited_over_all_calls_and_come_back() -> None:
             assert len(await long.read()) == 5000
 
 
+async def test_what_a_stream_gives_back_after_its_end_is_not_counted_twice() -> None:
+    async with serving() as served:
+        stream = served.stream()
+        await stream.write(bytes(4000))
+        assert len(await stream.read()) == 4000
+        (call,) = served.limited._open_streams  # as a check that outlasts its stream has it
+        await stream.done_writing()
+        assert await stream.read() is grpc.aio.EOF
+        await until(lambda: not served.limited._open_streams)
+        call.forget(4000)
+        assert served.limited._bytes == 0
+
+
 async def test_a_call_without_a_message_is_refused() -> None:
     async with serving() as served:
         call = served.silent()

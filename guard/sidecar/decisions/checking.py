@@ -127,16 +127,16 @@ class Checker:
         model = self.model
         with self.metrics.stage("decode"):
             images = self._images(message, model)
-        if callable(images):
-            decode_later = images
+        if not callable(images):
+            return self._classify(images, model, message, trace_id)
+        decode_later = images
 
-            def rest() -> Inference:
-                with self.metrics.stage("decode"):
-                    decoded = decode_later()
-                return self._classify(decoded, model, message, trace_id)
+        def rest() -> Inference:
+            with self.metrics.stage("decode"):
+                decoded = decode_later()
+            return self._classify(decoded, model, message, trace_id)
 
-            raise LargeWorkError(rest)
-        return self._classify(images, model, message, trace_id)
+        raise LargeWorkError(rest)
 
     def _classify(
         self, images: Floats, model: ExportedClassifier, message: ModelInferRequest, trace_id: str
