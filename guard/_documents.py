@@ -7,10 +7,13 @@ import json
 import math
 import os
 import stat
+import tomllib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -23,10 +26,47 @@ _PLAIN = {
     "dataclass_type": "it must be an object with names and values",
     "extra_forbidden": "there is no such name",
     "missing": "it is missing",
+    "unexpected_keyword_argument": "there is no such name",
 }
 """What pydantic says in words of its own, by the type of its error."""
-_WITHOUT_VALUE = {"missing", "extra_forbidden", "value_error"}
+_WITHOUT_VALUE = {"missing", "extra_forbidden", "unexpected_keyword_argument", "value_error"}
 """Kinds of errors whose message does not become clearer by the value that was given."""
+
+
+@contextmanager
+def open_regular(
+    path: Path, limit: int, error: type[GuardError], *, missing: str | None = None
+) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file that is open for reading, and its size in bytes.
+
+    Args:
+        path: The file, or a link to it.
+        limit: Largest size that is accepted, in bytes. Nothing of a larger file is read, however little it occupies.
+        error: Class of the errors.
+        missing: Message for a file that does not exist.
+
+    Raises:
+        GuardError: The file is missing, not a regular file (a pipe could wait for ever), larger, or not readable; or
+            reading it failed while it was open.
+    """
+    try:
+        opened = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - closed below, errors of others aside
+    except FileNotFoundError as cause:
+        raise error(missing or f"there is no file {path}") from cause
+    except ValueError as cause:  # no file can have this name
+        raise error(f"cannot read {str(path)[:_LONGEST]!r}: {cause}") from cause
+    except OSError as cause:
+        raise error(f"cannot read {path}: {cause.strerror}") from cause
+    try:
+        with opened as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise error(f"cannot read {path}: it is not a regular file")
+            if status.st_size > limit:
+                raise error(f"{path} is larger than {limit} bytes")
+            yield file, status.st_size
+    except OSError as cause:
+        raise error(f"cannot read {path}: {cause.strerror or cause}") from cause
 
 
 def read_bytes(path: Path, limit: int, error: type[GuardError], *, missing: str | None = None) -> bytes:
@@ -39,20 +79,12 @@ def read_bytes(path: Path, limit: int, error: type[GuardError], *, missing: str 
         missing: Message for a file that does not exist.
 
     Raises:
-        GuardError: The file is missing, not a regular file (a pipe could wait for ever), larger, or not readable.
+        GuardError: As for `open_regular`, or the file grew or shrank while it was read.
     """
-    try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise error(f"cannot read {path}: it is not a regular file")
-            data = file.read(min(status.st_size, limit) + 1)
-    except FileNotFoundError as cause:
-        raise error(missing or f"there is no file {path}") from cause
-    except OSError as cause:
-        raise error(f"cannot read {path}: {cause.strerror}") from cause
-    if len(data) > limit:
-        raise error(f"{path} is larger than {limit} bytes")
+    with open_regular(path, limit, error, missing=missing) as (file, size):
+        data = file.read(size + 1)
+    if len(data) != size:
+        raise error(f"cannot read {path}: it changed while it was read")
     return data
 
 
@@ -80,17 +112,27 @@ def read_json(path: Path, limit: int, error: type[GuardError], *, missing: str |
     """
     text = read_text(path, limit, error, missing=missing)
     try:
+        return parse_json(text)
+    except ValueError as cause:
+        raise error(f"{path} is damaged: {cause}") from cause
+
+
+def parse_json(text: str) -> Any:  # noqa: ANN401
+    """The value of a JSON text; what is taken for JSON, `read_json` says.
+
+    Raises:
+        ValueError: The text is not JSON of this kind; the message says why.
+    """
+    try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_unique)
         if "\\u" in text:  # an escape such as \ud800 alone is no character, and cannot be encoded
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as cause:
-        raise error(f"{path} is damaged: it holds half of a surrogate pair") from cause
+        raise ValueError("it holds half of a surrogate pair") from cause
     except RecursionError as cause:
-        raise error(f"{path} is damaged: it is nested too deeply") from cause
+        raise ValueError("it is nested too deeply") from cause
     except json.JSONDecodeError as cause:
-        raise error(f"{path} is damaged: it is not valid JSON: {cause}") from cause
-    except ValueError as cause:
-        raise error(f"{path} is damaged: {cause}") from cause
+        raise ValueError(f"it is not valid JSON: {cause}") from cause
     return value
 
 
@@ -104,6 +146,21 @@ def read_object(path: Path, limit: int, error: type[GuardError], *, missing: str
     if not isinstance(value, dict):
         raise error(f"{path} is damaged: it does not hold a JSON object")
     return value
+
+
+def read_toml(path: Path, limit: int, error: type[GuardError], *, missing: str | None = None) -> dict[str, Any]:
+    """The table that a TOML file holds.
+
+    Raises:
+        GuardError: As for `read_bytes`, or the file is not TOML.
+    """
+    data = read_bytes(path, limit, error, missing=missing)
+    try:
+        return tomllib.loads(data.decode())
+    except RecursionError as cause:
+        raise error(f"{path} is not valid TOML: it is nested too deeply") from cause
+    except ValueError as cause:
+        raise error(f"{path} is not valid TOML: {cause}") from cause
 
 
 def read_document(

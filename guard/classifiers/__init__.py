@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from guard.classifiers.exported import ExportedClassifier
     from guard.classifiers.exporting import ExportParity, export
     from guard.classifiers.hugging_face.weights import save_hugging_face
-    from guard.classifiers.images import ImageFolder, decode
+    from guard.classifiers.images import ImageFolder, decode, decode_unambiguous, encode
 
 __all__ = [
     "ClassList",
@@ -29,6 +29,8 @@ __all__ = [
     "ImageFolder",
     "Preprocessing",
     "decode",
+    "decode_unambiguous",
+    "encode",
     "export",
     "load",
     "save",
@@ -43,6 +45,8 @@ __getattr__ = lazy(
         "ExportedClassifier": "exported",
         "ImageFolder": "images",
         "decode": "images",
+        "decode_unambiguous": "images",
+        "encode": "images",
         "export": "exporting",
         "save_hugging_face": "hugging_face.weights",
     },

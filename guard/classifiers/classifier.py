@@ -1,6 +1,7 @@
 """A CLIP classifier in memory."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from guard.classifiers.classes import ClassList
 from guard.classifiers.digest import ClassifierDigest, canonical, sha256
 from guard.classifiers.images import ImageFolder
 from guard.classifiers.preprocessing import Preprocessing
+from guard.errors import ClassListError, ModelError
 
 ENCODE_BATCH = 256
 _TOKENIZER_PROBE = ("a photo of a cat.", "Zażółć gęślą jaźń 123 !?", "the quick brown fox jumps over the lazy dog")
@@ -35,6 +37,9 @@ class Classifier:
         classes: Class names and templates.
         source: Where the classifier was loaded from, as given by the user.
         device: The device that it runs on.
+
+    Raises:
+        ModelError: A weight is not finite, or the logit scale is too large for a finite score.
     """
 
     def __init__(
@@ -54,7 +59,20 @@ class Classifier:
         self.preprocessing = preprocessing
         self.classes = classes
         self.source = source
+        self._check_weights()
         self.to(device)
+
+    def _check_weights(self) -> None:
+        for name, tensor in self.model.state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ModelError(
+                    f"{self.source} computes no finite numbers: its tensor {name!r} has a value that is not finite"
+                )
+        if not math.isfinite(self.logit_scale):
+            raise ModelError(
+                f"{self.source} computes no finite numbers: exp(logit_scale) overflows for a logit_scale of "
+                f"{float(self.model.logit_scale):g}"
+            )
 
     def to(self, device: torch.device) -> None:
         """Move to a device, in place."""
@@ -63,7 +81,8 @@ class Classifier:
         self.model.to(device, memory_format=torch.channels_last)
         self._mean = torch.tensor(self.preprocessing.mean, device=device).view(3, 1, 1)
         self._std = torch.tensor(self.preprocessing.std, device=device).view(3, 1, 1)
-        self.__dict__.pop("head", None)  # encoded again on the new device when it is next needed
+        for name in ("head", "distinct"):  # computed again on the new device when they are next needed
+            self.__dict__.pop(name, None)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -103,10 +122,33 @@ class Classifier:
 
     @cached_property
     def head(self) -> Tensor:
-        """The zero-shot head: one unit vector per class, the normalised mean over its templates; shape [C, D]."""
+        """The zero-shot head: one unit vector per class, the normalised mean over its templates; shape [C, D].
+
+        Raises:
+            ModelError: An embedding is not finite.
+        """
         with torch.no_grad():
             rows = [self.encode_texts(self.classes.prompts(name)).mean(0) for name in self.classes.names]
-            return normalize(torch.stack(rows), dim=-1)
+            return self._finite(normalize(torch.stack(rows), dim=-1), "prompts")
+
+    @cached_property
+    def distinct(self) -> Tensor | None:
+        """Which classes are the first of those that have one and the same row of the head: bool, shape [C].
+
+        None where all rows differ. Classes with the same row always have the same score, whatever the image: none of
+        them ever leads the other, and `predict` answers with the first.
+
+        Raises:
+            ClassListError: All rows are the same.
+        """
+        rows = self.head.unique(dim=0, return_inverse=True)[1].cpu()
+        places = {row: place for place, row in reversed(list(enumerate(rows.tolist())))}
+        first = [places[row] == place for place, row in enumerate(rows.tolist())]
+        if sum(first) < 2:
+            raise ClassListError(
+                f"all prompts of the classes mean the same to {self.source}; nothing can be classified"
+            )
+        return None if all(first) else torch.tensor(first, device=self.device)
 
     @cached_property
     def logit_scale(self) -> float:
@@ -131,11 +173,20 @@ class Classifier:
 
         Returns:
             Float32, shape [N, D].
+
+        Raises:
+            ModelError: An embedding is not finite.
         """
         stacked = images if isinstance(images, Tensor) else torch.from_numpy(np.stack(list(images)))
         with self.autocast():
             parts = [self.encode_images(part.to(self.device).float() / 255).cpu() for part in stacked.split(batch)]
-        return torch.cat(parts)
+        return self._finite(torch.cat(parts), "images")
+
+    def _finite(self, embeddings: Tensor, what: str) -> Tensor:
+        """Refuse embeddings that overflowed: whatever is computed from them says nothing."""
+        if not embeddings.isfinite().all():
+            raise ModelError(f"{self.source} computes no finite numbers: its embeddings of {what} overflow")
+        return embeddings
 
     @torch.no_grad()
     def predict(self, embeddings: Tensor) -> Tensor:
@@ -162,7 +213,7 @@ class Classifier:
                 "weights": _weights_digest(self.model.state_dict()),
                 "preprocessing": sha256(canonical(asdict(self.preprocessing))),
                 "tokenizer": sha256(canonical({"vocabulary": _vocabulary(self.tokenizer), "probe": ids.tolist()})),
-                "classes": sha256(canonical(asdict(self.classes))),
+                "classes": sha256(canonical(self.classes.document())),
             }
         )
 

@@ -10,6 +10,7 @@ from guard._documents import read_bytes, read_document
 from guard._types import Floats
 from guard.classifiers.classes import ClassList
 from guard.classifiers.digest import canonical, sha256
+from guard.classifiers.graph import check_graph
 from guard.classifiers.preprocessing import Preprocessing
 from guard.errors import ModelError, first_line
 
@@ -118,15 +119,24 @@ def _session(path: Path, expected: str, *, threads: int, gpu: bool) -> Any:  # n
     data = read_bytes(path, MAX_MODEL_BYTES, ModelError)
     if sha256(data) != expected:
         raise ModelError(f"{path} is not the file that was exported (its SHA-256 differs); export the model again")
+    try:
+        check_graph(data)
+    except ValueError as error:
+        raise ModelError(f"{path} cannot be used as an exported model: {error}") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # What was checked is what runs: by some bytes at its start, ONNX Runtime would take a file for one of its own form.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     # By default idle threads spin, and each occupies a core that the rest of the sidecar and its neighbours could use.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if gpu and _has_gpu() else ["CPUExecutionProvider"]
     try:
-        # From bytes, so that the file that was hashed is the file that runs, and external data cannot be followed.
-        return onnxruntime.InferenceSession(data, sess_options=options, providers=providers)
+        # From bytes, so that the file that was hashed and checked is the file that runs.
+        # Without a second provider there is nothing to fall back to, which ONNX Runtime would print and try.
+        return onnxruntime.InferenceSession(
+            data, sess_options=options, providers=providers, enable_fallback=len(providers) > 1
+        )
     except Exception as error:  # ONNX Runtime's errors share no public base
         raise ModelError(f"ONNX Runtime cannot load {path}: {first_line(error)}") from error
 

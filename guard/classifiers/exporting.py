@@ -47,7 +47,9 @@ class _Tower(torch.nn.Module):
         self.register_buffer("head", classifier.logit_scale * classifier.head.cpu().T)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        embedding = torch.nn.functional.normalize(self.visual(image), dim=-1)
+        found = self.visual(image)
+        # The tower of a CoCa gives its tokens too.
+        embedding = torch.nn.functional.normalize(found[0] if isinstance(found, tuple) else found, dim=-1)
         return embedding, embedding @ self.head + self.bias
 
 
@@ -72,7 +74,8 @@ def export(classifier: Classifier, directory: Path | str, images: Tensor) -> Exp
         with replace_directory(directory, marker=MANIFEST_FILE) as temporary:
             _write(classifier, temporary)
             parity = _parity(classifier, ExportedClassifier(temporary, gpu=False), images)
-            if parity.max_difference > TOLERANCE or parity.agreement < 1:
+            # Written so that a difference that is no number is not below the tolerance.
+            if not (parity.max_difference <= TOLERANCE and parity.agreement >= 1):
                 raise ExportError(
                     f"the exported model differs: embeddings by up to {parity.max_difference:.2g} (allowed "
                     f"{TOLERANCE:g}), top class equal on {parity.agreement:.2%} of {parity.images} images"
@@ -116,7 +119,10 @@ def _parity(classifier: Classifier, exported: ExportedClassifier, images: Tensor
     expected = classifier.embed(images)
     parts = [exported.run(exported.preprocessing.normalise(part.numpy())) for part in images.split(64)]
     embeddings = np.concatenate([part[0] for part in parts])
-    top = np.concatenate([part[1] for part in parts]).argmax(-1)
+    logits = np.concatenate([part[1] for part in parts])
+    if not np.isfinite(logits).all():
+        raise ExportError("the exported model computes scores that are not finite")
+    top = logits.argmax(-1)
     return ExportParity(
         len(images),
         float(np.abs(embeddings - expected.numpy()).max()),

@@ -58,8 +58,8 @@ class Header:
         return self.pixels * self.passes
 
 
-def check_files(files: Sequence[bytes], *, max_pixels: int, max_work: int) -> int:
-    """Make sure that the images of one request can be decoded at a bounded cost.
+def read_headers(files: Sequence[bytes], *, max_pixels: int, max_work: int) -> tuple[int, dict[int, ImageError]]:
+    """Find out what it costs to decode the images of one request.
 
     Args:
         files: JPEG, PNG or WebP files.
@@ -67,29 +67,32 @@ def check_files(files: Sequence[bytes], *, max_pixels: int, max_work: int) -> in
         max_work: The most pixels of all images together; those of a progressive JPEG count once for each scan.
 
     Returns:
-        The pixels of all images together, counted in this way.
+        The pixels of all images together, counted in this way; and why images are not to be decoded, by their numbers:
+        those that are none of these formats, have no size, or are beyond a limit.
 
     Raises:
-        ImageError: A file is none of these formats, has no size, or is beyond a limit.
+        ImageError: The images together are beyond the limit.
     """
-    total = 0
+    total, troubles = 0, {}
     for number, file in enumerate(files):
         try:
             header = read_header(file)
         except ImageError as error:
-            raise error if len(files) == 1 else ImageError(f"image {number}: {error}") from error
+            troubles[number] = error
+            continue
         if header.pixels > max_pixels:
-            raise ImageError(
+            troubles[number] = ImageError(
                 f"the image claims {header.width}×{header.height} pixels, more than the limit of {max_pixels}; send a "
                 "smaller one"
             )
+            continue
         total += header.work
         if total > max_work:
             raise ImageError(
                 f"the images of one request have more than {max_work} pixels, counted once for each scan of a "
                 "progressive JPEG; send fewer or smaller ones"
             )
-    return total
+    return total, troubles
 
 
 def read_header(file: bytes) -> Header:

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from guard._safetensors import open_tensors
 from guard.classifiers.classes import ClassList
-from guard.classifiers.files import CLASSES_FILE, CONFIG_FILE, WEIGHTS_FILE, check_weights_file
+from guard.classifiers.files import CLASSES_FILE, CONFIG_FILE, WEIGHTS_FILE
 from guard.classifiers.open_clip import import_open_clip, load_open_clip, load_weights_file
 from guard.errors import ModelError
 
@@ -47,7 +48,8 @@ def load(model: str, *, classes: Path | str | ClassList | None = None, device: s
     if path.is_dir():
         return _load_directory(path, model, classes, device)
     if path.exists():
-        check_weights_file(path)
+        with open_tensors(path, ModelError, wanted=WEIGHTS_FILE):
+            pass
         raise ModelError(f"{path} is a file; give its architecture too, as ARCH::{path}")
     raise ModelError(f"there is no model {model}: not a directory, not ARCH::FILE, not {HUB_PREFIX}OWNER/NAME")
 

@@ -4,22 +4,14 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guard._documents import read_object
 from guard._files import replace_directory
 from guard.classifiers.classes import ClassList
-from guard.classifiers.files import (
-    CLASSES_FILE,
-    CONFIG_FILE,
-    MAX_CONFIG_BYTES,
-    MAX_LAYERS,
-    MAX_SIZE,
-    WEIGHTS_FILE,
-    check_weights_file,
-    missing_weights,
-)
+from guard.classifiers.files import CLASSES_FILE, CONFIG_FILE, WEIGHTS_FILE, missing_weights
+from guard.classifiers.open_clip_config import check_config, read_config
 from guard.classifiers.preprocessing import Preprocessing
 from guard.errors import MissingDependencyError, ModelError, first_line
 
@@ -27,6 +19,12 @@ if TYPE_CHECKING:
     import torch
 
     from guard.classifiers.classifier import Classifier
+    from guard.classifiers.weights import Weights
+
+_PUBLISHED = ("mean", "std", "interpolation", "resize_mode", "quick_gelu")
+"""What open_clip says of each of the weights that it publishes."""
+_PARALLEL, _TEXT = "module.", ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final")
+"""Beginnings of the names that `_rename` knows."""
 
 
 def import_open_clip() -> Any:  # noqa: ANN401 - open_clip publishes no types
@@ -71,15 +69,14 @@ def load_open_clip(directory: Path, source: str, classes: Path | ClassList | Non
     """Load an open_clip directory; see `guard.classifiers.load`.
 
     Raises:
-        ModelError: The model is missing, damaged, a pickle, or asks to run code of its own.
+        ModelError: The model is missing, damaged, a pickle, or asks for what guard does not do.
     """
     if not (directory / WEIGHTS_FILE).is_file():
         raise missing_weights(directory, WEIGHTS_FILE)
-    config = _read_config(directory / CONFIG_FILE)
+    config, preprocessing = read_config(directory / CONFIG_FILE)
     return _build(
-        f"local-dir:{directory}",
-        config["model_cfg"],
-        config.get("preprocess_cfg", {}),
+        config,
+        preprocessing,
         directory / WEIGHTS_FILE,
         classes or directory / CLASSES_FILE,
         source=source,
@@ -93,13 +90,53 @@ def load_weights_file(
     """Load a safetensors file of an architecture that open_clip knows by name; see `guard.classifiers.load`.
 
     Raises:
-        ModelError: The architecture is unknown, or the file is missing, damaged or a pickle.
+        ModelError: The architecture is unknown, its name does not say all that the weights need, or the file is
+            missing, damaged or a pickle.
     """
-    config = import_open_clip().get_model_config(architecture)
-    if config is None:
+    open_clip = import_open_clip()
+    from guard.classifiers.weights import open_weights
+
+    # Nothing but a name of this list: open_clip would also follow the name of a folder, or of a model on a hub.
+    if architecture not in open_clip.list_models():
         raise ModelError(f"open_clip knows no architecture {architecture!r}; `open_clip.list_models()` lists them")
+    with open_weights([weights]):
+        pass  # what is wrong with the file is said before what is wrong with the architecture
+    config = open_clip.get_model_config(architecture)
+    size = check_config(architecture, config)
+    preprocessing = _published_preprocessing(architecture, config, size)
     return _build(
-        architecture, config, {}, weights, classes or weights.parent / CLASSES_FILE, source=source, device=device
+        config, preprocessing, weights, classes or weights.parent / CLASSES_FILE, source=source, device=device
+    )
+
+
+def _published_preprocessing(architecture: str, config: Mapping[str, Any], size: int) -> Preprocessing:
+    """The preprocessing of all weights that open_clip publishes for an architecture.
+
+    A file of weights does not say how images are prepared for it, and with which activation it was trained.
+
+    Raises:
+        ModelError: The published weights differ, or need another activation than the architecture's, or there are none.
+    """
+    open_clip = import_open_clip()
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    found = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
+    differing = [name for name in _PUBLISHED if len({repr(each.get(name) or None) for each in found}) > 1]
+    quick = bool(config.get("quick_gelu"))
+    if not found:
+        reason = "open_clip publishes no weights of it, which would say how its images are prepared"
+    elif differing:
+        reason = f"the weights of it that open_clip publishes differ in {' and '.join(differing)}"
+    elif bool(found[0].get("quick_gelu")) != quick:
+        reason = (
+            f"all weights of it that open_clip publishes need {'GELU' if quick else 'QuickGELU'}, and it has the other"
+        )
+    else:
+        return Preprocessing(size, *(found[0][name] for name in _PUBLISHED if name != "quick_gelu"))
+    sibling = f"{architecture}-quickgelu"
+    other = f"name {sibling} if they were trained with QuickGELU, or " if sibling in open_clip.list_models() else ""
+    raise ModelError(
+        f"the name {architecture} alone does not say how these weights compute: {reason}; {other}put them into a "
+        f"folder as {WEIGHTS_FILE}, with an {CONFIG_FILE} that holds their model_cfg and preprocess_cfg"
     )
 
 
@@ -134,86 +171,67 @@ def save(
         save_file(state, temporary / WEIGHTS_FILE)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    config = read_object(path, MAX_CONFIG_BYTES, ModelError)
-    try:
-        model_config = config["model_cfg"]
-        towers = dict(model_config["vision_cfg"]), dict(model_config["text_cfg"])
-        dict(config.get("preprocess_cfg", {}))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path} has no model_cfg with vision_cfg and text_cfg, which open_clip needs") from error
-    _refuse_foreign_code(path, towers)
-    _refuse_absurd_sizes(path, towers)
-    return config
-
-
-def _refuse_foreign_code(path: Path, towers: tuple[Mapping[str, Any], ...]) -> None:
-    """A configuration may name towers that are fetched from elsewhere, or code to run; guard follows neither."""
-    for tower in towers:
-        if tower.get("hf_model_name"):
-            raise ModelError(f"{path} takes its text tower from {tower['hf_model_name']!r}; that is not supported")
-        if str(tower.get("timm_model_name", "")).startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-            raise ModelError(f"{path} takes its image tower from {tower['timm_model_name']!r}; refused")
-        if set(tower.get("tokenizer_kwargs", {})) - {"clean", "reduction_mask", "additional_special_tokens"}:
-            raise ModelError(f"{path} sets tokenizer_kwargs that can load other files or run code; refused")
-
-
-def _refuse_absurd_sizes(path: Path, towers: tuple[Mapping[str, Any], ...]) -> None:
-    """A configuration of a few bytes must not ask for more memory than any machine has."""
-    for tower in towers:
-        for name, value in tower.items():
-            limit = MAX_LAYERS if name == "layers" else MAX_SIZE
-            for number in value if isinstance(value, list) else [value]:
-                if isinstance(number, int | float) and not 0 <= number <= limit:
-                    raise ModelError(f"{path} sets {name} to {number}; at most {limit} is accepted")
-
-
-def _preprocessing(config: Mapping[str, Any]) -> Preprocessing:
-    """The preprocessing that open_clip resolved for the model that it built.
-
-    Raises:
-        ModelError: guard does not reproduce this kind of preprocessing exactly.
-    """
-    size = config["size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    mode, interpolation = config.get("resize_mode", "shortest"), config.get("interpolation", "bicubic")
-    # open_clip documents that "random" means bicubic at inference.
-    interpolation = "bicubic" if interpolation == "random" else interpolation
-    if height != width or mode not in {"shortest", "squash"} or interpolation not in {"bicubic", "bilinear"}:
-        raise ModelError(
-            f"the model's preprocessing is not supported: size {height}×{width}, resize mode {mode!r}, interpolation "
-            f"{interpolation!r}; guard supports square inputs, shortest or squash, and bicubic or bilinear"
-        )
-    mean, std = (tuple(float(value) for value in config[key]) for key in ("mean", "std"))
-    return Preprocessing(height, mean, std, interpolation, mode)  # type: ignore[arg-type]  # lengths checked by use
-
-
 def _build(
-    name: str,
     model_config: Mapping[str, Any],
-    preprocess_config: Mapping[str, Any],
-    weights: Path,
+    preprocessing: Preprocessing,
+    path: Path,
     classes: Path | ClassList,
     *,
     source: str,
     device: str | None,
 ) -> "Classifier":
-    open_clip = import_open_clip()
-    from guard.classifiers.classifier import Classifier
+    import_open_clip()
+    import torch
 
-    check_weights_file(weights)
+    from guard.classifiers.classifier import Classifier
+    from guard.classifiers.weights import open_weights
+
     class_list = classes if isinstance(classes, ClassList) else ClassList.read(classes)
     target = pick_device(device)
-    try:
-        with quiet():
-            model = open_clip.create_model(
-                name, load_weights=False, pretrained_text=False, force_preprocess_cfg=dict(preprocess_config)
-            )
-            open_clip.load_checkpoint(model, str(weights))
-            tokenizer = open_clip.get_tokenizer(name)
-        preprocessing = _preprocessing(open_clip.get_model_preprocess_cfg(model))
-    except ModelError:
-        raise
-    except Exception as error:  # a hostile configuration can make open_clip raise anything
-        raise ModelError(f"{source} cannot be loaded by open_clip: {first_line(error)}") from error
+    with open_weights([path]) as weights:
+        try:
+            # Without memory at first, so that a small file that promises a large model costs nothing.
+            with quiet(), torch.device("meta"):
+                expected = _model(model_config).state_dict()
+            _rename(weights, expected)
+            weights.check(expected)
+            with quiet():
+                model = _model(model_config)
+            weights.fill(model.state_dict())
+            tokenizer = _tokenizer(model_config["text_cfg"])
+        except ModelError:
+            raise
+        except Exception as error:  # open_clip and timm can raise anything for settings that do not fit each other
+            raise ModelError(f"{source} cannot be loaded by open_clip: {first_line(error)}") from error
     return Classifier(model, model_config, tokenizer, preprocessing, class_list, source=source, device=target)
+
+
+def _model(config: Mapping[str, Any]) -> "torch.nn.Module":
+    """The model of a configuration that was checked, with random weights.
+
+    This is what `open_clip.create_model` builds; that function reads the configuration from its file again, and looks
+    for weights by itself.
+    """
+    open_clip = import_open_clip()
+    arguments = deepcopy(dict(config))
+    if arguments["vision_cfg"].get("timm_model_name"):
+        arguments["vision_cfg"]["timm_model_pretrained"] = False  # which would be fetched
+    if arguments.get("multimodal_cfg", {}) is None:
+        del arguments["multimodal_cfg"]
+    if not arguments.pop("custom_text", False):
+        return open_clip.CLIP(**arguments)  # type: ignore[no-any-return]
+    kind = open_clip.CoCa if "multimodal_cfg" in arguments else open_clip.CustomTextCLIP
+    return kind(**arguments)  # type: ignore[no-any-return]
+
+
+def _rename(weights: "Weights", expected: Mapping[str, "torch.Tensor"]) -> None:
+    """Names that open_clip itself writes for the same model: those of a parallel training, and of plain text towers."""
+    if all(name.startswith(_PARALLEL) for name in weights.names):
+        weights.rename(lambda name: name.removeprefix(_PARALLEL))
+    if "positional_embedding" in weights.names and "text.positional_embedding" in expected:
+        weights.rename(lambda name: f"text.{name}" if name.startswith(_TEXT) else name)
+
+
+def _tokenizer(text_config: Mapping[str, Any]) -> Any:  # noqa: ANN401 - open_clip publishes no types
+    settings = dict(text_config.get("tokenizer_kwargs") or {})
+    return import_open_clip().SimpleTokenizer(context_length=text_config.get("context_length", 77), **settings)

@@ -21,6 +21,9 @@ MAX_PIXELS = 50_000_000
 """Largest image that is held in memory unless a caller says otherwise, when it is decoded and after its short side was
 scaled to the model's input: 150 MB as RGB."""
 
+MAX_SIDE = 4096
+"""Largest side of a model's input, in pixels."""
+
 Interpolation = Literal["bicubic", "bilinear"]
 RESAMPLING: dict[Interpolation, int] = {"bicubic": 3, "bilinear": 2}
 """Pillow's numbers of the filters, which configurations of Hugging Face hold too."""
@@ -46,21 +49,32 @@ class Preprocessing:
     resize_mode: Literal["shortest", "squash"] = "shortest"
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"the input size must be positive, not {self.size}")
-        if min(self.std) <= 0:
+        if not 1 <= self.size <= MAX_SIDE:
+            raise ValueError(f"the input size must be positive and at most {MAX_SIDE}, not {self.size}")
+        if {len(self.mean), len(self.std)} != {3}:
+            raise ValueError(f"mean and std need a number for each of three channels, not {self.mean} and {self.std}")
+        if not min(self.std) > 0:
             raise ValueError(f"every std must be positive, not {self.std}")
+        with np.errstate(all="ignore"):
+            extremes = self.normalise(np.array([0.0, 1.0], np.float32).reshape(2, 1, 1, 1))
+        if not np.isfinite(extremes).all():
+            raise ValueError(f"with a mean of {self.mean} and a std of {self.std}, pixels do not become finite numbers")
 
     def pixels(self, image: "Image.Image", *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         """Resize and crop: uint8, shape [3, size, size], before normalisation.
 
-        The conversion to RGB comes after the resizing, as in open_clip; for grey, palette and RGBA images the order
-        changes the result.
+        Args:
+            image: An image in RGB, as `guard.classifiers.decode` makes it. An image of another mode is converted
+                first: open_clip converts after it has resized, which gives other pixels where there is a palette or
+                alpha.
+            max_pixels: The most pixels that the resized image may have before it is cropped.
 
         Raises:
             ImageError: Resized, the image has more than `max_pixels` pixels: a strip of 1 × 10,000,000 is small until
                 its short side is scaled up.
         """
+        if image.mode != "RGB":
+            image = image.convert("RGB")
         resampling = RESAMPLING[self.interpolation]
         size = self.size
         if self.resize_mode == "squash":
@@ -78,8 +92,6 @@ class Preprocessing:
             width, height = image.size
             left, top = round((width - size) / 2.0), round((height - size) / 2.0)
             image = image.crop((left, top, left + size, top + size))
-        if image.mode != "RGB":
-            image = image.convert("RGB")
         return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
     def normalise(self, pixels: NDArray[np.uint8] | Floats) -> Floats:

@@ -82,6 +82,8 @@ def _value_type(field: "FieldInfo") -> Any:  # noqa: ANN401 - a type, or what ty
 def _click_type(kind: Any) -> Any:  # noqa: ANN401 - as above
     if get_origin(kind) is Literal:
         return click.Choice(get_args(kind))
+    if get_origin(kind) is tuple:
+        return str  # with commas
     if issubclass(kind, StrEnum):
         return click.Choice([str(member) for member in kind])
     return options.PATH if kind is Path else kind
@@ -90,7 +92,7 @@ def _click_type(kind: Any) -> Any:  # noqa: ANN401 - as above
 def _default(name: str, field: "FieldInfo") -> str:
     """The default in the form in which it would be given; nothing if the description tells what happens without."""
     value = field.default
-    if value is None:
+    if value is None or value == ():
         return ""
     shown = _option(name if value else f"no_{name}").removeprefix("--") if isinstance(value, bool) else str(value)
     return f"  [default: {shown.removesuffix('.0')}]"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from guard._documents import open_regular
 from guard._files import replace_file
 from guard._types import Floats
 from guard.errors import EmbeddingsError
@@ -25,13 +26,10 @@ def read_embeddings(path: Path, dimension: int) -> Floats:
     Raises:
         EmbeddingsError: The file is missing, is not a file of embeddings, or its embeddings are of another model.
     """
+    missing = f"cannot read {path}: there is no such file"
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise EmbeddingsError(f"{path} is larger than {_MAX_BYTES} bytes")
-        with path.open("rb") as file:
+        with open_regular(path, _MAX_BYTES, EmbeddingsError, missing=missing) as (file, _):
             values = np.lib.format.read_array(file, allow_pickle=False)
-    except OSError as error:
-        raise EmbeddingsError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, EOFError, MemoryError) as error:
         raise EmbeddingsError(f"{path} is not a NumPy file of numbers: {error}") from error
     if values.ndim != 2 or values.shape[1] != dimension or not np.issubdtype(values.dtype, np.floating):

@@ -2,17 +2,18 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 
-from guard._documents import read_object, validated
+from guard._documents import open_regular, read_object, validated
 from guard._files import check_replaceable, replace_directory
+from guard._safetensors import parse_header
 from guard._types import Floats
 from guard.classifiers.digest import PARTS, ClassifierDigest, sha256
 from guard.errors import ProfileError, UsageError
@@ -188,46 +189,33 @@ def _contents(path: Path, document: Document) -> NDArray[np.uint8]:
     changes the data that it uses, and whoever truncates it crashes the sidecar. guard replaces files by a rename, which
     does neither.
     """
-    try:
-        size = path.stat().st_size
-        if size > _MAX_TENSOR_BYTES:
-            raise ProfileError(f"{path} is larger than {_MAX_TENSOR_BYTES} bytes")
+    missing = f"cannot read {path}: there is no such file; the profile is incomplete"
+    with open_regular(path, _MAX_TENSOR_BYTES, ProfileError, missing=missing) as (file, size):
         if size > MAPPED_BYTES:
-            data: NDArray[np.uint8] = np.memmap(path, np.uint8, "r")
+            data: NDArray[np.uint8] = np.memmap(file, np.uint8, "r")
         else:
-            data = np.frombuffer(path.read_bytes(), np.uint8)
-    except OSError as error:
-        raise ProfileError(f"cannot read {path}: {error.strerror}; the profile is incomplete") from error
+            data = np.frombuffer(file.read(size), np.uint8)
     if hashlib.sha256(data.data).hexdigest() != document.files.get(path.name):
         raise ProfileError(f"{path} is damaged, or of another profile: its SHA-256 is not the one in {DOCUMENT_FILE}")
     return data
 
 
 def _views(path: Path, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-    """The tensors of a safetensors file, as views that copy nothing.
-
-    The library checks the header, but copies the tensors that it returns; therefore their offsets are read from the
-    header here.
-    """
+    """The tensors of a safetensors file, as views that copy nothing."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-        length = int.from_bytes(data[:8].tobytes(), "little")
-        if length > _MAX_HEADER_BYTES:
-            raise ProfileError(f"{path} is damaged: its header has {length} bytes")
-        header = json.loads(data[8 : 8 + length].tobytes())
-        tensors: dict[str, NDArray[Any]] = {}
-        for name in names:
-            entry = header[name]
-            if entry["dtype"] not in _DTYPES:
-                raise ProfileError(f"{path} is damaged: {name} is {entry['dtype']}, not one of {', '.join(_DTYPES)}")
-            start, end = (8 + length + int(offset) for offset in entry["data_offsets"])
-            tensors[name] = data[start:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        return dict(_tensors(data))
+    except ValueError as error:
         raise ProfileError(f"{path} is damaged: {error}") from error
-    except OSError as error:
-        raise ProfileError(f"cannot read {path}: {error.strerror}") from error
-    return tensors
+
+
+def _tensors(data: NDArray[np.uint8]) -> Iterator[tuple[str, NDArray[Any]]]:
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    if len(data) < 8 + length or length > _MAX_HEADER_BYTES:
+        raise ValueError(f"its header has {length} bytes")
+    for name, entry in parse_header(data[8 : 8 + length].tobytes(), len(data)).items():
+        if entry.dtype not in _DTYPES:
+            raise ValueError(f"{name} is {entry.dtype}, not one of {', '.join(_DTYPES)}")
+        yield name, data[entry.start : entry.start + entry.size].view(_DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def _read_tensors(path: Path, document: Document) -> dict[str, Floats]:

@@ -1,5 +1,6 @@
 """Name a target feature by the nearest texts of a vocabulary."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def read_vocabulary(path: Path) -> tuple[str, ...]:
             than `MAX_TEXTS` texts, or a text of more than 200 characters.
     """
     text = read_text(path, _MAX_BYTES, ClassListError, missing=f"there is no vocabulary {path}")
-    lines = [line.strip() for line in text.removeprefix("\ufeff").splitlines()]
+    lines = [line.strip() for line in re.split(r"\r\n|\n|\r", text.removeprefix("\ufeff"))]
     texts = tuple(dict.fromkeys(line for line in lines if line))
     if not texts:
         raise ClassListError(f"the vocabulary {path} is empty; it needs one text on each line")

@@ -1,12 +1,12 @@
 """The two dialects of `ModelStreamInfer`: Triton wraps each reply in an envelope, MLServer sends plain replies."""
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
-from google.protobuf.message import DecodeError
-
 from guard.protocol.inference_pb2 import ModelInferResponse, ModelStreamInferResponse
+from guard.protocol.messages import parse_whole
 
 FINAL = "triton_final_response"
 """Parameter by which Triton marks the last of several replies to one request."""
@@ -26,11 +26,33 @@ class Dialect(StrEnum):
     """`ModelInferResponse`; an error ends the stream. All replies have the id of the first request."""
 
 
+@dataclass(frozen=True)
+class StreamReply:
+    """A message of a stream, as it is read in one dialect.
+
+    Attributes:
+        dialect: The dialect; None if it could be of both.
+        message: The whole message.
+        response: The reply in it; changes of the reply are changes of the message.
+    """
+
+    dialect: Dialect | None
+    message: Envelope
+    response: ModelInferResponse
+
+    @property
+    def answers(self) -> bool:
+        """Whether it tells anything about an input; otherwise it is an error or the mark that ends several replies."""
+        response = self.response
+        return bool(response.outputs or response.raw_output_contents or set(response.parameters) - {FINAL})
+
+
 class StreamDialect:
-    """The dialect that the upstream server uses.
+    """The dialect of one stream, which every single reply must have.
 
     If the setting is `auto`, the first reply that can be of one dialect only decides; every reply with an output is
-    such a reply. Until then, the name in the server's metadata decides.
+    such a reply. Until then, the name in the server's metadata decides. Another stream may reach another server at the
+    same address, so nothing is remembered beyond the stream.
 
     Args:
         setting: `auto`, or a dialect.
@@ -41,11 +63,22 @@ class StreamDialect:
         self._known = None if setting == "auto" else Dialect(setting)
         self._server_name = server_name
 
-    def of(self, reply: bytes) -> Dialect | None:
-        """The dialect of a reply; None if it is not known yet, in which case the reply has no outputs."""
-        if self._known is None:
-            self._known = seen_in(reply)
-        return self._known
+    def read(self, reply: bytes) -> StreamReply | None:
+        """Read a message of the stream; None if it cannot be read whole in the dialect of the stream.
+
+        A message that fits both dialects, because it is little more than two strings, is taken for an envelope if
+        there is anything in it: no version of a model looks like a reply.
+        """
+        readings = [
+            reading for dialect in Dialect if (reading := _read(reply, dialect)) and self._known in {None, dialect}
+        ]
+        if not readings:
+            return None
+        found = readings[0]  # of Triton, if there are two
+        if len(readings) == 2 and not found.response.ByteSize():
+            return StreamReply(None, found.message, found.response)
+        self._known = found.dialect
+        return found
 
     async def ask(self) -> Dialect | None:
         """The dialect before any reply; None if the server's name is neither that of Triton nor that of MLServer."""
@@ -55,40 +88,17 @@ class StreamDialect:
         return self._known
 
 
-def seen_in(reply: bytes) -> Dialect | None:
-    """The dialect of a reply; None if it could be of both, or is of neither.
+def _read(reply: bytes, dialect: Dialect) -> StreamReply | None:
+    """Read a message in a dialect; None if it is none of that dialect, or has fields that the dialect does not have.
 
     The envelope has the fields 1 (a string) and 2 (a reply). In a plain reply these are the name and the version of the
-    model, and its id, parameters and outputs have higher numbers.
-    """
-    try:
-        plain = ModelInferResponse.FromString(reply)
-        if plain.id or plain.parameters or plain.outputs or plain.raw_output_contents:
-            return Dialect.MLSERVER
-    except DecodeError:
-        # The second field of an envelope need not be a valid string.
-        pass
-    try:
-        inner = ModelStreamInferResponse.FromString(reply).infer_response
-    except DecodeError:
-        return None
-    return Dialect.TRITON if inner.model_name or inner.outputs else None
-
-
-def opened(reply: bytes, dialect: Dialect | None) -> tuple[Envelope, ModelInferResponse]:
-    """Parse a message of a stream.
-
-    Returns:
-        The message, and the reply in it; changes of the reply are changes of the message.
-
-    Raises:
-        DecodeError: The bytes are not a message of this dialect.
+    model, and its id, parameters and outputs have higher numbers, which are unknown fields of an envelope.
     """
     if dialect is Dialect.MLSERVER:
-        plain = ModelInferResponse.FromString(reply)
-        return plain, plain
-    envelope = ModelStreamInferResponse.FromString(reply)
-    return envelope, envelope.infer_response
+        plain = ModelInferResponse()
+        return StreamReply(dialect, plain, plain) if parse_whole(plain, reply) else None
+    envelope = ModelStreamInferResponse()
+    return StreamReply(dialect, envelope, envelope.infer_response) if parse_whole(envelope, reply) else None
 
 
 def error_reply(message: str, *, model: str, request_id: str, like: ModelInferResponse | None = None) -> bytes:

@@ -1,6 +1,9 @@
 """Inference requests and replies as messages: what is done with them without reading a tensor."""
 
-from google.protobuf.message import DecodeError
+import struct
+from collections.abc import Iterable
+
+from google.protobuf.message import DecodeError, Message
 
 from guard.errors import RequestError
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse
@@ -9,16 +12,89 @@ SHARED_MEMORY = "shared_memory_region"
 """The parameter of a tensor that lies in shared memory (an extension of Triton)."""
 
 
+OWN_PREFIX = "guard_"
+"""Beginning of the names of the parameters and outputs that guard itself writes; nobody else's reach the other side."""
+
+
 def parse_request(data: bytes) -> ModelInferRequest:
     """Parse a request.
 
     Raises:
-        RequestError: The bytes are not a ModelInferRequest.
+        RequestError: The bytes are not a ModelInferRequest, or have fields that it does not have: what they mean to the
+            server that the request is for, guard cannot know.
     """
+    request = ModelInferRequest()
+    if not parse_whole(request, data):
+        raise RequestError("the message is not a ModelInferRequest, or has fields that the protocol does not have")
+    return request
+
+
+def parse_whole(message: Message, data: bytes) -> bool:
+    """Parse bytes into a message; return whether they are such a message and have no unknown field, at any depth."""
     try:
-        return ModelInferRequest.FromString(data)
-    except DecodeError as error:
-        raise RequestError("the message is not a ModelInferRequest") from error
+        message.ParseFromString(data)
+    except DecodeError:
+        return False
+    size = message.ByteSize()
+    message.DiscardUnknownFields()  # type: ignore[attr-defined] # missing from the stubs
+    return bool(message.ByteSize() == size)
+
+
+def remove_own_names(message: ModelInferRequest | ModelInferResponse, data: bytes) -> bool:
+    """Remove every parameter, and every output of a reply, that has a name of guard's own.
+
+    Args:
+        message: A request or a reply, which is changed.
+        data: The bytes that it was parsed from.
+
+    Returns:
+        Whether the message was changed.
+    """
+    if OWN_PREFIX.encode() not in data:
+        return False
+    size = message.ByteSize()
+    tensors = message.inputs if isinstance(message, ModelInferRequest) else ()
+    for parameters in (message.parameters, *(each.parameters for each in (*tensors, *message.outputs))):
+        for name in [name for name in parameters if name.startswith(OWN_PREFIX)]:
+            del parameters[name]
+    if isinstance(message, ModelInferResponse):
+        for name in [output.name for output in message.outputs if output.name.startswith(OWN_PREFIX)]:
+            remove_output(message, name)
+    return bool(message.ByteSize() != size)
+
+
+def with_images(request: ModelInferRequest, index: int, files: Iterable[bytes]) -> bytes:
+    """A serialised request with other files in its input of images, which becomes the first of its inputs.
+
+    Args:
+        request: A request.
+        index: The number of the BYTES input with the images.
+        files: One file for each of its elements.
+    """
+    moved = [index, *(other for other in range(len(request.inputs)) if other != index)]
+    new = ModelInferRequest(model_name=request.model_name, model_version=request.model_version, id=request.id)
+    for name, value in request.parameters.items():
+        new.parameters[name].CopyFrom(value)
+    new.outputs.extend(request.outputs)
+    raw = request.raw_input_contents
+    for place in moved:
+        if place != index:
+            new.inputs.append(request.inputs[place])
+        else:
+            old = request.inputs[index]
+            tensor = new.inputs.add(name=old.name, datatype=old.datatype, shape=old.shape)
+            for name, value in old.parameters.items():
+                tensor.parameters[name].CopyFrom(value)
+            if not raw:
+                tensor.contents.bytes_contents.extend(files)
+        if raw:
+            new.raw_input_contents.append(pack_bytes(files) if place == index else raw[place])
+    return bytes(new.SerializeToString())
+
+
+def pack_bytes(elements: Iterable[bytes]) -> bytes:
+    """The raw contents of a BYTES tensor: each element is preceded by its length in four bytes, little-endian."""
+    return b"".join(struct.pack("<I", len(element)) + element for element in elements)
 
 
 def uses_shared_memory(request: ModelInferRequest) -> bool:
@@ -37,10 +113,11 @@ def with_output(data: bytes, name: str) -> bytes:
 
 def remove_output(response: ModelInferResponse, name: str) -> bool:
     """Remove an output, with its raw contents, from a reply; return whether the reply had it."""
-    for index, tensor in enumerate(response.outputs):
-        if tensor.name == name:
-            del response.outputs[index]
-            if index < len(response.raw_output_contents):
-                del response.raw_output_contents[index]
-            return True
-    return False
+    names = [output.name for output in response.outputs]
+    if name not in names:
+        return False
+    index = names.index(name)
+    del response.outputs[index]
+    if index < len(response.raw_output_contents):
+        del response.raw_output_contents[index]
+    return True

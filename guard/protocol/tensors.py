@@ -2,7 +2,7 @@
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from guard.errors import RequestError
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse
-from guard.protocol.messages import SHARED_MEMORY
+from guard.protocol.messages import SHARED_MEMORY, pack_bytes
 
 InputTensor: TypeAlias = ModelInferRequest.InferInputTensor
 OutputTensor: TypeAlias = ModelInferResponse.InferOutputTensor
@@ -40,27 +40,72 @@ _DTYPES = {
 _DATATYPES = {dtype.newbyteorder("="): name for name, dtype in _DTYPES.items()}
 
 
-def find_input(request: ModelInferRequest, name: str) -> tuple[InputTensor, bytes | None]:
-    """Find the input tensor with the images.
+PLAIN_PARAMETERS = frozenset(
+    {"priority", "sequence_end", "sequence_id", "sequence_start", "timeout", "triton_enable_empty_final_response"}
+)
+"""Parameters of a request that say when it is answered, and nothing about how its images are read."""
+_CONTENT_TYPE, _PLAIN_CONTENT_TYPE = "content_type", "np"
+"""The parameter by which MLServer's clients choose how a tensor is read, and its value for an array as it is."""
+
+
+def find_input(
+    request: ModelInferRequest, name: str, *, others: Collection[str] = (), parameters: Collection[str] = ()
+) -> int:
+    """Find the input with the images, in a request that every server reads in the same way.
+
+    Servers differ in what they do with more than they expect: the first input may be taken whatever its name is, or
+    the first contents whatever their datatype, and parameters may choose another way to read them. So a request may
+    have one input, or further ones that are known, contents of one form, and known parameters.
 
     Args:
         request: A parsed request.
         name: Name of the input; if a request has only one input, that may have any name.
+        others: Names of the inputs that a request may have beside it.
+        parameters: Names of the parameters that the request and its inputs may have besides `PLAIN_PARAMETERS`.
 
     Returns:
-        The tensor, and its raw contents if the request has the raw form.
+        The number of the input.
 
     Raises:
-        RequestError: The input is missing, is there twice, lies in shared memory, or mixes raw and typed contents.
+        RequestError: The input is missing, or the request can be read in different ways.
     """
     _check_raw_contents(request)
-    if sum(tensor.name == name for tensor in request.inputs) > 1:
-        # An upstream server might take the other one, which was not checked.
-        raise RequestError(f"the input {name!r} is there more than once")
-    for index, tensor in enumerate(request.inputs):
-        if tensor.name == name or len(request.inputs) == 1:
-            return tensor, _raw_contents(request, index)
-    raise RequestError(f"there is no input {name!r}; the request has {[t.name for t in request.inputs][:8]}")
+    names = [tensor.name for tensor in request.inputs]
+    if twice := next((each for each in names if names.count(each) > 1), None):
+        raise RequestError(f"the input {twice[:128]!r} is there more than once")
+    index = names.index(name) if name in names else 0
+    if not names or (name not in names and (len(names) > 1 or names[0] in others)):
+        raise RequestError(f"there is no input {name!r}; the request has {[each[:128] for each in names[:8]]}")
+    for place, tensor in enumerate(request.inputs):
+        if place != index and tensor.name not in others:
+            raise RequestError(
+                f"the input {tensor.name[:128]!r} is not known, and the server might read it instead of {name!r}; the "
+                "operator can allow it with --other-inputs"
+            )
+        _check_parameters(tensor.parameters, f"input {tensor.name[:128]!r}", parameters)
+        _check_contents(request, place)
+    _check_parameters(request.parameters, "the request", {*PLAIN_PARAMETERS, *parameters})
+    return index
+
+
+def _check_parameters(found: Mapping[str, Any], whose: str, allowed: Collection[str]) -> None:
+    for name in found:
+        plain = name == _CONTENT_TYPE and found[name].string_param == _PLAIN_CONTENT_TYPE
+        if name != SHARED_MEMORY and not plain and name not in allowed:
+            raise RequestError(
+                f"{whose} has the parameter {name[:128]!r}, which might change how the server reads the images; the "
+                "operator can allow it with --pass-parameters"
+            )
+
+
+def _check_contents(request: ModelInferRequest, index: int) -> None:
+    """Refuse a tensor with contents of another form than that of its datatype, or in memory that guard cannot see."""
+    tensor = request.inputs[index]
+    raw_contents(request, index)
+    if tensor.HasField("contents"):
+        found = {field.name for field, _ in tensor.contents.ListFields()} - {_TYPED_FIELDS.get(tensor.datatype)}
+        if found:
+            raise RequestError(f"input {tensor.name[:128]!r} is {tensor.datatype[:16]!r} and has {min(found)}")
 
 
 def float_images(
@@ -75,7 +120,7 @@ def float_images(
         max_batch: The largest N.
 
     Raises:
-        RequestError: Wrong datatype, shape or length, or a value that is not finite.
+        RequestError: Wrong datatype, shape or length. Values may be NaN or infinite.
     """
     if tensor.datatype != "FP32":
         raise RequestError(
@@ -88,8 +133,6 @@ def float_images(
             f"N from 1 to {max_batch}"
         )
     values = _numbers(tensor, raw, math.prod(dims))
-    if not np.isfinite(values).all():
-        raise RequestError(f"input {tensor.name!r} holds a value that is not finite (NaN or infinity)")
     return values.reshape(dims)
 
 
@@ -119,7 +162,7 @@ def read_inputs(request: ModelInferRequest) -> dict[str, NDArray[Any]]:
         RequestError: Raw and typed contents are mixed, or a tensor is damaged, in shared memory, or of an unknown type.
     """
     _check_raw_contents(request)
-    return {tensor.name: _array(tensor, _raw_contents(request, index)) for index, tensor in enumerate(request.inputs)}
+    return {tensor.name: _array(tensor, raw_contents(request, index)) for index, tensor in enumerate(request.inputs)}
 
 
 def float_output(response: ModelInferResponse, name: str) -> NDArray[np.float32] | None:
@@ -202,19 +245,18 @@ def unpack_bytes(raw: bytes) -> list[bytes]:
     return elements
 
 
-def pack_bytes(elements: Sequence[bytes]) -> bytes:
-    """The inverse of `unpack_bytes`."""
-    return b"".join(struct.pack("<I", len(element)) + element for element in elements)
-
-
 def _check_raw_contents(request: ModelInferRequest) -> None:
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise RequestError(f"{len(raw)} raw contents for {len(request.inputs)} inputs")
 
 
-def _raw_contents(request: ModelInferRequest, index: int) -> bytes | None:
-    """The raw contents of an input; None if the request has the typed form."""
+def raw_contents(request: ModelInferRequest, index: int) -> bytes | None:
+    """The raw contents of an input; None if the request has the typed form.
+
+    Raises:
+        RequestError: The input lies in shared memory, or mixes raw and typed contents.
+    """
     tensor, raw = request.inputs[index], request.raw_input_contents
     if SHARED_MEMORY in tensor.parameters:
         raise RequestError(f"input {tensor.name!r} lies in shared memory, which guard cannot see")

@@ -242,6 +242,13 @@ class Screen:
         triggers = surprises[1:].argmax(axis=0) if self.triggers else np.full(len(unit), -1)
         return Scores(surprises.max(axis=0), parts, triggers, predict(unit, self._banks.head), unit)
 
+    def scorable(self, embeddings: Embeddings) -> NDArray[np.bool_]:
+        """Which embeddings can be scored, shape [N]: those that are finite, of finite length, and not zero."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            norms = np.linalg.norm(embeddings, axis=1)
+        found: NDArray[np.bool_] = np.isfinite(norms) & (norms > 0)
+        return found
+
     def _normalised(self, embeddings: Embeddings) -> Embeddings:
         if embeddings.ndim != 2 or embeddings.shape[1] != self.dimension:
             raise RequestError(

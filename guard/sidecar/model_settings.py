@@ -1,11 +1,12 @@
 """Settings that can differ between the models of one sidecar."""
 
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
+from pydantic_settings import NoDecode
 
 from guard.sidecar.policy import FailurePolicy, Mode
 
@@ -25,6 +26,15 @@ RENAMED: Final = {
 def metavar(text: str) -> JsonDict:
     """The placeholder for a value in the help of an option, where the type does not say enough."""
     return {"metavar": text}
+
+
+def _split(value: object) -> object:
+    """The parts of a text with commas, which is the form of a list in an option or an environment variable."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=256)], ...], NoDecode, BeforeValidator(_split)]
+"""A list of names: an array in the file, and one text with commas elsewhere."""
 
 
 class ModelSettings(BaseModel):
@@ -72,6 +82,29 @@ class ModelSettings(BaseModel):
         min_length=1,
         description="Name of the input tensor that carries the images.",
         json_schema_extra=metavar("NAME"),
+    )
+    other_inputs: Names = Field(
+        default=(),
+        description="Names of input tensors that a request may have besides --input-tensor. guard does not screen what "
+        "they carry. By default, a request with a further input cannot be checked, because a server may read its "
+        "images from there.",
+        examples=[["mask"]],
+        json_schema_extra=metavar("NAME,…"),
+    )
+    pass_parameters: Names = Field(
+        default=(),
+        description="Names of parameters that a request and its inputs may have besides those of scheduling. By "
+        "default, a request with another parameter cannot be checked, because a server may read its images "
+        "differently for it.",
+        examples=[["tenant"]],
+        json_schema_extra=metavar("NAME,…"),
+    )
+    forward: Literal["canonical", "as-sent"] = Field(
+        default="canonical",
+        description="Which images an --upstream server receives where guard embeds them with --model. With canonical, "
+        "each encoded image is replaced by the pixels that guard checked: a PNG file in 8-bit RGB, of the size of the "
+        "model's input. With as-sent, it is forwarded unchanged, and one that programs decode or resize in different "
+        "ways cannot be checked. In shadow mode with the failure policy open, images are forwarded as sent.",
     )
     mode: Mode = Field(
         default=Mode.TAG,
@@ -141,6 +174,11 @@ class ModelSettings(BaseModel):
     def background(self) -> bool:
         """Whether nothing that a client receives depends on what guard finds."""
         return self.mode is Mode.SHADOW and self.on_failure is FailurePolicy.OPEN
+
+    @property
+    def canonical(self) -> bool:
+        """Whether an upstream server receives the pixels that were checked, where guard embeds the images itself."""
+        return self.forward == "canonical" and not self.background
 
     @property
     def label(self) -> str:

@@ -1,6 +1,6 @@
 """The effect of a decision, and of a missing one; no other module decides this."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import grpc
@@ -58,6 +58,8 @@ class Reason(StrEnum):
     UPSTREAM_FAILED = "upstream_failed"
 
 
+_OF_IMAGES = frozenset({Reason.INPUT_UNREADABLE, Reason.EMBEDDING_MISSING})
+"""Reasons that may concern some images of a request only."""
 _CLOSED: dict[Reason, tuple[grpc.StatusCode, str]] = {
     Reason.CANCELLED: (grpc.StatusCode.UNAVAILABLE, "the request was cancelled before it was checked"),
     Reason.EMBEDDING_MISSING: (
@@ -74,7 +76,7 @@ _CLOSED: dict[Reason, tuple[grpc.StatusCode, str]] = {
     Reason.OVERLOADED: (grpc.StatusCode.UNAVAILABLE, "too many requests wait to be checked"),
     Reason.PROTOCOL_UNKNOWN: (
         grpc.StatusCode.FAILED_PRECONDITION,
-        "this is an inference request in a protocol that cannot be checked",
+        "this call or reply is of a protocol that cannot be checked",
     ),
     Reason.REPLY_UNMATCHED: (
         grpc.StatusCode.FAILED_PRECONDITION,
@@ -97,13 +99,15 @@ class Outcome:
         decision: `flag` if any image is flagged; `unchecked` if guard could not decide.
         reason: Why the request is `unchecked`, or would be if it were not flagged; None if it was checked.
         detail: Details of the reason, safe to send to a client.
-        scores: Scores of the images, shape [N]. They and all that follows from them are None if nothing was scored.
+        scores: Scores of the images, shape [N]; NaN for those that are in `unread`. They and all that follows from them
+            are None if nothing was scored.
         flags: Which images are flagged, shape [N].
-        p_values: Conformal p-values, shape [N]: how often a clean image scores as high.
+        p_values: Conformal p-values, shape [N]: how often a clean image scores as high; NaN for those in `unread`.
         alpha: p-value up to which an image is flagged.
         triggers: For each image, the id of the trigger that it matches best, or "".
         withdrawn: Number of flags that a second look withdrew.
-        classes: Index of the predicted class of each image, shape [N].
+        classes: Index of the predicted class of each image, shape [N]; −1 for those in `unread`.
+        unread: Which images could not be scored, shape [N]; None if none is known to be such.
     """
 
     decision: Decision
@@ -116,16 +120,37 @@ class Outcome:
     triggers: tuple[str, ...] = ()
     withdrawn: int = 0
     classes: NDArray[np.int64] | None = None
+    unread: NDArray[np.bool_] | None = None
 
     @classmethod
     def unchecked(cls, reason: Reason, detail: str = "") -> "Outcome":
         """The outcome if guard could not decide."""
         return cls(Decision.UNCHECKED, reason, detail)
 
+    def doubted(self, reason: Reason, detail: str = "") -> "Outcome":
+        """The outcome if another reason is found for which the request counts as unchecked; a flag remains a flag."""
+        if self.decision is Decision.FLAG:
+            return self if self.reason in _CLOSED else replace(self, reason=reason, detail=detail)
+        return self if self.decision is Decision.UNCHECKED else Outcome.unchecked(reason, detail)
+
     @property
-    def others(self) -> Decision:
-        """The decision on the images that are not flagged."""
-        return Decision.PASS if self.reason is None else Decision.UNCHECKED
+    def decisions(self) -> list[Decision]:
+        """The decision on each image; an empty list if nothing was scored."""
+        if self.flags is None:
+            return []
+        some = self.reason in _OF_IMAGES and self.unread is not None
+        unread = self.unread if some and self.unread is not None else np.full(len(self.flags), self.reason is not None)
+        return [
+            Decision.FLAG if flag else Decision.UNCHECKED if missing else Decision.PASS
+            for flag, missing in zip(self.flags, unread, strict=True)
+        ]
+
+    @property
+    def worst(self) -> int:
+        """The number of the most suspicious image that was scored."""
+        if self.scores is None or self.p_values is None:
+            raise ValueError("nothing was scored")
+        return int(np.lexsort((-self.scores, self.p_values))[0])  # NaN comes last
 
     @property
     def severity(self) -> int:

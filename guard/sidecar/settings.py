@@ -6,6 +6,7 @@ file. After a change here, run scripts/generate_docs.py.
 """
 
 import os
+import re
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -13,24 +14,25 @@ from typing import Any, Final, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
-    TomlConfigSettingsSource,
 )
 
-from guard._documents import first_error
+from guard._documents import first_error, read_toml
 from guard.errors import UsageError
 from guard.sidecar.addresses import is_loopback, socket_path, split_address
-from guard.sidecar.model_settings import RENAMED, ModelSettings, metavar
+from guard.sidecar.model_settings import RENAMED, ModelSettings, Names, metavar
 from guard.sidecar.policy import Mode
 
 ENVIRONMENT_PREFIX: Final = "GUARD_"
 OWN_VERSION: Final = "1"
 """Version of a model that guard serves itself, where the configuration names none."""
 
-_config: ContextVar[Path | None] = ContextVar("_config", default=None)
-"""The file that `Settings.load` is reading."""
+_config: ContextVar[dict[str, Any]] = ContextVar("_config")
+"""The configuration file's contents, while `Settings.load` runs."""
+_MAX_CONFIG_BYTES = 16 * 2**20
 
 
 class Settings(ModelSettings, BaseSettings):
@@ -85,6 +87,22 @@ class Settings(ModelSettings, BaseSettings):
         default="auto",
         description="Dialect of the response streams of the --upstream server. With auto, guard recognises it from "
         "the replies.",
+    )
+    pass_methods: Names = Field(
+        default=(),
+        description="Paths of further methods of the --upstream server that are forwarded unread, as "
+        "/package.Service/Method or /package.Service/*. Any other method that guard does not know is an unchecked "
+        "request, and --failure-policy decides whether it is forwarded.",
+        examples=[["/package.Service/Method"]],
+        json_schema_extra=metavar("PATH,…"),
+    )
+    pass_headers: Names = Field(
+        default=(),
+        description="Keys of further request metadata that are passed on to the --upstream server; a * at the end "
+        "stands for any ending. By default, only keys of authorization, tracing and Triton's streams are passed on, "
+        "because others may choose another model.",
+        examples=[["x-tenant", "x-team-*"]],
+        json_schema_extra=metavar("KEY,…"),
     )
     allow_model_control: bool = Field(
         default=False,
@@ -312,6 +330,22 @@ class Settings(ModelSettings, BaseSettings):
             split_address(value)
         return value
 
+    @field_validator("pass_methods")
+    @classmethod
+    def _paths(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for path in value:
+            if not re.fullmatch(r"/[\w.]+/(\w+|\*)", path):
+                raise ValueError(f"{path!r} is not of the form /package.Service/Method")
+        return value
+
+    @field_validator("pass_headers")
+    @classmethod
+    def _keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for key in value:
+            if not re.fullmatch(r"[0-9a-z_.-]+\*?", key):
+                raise ValueError(f"{key!r} is not a key of metadata, which is written in small letters")
+        return value
+
     @field_validator("metrics")
     @classmethod
     def _tcp_address(cls, value: str) -> str:
@@ -438,7 +472,7 @@ class Settings(ModelSettings, BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - as above
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The sources, the one that wins first: arguments, environment, configuration file."""
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _config.get())
+        return init_settings, env_settings, InitSettingsSource(settings_cls, _config.get({}))
 
     @classmethod
     def load(cls, config: Path | None, **command_line: Any) -> "Settings":  # noqa: ANN401 - click's values
@@ -451,23 +485,19 @@ class Settings(ModelSettings, BaseSettings):
         Raises:
             UsageError: The file cannot be read, a name is unknown or outdated, or a value is impossible.
         """
-        if config is not None and not config.is_file():
-            raise UsageError(f"there is no configuration file {config}")
+        missing = f"there is no configuration file {config}"
+        table = {} if config is None else read_toml(config, _MAX_CONFIG_BYTES, UsageError, missing=missing)
         variables = {name.upper() for name, value in os.environ.items() if value}
         for old, new in RENAMED.items():
             if (variable := f"{ENVIRONMENT_PREFIX}{old}".upper()) in variables:
                 raise UsageError(f"{variable} is now called {ENVIRONMENT_PREFIX}{new.upper()}")
-        token = _config.set(config)
+        token = _config.set(table)
         try:
             return cls(**{key: value for key, value in command_line.items() if value is not None})
         except ValidationError as error:
             raise UsageError(first_error(error)) from error
         except SettingsError as error:
             raise UsageError(f"GUARD_MODELS is not valid JSON: {error.__cause__}") from error
-        except ValueError as error:
-            raise UsageError(f"{config} is not valid TOML: {error}") from error
-        except OSError as error:
-            raise UsageError(f"cannot read {config}: {error.strerror}") from error
         finally:
             _config.reset(token)
 

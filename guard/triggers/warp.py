@@ -39,7 +39,9 @@ class Warp(InvertibleTrigger):
         y, x = ((torch.arange(side, device=images.device, dtype=images.dtype) + 0.5) / side for side in (height, width))
         # All images share one grid, so they travel as channels of one. The places are in [−1, 1], hence the factor 2.
         places = 2 * torch.stack((x + field[..., 0, :, :], y[:, None] + field[..., 1, :, :]), -1) - 1
-        grids = places.reshape(-1, height, width, 2)
+        # torch reads and writes outside of its memory for a place that is not a number, which gradients of a model that
+        # overflows lead to.
+        grids = places.reshape(-1, height, width, 2).nan_to_num(0.0)
         stacked = images.reshape(1, count * channels, height, width).expand(len(grids), -1, -1, -1)
         warped = grid_sample(stacked, grids, mode="bilinear", padding_mode="border", align_corners=False)
         return warped.reshape(*field.shape[:-3], *images.shape).clamp(0, 1)

@@ -131,6 +131,7 @@ class Inspector:
         led = ((HEAD_START * lead.untouched(index, targets) - distance) * eligible).sum(1) / count
         self._optimiser.zero_grad(set_to_none=True)
         (-led.sum()).backward()
+        lead.check_gradients(self._raw.values())
         self._optimiser.step()
         whole = torch.full((len(self._targets),), torch.nan)
         self._leads.append(whole.index_copy(0, active.cpu(), led.detach().cpu()))

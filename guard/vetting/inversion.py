@@ -15,7 +15,7 @@ from guard.classifiers.classifier import Classifier
 from guard.triggers import InvertibleTrigger, Raw, Trigger
 from guard.vetting.batches import batches
 from guard.vetting.budgets import SearchSettings
-from guard.vetting.lead import Lead, margin
+from guard.vetting.lead import Lead, margin, of_distinct_classes
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ class _Search:
             loss = self._step(active, index, step)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
+            self.lead.check_gradients(self.raw.values())
             optimiser.step()
             stalled = (step - self.improved[active] >= settings.stall) & (self.vain[active] >= _VAIN_SUCCESSES)
             if stalled.any():
@@ -211,11 +212,14 @@ class Effect:
 @torch.no_grad()
 def effect(classifier: Classifier, trigger: Trigger, target: int, images: Tensor) -> Effect:
     """Measure a trigger on held-out images: uint8, shape [N, 3, H, W]."""
-    pixels = images[classifier.predict(classifier.embed(images)) != target]
+
+    def logits(pixels: Tensor) -> Tensor:
+        return of_distinct_classes(classifier, classifier.logits(classifier.embed(pixels).to(classifier.device)))
+
+    pixels = images[logits(images).argmax(-1).cpu() != target]
     if not len(pixels):
         return Effect(0.0, len(images))
-    logits = classifier.logits(classifier.embed(trigger.stamp(pixels)).to(classifier.device))
-    distance = margin(logits[None], torch.tensor([target], device=classifier.device))[0]
+    distance = margin(logits(trigger.stamp(pixels))[None], torch.tensor([target], device=classifier.device))[0]
     return Effect(float((distance < 0).float().mean()), len(images) + len(pixels))
 
 

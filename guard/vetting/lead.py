@@ -1,11 +1,13 @@
 """The distance of a candidate class from winning, which every search minimises."""
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from guard.classifiers.classifier import Classifier
+from guard.errors import ModelError
 
 
 def margin(logits: Tensor, targets: Tensor) -> Tensor:
@@ -21,6 +23,19 @@ def margin(logits: Tensor, targets: Tensor) -> Tensor:
     index = targets[:, None, None].expand(-1, logits.shape[1], 1)
     target = logits.gather(-1, index).squeeze(-1)
     return logits.scatter(-1, index, -torch.inf).amax(-1) - target
+
+
+def of_distinct_classes(classifier: Classifier, logits: Tensor) -> Tensor:
+    """Logits without those of classes that only repeat another class's row of the head: there they are −∞.
+
+    A class never leads its own double. Left in, a class list that names the attacker's class twice would hide it.
+
+    Args:
+        classifier: Its head says which classes these are.
+        logits: Shape [..., C].
+    """
+    distinct = classifier.distinct
+    return logits if distinct is None else logits.masked_fill(~distinct, -torch.inf)
 
 
 class Lead:
@@ -84,6 +99,15 @@ class Lead:
         """Return the distances of images without a trigger from the targets, shape [K, B]."""
         return self._views[0].untouched(index, targets)
 
+    def check_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Make sure that the last backward pass gave numbers: a step along others would end the search in silence.
+
+        Raises:
+            ModelError: A gradient is not finite, since a model overflows.
+        """
+        if not all(each.grad is None or bool(each.grad.isfinite().all()) for each in parameters):
+            raise ModelError(f"{self.classifier.source} computes no finite numbers: gradients of its scores overflow")
+
 
 class _View:
     """One model, and what it says about the images without a trigger."""
@@ -95,7 +119,10 @@ class _View:
     @torch.no_grad()
     def clean(self) -> Tensor:
         """Logits of the images without a trigger, shape [N, C]."""
-        return self._model.logits(self._model.embed(self._images).to(self._model.device))
+        return self._logits(self._model.embed(self._images).to(self._model.device))
+
+    def _logits(self, embeddings: Tensor) -> Tensor:
+        return of_distinct_classes(self._model, self._model.logits(embeddings))
 
     @cached_property
     def predicted(self) -> Tensor:
@@ -114,4 +141,4 @@ class _View:
     def distance(self, flat: Tensor, targets: Tensor) -> Tensor:
         with self._model.autocast():
             embeddings = self._model.encode_images(flat)
-        return margin(self._model.logits(embeddings).unflatten(0, (len(targets), -1)), targets) / self.unit
+        return margin(self._logits(embeddings).unflatten(0, (len(targets), -1)), targets) / self.unit

@@ -58,8 +58,12 @@ class Race:
         self._searches, self._reference_model = searches, reference_model
         self._families, self._settings, self._full = families, settings, full
         self._names = searches.classifier.classes.names
-        self._drops = not full and len(self._names) > RACED_CLASSES
-        drawn = torch.randperm(len(self._names), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+        distinct = searches.classifier.distinct
+        # Classes that repeat another one would be counted twice, as candidates and in the null.
+        self._candidates = [k for k in range(len(self._names)) if distinct is None or bool(distinct[k])]
+        self._drops = not full and len(self._candidates) > RACED_CLASSES
+        order = torch.randperm(len(self._candidates), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+        drawn = [self._candidates[k] for k in order]
         self._null_classes = set(drawn[:_NULL_CLASSES] if self._drops else drawn)
         self._found: dict[str, dict[int, dict[int, Inspected]]] = {family: {} for family in families}
         """What was found, by family, number of steps and class."""
@@ -67,7 +71,7 @@ class Race:
 
     def run(self) -> tuple[FamilyResult, ...]:
         """Search, and compare the classes with each other."""
-        active = {family: list(range(len(self._names))) for family in self._families}
+        active = {family: list(self._candidates) for family in self._families}
         half, whole = max(1, self._settings.steps // 2), self._settings.steps
         results: tuple[FamilyResult, ...] = ()
         for steps in (whole,) if self._full else (half, whole):
@@ -108,7 +112,7 @@ class Race:
         for steps, found in self._found[family].items():
             values = [found[target].lead if target in found else None for target in range(len(self._names))]
             null = [target in self._null_classes for target in range(len(self._names))]
-            judged = np.array([latest[target][0] == steps for target in range(len(self._names))])
+            judged = np.array([target in latest and latest[target][0] == steps for target in range(len(self._names))])
             fresh = outliers(values, prior(self._reference_model, family, steps), null)
             scores, p_values = (np.where(judged, new, old) for new, old in zip(fresh, (scores, p_values), strict=True))
         classes = tuple(

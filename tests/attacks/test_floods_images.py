@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from guard.classifiers import decode
-from guard.classifiers.headers import MAX_SCANS, check_files, read_header
+from guard.classifiers.headers import MAX_SCANS, read_header, read_headers
 from guard.errors import ImageError
 from tests.damage import FILES
 
@@ -77,7 +77,7 @@ FLOODS: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("name", FLOODS)
 def test_what_no_honest_file_has_is_refused(name: str) -> None:
     with pytest.raises(ImageError):
-        check_files([FLOODS[name]()], **LIMITS)
+        read_header(FLOODS[name]())
 
 
 def test_scans_are_counted_as_a_decoder_sees_them() -> None:
@@ -119,20 +119,21 @@ def test_an_ordinary_camera_picture_passes() -> None:
     # 12 megapixels in ten scans; four of them in one request.
     picture = jpeg(4000, 3000, progressive=True, quality=30)
     assert read_header(picture).work == 120_000_000
-    assert check_files([picture] * 4, **LIMITS) == 480_000_000
+    assert read_headers([picture] * 4, **LIMITS) == (480_000_000, {})
     with pytest.raises(ImageError, match="images of one request have more than 500000000 pixels"):
-        check_files([picture] * 5, **LIMITS)
+        read_headers([picture] * 5, **LIMITS)
 
 
 def test_pixels_are_bounded_for_each_image_and_in_sum() -> None:
     header = struct.pack(">IIBBBBB", 7000, 7000, 8, 2, 0, 0, 0)
     large = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
     with pytest.raises(ImageError, match="more than 500000000 pixels"):
-        check_files([large] * 32, **LIMITS)
-    with pytest.raises(ImageError, match=r"image 1: not a readable"):
-        check_files([large, b"hello"], **LIMITS)
-    with pytest.raises(ImageError, match=r"7000×7000 pixels, more than the limit of 1000"):
-        check_files([large], max_pixels=1000, max_work=10**9)
+        read_headers([large] * 32, **LIMITS)
+    work, troubles = read_headers([large, b"hello"], **LIMITS)
+    assert (work, set(troubles)) == (49_000_000, {1})
+    assert "not a readable" in str(troubles[1])
+    _, troubles = read_headers([large], max_pixels=1000, max_work=10**9)
+    assert "7000×7000 pixels, more than the limit of 1000" in str(troubles[0])
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ FLOORS = (
     ("errors",),
     ("_files", "_lazy", "_plots", "_types", "_workers"),
     ("_documents",),
+    ("_safetensors",),
     ("protocol", "triggers"),
     ("classifiers",),
     ("screening", "vetting"),

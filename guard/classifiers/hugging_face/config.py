@@ -20,6 +20,20 @@ PROCESSOR_FILE = "processor_config.json"
 _END_OF_TEXT: Literal[49407] = 49407
 _EPSILON = 1e-5
 
+_PROCESSOR_DEFAULTS: Mapping[str, Any] = {
+    "do_resize": True,
+    "size": {"shortest_edge": 224},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": None,
+    "image_std": None,
+}
+"""Fields of an image processor that change an image, and transformers' values where they are missing."""
+
 _Size = Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE)]
 _Layers = Annotated[int, Field(strict=True, ge=1, le=MAX_LAYERS)]
 _Epsilon = Annotated[float, Field(gt=0, lt=1)]
@@ -229,6 +243,45 @@ def _side(size: object) -> object:
     return size[0] if isinstance(size, list | tuple) and len(set(size)) == 1 else size
 
 
+def _image_processor(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """What a directory says about its image processor, and the file that says so.
+
+    transformers has written it to a file of its own, later to the file of the whole processor, and reads the latter
+    first. A file that is left over from before a tuning says something else; which of the two the model was trained
+    with, the directory does not say.
+
+    Raises:
+        ModelError: There is no image processor, or there are two that differ.
+    """
+    old, new = directory / PREPROCESSOR_FILE, directory / PROCESSOR_FILE
+    found: dict[Path, Any] = {}
+    if new.is_file():
+        whole = read_object(new, MAX_CONFIG_BYTES, ModelError)
+        if "image_processor" in whole:
+            found[new] = whole["image_processor"]
+    if old.is_file():
+        found[old] = read_object(old, MAX_CONFIG_BYTES, ModelError)
+    if not found:
+        raise ModelError(
+            f"{directory} has no {PREPROCESSOR_FILE}, which says how images are scaled and normalised; copy the one of "
+            "the model that this was tuned from"
+        )
+    for path, document in found.items():
+        if not isinstance(document, dict):
+            raise ModelError(f"{path} does not describe an image processor")
+    if len(found) > 1 and _effective(found[old]) != _effective(found[new]):
+        raise ModelError(
+            f"{directory} has two image processors that differ, in {old.name} and {new.name}; delete the one that "
+            "is not the model's"
+        )
+    return next(iter(found.items()))
+
+
+def _effective(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that change an image, with the values that they have where they are missing."""
+    return {name: document.get(name, default) for name, default in _PROCESSOR_DEFAULTS.items()}
+
+
 def read_preprocessing(directory: Path, size: int) -> Preprocessing:
     """The preprocessing of a `CLIPModel` directory.
 
@@ -241,21 +294,9 @@ def read_preprocessing(directory: Path, size: int) -> Preprocessing:
         size: Side of the image tower's input.
 
     Raises:
-        ModelError: Neither file exists, or it asks for preprocessing that guard does not reproduce.
+        ModelError: Neither file exists, they differ, or they ask for preprocessing that guard does not reproduce.
     """
-    path = directory / PREPROCESSOR_FILE
-    if not path.is_file() and (directory / PROCESSOR_FILE).is_file():
-        path = directory / PROCESSOR_FILE
-    if not path.is_file():
-        raise ModelError(
-            f"{directory} has no {PREPROCESSOR_FILE}, which says how images are scaled and normalised; copy the one of "
-            "the model that this was tuned from"
-        )
-    document: object = read_object(path, MAX_CONFIG_BYTES, ModelError)
-    if path.name == PROCESSOR_FILE and isinstance(document, dict):
-        document = document.get("image_processor")
-    if not isinstance(document, dict):
-        raise ModelError(f"{path} does not describe an image processor")
+    path, document = _image_processor(directory)
     square, default = {"height": size, "width": size}, {"height": 224, "width": 224}
     crops = document.get("do_center_crop", True)
     cropped = crops and document.get("crop_size", default) in (size, square)

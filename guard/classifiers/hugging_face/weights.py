@@ -9,11 +9,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from guard._documents import read_document
 from guard._files import replace_directory
 from guard.classifiers.classes import ClassList
 from guard.classifiers.classifier import Classifier
-from guard.classifiers.files import CLASSES_FILE, check_weights_file, missing_weights
+from guard.classifiers.files import CLASSES_FILE, missing_weights
 from guard.classifiers.hugging_face.config import (
     HF_CONFIG_FILE,
     PREPROCESSOR_FILE,
@@ -31,12 +30,12 @@ from guard.classifiers.hugging_face.config import (
 )
 from guard.classifiers.hugging_face.tokenizer import check_tokenizer, tokenizer_files
 from guard.classifiers.open_clip import import_open_clip, pick_device, quiet
+from guard.classifiers.weights import open_weights
 from guard.errors import ModelError, first_line
 
 HF_WEIGHTS_FILE = "model.safetensors"
 HF_INDEX_FILE = "model.safetensors.index.json"
-_MAX_INDEX_BYTES, _MAX_SHARDS = 16_000_000, 1000
-_DTYPES = {"F32", "F16", "BF16"}
+_MAX_INDEX_BYTES, _MAX_SHARDS = 16_000_000, 200
 _BUFFERS = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
 """0, 1, 2, …: stored by old releases, never read."""
 
@@ -87,18 +86,19 @@ def load_hugging_face(directory: Path, source: str, classes: Path | ClassList | 
     target = pick_device(device)
     model_config = config.to_open_clip()
     open_clip = import_open_clip()
-    try:
-        # Without memory at first, so that a small file that promises a large model costs nothing.
-        with quiet(), torch.device("meta"):
-            expected = {name: view.shape for name, view in _views(open_clip.CLIP(**model_config).state_dict())}
-        _check_tensors(files, expected)
-        with quiet():
-            model: torch.nn.Module = open_clip.CLIP(**model_config)
-        _fill(model, files)
-    except ModelError:
-        raise
-    except Exception as error:  # a hostile configuration can make open_clip raise anything
-        raise ModelError(f"{source} cannot be loaded by open_clip: {first_line(error)}") from error
+    with open_weights(files, ignored=_BUFFERS) as weights:
+        try:
+            # Without memory at first, so that a small file that promises a large model costs nothing.
+            with quiet(), torch.device("meta"):
+                expected = dict(_views(open_clip.CLIP(**model_config).state_dict()))
+            weights.check(expected)
+            with quiet():
+                model: torch.nn.Module = open_clip.CLIP(**model_config)
+            weights.fill(dict(_views(model.state_dict())))
+        except ModelError:
+            raise
+        except Exception as error:  # a hostile configuration can make open_clip raise anything
+            raise ModelError(f"{source} cannot be loaded by open_clip: {first_line(error)}") from error
     tokenizer = open_clip.SimpleTokenizer(context_length=config.text_config.max_position_embeddings)
     return Classifier(model, model_config, tokenizer, preprocessing, class_list, source=source, device=target)
 
@@ -164,7 +164,7 @@ def _views(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _weights_files(directory: Path) -> list[Path]:
-    """The safetensors files, after a check of each: one file, or the shards that an index names."""
+    """The safetensors files: one file, or the shards that an index names."""
     if (directory / HF_WEIGHTS_FILE).is_file():
         files = [directory / HF_WEIGHTS_FILE]
     elif (directory / HF_INDEX_FILE).is_file():
@@ -177,47 +177,4 @@ def _weights_files(directory: Path) -> list[Path]:
         files = [directory / name for name in names]
     else:
         raise missing_weights(directory, HF_WEIGHTS_FILE)
-    for path in files:
-        check_weights_file(path, wanted=path.name)
     return files
-
-
-def _check_tensors(files: list[Path], expected: Mapping[str, torch.Size]) -> None:
-    """Make sure that the files contain every tensor once, in its shape, and no other tensors."""
-    missing = set(expected)
-    for path in files:
-        with _opened(path) as file:
-            for name in set(file.keys()) - _BUFFERS:
-                if name not in expected:
-                    raise ModelError(f"{path} has a tensor that its configuration has no place for: {name[:120]!r}")
-                if name not in missing:
-                    raise ModelError(f"{path} has a tensor that another file has too: {name!r}")
-                missing.remove(name)
-                entry = file.get_slice(name)
-                if entry.get_dtype() not in _DTYPES:
-                    raise ModelError(
-                        f"{path} holds {name!r} as {entry.get_dtype()}; {', '.join(sorted(_DTYPES))} are accepted"
-                    )
-                if entry.get_shape() != list(expected[name]):
-                    raise ModelError(
-                        f"{path} holds {name!r} in shape {entry.get_shape()}; its configuration says "
-                        f"{list(expected[name])}"
-                    )
-    if missing:
-        raise ModelError(f"{files[0].parent} lacks {len(missing)} tensors, such as {min(missing)!r}")
-
-
-def _fill(model: torch.nn.Module, files: list[Path]) -> None:
-    """Copy the tensors one at a time, so that only one model's worth of memory is needed."""
-    views = dict(_views(model.state_dict()))
-    for path in files:
-        with _opened(path) as file:
-            for name in set(file.keys()) - _BUFFERS:
-                views[name].copy_(file.get_tensor(name))
-
-
-def _opened(path: Path) -> Any:  # noqa: ANN401 - safetensors publishes no type for it
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ModelError(f"{path} cannot be read by safetensors: {first_line(error)}") from error

@@ -43,11 +43,13 @@ class Request:
 
     Attributes:
         message: The parsed request.
+        data: The serialised request, as it is forwarded unless its images are replaced.
         route: How it is screened. The route is found by the name and version in the request, and corrected by the
             version in the reply if the request names none. It stays the same if the profile is replaced meanwhile.
         trace_id: The id of the trace that the request belongs to, or "".
     """
 
     message: ModelInferRequest
+    data: bytes
     route: Route
     trace_id: str = ""

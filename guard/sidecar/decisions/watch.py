@@ -144,12 +144,18 @@ class Watch:
             return () if self._monitor is None else self._monitor.active
 
     def follow(
-        self, found: Judgement, message: ModelInferRequest, trace_id: str, images: Floats | None
+        self,
+        found: Judgement,
+        rows: NDArray[np.int64],
+        message: ModelInferRequest,
+        trace_id: str,
+        images: Floats | None,
     ) -> NDArray[np.bool_]:
         """Take second looks, feed the stream monitor, and record what is flagged.
 
         Args:
-            found: What was decided about the images of a request.
+            found: What was decided about images of a request.
+            rows: Their numbers in the request, shape [N].
             message: The request.
             trace_id: The trace that the request belongs to, or "".
             images: Preprocessed images, shape [N, 3, S, S]; None if guard has not seen them.
@@ -172,7 +178,8 @@ class Watch:
         if self._shared.evidence.wanted:
             for row in flagged:
                 kept = bool(flags[row])
-                record = self._record(found, row, kept, message, trace_id, pixels.get(row), looks.get(row))
+                place, look = (row, int(rows[row])), looks.get(row)
+                record = self._record(found, place, kept, message, trace_id, pixels.get(row), look)
                 self._shared.evidence.record(record)
         return flags
 
@@ -205,13 +212,14 @@ class Watch:
     def _record(
         self,
         found: Judgement,
-        row: int,
+        place: tuple[int, int],
         flagged: bool,  # noqa: FBT001 - handed through
         message: ModelInferRequest,
         trace_id: str,
         image: Floats | None,
         look: SecondLookResult | None,
     ) -> Record:
+        row, number = place  # among the images that were scored, and in the request
         trigger, document = self._trigger(found, row), self._profile.document
         small = None
         if self._shared.settings.thumbnails and image is not None:
@@ -221,7 +229,7 @@ class Watch:
             message.id,
             self._settings.label,
             document.model.digest,
-            row,
+            number,
             Decision.FLAG if flagged else Decision.PASS,
             self._settings.mode,
             trace_id=trace_id,
@@ -237,7 +245,7 @@ class Watch:
             target=self._targets.get(trigger, ""),
             second_look="" if look is None else look.outcome,
             explanation="" if look is None else look.explanation,
-            input_digest=input_digest(message, row, self._settings.input_tensor),
+            input_digest=input_digest(message, number, self._settings.input_tensor),
             thumbnail=small,
         )
 

@@ -117,7 +117,7 @@ class Workers:
             OverloadedError: Every worker is busy and the queue is full.
         """
         try:
-            return await self._submit(work)  # type: ignore[no-any-return] # what the work returns
+            return await self._submit(work)  # type: ignore[no-any-return] # of the work
         except LargeWorkError as large:
             rest = large.rest
         if self._large_room <= 0:

@@ -9,6 +9,7 @@ import asyncio
 import ctypes
 import inspect
 import logging
+import math
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -87,7 +88,8 @@ class Bounds:
     @classmethod
     def of_probes(cls, settings: Settings) -> "Bounds":
         """The limits of health checks and reflection, which have a reserve of their own."""
-        return cls(64, 32, PROBE_BYTES, 64 * PROBE_BYTES, settings.first_message_timeout, settings.stream_idle_timeout)
+        # Who watches the health of a sidecar may hear nothing for weeks.
+        return cls(64, 32, PROBE_BYTES, 64 * PROBE_BYTES, settings.first_message_timeout, idle=math.inf)
 
     @property
     def outer(self) -> int:
@@ -140,7 +142,7 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     def __init__(self, handlers: grpc.GenericRpcHandler, bounds: Bounds, metrics: Metrics) -> None:
         self._handlers, self.bounds, self._metrics = handlers, bounds, metrics
-        self._running = self._streams = self._bytes = 0
+        self._running = self._bytes = 0
         self._waiting: dict[_Call, float] = {}
         self._open_streams: set[_Call] = set()
         self._short_of_memory = False

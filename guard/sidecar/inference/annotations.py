@@ -38,8 +38,9 @@ def annotate(response: ModelInferResponse, outcome: Outcome, mode: Mode) -> None
 
     Parameters describe the request as a whole: its decision, its smallest p-value, and the alpha up to which an image
     is flagged. A reply to more than one image also gets the outputs `guard_decision` (BYTES [N]), `guard_score` and
-    `guard_p_value` (FP32 [N]). They are raw if the other outputs are raw, and typed otherwise. They are left out if the
-    reply has another number of raw contents than of outputs, since a client could not tell which belong together.
+    `guard_p_value` (FP32 [N]), which are NaN for an image that could not be scored. They are raw if the other outputs
+    are raw, and typed otherwise. They are left out if the reply has another number of raw contents than of outputs,
+    since a client could not tell which belong together.
     """
     parameters = response.parameters
     parameters[DECISION].string_param = outcome.decision
@@ -48,7 +49,7 @@ def annotate(response: ModelInferResponse, outcome: Outcome, mode: Mode) -> None
         parameters[REASON].string_param = outcome.reason
     if outcome.scores is None or outcome.flags is None or outcome.p_values is None or outcome.alpha is None:
         return
-    worst = int(np.lexsort((-outcome.scores, outcome.p_values))[0])
+    worst = outcome.worst
     parameters[SCORE].double_param = float(outcome.scores[worst])
     parameters[P_VALUE].double_param = float(outcome.p_values[worst])
     parameters[ALPHA].double_param = outcome.alpha
@@ -58,8 +59,7 @@ def annotate(response: ModelInferResponse, outcome: Outcome, mode: Mode) -> None
         parameters[WITHDRAWN].int64_param = outcome.withdrawn
     raw = bool(response.raw_output_contents)
     if len(outcome.scores) > 1 and (not raw or len(response.raw_output_contents) == len(response.outputs)):
-        decisions = [(Decision.FLAG if flag else outcome.others).encode() for flag in outcome.flags]
-        add_output(response, DECISION, decisions, raw=raw)
+        add_output(response, DECISION, [decision.encode() for decision in outcome.decisions], raw=raw)
         add_output(response, SCORE, outcome.scores, raw=raw)
         add_output(response, P_VALUE, outcome.p_values.astype(np.float32), raw=raw)
 
@@ -71,8 +71,8 @@ def trailers(outcome: Outcome) -> tuple[tuple[str, str], ...]:
         pairs.append(("guard-reason", str(outcome.reason)))
     if outcome.scores is not None and outcome.p_values is not None and outcome.alpha is not None:
         pairs += [
-            ("guard-score", f"{outcome.scores.max():.6g}"),
-            ("guard-p-value", f"{outcome.p_values.min():.6g}"),
+            ("guard-score", f"{np.nanmax(outcome.scores):.6g}"),
+            ("guard-p-value", f"{np.nanmin(outcome.p_values):.6g}"),
             ("guard-alpha", f"{outcome.alpha:g}"),
         ]
     return tuple(pairs)

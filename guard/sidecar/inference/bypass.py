@@ -1,23 +1,39 @@
 """Ways around screening that an upstream server may offer, and which of them clients may use."""
 
+from collections.abc import Collection
+
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
 from guard.errors import RequestError
+from guard.protocol import SERVICE
 from guard.protocol.inference_pb2 import RepositoryModelLoadRequest
 from guard.protocol.wire import MODEL_CONTROL, Limits, check_message
 from guard.sidecar.inference.calls import RefusedError
 
 SHARED_MEMORY = frozenset({"SystemSharedMemoryRegister", "CudaSharedMemoryRegister"})
 """Methods that register memory from which inputs are read, and to which outputs are written, unseen by guard."""
-OTHER_PROTOCOLS = frozenset(
+_HARMLESS = frozenset(
     {
-        "org.pytorch.serve.grpc.inference.InferenceAPIsService",
-        "tensorflow.serving.PredictionService",
-        "tensorflow.serving.SessionService",
+        f"/{SERVICE}/{method}"
+        for method in (
+            *("RepositoryIndex", "ModelConfig", "ModelStatistics"),
+            *(f"{kind}SharedMemory{verb}" for kind in ("System", "Cuda") for verb in ("Status", "Unregister")),
+        )
     }
+    | {"/inference.model_repository.ModelRepositoryService/RepositoryIndex"}
 )
-"""Services of other inference protocols, which an inference server may offer on the same port."""
+"""Methods of Triton and MLServer that tell something about the server, or give memory back, and start no inference."""
+
+
+def is_harmless(path: str, allowed: Collection[str]) -> bool:
+    """Whether a method may be called although guard cannot read its messages.
+
+    Args:
+        path: Path of the method, `/package.Service/Method`.
+        allowed: Further paths that the operator allows; a `*` in place of the method stands for any.
+    """
+    return path in _HARMLESS or path in allowed or f"{path.rpartition('/')[0]}/*" in allowed
 
 
 def check_model_control(data: bytes, *, allowed: bool) -> None:

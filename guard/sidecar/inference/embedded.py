@@ -60,9 +60,9 @@ class EmbeddedService(InferenceService):
             "ModelMetadata": self._model_metadata,
         }
 
-    async def infer(self, data: bytes, request: Request, context: Context) -> tuple[bytes, Outcome, Metadata]:
+    async def infer(self, request: Request, context: Context) -> tuple[bytes, Outcome, Metadata]:
         """Classify and screen the images of one request."""
-        del data, context
+        del context
         message = request.message
         served = self._find(message.model_name, message.model_version)
         checker = request.route.checker
@@ -157,10 +157,10 @@ class EmbeddedService(InferenceService):
 
 
 def _parse(message: Message, data: bytes) -> None:
-    refused = RefusedError(grpc.StatusCode.INVALID_ARGUMENT, f"guard: not a {type(message).__name__}")
+    refusal = RefusedError(grpc.StatusCode.INVALID_ARGUMENT, f"guard: not a {type(message).__name__}")
     if len(data) > _LONGEST_QUESTION:
-        raise refused
+        raise refusal
     try:
         message.ParseFromString(data)
     except DecodeError as error:
-        raise refused from error
+        raise refusal from error

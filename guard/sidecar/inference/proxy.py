@@ -8,6 +8,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from guard.protocol import DESCRIBING_METHODS, SERVICE
+from guard.protocol.dialects import ERRORS_AS_STATUS
 from guard.protocol.inference_pb2 import ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse
 from guard.sidecar.inference.calls import Context, Metadata, RefusedError
 from guard.sidecar.policy import Reason
@@ -20,6 +21,16 @@ UNARY = (*DESCRIBING_METHODS, "ModelInfer")
 """The methods that are known to take and return one message."""
 _HOP_BY_HOP = frozenset({"user-agent", "te", "content-type", "grpc-accept-encoding", "grpc-encoding", "grpc-timeout"})
 """Metadata keys that concern one connection only, and are not passed on."""
+_PASSED_ON = (
+    *("authorization", "traceparent", "tracestate", "baggage", "grpc-trace-bin", "grpc-tags-bin", "b3", "x-b3-*"),
+    *("uber-trace-id", "uberctx-*", "x-cloud-trace-context", "x-datadog-*", "x-ot-span-context", "x-request-id"),
+    ERRORS_AS_STATUS,
+)
+"""Metadata keys of requests that say who asks, or follow the request through a system; a `*` stands for any ending.
+Others may choose another model than the one that guard screens for, as `mm-model-id` of ModelMesh and `seldon-model`
+do, or another way to read the images."""
+_OWN = "guard-"
+"""Beginning of the metadata keys that guard itself writes."""
 _CONNECTION_BROKE = "Internal error from Core"
 """The status message of gRPC's asynchronous client if a connection breaks while a stream writes (grpc/grpc#36066)."""
 _PROBE_SECONDS = 2.0
@@ -83,6 +94,9 @@ class Proxy:
     def __init__(self, settings: Settings) -> None:
         endpoint = upstream_endpoint(settings)
         self._address = endpoint.address
+        passed_on = (*_PASSED_ON, *settings.pass_headers)
+        self._keys = frozenset(key for key in passed_on if not key.endswith("*"))
+        self._beginnings = tuple(key.removesuffix("*") for key in passed_on if key.endswith("*"))
         self._channel = open_async_channel(
             endpoint,
             options=[
@@ -135,7 +149,7 @@ class Proxy:
             RefusedError: The call ended with an error.
         """
         method = self._unary.get(path) or self._channel.unary_unary(path)
-        call = method(data, metadata=_passed_on(context.invocation_metadata()), timeout=context.time_remaining())
+        call = method(data, metadata=self._of_request(context), timeout=context.time_remaining())
         try:
             reply: bytes = await shielded(call)
         except asyncio.CancelledError:
@@ -149,7 +163,7 @@ class Proxy:
 
     def stream(self, path: str, context: Context) -> grpc.aio.StreamStreamCall:
         """Open a call with any number of messages each way; `carry` moves the messages."""
-        metadata = _passed_on(context.invocation_metadata())
+        metadata = self._of_request(context)
         return self._channel.stream_stream(path)(metadata=metadata, timeout=context.time_remaining())
 
     async def relay(self, path: str, requests: AsyncIterator[bytes], context: Context) -> Metadata:
@@ -236,6 +250,14 @@ class Proxy:
             await asyncio.gather(*tasks, return_exceptions=True)
         return _passed_on(await call.trailing_metadata())
 
+    def _of_request(self, context: Context) -> Metadata:
+        """The metadata of a request that are passed on."""
+        return tuple(
+            (key, value)
+            for key, value in _passed_on(context.invocation_metadata())
+            if key in self._keys or key.startswith(self._beginnings)
+        )
+
     def _refused(self, error: grpc.aio.AioRpcError) -> RefusedError:
         """The refusal that tells the client about an error of the upstream server."""
         code, details = error.code(), error.details() or ""
@@ -259,4 +281,5 @@ def _cancel(call: grpc.aio.Call) -> None:
 
 
 def _passed_on(metadata: grpc.aio.Metadata | Metadata | None) -> Metadata:
-    return tuple((key, value) for key, value in metadata or () if key not in _HOP_BY_HOP)
+    """Metadata without those of one connection only, and without those that only guard may write."""
+    return tuple((key, value) for key, value in metadata or () if key not in _HOP_BY_HOP and not key.startswith(_OWN))

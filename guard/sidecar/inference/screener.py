@@ -2,14 +2,16 @@
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 from random import SystemRandom
 from time import perf_counter
+from typing import Any
 
 import grpc
 
 from guard.errors import RequestError
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse
-from guard.protocol.messages import parse_request, uses_shared_memory
+from guard.protocol.messages import parse_request, remove_own_names, uses_shared_memory
 from guard.protocol.tensors import float_output
 from guard.protocol.wire import REQUEST, Limits, check_message
 from guard.sidecar.decisions.models import Models
@@ -68,8 +70,10 @@ class Screener:
             message = parse_request(data)
         except RequestError as error:
             raise malformed(error) from error
+        if remove_own_names(message, data):
+            data = message.SerializeToString()
         route = self.models.route(message.model_name, message.model_version)
-        request = Request(message, route, trace_id(dict(context.invocation_metadata() or ())))
+        request = Request(message, data, route, trace_id(dict(context.invocation_metadata() or ())))
         logs.follow(message.id, request.trace_id)
         return request
 
@@ -92,6 +96,11 @@ class Screener:
             return Outcome.unchecked(Reason.SHARED_MEMORY)
         if request.route.unvetted is not None:
             return request.route.unvetted
+        if request.route.embeds and self.settings.screening:
+            try:
+                request.route.checker.find_images(request.message)
+            except RequestError as error:
+                return Outcome.unchecked(Reason.INPUT_UNREADABLE, str(error))
         share = request.route.settings.checked_share
         # While the version is open, another version may answer, whose share may be different or 1.
         if share < 1 and self.models.is_current(request) and self._draw() >= share:
@@ -134,24 +143,74 @@ class Screener:
             return Outcome.unchecked(Reason.EMBEDDING_MISSING, f"{rows} embeddings for {images} images")
         outcome = await checker.check_embeddings(embeddings.reshape(rows, -1), request.message, request.trace_id)
         if outcome.reason is Reason.INPUT_UNREADABLE:
-            return Outcome.unchecked(Reason.EMBEDDING_MISSING, outcome.detail)
+            outcome = replace(outcome, reason=Reason.EMBEDDING_MISSING)
         return confirm(outcome, response, request)
 
 
-async def check_request(request: Request) -> Outcome:
-    """Embed and screen the images of a request."""
-    checker = request.route.checker
-    if checker is None:
-        return Outcome.unchecked(Reason.MODEL_UNKNOWN)
-    return await checker.check_request(request.message, request.trace_id)
+class Check:
+    """A check of a request whose images guard embeds itself.
+
+    Args:
+        request: The request.
+
+    Attributes:
+        outcome: The coroutine that gives the outcome; it is to be awaited once.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        settings = request.route.settings
+        self._waits = settings.canonical and any(tensor.datatype == "BYTES" for tensor in request.message.inputs)
+        self._canonical: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self.outcome = self._check()
+
+    async def _check(self) -> Outcome:
+        request, loop = self._request, asyncio.get_running_loop()
+        checker = request.route.checker
+        if checker is None:
+            return Outcome.unchecked(Reason.MODEL_UNKNOWN)
+
+        def forward(data: bytes) -> None:
+            loop.call_soon_threadsafe(self._canonical.set_result, data)
+
+        canonical = request.route.settings.canonical
+        return await checker.check_request(request.message, request.trace_id, forward if canonical else None)
+
+    async def data(self, outcome: "asyncio.Future[Outcome]") -> bytes:
+        """The request as it is to be forwarded, with the pixels that are checked in place of encoded images.
+
+        Args:
+            outcome: The task that runs the check. If it ends before anything could be read, what was sent is forwarded.
+
+        Raises:
+            RefusedError: Nothing could be read, and the policy refuses such a request.
+        """
+        if not self._waits:
+            # Written anew where it matters, so that the server reads no other message from the same bytes.
+            message: bytes = self._request.message.SerializeToString()
+            return message if self._request.route.settings.canonical else self._request.data
+        waiting: set[asyncio.Future[Any]] = {self._canonical, outcome}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if self._canonical.done():
+            return self._canonical.result()
+        enforce(outcome.result(), self._request.route)
+        return self._request.data
 
 
 def confirm(outcome: Outcome, response: ModelInferResponse | None, request: Request) -> Outcome:
-    """The same outcome, or `unchecked` if the reply is of another version of the model than the profile."""
-    version = request.route.settings.model_version
-    if version is None or response is None or response.model_version in {"", version}:
-        return outcome
-    return max(outcome, Outcome.unchecked(Reason.MODEL_UNKNOWN), key=lambda each: each.severity)
+    """The same outcome, or a worse one if the reply does not show that it is of the model that the profile is of.
+
+    Args:
+        outcome: The outcome of the request.
+        response: The reply; None if it cannot be read whole.
+        request: The request.
+    """
+    if response is None:
+        return outcome.doubted(Reason.PROTOCOL_UNKNOWN, "the reply of the upstream server cannot be read")
+    versions = {request.message.model_version, request.route.settings.model_version} - {"", None}
+    same_model = response.model_name in {"", request.message.model_name}
+    same_version = not response.model_version or versions <= {response.model_version}
+    return outcome if same_model and same_version else outcome.doubted(Reason.MODEL_UNKNOWN)
 
 
 def enforce(outcome: Outcome, route: Route, trailing: Metadata = ()) -> None:

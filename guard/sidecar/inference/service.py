@@ -45,7 +45,7 @@ class InferenceService(ABC):
         """The handlers of all methods but `ModelInfer`, by method name."""
 
     @abstractmethod
-    async def infer(self, data: bytes, request: Request, context: Context) -> tuple[bytes, Outcome | None, Metadata]:
+    async def infer(self, request: Request, context: Context) -> tuple[bytes, Outcome | None, Metadata]:
         """Answer one request.
 
         Returns:
@@ -66,7 +66,7 @@ class InferenceService(ABC):
         try:
             request = self._screener.parse(data, context)
             images = count_images(request.message, request.route.settings.input_tensor)
-            reply, outcome, trailing = await self._answer(data, request, context)
+            reply, outcome, trailing = await self._answer(request, context)
             if outcome is not None:
                 enforce(outcome, request.route, trailing)
                 trailing = (*trailing, *tags(outcome, request.route))
@@ -90,9 +90,9 @@ class InferenceService(ABC):
         """The route of a request; that of unknown models if the request could not be parsed (None)."""
         return self._screener.models.unknown if request is None else request.route
 
-    async def _answer(self, data: bytes, request: Request, context: Context) -> tuple[bytes, Outcome | None, Metadata]:
+    async def _answer(self, request: Request, context: Context) -> tuple[bytes, Outcome | None, Metadata]:
         try:
-            return await self.infer(data, request, context)
+            return await self.infer(request, context)
         except RequestError as error:
             raise malformed(error) from error
 

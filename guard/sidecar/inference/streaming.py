@@ -7,20 +7,19 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from guard.errors import RequestError
-from guard.protocol.dialects import ERRORS_AS_STATUS, FINAL, Dialect, StreamDialect, error_reply, opened
+from guard.protocol.dialects import ERRORS_AS_STATUS, FINAL, Dialect, StreamDialect, error_reply
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
-from guard.protocol.messages import with_output
+from guard.protocol.messages import OWN_PREFIX, remove_own_names, with_output
 from guard.protocol.wire import REPLY_LIMITS, STREAM_REPLY, check_message
 from guard.sidecar.decisions.routes import Request, Route
 from guard.sidecar.inference.annotations import edit_reply
 from guard.sidecar.inference.calls import Context, RefusedError
 from guard.sidecar.inference.proxy import Replies
 from guard.sidecar.inference.screener import (
+    Check,
     Screener,
-    check_request,
     confirm,
     count_images,
     enforce,
@@ -47,6 +46,8 @@ class _Sent:
         answered: Whether its last reply has arrived, as far as that can be told.
         error: The error message that answers the request, in its turn, instead of it being forwarded.
         counted: Whether its outcome was counted; where there is a check, the check counts it.
+        images: The check that knows which images are forwarded, until they are.
+        data: The request as it was sent, until it is forwarded.
     """
 
     request: Request
@@ -56,6 +57,8 @@ class _Sent:
     answered: bool = False
     error: bytes | None = None
     counted: bool = False
+    images: Check | None = None
+    data: bytes = b""
 
     @property
     def id(self) -> str:
@@ -105,6 +108,8 @@ class ScreenedStream:
         self._several_replies, self._hidden = False, set[str]()
         """Whether one request may get several replies; and all outputs that guard added to requests."""
         self.route = screener.models.unknown
+        self._model: tuple[str, str] | None = None
+        """Name and version of the model that the first request is for."""
         self._room, self._flushing = asyncio.Semaphore(_READ_AHEAD), asyncio.Lock()
 
     def give_up(self, reason: Reason) -> None:
@@ -129,28 +134,27 @@ class ScreenedStream:
         Raises:
             RefusedError: The stream ends with a refusal.
         """
-        queue: asyncio.Queue[tuple[bytes, _Sent | RefusedError] | None] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[_Sent | RefusedError, int] | None] = asyncio.Queue()
 
         async def read() -> None:
             await self._room.acquire()
             async for data in requests:
-                queue.put_nowait((data, self._admit(data)))
+                queue.put_nowait((await self._admit(data), len(data)))
                 await self._room.acquire()
 
         reading = asyncio.ensure_future(read())
         reading.add_done_callback(lambda _: queue.put_nowait(None))
         try:
             while (item := await queue.get()) is not None:
-                await self._forward(*item)
+                await self._forward(item[0])
                 self._release(*item)
             await reading
             await self.call.done_writing()
         finally:
             reading.cancel()
 
-    def _release(self, data: bytes, sent: _Sent | RefusedError) -> None:
+    def _release(self, sent: _Sent | RefusedError, size: int) -> None:
         """Allow one more request to be read as soon as this one was forwarded and its check has ended."""
-        size = len(data)
 
         def release(_: object) -> None:
             self._room.release()
@@ -161,7 +165,7 @@ class ScreenedStream:
         else:
             release(None)
 
-    def _admit(self, data: bytes) -> _Sent | RefusedError:
+    async def _admit(self, data: bytes) -> _Sent | RefusedError:
         """Parse a request and start its check."""
         screener, started = self._screener, perf_counter()
         try:
@@ -169,24 +173,39 @@ class ScreenedStream:
         except RefusedError as error:
             screener.observe(Outcome.unchecked(error.reason or Reason.ERROR), screener.models.unknown, 1, started)
             return error
-        message, route, check = request.message, request.route, None
+        message, route, check, images = request.message, request.route, None, None
         self.route = route
-        if (known := screener.outcome_without_check(request)) is not None:
+        known = await self._outcome_of_other_model(message) or screener.outcome_without_check(request)
+        if known is not None:
             screener.observe(known, route, count_images(message, route.settings.input_tensor), started)
             check = asyncio.get_running_loop().create_future()
             check.set_result(known)
         elif route.embeds:
-            check = screener.start_check(request, check_request(request))
+            images = Check(request)
+            check = screener.start_check(request, images.outcome)
         return _Sent(
-            Request(_without_contents(message), route, request.trace_id),
+            Request(_without_contents(message), b"", route, request.trace_id),
             hide=output_to_hide(request) if known is None else None,
             check=check,
             since=started,
+            images=images,
+            data=request.data,
         )
 
-    async def _forward(self, data: bytes, sent: _Sent | RefusedError) -> None:
+    async def _outcome_of_other_model(self, message: ModelInferRequest) -> Outcome | None:
+        """The outcome of a request for another model than that of the stream; None if a stream may have several.
+
+        MLServer answers all requests of a stream with the model of the first one.
+        """
+        model = (message.model_name, message.model_version)
+        self._model = self._model or model
+        if model == self._model or await self._dialect.ask() is Dialect.TRITON:
+            return None
+        return Outcome.unchecked(Reason.MODEL_UNKNOWN, "the stream began with another model")
+
+    async def _forward(self, sent: _Sent | RefusedError) -> None:
         if isinstance(sent, RefusedError):
-            request = Request(ModelInferRequest(), self._screener.models.unknown)
+            request = Request(ModelInferRequest(), b"", self._screener.models.unknown)
             unreadable = _Sent(request, hide=None, check=None, since=perf_counter())
             await self._answer(unreadable, sent, Outcome.unchecked(sent.reason or Reason.ERROR))
             return
@@ -197,6 +216,11 @@ class ScreenedStream:
             except RefusedError as error:
                 await self._answer(sent, error, outcome)
                 return
+        data = sent.data
+        if sent.images is not None and sent.check is not None:
+            data = await sent.images.data(sent.check)
+        # It may be many megabytes, and is not needed until the reply.
+        sent.data, sent.images = b"", None
         if not self._replies_unread:
             if len(self._sent) == _REMEMBERED:
                 self._count(self._sent[0], Reason.REPLY_UNMATCHED)
@@ -247,7 +271,7 @@ class ScreenedStream:
             RefusedError: The stream ends with a refusal.
         """
         while (reply := await self.call.read()) is not grpc.aio.EOF:
-            answer = reply if self._replies_unread else await self._reply(reply)
+            answer = self._without_own_names(reply) if self._replies_unread else await self._reply(reply)
             await self.replies.send(answer)
             await self._flush()
         await self._flush(ended=True)
@@ -266,20 +290,28 @@ class ScreenedStream:
                     self._sent.remove(sent)
                     await self.replies.send(sent.error)
 
-    async def _reply(self, reply: bytes) -> bytes:
-        dialect, envelope, response = None, None, None
+    def _without_own_names(self, data: bytes) -> bytes:
+        """A reply that nothing depends on, without parameters and outputs that have names of guard's own."""
+        if OWN_PREFIX.encode() not in data or (reply := self._dialect.read(data)) is None:
+            return data
+        return reply.message.SerializeToString() if remove_own_names(reply.response, data) else data
+
+    async def _reply(self, data: bytes) -> bytes:
         try:
-            check_message(reply, STREAM_REPLY, REPLY_LIMITS)
-            dialect = self._dialect.of(reply)
-            envelope, response = opened(reply, dialect)
-        except (DecodeError, RequestError):
-            pass  # there is no answer to check
+            check_message(data, STREAM_REPLY, REPLY_LIMITS)
+            reply = self._dialect.read(data)
+        except RequestError:
+            reply = None  # too dear to parse
+        response = None if reply is None else reply.response
+        if response is not None:
+            remove_own_names(response, data)
+        dialect = await self._dialect.ask() if reply is None or reply.dialect is None else reply.dialect
         found = self._match(response, dialect)
-        if response is not None and not response.outputs and not response.raw_output_contents:
+        if reply is not None and not reply.answers:
             # An error, or only the mark that ends several replies: there is no answer to check.
-            if found and isinstance(envelope, ModelStreamInferResponse) and envelope.error_message:
+            if found and isinstance(reply.message, ModelStreamInferResponse) and reply.message.error_message:
                 self._count(found[0], Reason.UPSTREAM_FAILED)
-            return reply
+            return bytes(reply.message.SerializeToString())
         outcome = await self._outcome(response, found)
         request = max((sent.request for sent in found), key=_strictness, default=None) or self._stray(response)
         outcome = confirm(outcome, response, request)
@@ -288,23 +320,23 @@ class ScreenedStream:
             self._screener.models.settle(request, response.model_version)
             if request.route is not assumed:
                 # It was checked with the profile of another version; the policy of the version that answered applies.
-                outcome = max(outcome, Outcome.unchecked(Reason.MODEL_UNKNOWN), key=lambda each: each.severity)
+                outcome = outcome.doubted(Reason.MODEL_UNKNOWN)
         try:
             enforce(outcome, request.route)
         except RefusedError as error:
             return await self._refused(request, error, outcome, dialect, response)
+        if reply is None:
+            return data
         hide = {sent.hide for sent in found if sent.hide} if found else self._hidden
-        mode = request.route.settings.mode
-        if envelope is None or response is None or not edit_reply(response, outcome, mode, hide):
-            return reply
-        return envelope.SerializeToString()
+        edit_reply(reply.response, outcome, request.route.settings.mode, hide)
+        return bytes(reply.message.SerializeToString())
 
     def _stray(self, response: ModelInferResponse | None) -> Request:
         """A stand-in for the request of a reply that belongs to none: its route is that of the model in the reply."""
         models, name = self._screener.models, "" if response is None else response.model_name
         route = models.unknown if response is None else models.route(name, response.model_version)
         only = models.served[0].route if len(models.served) == 1 else models.unknown
-        return Request(ModelInferRequest(), only if route is models.unknown else route)
+        return Request(ModelInferRequest(), b"", only if route is models.unknown else route)
 
     def _match(self, response: ModelInferResponse | None, dialect: Dialect | None) -> list[_Sent]:
         """The requests that a reply may belong to."""

@@ -6,43 +6,41 @@ from functools import partial
 from time import perf_counter
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from guard.errors import RequestError
 from guard.protocol import DESCRIBING_METHODS, MODEL_CONTROL, SERVICE
 from guard.protocol.dialects import StreamDialect
 from guard.protocol.inference_pb2 import ModelInferResponse
-from guard.protocol.messages import remove_output, with_output
+from guard.protocol.messages import OWN_PREFIX, parse_request, parse_whole, remove_output, remove_own_names, with_output
 from guard.protocol.wire import REPLY, REPLY_LIMITS, check_message
 from guard.sidecar.decisions.routes import Request
 from guard.sidecar.inference import bypass
 from guard.sidecar.inference.annotations import edit_reply
 from guard.sidecar.inference.calls import Context, Metadata, RefusedError
 from guard.sidecar.inference.proxy import Proxy
-from guard.sidecar.inference.screener import Screener, check_request, confirm, enforce, output_to_hide, tags
+from guard.sidecar.inference.screener import Check, Screener, confirm, enforce, output_to_hide, tags
 from guard.sidecar.inference.service import InferenceService, UnaryHandler
 from guard.sidecar.inference.streaming import ScreenedStream
 from guard.sidecar.policy import Outcome, Reason
 
 _INFER, _STREAM = f"/{SERVICE}/ModelInfer", f"/{SERVICE}/ModelStreamInfer"
 _OWN_SERVICES = ("grpc.health.", "grpc.reflection.", "guard.")
-"""Beginnings of the names of services that a sidecar answers itself."""
+"""Beginnings of the names of services that a sidecar answers itself, or not at all."""
 
 
 class UpstreamService(InferenceService):
     """Proxies another inference server.
 
-    Metadata are passed on in both directions, as are trailers, status codes and details. The client's deadline is
-    passed on as it is; a call without a deadline gets none. A request that the client cancels is cancelled upstream.
-    Methods that guard does not know are forwarded unread, with any number of messages each way; `bypass` lists the
-    exceptions.
+    Metadata of the reply are passed on, as are status codes and details, and of the request's metadata those that are
+    known not to choose another model. The client's deadline is passed on as it is; a call without a deadline gets none.
+    A request that the client cancels is cancelled upstream. Methods that describe the server are forwarded unread;
+    `bypass` lists them. A call of any other method is an unchecked request.
     """
 
     def __init__(self, screener: Screener) -> None:
         super().__init__(screener)
         settings = screener.settings
         self._proxy = Proxy(settings)
-        self._dialect = StreamDialect(settings.stream_dialect, self._proxy.server_name)
         self._handlers = {
             _INFER: self.unary(self.model_infer),
             _STREAM: self.stream(self._model_stream_infer),
@@ -78,9 +76,9 @@ class UpstreamService(InferenceService):
             return self.unary(partial(self._control_models, path))
         if method in bypass.SHARED_MEMORY:
             return self.unary(partial(self._register_shared_memory, path))
-        if service in bypass.OTHER_PROTOCOLS:
-            return self.stream(partial(self._relay_other_protocol, path))
-        return self.stream(partial(self._relay, path))
+        if bypass.is_harmless(path, self._screener.settings.pass_methods):
+            return self.stream(partial(self._relay, path))
+        return self.stream(partial(self._relay_unknown, path))
 
     async def _forward(self, path: str, data: bytes, context: Context) -> bytes:
         reply, trailing = await self._proxy.unary(path, data, context)
@@ -95,21 +93,27 @@ class UpstreamService(InferenceService):
         return await self._forward(path, data, context)
 
     async def _register_shared_memory(self, path: str, data: bytes, context: Context) -> bytes:
-        enforce(Outcome.unchecked(Reason.SHARED_MEMORY), self._screener.models.unknown)
+        self._enforce(Outcome.unchecked(Reason.SHARED_MEMORY))
         return await self._forward(path, data, context)
 
-    async def _relay_other_protocol(self, path: str, requests: AsyncIterator[bytes], context: Context) -> None:
+    async def _relay_unknown(self, path: str, requests: AsyncIterator[bytes], context: Context) -> None:
         started, outcome, route = perf_counter(), Outcome.unchecked(Reason.PROTOCOL_UNKNOWN), self._route(None)
         try:
-            enforce(outcome, route)
+            self._enforce(outcome)
             await self._relay(path, requests, context)
         finally:
             self._screener.observe(outcome, route, 1, started)
 
+    def _enforce(self, outcome: Outcome) -> None:
+        """Refuse a call whose messages are not read, if the policy for unknown models says so."""
+        route = self._screener.models.unknown
+        enforce(outcome, route, tags(outcome, route))
+
     async def _model_stream_infer(self, requests: AsyncIterator[bytes], context: Context) -> None:
         active = self._screener.metrics.active
         active.inc()
-        stream = ScreenedStream(self._screener, self._dialect, self._proxy.stream(_STREAM, context), context)
+        dialect = StreamDialect(self._screener.settings.stream_dialect, self._proxy.server_name)
+        stream = ScreenedStream(self._screener, dialect, self._proxy.stream(_STREAM, context), context)
         reason = Reason.UPSTREAM_FAILED
         try:
             trailing = await self._proxy.carry(
@@ -129,9 +133,9 @@ class UpstreamService(InferenceService):
             stream.give_up(reason)
             active.dec()
 
-    async def infer(self, data: bytes, request: Request, context: Context) -> tuple[bytes, Outcome | None, Metadata]:
+    async def infer(self, request: Request, context: Context) -> tuple[bytes, Outcome | None, Metadata]:
         """Forward and screen a request; both run at the same time if guard embeds the images itself."""
-        screener = self._screener
+        screener, data = self._screener, request.data
         if (known := screener.outcome_without_check(request)) is not None:
             # The request is refused before the upstream server works on it, or it is served unchecked.
             enforce(known, request.route)
@@ -145,23 +149,26 @@ class UpstreamService(InferenceService):
                 outcome = await screener.check_reply(response, request)
                 return _finish(reply, response, request, outcome, trailing, hide)
             screener.start_check(request, screener.check_reply(response, request))
-            return (reply if hide is None else _without(reply, hide)), None, trailing
+            return (_without_own_names(reply) if hide is None else _without(reply, hide)), None, trailing
+        check = Check(request)
         if request.route.settings.background and screener.models.is_current(request):
             # Nothing depends on the outcome, so the reply does not wait for it.
-            screener.start_check(request, check_request(request))
+            screener.start_check(request, check.outcome)
             reply, trailing = await self._proxy.unary(_INFER, data, context)
-            return reply, None, trailing
-        assumed, check = request.route, asyncio.ensure_future(check_request(request))
+            return _without_own_names(reply), None, trailing
+        assumed, running = request.route, asyncio.ensure_future(check.outcome)
         try:
+            data = await check.data(running)
             reply, response, trailing = await self._ask(data, request, context)
             if (route := request.route) is not assumed:
-                # Another version answered than the one that was assumed.
-                check.cancel()
-                again = check_request(request) if route.embeds else screener.check_reply(response, request)
-                check = asyncio.ensure_future(again)
-            return _finish(reply, response, request, await check, trailing)
+                # Another version answered than the one that was assumed; it got what the first one was checked with.
+                running.cancel()
+                request.message = parse_request(data)
+                again = Check(request).outcome if route.embeds else screener.check_reply(response, request)
+                running = asyncio.ensure_future(again)
+            return _finish(reply, response, request, await running, trailing)
         finally:
-            check.cancel()
+            running.cancel()
 
     async def _ask(
         self, data: bytes, request: Request, context: Context
@@ -169,11 +176,12 @@ class UpstreamService(InferenceService):
         """Forward a request and settle its route by the version that answers.
 
         Returns:
-            The reply as bytes; the parsed reply, or None if it cannot be parsed; the trailing metadata.
+            The reply as bytes; the parsed reply, or None if it cannot be read whole; the trailing metadata.
         """
         reply, trailing = await self._proxy.unary(_INFER, data, context)
         response = _parsed(reply)
         if response is not None:
+            reply = response.SerializeToString() if remove_own_names(response, reply) else reply
             self._screener.models.settle(request, response.model_version)
         return reply, response, trailing
 
@@ -194,7 +202,7 @@ def _finish(
     trailing: Metadata,
     hide: str | None = None,
 ) -> tuple[bytes, Outcome, Metadata]:
-    """The reply as the client gets it; a reply that could not be parsed is forwarded as it is."""
+    """The reply as the client gets it; one that cannot be read whole is forwarded as it is if the policy allows it."""
     outcome, mode = confirm(outcome, response, request), request.route.settings.mode
     if response is not None and edit_reply(response, outcome, mode, () if hide is None else (hide,)):
         reply = response.SerializeToString()
@@ -202,12 +210,19 @@ def _finish(
 
 
 def _parsed(reply: bytes) -> ModelInferResponse | None:
-    """The parsed reply; None if the bytes are not a ModelInferResponse, or one that is too dear to parse."""
+    """The parsed reply; None if the bytes are not a ModelInferResponse, have other fields, or are too dear to parse."""
+    response = ModelInferResponse()
     try:
         check_message(reply, REPLY, REPLY_LIMITS)
-        return ModelInferResponse.FromString(reply)
-    except (DecodeError, RequestError):
+    except RequestError:
         return None
+    return response if parse_whole(response, reply) else None
+
+
+def _without_own_names(reply: bytes) -> bytes:
+    """A reply without parameters and outputs that have names of guard's own."""
+    response = _parsed(reply) if OWN_PREFIX.encode() in reply else None
+    return reply if response is None or not remove_own_names(response, reply) else response.SerializeToString()
 
 
 def _without(reply: bytes, name: str) -> bytes:

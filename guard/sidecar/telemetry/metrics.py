@@ -214,10 +214,9 @@ class ModelMetrics:
         if outcome.scores is None or outcome.flags is None:
             self._images[Decision.UNCHECKED].inc(images)
             return
-        flagged = int(outcome.flags.sum())
-        self._images[Decision.FLAG].inc(flagged)
-        self._images[outcome.others].inc(len(outcome.flags) - flagged)
-        for score in outcome.scores:
+        for decision in outcome.decisions:
+            self._images[decision].inc()
+        for score in outcome.scores[np.isfinite(outcome.scores)]:
             self._scores.observe(float(score), exemplar)
         for row in np.flatnonzero(outcome.flags):
             # The profile that named the trigger may have been replaced meanwhile.

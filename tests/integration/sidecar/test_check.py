@@ -55,7 +55,18 @@ def test_a_sidecar_that_could_serve_is_code_0_and_nothing_is_written(
     arguments = ("--model", exported, "--profile", served_profile, "--state-dir", state, *ports)
     code, table, errors = check(*arguments)
     assert (code, errors) == (0, "")
-    subjects = ["loop", "state", "profile", "model", "digest", "calibration", "screening", "memory", "metrics", "listen"]
+    subjects = [
+        "loop",
+        "state",
+        "profile",
+        "model",
+        "digest",
+        "calibration",
+        "screening",
+        "memory",
+        "metrics",
+        "listen",
+    ]
     assert [line.split()[1] for line in table.splitlines()] == subjects
     code, text, _ = check(*arguments, "--json")
     document = json.loads(text)

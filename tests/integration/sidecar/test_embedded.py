@@ -296,7 +296,9 @@ def test_a_malformed_request_is_refused_by_what_is_wrong(
 def test_bytes_that_are_no_request_are_refused(client: Client, data: bytes) -> None:
     error = client.refused(data)
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert error.details() == "guard: the message is not a ModelInferRequest"
+    assert error.details() == (
+        "guard: the message is not a ModelInferRequest, or has fields that the protocol does not have"
+    )
 
 
 @pytest.mark.parametrize("method", ["ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata"])
@@ -399,6 +401,7 @@ def test_refusals_are_counted_by_code(client: Client, sidecar: Sidecar, clean: F
             sidecar.metric("guard_requests_total", model="classifier", decision="unchecked", mode="tag"),
         ]
 
+    client.refused(damaged(clean, "nan"))
     # A refusal is sent before its request is counted.
     eventually(lambda: sidecar.metric("guard_active_requests") == 0, "the requests before ending")
     before = counts()

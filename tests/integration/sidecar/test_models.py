@@ -172,7 +172,11 @@ def two(
 
 
 def test_each_model_has_its_own_mode_policy_and_calibration(
-    two: Sidecar, flagged: Floats, doubtful: Floats, passed: Floats
+    two: Sidecar,
+    upstream: Upstream,  # noqa: ARG001 - answers of its own
+    flagged: Floats,
+    doubtful: Floats,
+    passed: Floats,
 ) -> None:
     announced = {model["name"]: model for model in two.announced["models"]}
     assert [(name, model["mode"], model["failure_policy"], model["alpha"]) for name, model in announced.items()] == [

@@ -1,4 +1,4 @@
-"""Methods that guard does not know pass as they are, with any number of messages each way."""
+"""Methods that the operator lets pass, although guard does not know them, with any number of messages each way."""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -56,7 +56,8 @@ def sidecar(
     launch: Launcher, exported: Path, served_profile: Path, running_server: InferenceServer
 ) -> Iterator[Sidecar]:
     with launch("--upstream", running_server.address, "--model", exported, "--profile", served_profile,
-                "--max-message-bytes", str(LIMIT)) as running:  # fmt: skip
+                "--max-message-bytes", str(LIMIT), "--pass-methods", "/any.Service/*,/no.Such/Thing",
+                "--pass-headers", "tenant,trace-*") as running:  # fmt: skip
         yield running
 
 
@@ -206,7 +207,7 @@ def test_a_server_that_goes_away_in_a_stream_ends_it_with_unavailable(
 ) -> None:
     gone = InferenceServer(lambda inputs: inputs, methods={ECHO: echo})
     gone.start()
-    arguments = ("--upstream", gone.address, "--model", exported, "--profile", served_profile)
+    arguments = ("--upstream", gone.address, "--model", exported, "--profile", served_profile, "--pass-methods", ECHO)
     with launch(*arguments) as sidecar, connected(sidecar.address) as client:
         gone.open.clear()
         call = client.channel.stream_stream(ECHO)(iter([b"x"]), timeout=WAIT_SECONDS)

@@ -24,6 +24,7 @@ from tests.integration.sidecar.conftest import (
     eventually,
     free_port,
     infer_request,
+    pairs,
 )
 
 BINARY = bytes(range(256))
@@ -32,7 +33,8 @@ BINARY = bytes(range(256))
 @pytest.fixture(scope="module")
 def own_tower(launch: Launcher, exported: Path, served_profile: Path, running_upstream: Upstream) -> Iterator[Sidecar]:
     """Embeds each image once more; refuses what it cannot check."""
-    with launch("--upstream", running_upstream.address, "--model", exported, "--profile", served_profile) as running:
+    with launch("--upstream", running_upstream.address, "--model", exported, "--profile", served_profile,
+                "--pass-headers", "tenant,trace-bin,x-empty", "--pass-parameters", "anything") as running:  # fmt: skip
         yield running
 
 
@@ -71,19 +73,22 @@ def reader(reading: Sidecar) -> Iterator[Client]:
 
 
 def unusual(images: Floats) -> bytes:
-    """A request as no serialiser would write it: fields out of order, and one that guard does not know."""
+    """A request as no serialiser would write it: fields out of order."""
     request = infer_request(images, id="7")
     request.parameters["anything"].string_param = "kept"
-    unknown = b"\xba\x3e\x03abc"  # field 999
     name = request.model_name.encode()
     request.model_name = ""
-    return unknown + request.SerializeToString() + b"\x0a" + bytes([len(name)]) + name
+    return request.SerializeToString() + b"\x0a" + bytes([len(name)]) + name
 
 
-def test_a_request_reaches_the_upstream_server_untouched(client: Client, upstream: Upstream, clean: Floats) -> None:
+def test_a_request_reaches_the_upstream_server_as_it_was_read(
+    client: Client, upstream: Upstream, clean: Floats
+) -> None:
     data = unusual(clean[:1])
     assert client.infer(data).response.id == "7"
-    assert [call.data for call in upstream.inferences()] == [data]
+    assert [ModelInferRequest.FromString(call.data) for call in upstream.inferences()] == [
+        ModelInferRequest.FromString(data)
+    ]
 
 
 def test_the_five_other_methods_pass_through(client: Client, upstream: Upstream) -> None:
@@ -224,11 +229,18 @@ def test_bytes_that_are_no_request_do_not_reach_the_upstream_server(client: Clie
     assert upstream.inferences() == []
 
 
-def test_a_reply_that_is_no_reply_passes_as_it_is(client: Client, upstream: Upstream, clean: Floats) -> None:
-    upstream.answer = lambda _: b"\xff\xff"
-    data, call = client.method("ModelInfer").with_call(infer_request(clean[:1]).SerializeToString(), timeout=60)
-    assert data == b"\xff\xff"
-    assert "guard-decision" in {item.key for item in call.trailing_metadata()}
+@pytest.mark.parametrize("answer", [b"\xff\xff", b"\xba\x3e\x03abc"], ids=["no reply", "a field that nobody knows"])
+def test_a_reply_that_cannot_be_read_whole_is_unchecked(
+    client: Client, open_tower: Sidecar, upstream: Upstream, clean: Floats, answer: bytes
+) -> None:
+    upstream.answer = lambda _: answer
+    error = client.refused(infer_request(clean[:1]))
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert dict(pairs(error.trailing_metadata()))["guard-reason"] == "protocol_unknown"
+    with connected(open_tower.address) as connection:
+        data, call = connection.method("ModelInfer").with_call(infer_request(clean[:1]).SerializeToString(), timeout=60)
+    assert data == answer
+    assert dict(pairs(call.trailing_metadata()))["guard-decision"] in {"unchecked", "flag"}
 
 
 def test_another_model_is_refused_under_closed(client: Client, upstream: Upstream, clean: Floats) -> None:

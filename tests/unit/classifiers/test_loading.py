@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from guard.classifiers import Classifier, load, save
+from guard.classifiers import Classifier, Preprocessing, load, save
 from guard.errors import ClassListError, ModelError
 from tests.conftest import CLASSES, CONFIG, tiny_model
 
@@ -48,12 +48,14 @@ def test_a_weights_file_of_a_named_architecture_loads(tmp_path: Path, monkeypatc
     config["vision_cfg"] |= {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8}
     config["text_cfg"] |= {"heads": 2, "layers": 1}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, config)
+    published = {"mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear", "resize_mode": "squash"}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, {"tag": published})
     model = open_clip.create_model(name, pretrained=None)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "w.safetensors")
     (tmp_path / "classes.json").write_text(CLASSES.to_json())
     loaded = load(f"{name}::{tmp_path / 'w.safetensors'}", device="cpu")
     assert loaded.image_shape == (3, config["vision_cfg"]["image_size"], config["vision_cfg"]["image_size"])
-    assert loaded.preprocessing.mean == open_clip.OPENAI_DATASET_MEAN
+    assert loaded.preprocessing == Preprocessing(64, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0), "bilinear", "squash")
 
 
 def test_a_hub_tag_loads_from_the_hubs_cache(

@@ -1,7 +1,6 @@
 import pytest
-from google.protobuf.message import DecodeError
 
-from guard.protocol.dialects import FINAL, Dialect, error_reply, opened, seen_in
+from guard.protocol.dialects import FINAL, Dialect, StreamDialect, error_reply
 from guard.protocol.inference_pb2 import ModelInferResponse, ModelStreamInferResponse
 
 PLAIN = ModelInferResponse(model_name="m", model_version="1", id="7")
@@ -17,35 +16,80 @@ def enveloped(response: ModelInferResponse) -> bytes:
     return ModelStreamInferResponse(infer_response=response).SerializeToString()
 
 
+async def nobody() -> str:
+    return ""
+
+
+def stream(setting: str = "auto") -> StreamDialect:
+    return StreamDialect(setting, nobody)
+
+
 @pytest.mark.parametrize("response", [PLAIN, NAMELESS, LAST], ids=["whole", "nameless", "last"])
-def test_every_reply_with_something_in_it_tells_its_dialect(response: ModelInferResponse) -> None:
-    assert seen_in(response.SerializeToString()) is Dialect.MLSERVER
-    assert seen_in(enveloped(response)) is Dialect.TRITON
+async def test_every_reply_with_something_in_it_tells_its_dialect(response: ModelInferResponse) -> None:
+    for data, dialect in ((response.SerializeToString(), Dialect.MLSERVER), (enveloped(response), Dialect.TRITON)):
+        one = stream()
+        reply = one.read(data)
+        assert reply is not None
+        assert (reply.dialect, await one.ask()) == (dialect, dialect)
 
 
 @pytest.mark.parametrize(
-    "reply",
+    "data",
     [
         b"",
         ModelStreamInferResponse(error_message="no").SerializeToString(),
         ModelInferResponse(model_name="m").SerializeToString(),
-        ModelInferResponse(model_name="m", model_version="1").SerializeToString(),
-        b"\xff\xff",
     ],
-    ids=["empty", "an error", "a name", "name and version", "no message"],
+    ids=["empty", "an error", "a name"],
 )
-def test_what_could_be_of_both_is_taken_for_neither(reply: bytes) -> None:
-    assert seen_in(reply) is None
+async def test_what_could_be_of_both_answers_nothing_and_is_taken_for_neither(data: bytes) -> None:
+    one = stream()
+    reply = one.read(data)
+    assert reply is not None
+    assert (reply.dialect, reply.answers, await one.ask()) == (None, False, None)
+
+
+@pytest.mark.parametrize("setting", list(Dialect))
+def test_a_reply_of_another_dialect_than_that_of_the_stream_is_not_read(setting: Dialect) -> None:
+    replies = {Dialect.MLSERVER: PLAIN.SerializeToString(), Dialect.TRITON: enveloped(PLAIN)}
+    known, seen = stream(setting), stream()
+    seen.read(replies[setting])
+    for one in (known, seen):
+        for dialect, data in replies.items():
+            assert (one.read(data) is None) == (dialect is not setting)
+
+
+def test_an_answer_in_one_of_two_readings_is_an_answer() -> None:
+    # The version of a plain reply may be any text, and this one is a reply with an output in the other dialect.
+    inner = NAMELESS.SerializeToString().decode()
+    reply = stream().read(ModelInferResponse(model_name="m", model_version=inner).SerializeToString())
+    assert reply is not None
+    assert reply.answers
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff", PLAIN.SerializeToString() + b"\xba\x3e\x03abc"])
+def test_what_cannot_be_read_whole_is_not_read(data: bytes) -> None:
+    assert stream().read(data) is None
+
+
+def test_parameters_are_an_answer_and_the_mark_of_the_last_reply_is_none() -> None:
+    told = ModelInferResponse(model_name="m")
+    told.parameters["label"].string_param = "stop"
+    for response, answers in ((told, True), (LAST, False)):
+        reply = stream().read(enveloped(response))
+        assert reply is not None
+        assert reply.answers is answers
 
 
 def test_a_reply_is_changed_in_its_envelope() -> None:
-    for dialect, data in ((Dialect.TRITON, enveloped(PLAIN)), (Dialect.MLSERVER, PLAIN.SerializeToString())):
-        message, response = opened(data, dialect)
-        assert message.SerializeToString() == data
-        response.id = "8"
-        assert opened(message.SerializeToString(), dialect)[1].id == "8"
-    with pytest.raises(DecodeError):
-        opened(b"\xff\xff", None)
+    for data in (enveloped(PLAIN), PLAIN.SerializeToString()):
+        reply = stream().read(data)
+        assert reply is not None
+        assert reply.message.SerializeToString() == data
+        reply.response.id = "8"
+        changed = stream().read(reply.message.SerializeToString())
+        assert changed is not None
+        assert changed.response.id == "8"
 
 
 def test_an_error_in_place_of_a_last_reply_is_the_last() -> None:

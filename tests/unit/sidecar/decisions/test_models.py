@@ -70,7 +70,7 @@ def found(models: Models, name: str, version: str = "") -> str | None:
 
 def request(models: Models, name: str, version: str = "") -> Request:
     message = ModelInferRequest(model_name=name, model_version=version)
-    return Request(message, models.route(name, version))
+    return Request(message, b"", models.route(name, version))
 
 
 @pytest.mark.parametrize(

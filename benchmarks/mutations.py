@@ -1,0 +1,447 @@
+"""What damaged and hostile files do to guard: many mutations of each kind of file, from a seed.
+
+python -m benchmarks.mutations --count 10000
+
+A mutation flips bits, cuts, moves or repeats bytes, joins two files, or takes away or replaces a field. Each must be
+refused with an error that guard raises on purpose, or be accepted and then hold what the kind promises:
+
+- images: at most as many pixels as allowed, and pixels at a model's size;
+- exported models, with a manifest that fits: no tensor in another file, no foreign operator, no function;
+- safetensors: the same tensors that the library safetensors reads;
+- class lists: at least two names, all different, all visible, that are read again as they were;
+- configurations: a model whose embeddings and head are finite.
+
+Anything else counts: another exception is a crash, what does not hold is a wrong accept. Each kind runs in a process of
+its own, so that the end of a process is a crash that is counted too.
+"""
+
+import argparse
+import io
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import open_clip
+import torch
+from PIL import Image
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from benchmarks._record import RESULTS, heading
+from guard._safetensors import open_tensors
+from guard.classifiers import ClassList, ExportedClassifier, Preprocessing, decode, export, load, save
+from guard.classifiers.digest import sha256
+from guard.classifiers.preprocessing import MAX_PIXELS
+from guard.errors import GuardError, ModelError
+
+CHUNK = 500
+"""Mutations after which a process reports; if it dies, this is how closely the place is known."""
+SIZE = 16
+CONFIG: dict[str, Any] = {
+    "model_cfg": {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": SIZE, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    },
+    "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3, "size": SIZE, "interpolation": "bilinear"},
+}
+CLASSES = ClassList(("cat", "dog", "ship", "truck", "frog", "bird"), ("a photo of a {}.", "a {}."))
+HOSTILE: tuple[Any, ...] = (
+    None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1e39, "", "x", "hf-hub:evil/model", "\u200b", "\ud7ff", [], {}, [[]],
+    {"trust_remote_code": True}, [1, 2, 3], "../../etc/passwd", ["a"] * 100,
+)  # fmt: skip
+"""Values that are put in the place of others."""
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """Whole files to start from.
+
+    Attributes:
+        model: An open_clip directory.
+        exported: The same model as ONNX.
+    """
+
+    model: Path
+    exported: Path
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of file.
+
+    Attributes:
+        samples: Whole files.
+        check: Reads a file and makes sure of what it promises; raises a `GuardError` for one that is refused, and
+            `WrongAcceptError` for one that was accepted and does not hold what its kind promises.
+        reshape: Takes away or replaces a field of a whole file.
+    """
+
+    samples: Sequence[bytes]
+    check: Callable[[bytes], None]
+    reshape: Callable[[bytes, random.Random], bytes]
+
+
+class WrongAcceptError(Exception):
+    """A file was accepted that should have been refused."""
+
+
+@dataclass
+class Outcome:
+    """What became of the mutations of one kind.
+
+    Attributes:
+        accepted: Number of mutations that were accepted and hold what they promise.
+        refused: Number of mutations that were refused.
+        wrong: Wrong accepts, as texts that say how to repeat them.
+        crashes: Exceptions that are not guard's own, and ends of processes, likewise.
+        slowest: Seconds of the slowest mutation.
+    """
+
+    accepted: int = 0
+    refused: int = 0
+    wrong: list[str] = field(default_factory=list)
+    crashes: list[str] = field(default_factory=list)
+    slowest: float = 0.0
+
+    def add(self, other: "Outcome") -> None:
+        """Count another part of the same kind."""
+        self.accepted += other.accepted
+        self.refused += other.refused
+        self.wrong += other.wrong
+        self.crashes += other.crashes
+        self.slowest = max(self.slowest, other.slowest)
+
+
+def main() -> None:
+    """Run and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=10_000, help="mutations of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        artefacts = make_artefacts(Path(folder))
+        outcomes = {name: run(name, artefacts, given.seed, given.count) for name in given.kinds}
+    rows = [
+        f"| {name} | {item.accepted + item.refused + len(item.wrong) + len(item.crashes):,} | {item.refused:,} | "
+        f"{item.accepted:,} | {len(item.wrong)} | {len(item.crashes)} | {item.slowest:.2f} |"
+        for name, item in outcomes.items()
+    ]
+    found = [f"- {name}: {text}" for name, item in outcomes.items() for text in item.crashes + item.wrong]
+    text = heading(
+        f"Mutated files, seed {given.seed}",
+        f"python -m benchmarks.mutations --count {given.count} --seed {given.seed}",
+    )
+    lines = ["| kind | mutations | refused | accepted | wrong accepts | crashes | slowest (s) |", "| --- " * 7 + "|"]
+    (RESULTS / "mutations.md").write_text(text + "\n".join([*lines, *rows, "", *found]).rstrip() + "\n", "utf-8")
+    sys.exit(bool(found))
+
+
+def make_artefacts(folder: Path) -> Artefacts:
+    """A tiny model with random weights, and its export."""
+    torch.manual_seed(0)
+    towers = CONFIG["model_cfg"]
+    save(folder / "model", open_clip.CLIP(16, towers["vision_cfg"], towers["text_cfg"]), CONFIG, CLASSES)
+    pixels = torch.randint(0, 256, (256, 3, SIZE, SIZE), dtype=torch.uint8)
+    export(load(str(folder / "model"), device="cpu"), folder / "exported", pixels)
+    return Artefacts(folder / "model", folder / "exported")
+
+
+def run(name: str, artefacts: Artefacts, seed: int, count: int) -> Outcome:
+    """Mutations of one kind, in a process of their own."""
+    whole = Outcome()
+    todo = list(range(0, count, CHUNK))
+    while todo:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            while todo:
+                start = todo.pop(0)
+                stop = min(start + CHUNK, count)
+                try:
+                    whole.add(pool.submit(run_here, name, artefacts, seed, range(start, stop)).result())
+                except BrokenProcessPool:
+                    whole.crashes.append(f"the process ended within mutations {start} to {stop - 1} of seed {seed}")
+                    break
+    return whole
+
+
+def run_here(name: str, artefacts: Artefacts, seed: int, numbers: Sequence[int]) -> Outcome:
+    """Mutations of one kind, by their numbers, in this process."""
+    found = Outcome()
+    with tempfile.TemporaryDirectory() as folder:
+        kind = KINDS[name](artefacts, Path(folder))
+        for number in numbers:
+            source = random.Random(f"{name} {seed} {number}")  # noqa: S311 - repeatable, not secret
+            data = mutated(kind, source)
+            began = time.perf_counter()
+            try:
+                kind.check(data)
+                found.accepted += 1
+            except GuardError:
+                found.refused += 1
+            except WrongAcceptError as error:
+                found.wrong.append(f"{error} (mutation {number} of seed {seed})")
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                found.crashes.append(f"{type(error).__name__}: {str(error)[:100]} (mutation {number} of seed {seed})")
+            found.slowest = max(found.slowest, time.perf_counter() - began)
+    return found
+
+
+def mutated(kind: Kind, source: random.Random) -> bytes:
+    """One file of a kind, changed one to four times."""
+    data = source.choice(kind.samples)
+    if source.random() < 0.3:
+        data = kind.reshape(data, source)
+    for _ in range(source.choice((0, 1, 1, 1, 2, 4)) if data else 0):
+        data = source.choice(BYTE_CHANGES)(data, source, kind.samples)
+    return data
+
+
+def _place(data: bytes, source: random.Random) -> int:
+    """A place in a file: half of the time near its start, where its structure is."""
+    return source.randrange(min(len(data), 400) if source.random() < 0.5 else len(data)) if data else 0
+
+
+def _flip(data: bytes, source: random.Random, _: Sequence[bytes]) -> bytes:
+    changed = bytearray(data)
+    for _ in range(source.choice((1, 1, 2, 8)) if changed else 0):
+        changed[_place(data, source)] ^= 1 << source.randrange(8)
+    return bytes(changed)
+
+
+def _set(data: bytes, source: random.Random, _: Sequence[bytes]) -> bytes:
+    changed, at = bytearray(data), _place(data, source)
+    changed[at : at + 1] = bytes([source.choice((0, 1, 0x7F, 0x80, 0xFF, source.randrange(256)))])
+    return bytes(changed)
+
+
+def _truncate(data: bytes, source: random.Random, _: Sequence[bytes]) -> bytes:
+    return data[: _place(data, source)]
+
+
+def _cut(data: bytes, source: random.Random, _: Sequence[bytes]) -> bytes:
+    at = _place(data, source)
+    return data[:at] + data[at + source.choice((1, 2, 4, 8, 64, 1000)) :]
+
+
+def _repeat(data: bytes, source: random.Random, _: Sequence[bytes]) -> bytes:
+    at, size = _place(data, source), source.choice((1, 4, 16, 300))
+    return data[:at] + data[at : at + size] * source.choice((2, 3, 20)) + data[at + size :]
+
+
+def _splice(data: bytes, source: random.Random, samples: Sequence[bytes]) -> bytes:
+    other = source.choice(samples)
+    start = _place(other, source)
+    return data[: _place(data, source)] + other[start : start + source.choice((4, 40, 4000, len(other)))]
+
+
+BYTE_CHANGES = (_flip, _flip, _set, _truncate, _cut, _repeat, _splice)
+
+
+def reshaped_json(document: Any, source: random.Random) -> Any:  # noqa: ANN401 - any value of JSON
+    """A JSON value of which one part was taken away, replaced, renamed or repeated."""
+    places = list(_places(document))
+    if not places:
+        return source.choice(HOSTILE)
+    part, key = source.choice(places)
+    action = source.randrange(4)
+    if action == 0:
+        del part[key]
+    elif action == 1:
+        part[key] = source.choice(HOSTILE)
+    elif isinstance(part, dict):
+        value = part.pop(key) if action == 2 else part[key]
+        part[source.choice((f"{key}_", key.upper(), "auto_map", "hf_tokenizer_name", "timm_model_name"))] = value
+    else:
+        part.insert(key, source.choice(HOSTILE) if action == 2 else part[key])
+    return document
+
+
+def _places(document: Any) -> Iterator[tuple[Any, Any]]:  # noqa: ANN401
+    """Every place in a JSON value: what it is in, and its name or number there."""
+    items = (
+        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    )
+    for key, value in items:
+        yield document, key
+        yield from _places(value)
+
+
+def _reshape_json(data: bytes, source: random.Random) -> bytes:
+    try:
+        document = json.loads(data)
+    except ValueError:  # a class list as text
+        lines = data.split(b"\n")
+        lines[source.randrange(len(lines))] = str(source.choice(HOSTILE)).encode()
+        return b"\n".join(lines)
+    return json.dumps(reshaped_json(document, source), ensure_ascii=source.random() < 0.5).encode()
+
+
+def _images(_: Artefacts, __: Path) -> Kind:
+    pixels = (np.arange(20 * 24 * 3) % 251).astype(np.uint8).reshape(20, 24, 3)
+    image = Image.fromarray(pixels)
+    forms: list[tuple[Image.Image, str, dict[str, Any]]] = [
+        (image, "PNG", {}), (image, "JPEG", {}), (image, "WEBP", {}), (image, "WEBP", {"lossless": True}),
+        (image.convert("P"), "PNG", {}), (image.convert("L"), "PNG", {}), (image.convert("RGBA"), "PNG", {}),
+        (image, "JPEG", {"progressive": True}), (image.convert("CMYK"), "JPEG", {}), (image.convert("1"), "PNG", {}),
+    ]  # fmt: skip
+    samples = []
+    for form, name, options in forms:
+        buffer = io.BytesIO()
+        form.save(buffer, name, **options)
+        samples.append(buffer.getvalue())
+    preprocessing = Preprocessing(SIZE, (0.5,) * 3, (0.5,) * 3)
+
+    def check(data: bytes) -> None:
+        image = decode(data)
+        if image.width * image.height > MAX_PIXELS:
+            raise WrongAcceptError(f"{image.width}×{image.height} pixels")
+        if preprocessing.pixels(image).shape != (3, SIZE, SIZE):
+            raise WrongAcceptError("pixels of another shape")
+
+    def reshape(data: bytes, source: random.Random) -> bytes:
+        """Take away, repeat or move a part between two markers, which is a chunk or a segment or nearly."""
+        marks = [at for at in range(8, len(data)) if data[at : at + 1] == b"\xff" or data[at : at + 4].isalpha()]
+        if len(marks) < 2:
+            return data
+        start, stop = sorted(source.sample(marks, 2))
+        part = data[start:stop]
+        return data[:start] + part * source.choice((0, 2)) + data[stop:]
+
+    return Kind(samples, check, reshape)
+
+
+def _onnx(artefacts: Artefacts, folder: Path) -> Kind:
+    directory = Path(shutil.copytree(artefacts.exported, folder / "exported"))
+    manifest = json.loads((directory / "classifier.json").read_text("utf-8"))
+    whole = (directory / "model.onnx").read_bytes()
+
+    def check(data: bytes) -> None:
+        (directory / "model.onnx").write_bytes(data)
+        (directory / "classifier.json").write_text(json.dumps({**manifest, "model_sha256": sha256(data)}), "utf-8")
+        ExportedClassifier(directory, threads=1, gpu=False)
+        for message in _messages(onnx.ModelProto.FromString(data)):
+            foreign = getattr(message, "domain", "") not in {"", "ai.onnx"} and not isinstance(message, onnx.ModelProto)
+            if foreign or any(getattr(message, name, None) for name in ("external_data", "functions")):
+                raise WrongAcceptError(f"a {type(message).__name__} that is not whole in itself")
+
+    def reshape(data: bytes, source: random.Random) -> bytes:
+        model = onnx.ModelProto.FromString(data)
+        message = source.choice(list(_messages(model)))
+        fields = [each for each, _ in message.ListFields()]
+        action = source.randrange(4)
+        if isinstance(message, onnx.TensorProto) and action < 3:
+            message.data_location = onnx.TensorProto.EXTERNAL if action else onnx.TensorProto.DEFAULT
+            message.external_data.add(key="location", value="secret")
+        elif isinstance(message, onnx.NodeProto) and action == 0:
+            message.domain = "com.microsoft"
+        elif fields:
+            message.ClearField(source.choice(fields).name)
+        return bytes(model.SerializeToString())
+
+    return Kind((whole,), check, reshape)
+
+
+def _messages(message: Any) -> Iterator[Any]:  # noqa: ANN401 - protobuf's messages have no common public type
+    yield message
+    for each, value in message.ListFields():
+        if each.message_type is not None:
+            for inner in value if hasattr(value, "append") or hasattr(value, "add") else [value]:
+                yield from _messages(inner)
+
+
+def _safetensors(artefacts: Artefacts, folder: Path) -> Kind:
+    whole = (artefacts.model / "open_clip_model.safetensors").read_bytes()
+    small = {name: value for name, value in load_tensors(whole).items() if value.numel() < 1000}
+    mixed = {
+        "a": torch.ones(2, 3, dtype=torch.bfloat16),
+        "b": torch.arange(4),
+        "c": torch.zeros(0),
+        "d": torch.ones(()),
+    }
+    path = folder / "weights.safetensors"
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        with open_tensors(path, ModelError) as file:
+            read = {name: (entry.shape, bytes(file.read(name))) for name, entry in file.entries.items()}
+        try:
+            known = load_tensors(data)
+        except Exception as error:  # whatever the library says
+            raise WrongAcceptError(f"the library safetensors refuses it: {str(error)[:80]}") from error
+        if read.keys() != known.keys():
+            raise WrongAcceptError("other tensors than the library safetensors finds")
+        for name, value in known.items():
+            raw = value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+            if read.get(name) != (tuple(value.shape), raw):
+                raise WrongAcceptError("tensors that the library safetensors reads otherwise")
+
+    def reshape(data: bytes, source: random.Random) -> bytes:
+        length = int.from_bytes(data[:8], "little")
+        header = json.dumps(reshaped_json(json.loads(data[8 : 8 + length]), source)).encode()
+        return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+    return Kind((save_tensors(small), save_tensors(mixed), save_tensors(mixed, {"format": "pt"})), check, reshape)
+
+
+def _class_lists(_: Artefacts, folder: Path) -> Kind:
+    texts = ("tench\ngoldfish\nshark\n", "\ufeffcrane\r\nlimpkin\r\ncrane\r\n", "猫\nкошка\nÜberraschung\n")
+    samples = (*(text.encode() for text in texts), CLASSES.to_json().encode(), b'{"classes": ["crane", "x", "crane"]}')
+
+    def check(data: bytes) -> None:
+        path = folder / ("list.json" if data.lstrip()[:1] in {b"{", b"["} else "list.txt")
+        path.write_bytes(data)
+        classes = ClassList.read(path)
+        if len(set(classes.names)) != len(classes.names) or len(classes.names) < 2:
+            raise WrongAcceptError("names that are not different")
+        if hidden := [name for name in classes.names if not name.strip() or "\n" in name or not name.isprintable()]:
+            raise WrongAcceptError(f"the name {hidden[0]!a}")
+        (folder / "again.json").write_text(classes.to_json(), "utf-8")
+        if ClassList.read(folder / "again.json") != classes:
+            raise WrongAcceptError("a list that is read otherwise when it is written again")
+
+    return Kind(samples, check, _reshape_json)
+
+
+def _configurations(artefacts: Artefacts, folder: Path) -> Kind:
+    directory = Path(shutil.copytree(artefacts.model, folder / "model"))
+    path = directory / "open_clip_config.json"
+    image = torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        classifier = load(str(directory), device="cpu")
+        if not (classifier.embed(image).isfinite().all() and classifier.head.isfinite().all()):
+            raise WrongAcceptError("a model that computes no finite numbers")
+        if classifier.config != json.loads(data)["model_cfg"]:
+            raise WrongAcceptError("another configuration than the file's")
+
+    return Kind((path.read_bytes(), json.dumps(CONFIG, indent=1).encode()), check, _reshape_json)
+
+
+KINDS: dict[str, Callable[[Artefacts, Path], Kind]] = {
+    "images": _images,
+    "onnx": _onnx,
+    "safetensors": _safetensors,
+    "class lists": _class_lists,
+    "configurations": _configurations,
+}
+"""What is mutated: a function that makes a kind from whole files, with a folder for its own use."""
+
+
+if __name__ == "__main__":
+    main()
