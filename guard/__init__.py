@@ -38,6 +38,7 @@ Names are imported when they are first used, so that `import guard` is cheap, an
 torch.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 from guard._lazy import lazy
@@ -66,6 +67,11 @@ __all__ = [
 ]
 
 __version__ = "0.2.0"
+
+# Dependencies that would call their makers, and keep files for that in the user's home. They read these variables when
+# they are imported, which is after this line wherever guard imports them; an operator's own value is left alone.
+for _silence in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ[_silence] = os.environ.get(_silence) or "1"
 
 __getattr__ = lazy(
     __name__,

@@ -9,7 +9,8 @@
     ├── ClassListError            4   a list of classes or templates cannot be used
     ├── ProfileError              4   a profile is missing, damaged, or of another model
     ├── EmbeddingsError           4   a file of embeddings cannot be used
-    ├── EvidenceError             4   an evidence log is missing, damaged, or of another kind
+    ├── EvidenceError             4   an evidence log is missing or cannot be used
+    │   └── DamagedLogError           … because it is damaged, of another schema, or no evidence log
     ├── StateError                4   the stored state of a stream monitor is damaged, or of another configuration
     ├── ZooError                  4   a zoo of models, or what is said about its models, cannot be used
     └── RequestError              –   an inference request is malformed (the sidecar answers INVALID_ARGUMENT)
@@ -21,6 +22,7 @@ what to do about it.
 
 __all__ = [
     "ClassListError",
+    "DamagedLogError",
     "EmbeddingsError",
     "EvidenceError",
     "ExportError",
@@ -77,7 +79,11 @@ class EmbeddingsError(GuardError):
 
 
 class EvidenceError(GuardError):
-    """An evidence log is missing, damaged, of another schema, or no evidence log."""
+    """An evidence log is missing, or cannot be read or written."""
+
+
+class DamagedLogError(EvidenceError):
+    """A file in the place of an evidence log is damaged, of another schema, or of another kind."""
 
 
 class StateError(GuardError):

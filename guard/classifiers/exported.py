@@ -6,6 +6,7 @@ from typing import Any
 
 import onnxruntime
 
+from guard._cpus import usable_cpus
 from guard._documents import read_bytes, read_document
 from guard._types import Floats
 from guard.classifiers.classes import ClassList
@@ -13,6 +14,10 @@ from guard.classifiers.digest import canonical, sha256
 from guard.classifiers.graph import check_graph
 from guard.classifiers.preprocessing import Preprocessing
 from guard.errors import ModelError, first_line
+
+_FATAL = 4
+"""Errors come as exceptions; lines of ONNX Runtime's own on standard error would break the form of a log."""
+onnxruntime.set_default_logger_severity(_FATAL)
 
 MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "classifier.json"
@@ -52,7 +57,7 @@ class ExportedClassifier:
 
     Args:
         directory: A directory that `guard export` wrote.
-        threads: Threads that one forward pass uses; 0 lets ONNX Runtime choose.
+        threads: Threads that one forward pass uses; 0 for as many as there are processors for this process.
         gpu: Whether to use a GPU if ONNX Runtime can use one.
 
     Attributes:
@@ -124,8 +129,10 @@ def _session(path: Path, expected: str, *, threads: int, gpu: bool) -> Any:  # n
     except ValueError as error:
         raise ModelError(f"{path} cannot be used as an exported model: {error}") from error
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    # Never left to ONNX Runtime, which counts the processors of the machine and not those of the container.
+    options.intra_op_num_threads = threads or usable_cpus()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _FATAL
     # What was checked is what runs: by some bytes at its start, ONNX Runtime would take a file for one of its own form.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     # By default idle threads spin, and each occupies a core that the rest of the sidecar and its neighbours could use.

@@ -5,6 +5,7 @@ import sys
 import click
 
 from guard import __version__
+from guard.cli import beginning  # noqa: F401 - before what takes time to load
 from guard.cli.attack import attack
 from guard.cli.calibrate import calibrate
 from guard.cli.demo import demo

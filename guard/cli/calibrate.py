@@ -8,7 +8,7 @@ import click
 
 from guard.cli import options
 from guard.cli.console import Console
-from guard.errors import UsageError
+from guard.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from guard.profiles import LeftOut
@@ -88,9 +88,14 @@ def calibrate(
         text = report.render(calibrated, report.examples(calibrated))
     elif images is not None:
         folder = guard.ImageFolder.scan(images).sample(limit, seed=seed)
-        classifier = guard.load(
-            model or stored.document.model.source, classes=stored.document.model.classes, device=device
-        )
+        named = model or stored.document.model.source
+        try:
+            classifier = guard.load(named, classes=stored.document.model.classes, device=device)
+        except ModelError as error:
+            if model is not None:
+                raise
+            hint = f"the profile names its model {named!r}, as it was given to guard vet; give its place with --model"
+            raise ModelError(f"{error}; {hint}") from error
         stored.check_model(classifier.digest)
         pixels = classifier.read(folder, console.progress)
         calibrated = stored.calibrate(

@@ -111,13 +111,14 @@ def _failure(subject: str, error: GuardError) -> Finding:
 
 
 def _running(finding: Finding, settings: "Settings") -> Finding:
-    """Turn the finding that a port is taken into a good one if the sidecar itself is running there."""
+    """Turn the finding that a port or the folder is taken into a good one if the sidecar itself is running there."""
     from guard.diagnostics.rest import fetch
     from guard.sidecar.addresses import split_address
 
-    if finding.exit_code and finding.subject in {"listen", "metrics"}:
+    if finding.exit_code and finding.subject in {"listen", "metrics", "lock"}:
         status, body = fetch(*split_address(settings.metrics), "/metrics") or (0, b"")
         if status == 200 and b"guard_" in body:
-            address = settings.listen if finding.subject == "listen" else settings.metrics
+            places = {"listen": settings.listen, "metrics": settings.metrics, "lock": settings.state_dir}
+            address = places[finding.subject]
             return Finding(finding.subject, Status.OK, f"{address} is taken by a running sidecar")
     return finding

@@ -124,7 +124,8 @@ def serve(
     such as GUARD_STATE_DIR, or in the configuration file. The command line takes precedence over the environment, and
     the environment over the file.
 
-    The command prints one line of JSON as soon as it serves. SIGTERM lets running requests finish and ends it.
+    The command prints one line of JSON as soon as it serves. SIGTERM lets running requests finish and ends it; SIGHUP
+    makes it read certificates, profiles and models again.
     """
     from guard.sidecar import Settings
     from guard.sidecar import serve as run

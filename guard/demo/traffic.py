@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from guard._types import Floats
 from guard.errors import GuardError, MissingDependencyError
+from guard.sidecar.transport.channels import DIRECT
 
 START_SECONDS = 60
 MODEL = "classifier"
@@ -113,7 +114,7 @@ def send(addresses: list[str], inputs: Floats) -> list[Replies]:
         The replies of each sidecar.
     """
     grpc = client_library()
-    clients = [grpc.InferenceServerClient(address) for address in addresses]
+    clients = [grpc.InferenceServerClient(address, channel_args=list(DIRECT)) for address in addresses]
     decisions: list[list[str]] = [[] for _ in clients]
     scores: list[list[float]] = [[] for _ in clients]
     times: list[list[float]] = [[] for _ in clients]
@@ -146,6 +147,7 @@ def _tensor(grpc: ModuleType, images: Floats) -> Any:  # noqa: ANN401 - tritoncl
 
 def scrape(address: str, prefixes: tuple[str, ...]) -> list[str]:
     """The lines of `/metrics` that start with one of the prefixes."""
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as reply:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(f"http://{address}/metrics", timeout=10) as reply:
         text = reply.read().decode()
     return [line for line in text.splitlines() if line.startswith(prefixes)]

@@ -229,9 +229,9 @@ def _port(place: _Place, addresses: Iterable[str], upstream: Endpoint) -> Findin
     places = [_joined(address, place.port) for address in addresses]
     reached = []
     for each in places:
-        # The certificate names the host of the upstream address; and a proxy would answer for every address.
+        # The certificate names the host of the upstream address.
         endpoint = replace(upstream, address=each, server_name=upstream.server_name or place.host)
-        with open_channel(endpoint, [("grpc.enable_http_proxy", 0)]) as channel:
+        with open_channel(endpoint) as channel:
             if _connects(channel):
                 reached.append(each)
     if reached:

@@ -9,13 +9,14 @@ from google.protobuf.message import DecodeError
 
 from guard.classifiers import ExportedClassifier
 from guard.diagnostics.findings import Finding, Status
-from guard.errors import GuardError, ProfileError
+from guard.errors import DamagedLogError, GuardError, ProfileError, StateError
 from guard.evidence import EVIDENCE_FILE
 from guard.protocol import SERVICE
 from guard.protocol.inference_pb2 import ServerReadyRequest, ServerReadyResponse
 from guard.sidecar.decisions.checking import Checker
 from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.loading import match, read_profile
+from guard.sidecar.decisions.state import check_unused
 from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.decisions.workers import Workers
 from guard.sidecar.host.limits import most_memory, resident_bytes
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from guard.screening import Detector
 
 UPSTREAM_SECONDS = 3.0
+_BEGUN_ANEW = "a start moves it aside and begins anew"
 
 
 def preflight(settings: Settings) -> tuple[Finding, ...]:
@@ -47,6 +49,7 @@ def preflight(settings: Settings) -> tuple[Finding, ...]:
         finding
         for subject, check in (
             ("loop", checks.loop),
+            ("lock", checks.lock),
             ("state", checks.state),
             *(
                 (f"{subject} {each.settings.label}" if settings.models else subject, check)
@@ -95,20 +98,39 @@ class _Checks:
         workers = Workers(self._settings.workers, self._settings.max_queued)
         several = self._settings.processes > 1
         return tuple(
-            Shared(self._settings, workers, self._recorder, process if several else None)
+            Shared(self._settings, workers, self._recorder, process if several else None, read_only=True)
             for process in range(self._settings.processes)
         )
+
+    @property
+    def threads(self) -> int:
+        """Threads that one forward pass uses."""
+        return self._settings.forward_threads
 
     def loop(self) -> str:
         return "asyncio" if loop_factory(self._settings.event_loop) is None else "uvloop"
 
     def state(self) -> str | None:
-        self._recorder = Recorder(self._settings, self.sidecar_metrics, read_only=True)
         folder = self._settings.state_dir
+        recorder = Recorder(self._settings.model_copy(update={"state_dir": None}), self.sidecar_metrics)
+        if folder is not None:
+            try:
+                Recorder(self._settings, self.sidecar_metrics, read_only=True)
+            except DamagedLogError as error:
+                self._recorder = recorder
+                raise _DoubtError(f"{error}; {_BEGUN_ANEW}") from error
+        self._recorder = recorder
         if folder is None:
             return None
         log = "with the evidence log in it" if (folder / EVIDENCE_FILE).exists() else "without an evidence log yet"
         return f"{folder} can be written, {log}"
+
+    def lock(self) -> str | None:
+        folder = self._settings.state_dir
+        if folder is None:
+            return None
+        check_unused(folder)
+        return f"no sidecar uses {folder}"
 
     def tls(self) -> str | None:
         settings = self._settings
@@ -191,7 +213,7 @@ class _ModelChecks:
     def model(self) -> str | None:
         if self.settings.model is None:
             return None
-        self._model = ExportedClassifier(self.settings.model)
+        self._model = ExportedClassifier(self.settings.model, threads=self._sidecar.threads)
         return self._model.digest
 
     def digest(self) -> str | None:
@@ -213,5 +235,8 @@ class _ModelChecks:
             return None
         metrics = self._sidecar.sidecar_metrics.of(self.settings)
         for shared in self._sidecar.shared:
-            Checker(self._profile, self._detector, self._model, self.settings, metrics, shared, None)
+            try:
+                Checker(self._profile, self._detector, self._model, self.settings, metrics, shared, None)
+            except StateError as error:
+                raise _DoubtError(f"{error}; {_BEGUN_ANEW}") from error
         return "the detector and the stream monitor can be started"

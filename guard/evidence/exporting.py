@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from io import TextIOWrapper
@@ -14,16 +15,19 @@ from guard.errors import MissingDependencyError, UsageError
 from guard.evidence.records import COLUMNS, Record
 
 _CHUNK = 1000
-_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
-"""Characters that begin a formula; spreadsheets accept the full-width ones too."""
+_FORMULA = re.compile(r"""(^|[;,\t|])([\s"]*)(?=[=+\-@＝＋－＠])""")
+"""Where a formula may begin: at the start of a text, and behind what some spreadsheet takes for the end of a cell.
+
+Which that is depends on its settings: with `;`, a text `a;=1` becomes two cells. The full-width signs are accepted too.
+"""
 
 
 def export(records: Iterable[Record], path: Path) -> int:
     """Write records, without their thumbnails, to a file that appears when it is complete.
 
     The suffix decides the format: `.csv`, `.jsonl` (an object on each line) or `.parquet`. All three contain the fields
-    of `Record` under their names, `id` first. In CSV, scores and thresholds are JSON, and a text that a spreadsheet
-    would take for a formula begins with an apostrophe, because request ids come from clients.
+    of `Record` under their names, `id` first. In CSV, scores and thresholds are JSON, and an apostrophe stands before
+    whatever a spreadsheet would take for a formula, because request ids come from clients.
 
     Args:
         records: The records to write; only a few are in memory at a time.
@@ -53,7 +57,7 @@ def _csv(records: Iterable[Record], file: IO[bytes]) -> int:
     for record in records:
         row = record.document()
         for name in ("scores", "thresholds"):
-            row[name] = json.dumps(row[name])
+            row[name] = json.dumps(row[name], ensure_ascii=False)
         writer.writerow([_harmless(value) if isinstance(value, str) else value for value in row.values()])
         count += 1
     text.detach()
@@ -61,7 +65,8 @@ def _csv(records: Iterable[Record], file: IO[bytes]) -> int:
 
 
 def _harmless(text: str) -> str:
-    return f"'{text}" if text.lstrip().startswith(_FORMULA) else text
+    """A text in which no cell begins with a formula, however it is divided: an apostrophe stands before each."""
+    return _FORMULA.sub(lambda found: f"{found[1]}'{found[2]}", text)
 
 
 def _jsonl(records: Iterable[Record], file: IO[bytes]) -> int:

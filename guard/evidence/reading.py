@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sqlalchemy import ColumnElement, Select, func, select
-from sqlalchemy.exc import DatabaseError
 
 from guard.errors import EvidenceError
 from guard.evidence import store
@@ -91,14 +90,14 @@ class EvidenceLog:
         try:
             with self._engine.connect() as connection:
                 return connection.execute(query).scalar_one()
-        except DatabaseError as error:
+        except store.FAILURES as error:
             raise store.unusable(self._path, error) from error
 
     def _fetch(self, query: Select[tuple[object, ...]]) -> list[Record]:
         try:
             with self._engine.connect() as connection:
                 return [store.to_record(row) for row in connection.execute(query)]
-        except DatabaseError as error:
+        except store.FAILURES as error:
             raise store.unusable(self._path, error) from error
 
 

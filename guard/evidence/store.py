@@ -1,13 +1,14 @@
 """The database of an evidence log: its schema, and how it is opened, filled and kept within its limits."""
 
 import errno
+import fcntl
 import json
 import math
 import os
 import sqlite3
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from sqlalchemy import (
     MetaData,
     NullPool,
     Row,
+    Select,
     Table,
     Text,
     create_engine,
@@ -34,22 +36,32 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DatabaseError
 
-from guard.errors import EvidenceError
+from guard._files import move_aside, sync
+from guard.errors import DamagedLogError, EvidenceError
 from guard.evidence.records import Record, rfc3339
 
 SCHEMA = 1
+COMPANIONS = ("-wal", "-shm")
+"""Suffixes of the files that SQLite keeps beside a database: its write-ahead log and an index of that."""
 APPLICATION = int.from_bytes(b"grdE")
 """Marks the file as an evidence log, in the header field that SQLite reserves for this purpose."""
+_MAGIC, _HEAD_BYTES = b"SQLite format 3\0", 100
+"""The beginning of every SQLite file, and the length of its head, where the schema and the mark above are."""
 MIN_BYTES = 2**18
 BUSY_SECONDS = 2.0
 """How long a statement waits for another process."""
 _MAX_LENGTH = 2**20
 """Largest value that is read, in bytes: a log that was tampered with must not fill the memory."""
+_MOST_AGED, _MOST_AGED_SHARE = 256, 0.1
+"""The most records that are deleted for their age at a time: this number or this share, whichever is more."""
 _KEEP = 0.9
 """Share of the allowed size that remains when the oldest records are deleted for it."""
 
 _NUMBERS = TypeAdapter(dict[str, float | None])
 """Scores and thresholds, which are stored as JSON; a number that is not finite as null."""
+
+FAILURES = (DatabaseError, UnicodeDecodeError)
+"""What using a damaged log may raise; the second where a text in it, or SQLite's message about it, is not UTF-8."""
 
 _PRAGMAS = (
     "PRAGMA trusted_schema = OFF",
@@ -78,12 +90,21 @@ table = Table(
 )
 
 
+Identity = tuple[int, int]
+"""Device and inode of a file: it keeps them when it is renamed, and no other file has them."""
+
+
 def engine(path: Path, mode: Literal["ro", "rw"]) -> Engine:
     """Connections to an existing file, each opened when it is needed and closed after use."""
 
     def connect() -> sqlite3.Connection:
         uri = f"file:{quote(str(path.absolute()))}?mode={mode}"
+        if mode == "ro" and _lies_still(path):
+            # To read a log, SQLite makes files beside it, unless it is told that nobody writes.
+            uri += "&immutable=1"
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)
+        # One damaged text must not make all others unreadable.
+        connection.text_factory = _text
         try:
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_LENGTH)
             for pragma in _PRAGMAS:
@@ -97,35 +118,84 @@ def engine(path: Path, mode: Literal["ro", "rw"]) -> Engine:
     return create_engine("sqlite://", creator=connect, poolclass=NullPool, hide_parameters=True)
 
 
+def _text(data: bytes) -> str:
+    return data.decode(errors="replace")
+
+
+def _lies_still(path: Path) -> bool:
+    """Whether nobody can be writing to a log: its folder cannot be written, and no records wait in its write-ahead log.
+
+    So it is with a log on a volume that is mounted for reading, after its sidecar has stopped.
+    """
+    if os.access(path.parent, os.W_OK):
+        return False
+    try:
+        return path.with_name(path.name + COMPANIONS[0]).stat().st_size == 0
+    except OSError:
+        return True
+
+
 def check(engine: Engine, path: Path) -> None:
     """Make sure that a file is an evidence log that this guard can use.
 
     Raises:
-        EvidenceError: It is not an evidence log, is damaged, has another schema, or cannot be opened.
+        DamagedLogError: It is not an evidence log, is damaged, or has another schema.
+        EvidenceError: It is missing, or cannot be opened.
     """
-    if not path.is_file():
+    if not path.exists():
         raise EvidenceError(f"there is no evidence log {path}")
+    if not path.is_file():
+        raise DamagedLogError(f"{path} is not an evidence log, because it is not a regular file")
+    _check_head(path)
     try:
         with engine.connect() as connection:
-            application, schema = _pragma(connection, "application_id"), _pragma(connection, "user_version")
-            if application != APPLICATION:
-                raise EvidenceError(f"{path} is not an evidence log; give another file, or move this one away")
-            if schema != SCHEMA:
-                raise EvidenceError(
-                    f"the evidence log {path} has schema {schema}, this guard knows {SCHEMA}; "
-                    f"use {'a newer' if schema > SCHEMA else 'the older'} guard, or give another file"
-                )
             connection.execute(select(table).order_by(table.c.id.desc()).limit(1)).all()
-    except DatabaseError as error:
+    except FAILURES as error:
         raise unusable(path, error) from error
 
 
-def unusable(path: Path, error: DatabaseError) -> EvidenceError:
+def _check_head(path: Path) -> None:
+    """Make sure that a file is an evidence log before SQLite looks at it, which changes what lies beside some files."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError as error:
+        raise EvidenceError(f"cannot read the evidence log {path}: {error.strerror}") from error
+    if head[:16] != _MAGIC or int.from_bytes(head[68:72]) != APPLICATION:
+        raise DamagedLogError(f"{path} is damaged, or is not an evidence log")
+    schema = int.from_bytes(head[60:64])
+    if schema != SCHEMA:
+        raise DamagedLogError(
+            f"the evidence log {path} has schema {schema}, this guard knows {SCHEMA}; "
+            f"read it with {'a newer' if schema > SCHEMA else 'the older'} guard"
+        )
+
+
+def unusable(path: Path, error: DatabaseError | UnicodeDecodeError) -> EvidenceError:
     """The error for a log on which the database failed."""
-    return EvidenceError(
-        f"the evidence log {path} is damaged, is not an evidence log, or cannot be opened ({error.orig}); "
-        "check its permissions, or move it away"
-    )
+    if isinstance(error, UnicodeDecodeError):
+        return DamagedLogError(f"the evidence log {path} is damaged ({error.reason} in a text)")
+    code = error_code(error)
+    if code in _DAMAGE:
+        return DamagedLogError(f"the evidence log {path} is damaged, or is not an evidence log ({error.orig})")
+    if not os.access(path, os.R_OK):
+        return EvidenceError(f"cannot read the evidence log {path}: {os.strerror(errno.EACCES)}")
+    if code == sqlite3.SQLITE_CANTOPEN and not os.access(path.parent, os.W_OK):
+        return EvidenceError(
+            f"the evidence log {path} has records in its write-ahead log, which cannot be read in a folder that cannot "
+            f"be written; copy it together with {path.name}-wal to another folder, and read it there"
+        )
+    return EvidenceError(f"the evidence log {path} cannot be opened ({error.orig})")
+
+
+def error_code(error: DatabaseError) -> int | None:
+    """SQLite's primary error code; None if the error is not one of SQLite's."""
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
+
+
+_DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_SCHEMA}
+"""Codes of a file that is not a whole log; SQLITE_ERROR and SQLITE_SCHEMA of one without its table or a column."""
 
 
 def prepare(path: Path) -> Engine:
@@ -139,7 +209,7 @@ def prepare(path: Path) -> Engine:
     """
     check_place(path)
     try:
-        if not path.exists():
+        if not os.path.lexists(path):
             _create(path)
     except OSError as error:
         raise EvidenceError(f"cannot write the evidence log {path}: {error.strerror}") from error
@@ -148,6 +218,84 @@ def prepare(path: Path) -> Engine:
     opened = engine(path, "rw")
     check(opened, path)
     return opened
+
+
+def renew(path: Path, on_damage: Callable[[Path, EvidenceError], object], spoiled: Identity | None = None) -> Engine:
+    """Open an evidence log for writing as `prepare` does, and move what cannot be used out of its way.
+
+    Nothing is deleted: the file goes aside whole, together with its write-ahead log.
+
+    Args:
+        path: The file.
+        on_damage: Called with the new place of what was moved, and why it was.
+        spoiled: The identity of a file that has turned out to be damaged, and is moved if it still lies there.
+
+    Raises:
+        EvidenceError: A log can neither be opened nor created.
+    """
+    with _alone_in(path.parent):
+        if spoiled is not None and spoiled == identity(path):
+            _set_aside(path, EvidenceError(f"the evidence log {path} is damaged"), on_damage)
+        elif any(os.path.lexists(each) and not (path.exists() and each.is_file()) for each in _companions(path)):
+            # SQLite cannot use what is not a file, and would take the write-ahead log of one file for that of another.
+            _set_aside(path, EvidenceError(f"what lies beside the evidence log {path} is not its own"), on_damage)
+        try:
+            return prepare(path)
+        except EvidenceError as error:
+            if not is_damage(path, error):
+                raise
+            _set_aside(path, error, on_damage)
+            return prepare(path)
+
+
+def identity(path: Path) -> Identity | None:
+    """The identity of a file; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def is_damage(path: Path, error: EvidenceError) -> bool:
+    """Whether an error is one of the file, so that another file would help."""
+    if isinstance(error, DamagedLogError):
+        return True
+    if not os.path.lexists(path) or not os.access(path.parent, os.W_OK | os.X_OK):
+        return False
+    if not os.access(path, os.R_OK | os.W_OK):
+        return True
+    # Something that is not a file lies in the place of one that SQLite keeps beside it.
+    return isinstance(error.__cause__, DatabaseError) and error_code(error.__cause__) == sqlite3.SQLITE_CANTOPEN
+
+
+def _companions(path: Path) -> list[Path]:
+    return [path.with_name(path.name + suffix) for suffix in COMPANIONS]
+
+
+def _set_aside(path: Path, error: EvidenceError, on_damage: Callable[[Path, EvidenceError], object]) -> None:
+    try:
+        place = move_aside(path, COMPANIONS)
+    except OSError as failed:
+        raise EvidenceError(f"{error}; it cannot be moved aside: {failed.strerror}") from failed
+    on_damage(place, error)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let one process at a time look at a log and move it, so that none moves the new one of another."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:  # `prepare` says what is wrong
+        yield
+        return
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_place(path: Path) -> None:
@@ -166,7 +314,8 @@ def _create(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
         new = Path(directory) / "log"
-        new.touch(0o600)
+        new.touch()
+        new.chmod(0o600)  # whatever the umask is; what SQLite makes beside it has the same mode
         made = engine(new, "rw")
         with made.connect() as connection:
             for name, value in (
@@ -179,8 +328,10 @@ def _create(path: Path) -> None:
                 connection.exec_driver_sql(f"PRAGMA {name} = {value}")
             table.metadata.create_all(connection)
             connection.commit()
+        sync(new)
         with suppress(FileExistsError):  # another process created the same file first
             path.hardlink_to(new)
+    sync(path.parent)
 
 
 def add(connection: Connection, records: Sequence[Record]) -> None:
@@ -217,12 +368,35 @@ def size(connection: Connection) -> int:
     return _pragma(connection, "page_count") * _pragma(connection, "page_size")
 
 
-def prune(connection: Connection, *, max_rows: int, max_bytes: int, max_age_days: float) -> None:
-    """Delete the oldest records beyond the limits, and give their space back to the file system."""
-    oldest = rfc3339(datetime.now(UTC) - timedelta(days=max_age_days))
-    deleted = connection.execute(delete(table).where(table.c.time < oldest)).rowcount
+def newest(connection: Connection, before: datetime) -> datetime | None:
+    """The time of the newest record that is older than a given time; None if there is none."""
+    query = select(table.c.time).where(table.c.time < rfc3339(before)).order_by(table.c.id.desc()).limit(1)
+    found = connection.execute(query).scalar()
+    try:
+        return None if found is None else datetime.fromisoformat(str(found)).astimezone(UTC)
+    except (ValueError, OverflowError):  # nobody but a damaged or foreign hand wrote that
+        return datetime.min.replace(tzinfo=UTC)
+
+
+def prune(connection: Connection, *, max_rows: int, max_bytes: int, max_age_days: float | None) -> None:
+    """Delete the oldest records beyond the limits, and give their space back to the file system.
+
+    Args:
+        connection: A connection for writing.
+        max_rows: Largest number of records that are kept.
+        max_bytes: Largest size of the file.
+        max_age_days: Longest time that a record is kept; None to delete nothing for its age, because it is not known.
+            Only a share of the records is deleted for that at a time, so that a wrong clock can be noticed before all
+            are gone.
+    """
     rows = _count(connection)
-    deleted += _delete_oldest(connection, rows - max_rows)
+    deleted = 0
+    if max_age_days is not None:
+        oldest = rfc3339(datetime.now(UTC) - timedelta(days=max_age_days))
+        aged = select(table.c.id).where(table.c.time < oldest).order_by(table.c.id)
+        most = max(_MOST_AGED, math.ceil(rows * _MOST_AGED_SHARE))
+        deleted = _delete(connection, aged.limit(most))
+    deleted += _delete_oldest(connection, rows - deleted - max_rows)
     connection.commit()
     if deleted:
         _shrink(connection)
@@ -238,10 +412,11 @@ def _count(connection: Connection) -> int:
 
 
 def _delete_oldest(connection: Connection, number: int) -> int:
-    if number <= 0:
-        return 0
-    oldest = select(table.c.id).order_by(table.c.id).limit(number).scalar_subquery()
-    return connection.execute(delete(table).where(table.c.id.in_(oldest))).rowcount
+    return _delete(connection, select(table.c.id).order_by(table.c.id).limit(number)) if number > 0 else 0
+
+
+def _delete(connection: Connection, identities: Select[tuple[int]]) -> int:
+    return connection.execute(delete(table).where(table.c.id.in_(identities.scalar_subquery()))).rowcount
 
 
 def _shrink(connection: Connection) -> None:

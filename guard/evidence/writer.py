@@ -1,11 +1,13 @@
 """Write an evidence log in a thread of its own, with bounded memory, so that it never delays requests."""
 
 import logging
+import os
 import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import monotonic
@@ -13,8 +15,9 @@ from time import monotonic
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from guard.errors import EvidenceError, UsageError
+from guard.errors import DamagedLogError, EvidenceError, UsageError
 from guard.evidence import store
+from guard.evidence.clock import Clock
 from guard.evidence.records import Drop, Record
 
 log = logging.getLogger(__name__)
@@ -41,10 +44,12 @@ class EvidenceWriter:
 
     While the file cannot be written, records wait, up to the length of the queue, and the transaction is tried again
     with growing pauses; records that no longer fit are counted and lost. A file that was moved away is replaced by a
-    new one. Several processes may write to one file.
+    new one, and so is one that is damaged or of another kind, which is moved aside whole. Several processes may write
+    to one file.
 
-    The limits are met to within `_PRUNE_ROWS` records or `_PRUNE_SECONDS`; the oldest records are deleted first. SQLite
-    keeps its write-ahead log, usually a few MiB, beside the file.
+    The limits are met to within `_PRUNE_ROWS` records or `_PRUNE_SECONDS`; the oldest records are deleted first. For
+    their age, records are deleted only while the clock is plausible (`Clock`), and few at a time. SQLite keeps its
+    write-ahead log, usually a few MiB, beside the file.
 
     Args:
         path: The file; created with mode 0600 if it is missing.
@@ -53,10 +58,13 @@ class EvidenceWriter:
         max_age_days: Longest time that a record is kept.
         queue: Largest number of records that wait to be written.
         on_drop: Called when records are lost, with the reason and their number; from any thread. It must not raise.
+        on_damage: Called when a file that cannot be used was moved aside, from any thread. It must not raise.
+        shared: Whether other processes write to the file. One that turns out to be damaged while it is written is then
+            left in its place until the next start: SQLite would delete the write-ahead log of a new file when the
+            others close the old one.
 
     Raises:
-        EvidenceError: The file is damaged, is not an evidence log, has another schema, or cannot be created. Only the
-            constructor raises it; later trouble is counted.
+        EvidenceError: The file cannot be written or created. Only the constructor raises it; later trouble is counted.
         UsageError: A limit is out of range.
     """
 
@@ -69,6 +77,8 @@ class EvidenceWriter:
         max_age_days: float = 90.0,
         queue: int = 1024,
         on_drop: Callable[[Drop, int], None] = lambda _reason, _number: None,
+        on_damage: Callable[[], object] = lambda: None,
+        shared: bool = False,
     ) -> None:
         for name, value, least in (
             ("max_rows", max_rows, 1),
@@ -79,8 +89,9 @@ class EvidenceWriter:
                 raise UsageError(f"{name} of the evidence log must be at least {least}, not {value}")
         if not 0 < max_age_days <= 36_500:
             raise UsageError(f"max_age_days of the evidence log must lie between 0 and 36500, not be {max_age_days:g}")
-        store.prepare(path).dispose()
         self._path, self._capacity, self._on_drop = path, queue, on_drop
+        self._on_damage, self._shared = on_damage, shared
+        store.renew(path, self._moved).dispose()
         self._max_rows, self._max_bytes, self._max_age_days = max_rows, max_bytes, max_age_days
         self._waiting: deque[Record] = deque()
         self._changed = threading.Condition()
@@ -89,21 +100,29 @@ class EvidenceWriter:
         self._trouble: Drop | None = None
         # Used by the thread only:
         self._connection: Connection | None = None
-        self._file: tuple[int, int] | None = None
+        self._file: store.Identity | None = None
+        self._spoiled: store.Identity | None = None
+        self._clock: Clock | None = None
         self._since_prune, self._next_prune = 0, monotonic()
         self._thread = threading.Thread(target=self._run, name="guard-evidence", daemon=True)
         self._thread.start()
 
     @staticmethod
     def check(path: Path) -> None:
-        """Raise what the constructor would raise about a file, without making or changing one.
+        """Raise what the constructor would raise or move aside, without making or changing a file.
 
         Raises:
-            EvidenceError: The file is damaged, no evidence log, of another schema, or cannot be written or made.
+            DamagedLogError: The file would be moved aside.
+            EvidenceError: A log cannot be written or made there.
         """
-        store.check_place(path)
-        if path.exists():
-            store.check(store.engine(path, "ro"), path)
+        try:
+            store.check_place(path)
+            if os.path.lexists(path):
+                store.check(store.engine(path, "ro"), path)
+        except EvidenceError as error:
+            if store.is_damage(path, error):
+                raise DamagedLogError(str(error)) from error
+            raise
 
     @property
     def trouble(self) -> Drop | None:
@@ -146,7 +165,7 @@ class EvidenceWriter:
         return not self._thread.is_alive() and not self._lost_at_end
 
     def _run(self) -> None:
-        delay = _FIRST_DELAY
+        delay, renewed = _FIRST_DELAY, False
         while True:
             with self._changed:
                 pause = max(0.0, self._next_prune - monotonic())
@@ -161,6 +180,9 @@ class EvidenceWriter:
             except Exception as error:  # noqa: BLE001 - the thread must live as long as the sidecar
                 self._disconnect()
                 reason = self._note(error, batch)
+                if reason is Drop.DAMAGED and closing and not self._shared and not renewed:
+                    renewed = True  # the next try moves the file aside
+                    continue
                 if reason is not None and closing:
                     self._lose(reason, len(self._waiting))
                     break
@@ -174,6 +196,8 @@ class EvidenceWriter:
     def _write(self, batch: list[Record]) -> None:
         """Write records in one transaction, and enforce the limits when that is due."""
         connection = self._connect()
+        # Before the batch, whose times are of the clock that is to be judged.
+        clock = self._clock = self._clock or Clock(lambda before: store.newest(connection, before))
         if batch:
             store.add(connection, batch)
             self._forget(len(batch))
@@ -183,7 +207,8 @@ class EvidenceWriter:
             or self._since_prune >= min(_PRUNE_ROWS, max(1, self._max_rows // 8))
             or store.size(connection) > self._max_bytes
         ):
-            store.prune(connection, max_rows=self._max_rows, max_bytes=self._max_bytes, max_age_days=self._max_age_days)
+            age = self._max_age_days if clock.is_believed() else None
+            store.prune(connection, max_rows=self._max_rows, max_bytes=self._max_bytes, max_age_days=age)
             self._since_prune, self._next_prune = 0, monotonic() + _PRUNE_SECONDS
         connection.rollback()  # a reading transaction left open would keep the write-ahead log from being reused
         if self._trouble is not None:
@@ -194,6 +219,7 @@ class EvidenceWriter:
         """Log what went wrong, and drop records that another try would not save; the reason if another try may help."""
         self._next_prune = monotonic()  # pruning may be what failed, and it must not wait for the next record
         reason = _reason(error)
+        self._spoiled = self._file if reason is Drop.DAMAGED else None
         if reason is None:
             unwritten = bool(batch) and bool(self._waiting) and self._waiting[0] is batch[0]
             self._lose(Drop.ERROR, len(batch) if unwritten else 0)
@@ -203,6 +229,10 @@ class EvidenceWriter:
             cause = error.orig if isinstance(error, DBAPIError) else error
             log.warning("the evidence log %s cannot be written (%s): %s", self._path, reason, cause)
         return reason
+
+    def _moved(self, place: Path, error: EvidenceError) -> None:
+        log.warning("%s; it was moved to %s, and a new one is begun", error, place.name)
+        self._on_damage()
 
     def _lose(self, reason: Drop, number: int) -> None:
         if number:
@@ -217,12 +247,15 @@ class EvidenceWriter:
 
     def _connect(self) -> Connection:
         """The connection to the file that is at the path now."""
-        if self._connection is not None and (self._file is None or self._file != _identity(self._path)):
+        if self._connection is not None and (self._file is None or self._file != store.identity(self._path)):
             self._disconnect()
         if self._connection is None:
-            engine = store.prepare(self._path)
+            renew = (
+                store.prepare if self._shared else partial(store.renew, on_damage=self._moved, spoiled=self._spoiled)
+            )
+            engine = renew(self._path)
             # Before it is opened: a file that is moved away in between is then noticed at the next record.
-            self._file = _identity(self._path)
+            self._file = store.identity(self._path)
             self._connection = engine.connect()
         return self._connection
 
@@ -233,14 +266,6 @@ class EvidenceWriter:
             self._connection = None
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
-
-
 def _reason(error: Exception) -> Drop | None:
     """Why the file cannot be written; None if the error is of another kind, so that trying again would not help."""
     if isinstance(error, DBAPIError):
@@ -249,6 +274,8 @@ def _reason(error: Exception) -> Drop | None:
             return None
         known = _REASONS.get(code & 0xFF)
         return known or (Drop.ERROR if isinstance(error.orig, sqlite3.OperationalError) else None)
+    if isinstance(error, (DamagedLogError, UnicodeDecodeError)):
+        return Drop.DAMAGED
     if isinstance(error, EvidenceError):
         return _reason(error.__cause__) if isinstance(error.__cause__, Exception) else Drop.DAMAGED
     return Drop.ERROR if isinstance(error, OSError) else None

@@ -2,15 +2,18 @@
 
 import io
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
 from guard._documents import open_regular
 from guard._files import replace_file
 from guard._types import Floats
-from guard.errors import EmbeddingsError
+from guard.errors import EmbeddingsError, first_line
 
 _MAX_BYTES = 8 * 2**30
+_DAMAGED = (ValueError, EOFError, MemoryError, OverflowError, TypeError, SyntaxError, TokenError, RecursionError)
+"""What NumPy raises for the head of a file that is not its own."""
 
 
 def read_embeddings(path: Path, dimension: int) -> Floats:
@@ -30,8 +33,8 @@ def read_embeddings(path: Path, dimension: int) -> Floats:
     try:
         with open_regular(path, _MAX_BYTES, EmbeddingsError, missing=missing) as (file, _):
             values = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, EOFError, MemoryError) as error:
-        raise EmbeddingsError(f"{path} is not a NumPy file of numbers: {error}") from error
+    except _DAMAGED as error:
+        raise EmbeddingsError(f"{path} is not a NumPy file of numbers: {first_line(error)}") from error
     if values.ndim != 2 or values.shape[1] != dimension or not np.issubdtype(values.dtype, np.floating):
         raise EmbeddingsError(
             f"{path} contains {values.dtype} of shape {values.shape}; embeddings of this model are floats of shape "
@@ -43,7 +46,13 @@ def read_embeddings(path: Path, dimension: int) -> Floats:
 
 
 def write_embeddings(path: Path, embeddings: Floats) -> None:
-    """Write embeddings, shape [N, D], to a file that `read_embeddings` reads; completely or not at all."""
+    """Write embeddings, shape [N, D], to a file that `read_embeddings` reads; completely or not at all.
+
+    Only this user can read the file: embeddings tell what images were sent.
+
+    Raises:
+        UsageError: The file cannot be written.
+    """
     buffer = io.BytesIO()
     np.save(buffer, embeddings, allow_pickle=False)
-    replace_file(path, buffer.getvalue())
+    replace_file(path, buffer.getvalue(), mode=0o600)

@@ -181,12 +181,12 @@ class Monitor:
         }
 
     def save(self, path: Path) -> None:
-        """Write the state to a file, which is complete at every moment.
+        """Write the state to a file, which is complete at every moment and which only this user can read.
 
         Raises:
             UsageError: The file cannot be written.
         """
-        replace_file(path, json.dumps(self.state(), allow_nan=False).encode())
+        write_state(path, self.state())
 
     def load(self, path: Path) -> None:
         """Continue exactly as another monitor with the same streams and settings would have done from its state.
@@ -196,10 +196,7 @@ class Monitor:
         Raises:
             StateError: The file is missing or damaged, or was saved for other streams or settings; nothing was changed.
         """
-        try:
-            streams = self._read(path)
-        except StateError as error:
-            raise StateError(f"{error}; delete the file to start without the monitor's past") from error
+        streams = self._read(path)
         for name, state in streams.items():
             self._detectors[name].restore(state)
 
@@ -227,6 +224,15 @@ class Monitor:
             "stakes": {kind: list(stakes) for kind, stakes in _STAKES.items()},
             "streams": [[stream.name, stream.kind, stream.size] for stream in streams],
         }
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write what `Monitor.state` returned, as `Monitor.save` does.
+
+    Raises:
+        UsageError: The file cannot be written.
+    """
+    replace_file(path, json.dumps(state, allow_nan=False).encode(), mode=0o600)
 
 
 class _Raised(NamedTuple):

@@ -20,6 +20,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from guard._cpus import usable_cpus
 from guard._documents import first_error, read_toml
 from guard.errors import UsageError
 from guard.sidecar.addresses import is_loopback, socket_path, split_address
@@ -165,6 +166,14 @@ class Settings(ModelSettings, BaseSettings):
     )
     workers: int = Field(
         default=2, ge=1, le=256, description="Number of threads in each process that decode, embed and screen images."
+    )
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Number of threads that one forward pass of --model uses. By default, as many as there are "
+        "processors for this process, by its affinity and the quota of its container, divided by --processes.",
+        examples=[4],
     )
     max_queued: int = Field(
         default=256,
@@ -346,6 +355,13 @@ class Settings(ModelSettings, BaseSettings):
                 raise ValueError(f"{key!r} is not a key of metadata, which is written in small letters")
         return value
 
+    @field_validator("upstream")
+    @classmethod
+    def _can_be_called(cls, value: str | None) -> str | None:
+        if value is not None and socket_path(value) is None and not split_address(value)[1]:
+            raise ValueError(f"{value!r} has port 0, at which no server can be called")
+        return value
+
     @field_validator("metrics")
     @classmethod
     def _tcp_address(cls, value: str) -> str:
@@ -448,6 +464,11 @@ class Settings(ModelSettings, BaseSettings):
         if self.max_inflight_bytes is not None:
             return self.max_inflight_bytes
         return max(2**28, 4 * self.max_message_bytes)
+
+    @property
+    def forward_threads(self) -> int:
+        """Threads that one forward pass uses in each process."""
+        return self.threads or max(1, usable_cpus() // self.processes)
 
     @property
     def admin_addresses(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from guard import evidence
 from guard.errors import UsageError
 from guard.evidence import EVIDENCE_FILE, Drop, Record
+from guard.sidecar.decisions.state import open_folder
 from guard.sidecar.settings import Settings
 from guard.sidecar.telemetry.metrics import Metrics
 
@@ -66,7 +67,7 @@ class Recorder:
         read_only: Whether the evidence log is only checked, and no record will be written to it.
 
     Raises:
-        EvidenceError: The file is damaged, or is not an evidence log.
+        EvidenceError: The evidence log can neither be opened nor begun anew; if it is only checked, it is damaged.
         UsageError: The folder cannot be written.
     """
 
@@ -75,22 +76,19 @@ class Recorder:
         self._writer: evidence.EvidenceWriter | None = None
         if settings.state_dir is None:
             return
-        try:
-            if read_only:
-                _check_folder(settings.state_dir)
-            else:
-                settings.state_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot write to {settings.state_dir}: {error.strerror}") from error
         if read_only:
+            _check_folder(settings.state_dir)
             evidence.EvidenceWriter.check(settings.state_dir / EVIDENCE_FILE)
             return
+        open_folder(settings.state_dir)
         self._writer = writer = evidence.EvidenceWriter(
             settings.state_dir / EVIDENCE_FILE,
             max_rows=settings.evidence_rows,
             max_bytes=settings.evidence_bytes,
             max_age_days=settings.evidence_days,
             on_drop=metrics.evidence_dropped,
+            on_damage=lambda: metrics.state_damaged("evidence"),
+            shared=settings.processes > 1,
         )
         metrics.evidence_trouble.set_function(lambda: float(writer.trouble is not None))
 
@@ -137,7 +135,7 @@ class Recorder:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise the OSError that making a folder would raise; one that exists is fine."""
+    """Raise the error that making a folder would raise; one that exists is fine."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not there.is_dir():
         code = errno.EEXIST if there == folder.absolute() else errno.ENOTDIR
@@ -145,4 +143,4 @@ def _check_folder(folder: Path) -> None:
         code = errno.EACCES
     else:
         return
-    raise OSError(code, os.strerror(code))
+    raise UsageError(f"cannot write to {folder}: {os.strerror(code)}")

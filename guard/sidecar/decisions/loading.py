@@ -6,12 +6,15 @@ from guard.profiles import Profile
 from guard.sidecar.model_settings import ModelSettings
 
 
-def load(settings: ModelSettings, model: ExportedClassifier | None = None) -> tuple[Profile, ExportedClassifier | None]:
+def load(
+    settings: ModelSettings, model: ExportedClassifier | None = None, *, threads: int = 0
+) -> tuple[Profile, ExportedClassifier | None]:
     """Read the profile of a model and its exported classifier, if it has one, and make sure that they belong together.
 
     Args:
         settings: Settings of the model.
         model: The exported classifier, if it is loaded already.
+        threads: Threads that one forward pass uses, see `ExportedClassifier`.
 
     Raises:
         ProfileError: The profile is missing, damaged, or of another model.
@@ -19,7 +22,7 @@ def load(settings: ModelSettings, model: ExportedClassifier | None = None) -> tu
     """
     profile = read_profile(settings)
     if model is None and settings.model is not None:
-        model = ExportedClassifier(settings.model)
+        model = ExportedClassifier(settings.model, threads=threads)
     if model is not None:
         match(profile, model, settings)
     return profile, model

@@ -65,7 +65,6 @@ class Models:
         ProfileError: A profile is missing, damaged, not calibrated, or of another model.
         ModelError: An exported model is missing or damaged.
         UsageError: A calibration does not support an alpha.
-        StateError: The state of a monitor is damaged, or of other settings.
     """
 
     def __init__(self, shared: Shared, metrics: Metrics) -> None:
@@ -116,15 +115,19 @@ class Models:
             if found is not None:
                 request.route = found.route
 
-    async def refresh(self) -> None:
+    async def refresh(self, *, again: bool = False) -> None:
         """Load profiles and exported models that have changed; running requests keep those that they began with.
 
         Files that are damaged, not calibrated, or do not belong together are not used: the old ones stay in use until
         the files change again.
+
+        Args:
+            again: Whether files are read even if they seem to be the same.
         """
         for served in self.served:
             stamps = await asyncio.to_thread(_stamps, served.settings)
-            if stamps == served.stamps or () in stamps[: 1 + (served.settings.model is not None)]:
+            unchanged = stamps == served.stamps and not again
+            if unchanged or () in stamps[: 1 + (served.settings.model is not None)]:
                 # A missing folder is the moment between two renames, or an unmounted volume: no reason to stop serving.
                 continue
             taken = False
@@ -150,7 +153,7 @@ class Models:
     def _load(self, settings: ModelSettings, version: str, metrics: ModelMetrics) -> Served:
         # The stamps are taken before reading, so that files that change meanwhile are read again.
         stamps = _stamps(settings)
-        profile, model = load(settings)
+        profile, model = load(settings, threads=self._shared.settings.forward_threads)
         detector = profile.detector(settings.neighbours, settings.alpha)
         size = self._shared.settings.keep_embeddings
         sample = Reservoir(size, detector.screen.dimension) if size else None
@@ -160,7 +163,8 @@ class Models:
     def _replace(self, served: Served, stamps: tuple[FolderStamp, FolderStamp]) -> None:
         """Read the files of a model and replace its checker."""
         old, settings = served.checker, served.settings
-        profile, model = load(settings, old.model if stamps[1] == served.loaded else None)
+        kept = old.model if stamps[1] == served.loaded else None
+        profile, model = load(settings, kept, threads=self._shared.settings.forward_threads)
         if model is old.model and profile.document == old.profile.document:
             # Only a certificate or a report beside the profile is new, or the old files are back: the monitor goes on.
             old.metrics.reloaded(taken=True)

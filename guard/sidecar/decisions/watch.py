@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -14,14 +15,16 @@ from PIL import Image
 
 from guard._types import Floats
 from guard.classifiers import ExportedClassifier
-from guard.errors import GuardError, ProfileError
+from guard.errors import EmbeddingsError, GuardError, ProfileError, StateError
 from guard.evidence import Record, thumbnail
-from guard.profiles import Profile, write_embeddings
+from guard.profiles import Profile
 from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.screening import Alarm, Detector, Judgement, Monitor
+from guard.screening.monitor import write_state
 from guard.screening.second_look import SecondLook, SecondLookResult
 from guard.sidecar.decisions.evidence import Recorder
-from guard.sidecar.decisions.reservoir import Reservoir
+from guard.sidecar.decisions.reservoir import Reservoir, about_file, store
+from guard.sidecar.decisions.state import set_aside
 from guard.sidecar.decisions.workers import Workers
 from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import Decision
@@ -43,12 +46,14 @@ class Shared:
         workers: The threads that decode, embed and screen.
         evidence: Records flagged images.
         process: The number of this process if there are several; None if it is the only one.
+        read_only: Whether the state is only checked, so that what is damaged raises an error and stays where it is.
     """
 
     settings: Settings
     workers: Workers
     evidence: Recorder
     process: int | None = None
+    read_only: bool = False
 
     def close(self) -> None:
         """Write the records that wait."""
@@ -78,7 +83,7 @@ class Watch:
         sample: As given.
 
     Raises:
-        StateError: The state of the monitor is damaged, or of other settings.
+        StateError: The state of the monitor is damaged, or of other settings; only if the state is only checked.
         ProfileError: A trigger of the profile cannot be used.
     """
 
@@ -103,9 +108,33 @@ class Watch:
         self.sample = sample
         self._second_look = self._make_second_look() if settings.second_looks and model is not None else None
         self._state_file = shared.state_file(f"monitor-{self._calibration_id()}", ".json")
-        if self._monitor is not None and self._state_file is not None and self._state_file.exists():
+        self._sample_file = shared.state_file(f"traffic-{settings.label}", ".npy")
+        self._continue_monitor()
+        self._continue_sample()
+
+    def _continue_monitor(self) -> None:
+        """Go on from the stored state of the monitor, if there is one; what cannot be used is moved aside."""
+        if self._monitor is None or self._state_file is None or not os.path.lexists(self._state_file):
+            return
+        try:
             self._monitor.load(self._state_file)
-            metrics.alarms(self._monitor.active, ())
+        except StateError as error:
+            if self._shared.read_only:
+                raise
+            set_aside(self._state_file, "monitor", error, self._metrics.state_damaged)
+        self._metrics.alarms(self._monitor.active, ())
+
+    def _continue_sample(self) -> None:
+        """Go on with the stored sample, if this one is empty and there is one; what cannot be used is moved aside."""
+        path = self._sample_file
+        if self.sample is None or self.sample.seen or path is None or not os.path.lexists(path):
+            return
+        try:
+            self.sample.restore(path, self._profile.document.model.digest)
+        except (StateError, EmbeddingsError) as error:
+            if os.path.lexists(about := about_file(path)):
+                set_aside(about, "sample", error, lambda _: None)
+            set_aside(path, "sample", error, self._metrics.state_damaged)
 
     def _calibration_id(self) -> str:
         """Names the file with the monitor's state: p-values of another calibration or model cannot be continued."""
@@ -139,7 +168,7 @@ class Watch:
 
     @property
     def alarms(self) -> tuple[Alarm, ...]:
-        """The active alarms; may wait for a moment while the state is saved."""
+        """The active alarms."""
         with self._lock:
             return () if self._monitor is None else self._monitor.active
 
@@ -251,16 +280,17 @@ class Watch:
 
     def save(self) -> None:
         """Save the monitor's state and the sample, if there is a folder for them; an error is logged, not raised."""
-        traffic = self._shared.state_file(f"traffic-{self._settings.label}", ".npy")
-        if self._state_file is None or traffic is None:
+        if self._state_file is None or self._sample_file is None:
             return
+        # Requests wait for this lock, and must not wait for a disk.
+        with self._lock:
+            state = None if self._monitor is None else self._monitor.state()
+            sample = None if self.sample is None else self.sample.snapshot()
         try:
-            with self._lock:
-                if self._monitor is not None:
-                    self._monitor.save(self._state_file)
-                sample = None if self.sample is None else self.sample.embeddings.copy()
-            if sample is not None and len(sample):
-                write_embeddings(traffic, sample)
+            if state is not None:
+                write_state(self._state_file, state)
+            if sample is not None and sample[1]:
+                store(self._sample_file, *sample, self._profile.document.model.digest)
         except (OSError, GuardError) as error:
             log.warning("the state in %s cannot be written: %s", self._state_file.parent, error)
 
@@ -273,25 +303,27 @@ def input_digest(request: ModelInferRequest, row: int, name: str) -> str:
         row: The number of the image in its batch, from 0.
         name: Name of the input tensor.
     """
-    for index, tensor in enumerate(request.inputs):
-        if tensor.name != name:
-            continue
-        if tensor.contents.bytes_contents:
-            parts: Sequence[bytes] = tensor.contents.bytes_contents
-            return hashlib.sha256(parts[row]).hexdigest() if row < len(parts) else ""
-        rows = max(1, tensor.shape[0] if tensor.shape else 1)
-        if index < len(request.raw_input_contents):
-            raw = request.raw_input_contents[index]
-            if tensor.datatype == "BYTES":
-                return _digest_of_element(raw, row)
-            size = len(raw) // rows
-            return hashlib.sha256(memoryview(raw)[row * size : (row + 1) * size]).hexdigest()
-        values = np.array(tensor.contents.fp32_contents, np.float32)
-        if not values.size:
-            return ""
-        size = len(values) // rows
-        return hashlib.sha256(values[row * size : (row + 1) * size].tobytes()).hexdigest()
-    return ""
+    # The input that the images were read from, by whatever name a request with one input gives it.
+    names = [tensor.name for tensor in request.inputs]
+    index = names.index(name) if name in names else 0
+    if name not in names and len(names) != 1:
+        return ""
+    tensor, raws = request.inputs[index], request.raw_input_contents
+    raw = raws[index] if index < len(raws) else None
+    if tensor.contents.bytes_contents:
+        parts: Sequence[bytes] = tensor.contents.bytes_contents
+        return hashlib.sha256(parts[row]).hexdigest() if row < len(parts) else ""
+    rows = max(1, tensor.shape[0] if tensor.shape else 1)
+    if raw is not None:
+        if tensor.datatype == "BYTES":
+            return _digest_of_element(raw, row)
+        size = len(raw) // rows
+        return hashlib.sha256(memoryview(raw)[row * size : (row + 1) * size]).hexdigest()
+    values = np.array(tensor.contents.fp32_contents, np.float32)
+    if not values.size:
+        return ""
+    size = len(values) // rows
+    return hashlib.sha256(values[row * size : (row + 1) * size].tobytes()).hexdigest()
 
 
 def _digest_of_element(raw: bytes, row: int) -> str:

@@ -8,11 +8,9 @@ import threading
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from pathlib import Path
-from socketserver import TCPServer, ThreadingMixIn
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from grpc_health.v1 import health, health_pb2
 from prometheus_client import make_wsgi_app
@@ -21,6 +19,7 @@ from prometheus_client.registry import Collector
 from guard.errors import UsageError
 from guard.protocol import SERVICE
 from guard.sidecar.addresses import socket_path, split_address
+from guard.sidecar.host.http_server import HttpServer
 from guard.sidecar.telemetry.exposition import FAMILIES, encoded
 from guard.sidecar.telemetry.metrics import Metrics
 
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 LOOP_SECONDS = 5.0
 """Seconds after which an event loop that does not answer counts as dead."""
-_CLIENT_SECONDS = 10
-"""Seconds that a client of the HTTP port may take for its request."""
 _CHUNK, _LONGEST_ANSWER = 2**16, 2**24
 """The most bytes of another process's answer that are read at a time, and in total."""
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
@@ -91,7 +88,8 @@ class Readiness(Protocol):
 class ProbeServer:
     """The HTTP port: `/metrics`, `/healthz` (the process is alive) and `/readyz` (inference requests are served).
 
-    It has threads of its own, so that a slow scrape does not delay requests, and requests do not delay a scrape.
+    It has threads of its own, so that a slow scrape does not delay requests, and requests do not delay a scrape. Their
+    number is bounded, and a client that is slow to ask or to read holds none of them.
 
     Args:
         address: HOST:PORT, where port 0 lets the system choose; or unix:PATH, whose folder decides who may connect.
@@ -109,17 +107,15 @@ class ProbeServer:
     def __init__(self, address: str, metrics: Exposed, health: Readiness, alive: Callable[[], bool]) -> None:
         self._socket = socket_path(address)
         try:
-            self._server = _listen(address)
+            listening = _bind(address)
         except OSError as error:
             raise UsageError(f"cannot serve metrics on {address}: {error.strerror or error}") from error
-        self._server.set_app(_application(metrics.registry, health, alive))
         self.address = address
         if self._socket is None:
             host, _ = split_address(address)
             shown = f"[{host}]" if ":" in host else host
-            self.address = f"{shown}:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
-        self._thread.start()
+            self.address = f"{shown}:{listening.getsockname()[1]}"
+        self._server = HttpServer(listening, _application(metrics.registry, health, alive))
 
     def __enter__(self) -> Self:
         return self
@@ -127,9 +123,7 @@ class ProbeServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self._server.close()
         if self._socket is not None:
             self._socket.unlink(missing_ok=True)
 
@@ -185,15 +179,13 @@ def _application(registry: Collector, health: Readiness, alive: Callable[[], boo
 
     def answer(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         path = environ.get("PATH_INFO")
-        if environ["REQUEST_METHOD"] != "GET":
-            status, body = HTTPStatus.METHOD_NOT_ALLOWED, {"error": "only GET is answered"}
-        elif path == "/metrics" and environ.get("HTTP_ACCEPT") == FAMILIES:
+        if path == "/metrics" and environ.get("HTTP_ACCEPT") == FAMILIES:
             start_response("200 OK", [("Content-Type", FAMILIES)])
             return [encoded(registry)]
-        elif path == "/metrics":
+        if path == "/metrics":
             shown: Iterable[bytes] = exposition(environ, start_response)
             return shown
-        elif path == "/healthz":
+        if path == "/healthz":
             status, body = _state("alive", None if alive() else "the event loop does not answer")
         elif path == "/readyz":
             status, body = _state("ready", health.reason)
@@ -211,39 +203,27 @@ def _state(name: str, reason: str | None) -> tuple[HTTPStatus, dict[str, Any]]:
     return HTTPStatus.SERVICE_UNAVAILABLE, {name: False, "reason": reason}
 
 
-class _Handler(WSGIRequestHandler):
-    timeout = _CLIENT_SECONDS
+def _bind(address: str) -> socket.socket:
+    """A socket that is bound to an address; no name is looked up but one that the address holds.
 
-    def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 - the base class's name
-        """Do not log each probe."""
-
-
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-
-class _Server6(_Server):
-    address_family = socket.AF_INET6
-
-
-class _UnixServer(_Server):
-    address_family = socket.AF_UNIX
-
-    def server_bind(self) -> None:
-        """Bind without the host name and the port that the base class takes from an address."""
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = "localhost", 0
-        self.setup_environ()
-
-    def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
-        """Accept a connection, with an address of the client for the handler."""
-        connection, _ = super().get_request()
-        return connection, ("", 0)
-
-
-def _listen(address: str) -> WSGIServer:
+    Raises:
+        OSError: The address is taken or not of this machine.
+    """
     path = socket_path(address)
     if path is not None:
-        return _UnixServer(str(path), _Handler)  # type: ignore[arg-type] # the base class is typed for host and port
+        return _bound(socket.AF_UNIX, str(path))
     host, port = split_address(address)
-    return (_Server6 if ":" in host else _Server)((host, port), _Handler)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    (_, _, _, _, place), *_ = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+    return _bound(family, place)
+
+
+def _bound(family: int, place: Any) -> socket.socket:  # noqa: ANN401 - a path, or a tuple that depends on the family
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(place)
+    except OSError:
+        listening.close()
+        raise
+    return listening

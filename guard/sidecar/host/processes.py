@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_PASSED_ON = (*_SIGNALS, signal.SIGHUP)
+"""Signals that the parent passes on, and that the workers themselves ignore."""
+_STOP, _RELOAD = b"stop", b"reload"
 _ANSWER_SECONDS = 1.0
 """Seconds that a process may take to answer a scrape or a readiness probe."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
@@ -59,7 +62,8 @@ class Worker:
        other processes use it), and only when it can serve at once: from then on the kernel assigns connections to it,
     2. opens a `ProbeServer` at `probes`,
     3. calls `announce`, and writes nothing to standard output,
-    4. drains when `stopping` is set, as it would at a signal, and returns. It installs no signal handlers.
+    4. drains when `stopping` is set, as it would at a signal, and returns. It installs no signal handlers. It reads its
+       files again when `stopping` says so.
 
     A `GuardError` that it raises is sent to the parent, which reports it.
 
@@ -90,16 +94,20 @@ class Worker:
         with suppress(OSError):  # the parent is gone, which `stopping` reports
             self.parent.send(dict(line))
 
-    def stopping(self) -> asyncio.Event:
-        """An event of the running loop that is set at each signal to the parent, and when the parent is gone."""
+    def stopping(self, on_reload: Callable[[], object] = lambda: None) -> asyncio.Event:
+        """An event of the running loop that is set at each signal to end the parent, and when the parent is gone.
+
+        Args:
+            on_reload: Called on the running loop at each SIGHUP to the parent.
+        """
         event, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def follow() -> None:
             with suppress(RuntimeError):  # the loop is closed
                 try:
                     while True:
-                        self.parent.recv_bytes()
-                        loop.call_soon_threadsafe(event.set)
+                        stop = self.parent.recv_bytes() == _STOP
+                        loop.call_soon_threadsafe(event.set if stop else on_reload)
                 except (EOFError, OSError):
                     loop.call_soon_threadsafe(event.set)
 
@@ -116,7 +124,8 @@ def supervise(target: Callable[[Worker], None], *, count: int, listen: str, metr
     `/healthz` reports whether no event loop hangs; a process that has ended does not matter there, since it is
     restarted without ending the others, after pauses that grow from 0.5 s to 30 s.
 
-    Only the parent handles signals, and passes them on. If the parent is killed, the processes drain.
+    Only the parent handles signals, and passes them on; at SIGHUP the processes read their files again. If the parent
+    is killed, the processes drain.
 
     Args:
         target: The function that runs in each process, see `Worker`. Each process is a new interpreter, so the function
@@ -177,9 +186,9 @@ def _folder() -> Iterator[Path]:
 def _run(target: Callable[[Worker], None], worker: Worker) -> None:
     """Run the function of a worker in its process."""
     # The parent passes signals on, so a signal to the whole process group would count twice.
-    for number in _SIGNALS:
+    for number in _PASSED_ON:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     try:
         target(worker)
     except GuardError as error:
@@ -218,6 +227,7 @@ class _Parent:
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._stop)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         with ProbeServer(metrics, self, self, lambda: loop_answers(loop) and self._alive()) as probes:
             keepers = [asyncio.ensure_future(self._keep_running(index, probes.address)) for index in range(self._count)]
             try:
@@ -235,9 +245,16 @@ class _Parent:
         for index, (process, connection) in self._children.items():
             if index in self._serving:
                 with suppress(OSError):  # the process has ended
-                    connection.send_bytes(b"stop")
+                    connection.send_bytes(_STOP)
             else:
                 process.kill()
+
+    def _reload(self) -> None:
+        """Pass the signal on to the processes that serve; those that start read their files anyway."""
+        for index, (_, connection) in self._children.items():
+            if index in self._serving:
+                with suppress(OSError):  # the process has ended
+                    connection.send_bytes(_RELOAD)
 
     async def _keep_running(self, index: int, metrics: str) -> None:
         """Keep one process running until the sidecar stops."""
@@ -296,7 +313,7 @@ class _Parent:
         # A worker ignores signals from its first moment. The start of multiprocessing's tracker unblocks them, so it is
         # started before.
         ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
         try:
             process.start()
         finally:

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from time import perf_counter
@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2_grpc
 
 from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.models import Models, Served
+from guard.sidecar.decisions.state import Role, hold
 from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.decisions.workers import Workers
 from guard.sidecar.host import reflection
@@ -64,8 +65,12 @@ class Host(Protocol):
     def announce(self, line: Mapping[str, Any]) -> None:
         """Report that requests are served."""
 
-    def stopping(self) -> asyncio.Event:
-        """An event that is set each time that the sidecar is asked to stop."""
+    def stopping(self, on_reload: Callable[[], object]) -> asyncio.Event:
+        """An event that is set each time that the sidecar is asked to stop.
+
+        Args:
+            on_reload: Called on the running loop each time that the sidecar is asked to read its files again.
+        """
 
 
 class Alone:
@@ -86,32 +91,33 @@ class Alone:
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
 
-    def stopping(self) -> asyncio.Event:
-        """An event of the running loop that is set at each SIGTERM or SIGINT."""
-        event = asyncio.Event()
+    def stopping(self, on_reload: Callable[[], object]) -> asyncio.Event:
+        """An event of the running loop that is set at each SIGTERM or SIGINT; SIGHUP asks to read files again."""
+        event, loop = asyncio.Event(), asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, event.set)
+            loop.add_signal_handler(number, event.set)
+        loop.add_signal_handler(signal.SIGHUP, on_reload)
         return event
 
 
 def serve(settings: Settings) -> None:
-    """Run a sidecar until SIGTERM or SIGINT.
+    """Run a sidecar until SIGTERM or SIGINT; at SIGHUP it reads its files again.
 
     Raises:
         ProfileError: A profile is missing, damaged, not calibrated, or of another model.
         ModelError: An exported model is missing or damaged.
-        EvidenceError: The evidence log is damaged.
-        StateError: The state of a stream monitor is damaged.
-        UsageError: A port is taken, or a certificate cannot be used.
+        EvidenceError: The evidence log can neither be opened nor begun anew.
+        UsageError: A port is taken, another sidecar uses the folder for state, or a certificate cannot be used.
         MissingDependencyError: uvloop was asked for and is not installed.
     """
     if settings.processes > 1:
-        supervise(
-            partial(_work, settings=settings),
-            count=settings.processes,
-            listen=settings.listen,
-            metrics=settings.metrics,
-        )
+        with hold(settings.state_dir, "parent"):
+            supervise(
+                partial(_work, settings=settings),
+                count=settings.processes,
+                listen=settings.listen,
+                metrics=settings.metrics,
+            )
         return
     with asyncio.Runner(loop_factory=loop_factory(settings.event_loop)) as runner:
         runner.run(_serve(settings, Alone(settings)))
@@ -127,6 +133,8 @@ def _work(worker: Worker, *, settings: Settings) -> None:
 async def _serve(settings: Settings, host: Host) -> None:
     metrics = Metrics()
     async with AsyncExitStack() as stack:
+        role: Role = "alone" if host.index is None else "worker"
+        stack.enter_context(hold(settings.state_dir, role, metrics.state_damaged))
         shared = Shared(
             settings, Workers(settings.workers, settings.max_queued), Recorder(settings, metrics), host.index
         )
@@ -153,7 +161,8 @@ async def _serve(settings: Settings, host: Host) -> None:
         listening = open_port(
             server, host.listen, certificates, socket_mode=settings.socket_mode, shared=host.shares_port
         )
-        stopping = host.stopping()
+        asked = asyncio.Event()
+        stopping = host.stopping(asked.set)
         await server.start()
         most = most_memory(settings, resting)
         host.announce({**_summary(settings, models, listening, probes.address, admin), "most_memory_bytes": most})
@@ -163,7 +172,7 @@ async def _serve(settings: Settings, host: Host) -> None:
             asyncio.ensure_future(watcher)
             for watcher in (
                 _keep_ready(service, limited, settings.upstream, health),
-                _keep_fresh(models, certificates),
+                _keep_fresh(models, certificates, asked),
                 limited.watch(),
                 probed.watch(),
             )
@@ -324,14 +333,19 @@ async def _keep_ready(service: InferenceService, limited: Limited, upstream: str
         await asyncio.sleep(WATCH_SECONDS)
 
 
-async def _keep_fresh(models: Models, certificates: Certificates | None) -> None:
-    """Load files that change on disk, and save the state at intervals."""
+async def _keep_fresh(models: Models, certificates: Certificates | None, asked: asyncio.Event) -> None:
+    """Load files that change on disk, all of them when that is asked for, and save the state at intervals."""
     last_save = perf_counter()
     while True:
-        await asyncio.sleep(WATCH_SECONDS)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asked.wait(), WATCH_SECONDS)
+        again = asked.is_set()
+        asked.clear()
+        if again:
+            log.info("SIGHUP: certificates, profiles and models are read again")
         if certificates is not None:
-            await asyncio.to_thread(certificates.refresh)
-        await models.refresh()
+            await asyncio.to_thread(certificates.refresh, again=again)
+        await models.refresh(again=again)
         if perf_counter() - last_save >= SAVE_SECONDS:
             await asyncio.to_thread(models.save)
             last_save = perf_counter()

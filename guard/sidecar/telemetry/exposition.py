@@ -12,8 +12,7 @@ from prometheus_client.samples import Exemplar, Sample
 FAMILIES = "application/vnd.guard.families+json"
 """Media type of the metrics that a process hands to its parent: the JSON that `encoded` writes and `_decoded` reads.
 
-This format is lossless. OpenMetrics text is not: prometheus_client cannot read back what it writes for a histogram with
-buckets below 0, which has a count and no sum.
+This format is lossless, and quicker to read than text.
 """
 LABEL = "process"
 """The label that tells processes apart."""

@@ -17,12 +17,18 @@ from guard.sidecar.policy import Decision, FailurePolicy, Mode, Outcome, Reason
 from guard.sidecar.telemetry import logs
 
 STAGES = ("decode", "inference", "screening")
+STATE_KINDS = ("monitor", "sample", "evidence", "lock")
+"""What a damaged file of the state was."""
 UNKNOWN = "(unknown)"
 """Label `model` of all models that guard has no profile of."""
 _MODEL = ("model", "version")
 _P_VALUES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
-_SCORES = (-2.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 16.0, 24.0, 32.0)
-"""Scores of all models have the same units: each is calibrated to the tail of an exponential distribution."""
+_SCORES = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 16.0, 24.0, 32.0)
+"""Scores of all models have the same units: each is calibrated to the tail of an exponential distribution.
+
+No bucket is below 0, and no negative score is added to the sum: OpenMetrics forbids both, and a strict parser then
+refuses the whole scrape.
+"""
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -48,6 +54,9 @@ class Metrics:
         )
         self._evidence_dropped = self._counter(
             "guard_evidence_dropped", "Records that were not written to the evidence log, by reason.", "reason"
+        )
+        self._state_damaged = self._counter(
+            "guard_state_damaged", "Files of the state that could not be used and were moved aside, by kind.", "kind"
         )
         self.requests = self._counter("guard_requests", "Inference requests, by decision.", *_MODEL, "decision", "mode")
         self.images = self._counter("guard_images", "Images, by decision.", *_MODEL, "decision")
@@ -75,7 +84,7 @@ class Metrics:
             "guard_check_duration_seconds", "Seconds in each stage of a check.", _SECONDS, *_MODEL, "stage"
         )
         self.scores = self._histogram(
-            "guard_score", "Score of each image; larger is more suspicious.", _SCORES, *_MODEL
+            "guard_score", "Score of each image, 0 if it is below; larger is more suspicious.", _SCORES, *_MODEL
         )
         self.p_values = self._histogram(
             "guard_p_value",
@@ -100,6 +109,8 @@ class Metrics:
         self._refused.labels("RESOURCE_EXHAUSTED")
         for drop in Drop:
             self._evidence_dropped.labels(drop)
+        for kind in STATE_KINDS:
+            self._state_damaged.labels(kind)
 
     def of(self, settings: ModelSettings) -> "ModelMetrics":
         """The metrics of a model that guard has a profile of."""
@@ -116,6 +127,10 @@ class Metrics:
     def evidence_dropped(self, reason: Drop, number: int) -> None:
         """Count records that were not written to the evidence log."""
         self._evidence_dropped.labels(reason).inc(number)
+
+    def state_damaged(self, kind: str) -> None:
+        """Count a file of the state that could not be used, by one of `STATE_KINDS`."""
+        self._state_damaged.labels(kind).inc()
 
     def tls_reload_failed(self) -> None:
         """Count changed TLS files that could not be used."""
@@ -217,7 +232,7 @@ class ModelMetrics:
         for decision in outcome.decisions:
             self._images[decision].inc()
         for score in outcome.scores[np.isfinite(outcome.scores)]:
-            self._scores.observe(float(score), exemplar)
+            self._scores.observe(max(0.0, float(score)), exemplar)
         for row in np.flatnonzero(outcome.flags):
             # The profile that named the trigger may have been replaced meanwhile.
             if matched := self._triggers.get(outcome.triggers[row]):
@@ -227,6 +242,10 @@ class ModelMetrics:
         """Count the p-values of images, shape [N]."""
         for value in values:
             self._p_values.observe(float(value))
+
+    def state_damaged(self, kind: str) -> None:
+        """Count a file of the state that could not be used."""
+        self._all.state_damaged(kind)
 
     def second_look(self, outcome: str) -> None:
         """Count a second look by its outcome, one of four."""

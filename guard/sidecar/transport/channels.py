@@ -5,7 +5,20 @@ from dataclasses import dataclass
 
 import grpc
 
+from guard.sidecar.addresses import socket_path
+
 Options = Sequence[tuple[str, int | str]]
+
+DIRECT: Options = (
+    # What is called is the server that the operator named, whatever the environment says to other programs: neither a
+    # proxy (`http_proxy`, `https_proxy`, `grpc_proxy`), …
+    ("grpc.enable_http_proxy", 0),
+    # … nor one for ranges of addresses (GRPC_ADDRESS_HTTP_PROXY), of which the option above knows nothing, …
+    ("grpc.address_http_proxy_enabled_addresses", ""),
+    # … nor a configuration that a DNS server hands out.
+    ("grpc.service_config_disable_resolution", 1),
+)
+"""Options of every channel that guard opens."""
 
 
 @dataclass(frozen=True)
@@ -24,30 +37,37 @@ class Endpoint:
 
 
 def open_channel(endpoint: Endpoint, options: Options = ()) -> grpc.Channel:
-    """A channel for synchronous calls.
+    """A channel for synchronous calls; it leads to the endpoint itself, never through a proxy.
 
     Args:
         endpoint: The server.
         options: gRPC channel options.
     """
+    target, all_options = _target(endpoint.address), _options(endpoint, options)
     if endpoint.credentials is None:
-        return grpc.insecure_channel(endpoint.address, _options(endpoint, options))
-    return grpc.secure_channel(endpoint.address, endpoint.credentials, _options(endpoint, options))
+        return grpc.insecure_channel(target, all_options)
+    return grpc.secure_channel(target, endpoint.credentials, all_options)
 
 
 def open_async_channel(endpoint: Endpoint, options: Options = ()) -> grpc.aio.Channel:
-    """A channel for calls on an event loop.
+    """A channel for calls on an event loop; it leads to the endpoint itself, never through a proxy.
 
     Args:
         endpoint: The server.
         options: gRPC channel options.
     """
+    target, all_options = _target(endpoint.address), _options(endpoint, options)
     if endpoint.credentials is None:
-        return grpc.aio.insecure_channel(endpoint.address, _options(endpoint, options))
-    return grpc.aio.secure_channel(endpoint.address, endpoint.credentials, _options(endpoint, options))
+        return grpc.aio.insecure_channel(target, all_options)
+    return grpc.aio.secure_channel(target, endpoint.credentials, all_options)
+
+
+def _target(address: str) -> str:
+    """The address as a URI: gRPC alone would take a host that is called `xds` or `unix` for a scheme."""
+    return address if socket_path(address) is not None else f"dns:///{address}"
 
 
 def _options(endpoint: Endpoint, options: Options) -> list[tuple[str, int | str]]:
     """The options of every channel, whichever kind it is."""
     name = endpoint.server_name if endpoint.credentials is not None else None
-    return [*options, *([] if name is None else [("grpc.ssl_target_name_override", name)])]
+    return [*options, *DIRECT, *([] if name is None else [("grpc.ssl_target_name_override", name)])]

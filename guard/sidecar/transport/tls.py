@@ -4,19 +4,23 @@ import logging
 import ssl
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import grpc
 
+from guard._documents import read_bytes
 from guard._files import file_stamp
 from guard.errors import UsageError
+from guard.sidecar.transport import pem
 
 log = logging.getLogger(__name__)
 
 SYSTEM = "system"
 """Stands for the certificate authorities of this machine."""
-_ED25519_KEY = b"MC4CAQAwBQYDK2Vw"
-"""The beginning of an Ed25519 key in PKCS #8. gRPC would accept such a key, and then fail every handshake."""
+_MAX_BYTES = 2**22
+"""The most bytes of a file for TLS; the bundle of a machine has about 2**18."""
 
 
 class Certificates:
@@ -51,11 +55,15 @@ class Certificates:
             self._handed_out, self._renewed, require_client_authentication=self._client_ca is not None
         )
 
-    def refresh(self) -> None:
-        """Read the files again if they have changed."""
+    def refresh(self, *, again: bool = False) -> None:
+        """Read the files again if they have changed.
+
+        Args:
+            again: Whether they are read even if they seem to be the same.
+        """
         with self._lock:
             stamp = self._stamps()
-            if stamp == self._stamp:
+            if stamp == self._stamp and not again:
                 return
             self._stamp = stamp
             try:
@@ -64,7 +72,7 @@ class Certificates:
                 log.warning("the changed TLS files are not used, the old ones stay in use: %s", error)
                 self._on_failure()
             else:
-                log.info("the TLS files have changed and were read again")
+                log.info("the TLS files were read again")
 
     def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
         """The configuration if gRPC has not seen it yet, else None.
@@ -84,6 +92,8 @@ class Certificates:
     def _read(self) -> grpc.ServerCertificateConfiguration:
         certificate, key = read_pair(self._certificate, self._key)
         authorities = None if self._client_ca is None else read_authorities(self._client_ca)
+        if authorities is not None and not _is_taken((certificate, key), authorities):
+            raise UsageError(f"gRPC cannot use {self._client_ca}")
         return grpc.ssl_server_certificate_configuration([(key, certificate)], authorities)
 
 
@@ -120,20 +130,27 @@ def client_credentials(
     """
     if authorities is None:
         return None
-    bundle = _system_authorities() if authorities == SYSTEM else Path(authorities)
+    if authorities == SYSTEM:
+        # One certificate of a machine's hundred that gRPC cannot use is no reason to trust none of them.
+        trusted = read_authorities(_system_authorities(), leave_out=True)
+    else:
+        trusted = read_authorities(Path(authorities))
     own_certificate = own_key = None
     if certificate is not None and key is not None:
         own_certificate, own_key = read_pair(certificate, key)
-    return grpc.ssl_channel_credentials(read_authorities(bundle), own_key, own_certificate)
+    return grpc.ssl_channel_credentials(trusted, own_key, own_certificate)
 
 
 def read_pair(certificate: Path, key: Path) -> tuple[bytes, bytes]:
-    """Read a certificate chain and its private key, both PEM.
+    """Read a certificate chain and its private key, both PEM, and make sure that gRPC can use them.
+
+    Returns:
+        Both as gRPC is to be given them: what was checked, and nothing else that the files contain.
 
     Raises:
         UsageError: The files cannot be read, do not belong together, or cannot be used by gRPC.
     """
-    pair = _read_file(certificate), _read_file(key)
+    read = _read_file(certificate), _read_file(key)
     try:
         # Never ask for a password: there is nobody at the terminal of a server.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
@@ -142,32 +159,60 @@ def read_pair(certificate: Path, key: Path) -> tuple[bytes, bytes]:
             f"{certificate} and {key} are not a PEM certificate and its private key without a password"
             f" ({_reason(error)})"
         ) from error
-    if _ED25519_KEY in pair[1]:
-        raise UsageError(f"{key} is an Ed25519 key, which gRPC cannot serve with; take an ECDSA or RSA key")
-    if pair != (_read_file(certificate), _read_file(key)):
+    pair = _usable(certificate, pem.certificate_chain, read[0]), _usable(key, pem.private_key, read[1])
+    if not _is_taken(pair, None):
+        raise UsageError(f"gRPC cannot use {certificate} and {key}; take an RSA key, or ECDSA on P-256 or P-384")
+    if read != (_read_file(certificate), _read_file(key)):
         raise UsageError(f"{certificate} or {key} changed while it was read")
     return pair
 
 
-def read_authorities(path: Path) -> bytes:
-    """Read certificates of certificate authorities, as PEM.
+def read_authorities(path: Path, *, leave_out: bool = False) -> bytes:
+    """Read certificates of certificate authorities, as PEM, and make sure that gRPC can use them.
+
+    Args:
+        path: The file.
+        leave_out: Whether those that gRPC cannot use are left out, as long as there are others.
+
+    Returns:
+        The certificates as gRPC is to be given them.
 
     Raises:
-        UsageError: The file cannot be read or contains no certificate.
+        UsageError: The file cannot be read, contains no certificate, or one that gRPC cannot use.
     """
     data = _read_file(path)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=data.decode("ascii", "ignore"))
     except (ssl.SSLError, ValueError) as error:
         raise UsageError(f"{path} contains no PEM certificates of authorities ({_reason(error)})") from error
-    return data
+    return _usable(path, partial(pem.authorities, leave_out=leave_out), data)
+
+
+def _usable(path: Path, read: Callable[[bytes], bytes], data: bytes) -> bytes:
+    try:
+        return read(data)
+    except ValueError as error:
+        raise UsageError(f"gRPC cannot use {path}: {error}") from error
+
+
+def _is_taken(pair: tuple[bytes, bytes], authorities: bytes | None) -> bool:
+    """Whether gRPC itself takes a certificate and its key: the last word, since its library knows more than we do.
+
+    It looks at them when a port is opened, not earlier; nothing is ever accepted at this one.
+    """
+    server = grpc.server(ThreadPoolExecutor(1))
+    credentials = grpc.ssl_server_credentials([(pair[1], pair[0])], authorities, authorities is not None)
+    try:
+        server.add_secure_port("127.0.0.1:0", credentials)
+    except RuntimeError:
+        return False
+    finally:
+        server.stop(None)
+    return True
 
 
 def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    return read_bytes(path, _MAX_BYTES, UsageError, missing=f"cannot read {path}: there is no such file")
 
 
 def _reason(error: Exception) -> str:

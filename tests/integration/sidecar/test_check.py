@@ -57,6 +57,7 @@ def test_a_sidecar_that_could_serve_is_code_0_and_nothing_is_written(
     assert (code, errors) == (0, "")
     subjects = [
         "loop",
+        "lock",
         "state",
         "profile",
         "model",
@@ -129,7 +130,9 @@ def test_a_profile_without_calibration_fails_and_one_that_is_missing_hides_nothi
 def test_state_and_certificates_that_cannot_be_used_fail(exported: Path, served_profile: Path, tmp_path: Path) -> None:
     (tmp_path / EVIDENCE_FILE).write_bytes(b"no database" * 100)
     values = {"model": exported, "profile": served_profile}
-    assert failed(findings(**values, state_dir=tmp_path)) == {"state": 4}
+    status, told, _ = findings(**values, state_dir=tmp_path)["state"]
+    assert status is Status.WARNING
+    assert "a start moves it aside and begins anew" in told
     assert failed(findings(**values, state_dir=tmp_path / EVIDENCE_FILE / "inside")) == {"state": 2}
     absent = tmp_path / "absent.pem"
     assert failed(findings(**values, tls_certificate=absent, tls_key=absent)) == {"tls": 2}
@@ -141,10 +144,9 @@ def test_state_and_certificates_that_cannot_be_used_fail(exported: Path, served_
     ("damaged", "content"),
     [
         ("profile/profile.json", b"{"),
-        (f"state/{EVIDENCE_FILE}", b"no database" * 100),
-        ("state/monitor-*.json", b"{"),
+        ("profile/triggers.safetensors", b"{"),
     ],
-    ids=["profile", "evidence", "monitor"],
+    ids=["profile", "triggers"],
 )
 def test_what_is_damaged_is_refused_by_a_check_as_by_a_start(
     exported: Path, served_profile: Path, tmp_path: Path, launch: Launcher, damaged: str, content: bytes
@@ -172,7 +174,10 @@ def test_the_monitor_state_of_every_process_is_looked_at(exported: Path, served_
     (stored,) = tmp_path.glob("monitor-*.1.json")
     assert failed(findings(**values)) == {}
     stored.write_text("{")
-    assert failed(findings(**values)) == {"screening": 4}
+    status, told, _ = findings(**values)["screening"]
+    assert status is Status.WARNING
+    assert "a start moves it aside and begins anew" in told
+    assert stored.read_text() == "{"
 
 
 @pytest.mark.parametrize("ready", [True, False])

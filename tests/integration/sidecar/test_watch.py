@@ -136,11 +136,18 @@ def test_a_sample_of_the_traffic_sets_a_new_threshold(
     assert after.threshold.size + after.held_out + len(after.left_out) == 80
 
 
-def test_state_that_cannot_be_used_stops_the_start(exported: Path, served_profile: Path, tmp_path: Path) -> None:
+def test_state_that_cannot_be_used_is_moved_aside_and_a_second_sidecar_is_kept_away(
+    launch: Launcher, exported: Path, served_profile: Path, tmp_path: Path
+) -> None:
     (tmp_path / EVIDENCE_FILE).write_bytes(b"no database" * 100)
-    code, lines = refused_start("--model", exported, "--profile", served_profile, "--state-dir", tmp_path)
-    assert (code, len(lines)) == (4, 1)
-    assert str(tmp_path / EVIDENCE_FILE) in lines[0]
+    arguments = ("--model", exported, "--profile", served_profile, "--state-dir", tmp_path)
+    with launch(*arguments) as sidecar:
+        assert sidecar.metric("guard_state_damaged_total", kind="evidence") == 1
+        code, lines = refused_start(*arguments)
+        assert (code, len(lines)) == (2, 1)
+        assert f"another sidecar uses the folder {tmp_path}" in lines[0]
+    (aside,) = tmp_path.glob(f"{EVIDENCE_FILE}.damaged-*")
+    assert aside.read_bytes() == b"no database" * 100
     code, lines = refused_start("--model", exported, "--profile", served_profile, "--keep-embeddings", "10")
     assert code == 2
     assert "--state-dir" in lines[-1]
@@ -181,4 +188,7 @@ def test_the_digest_of_an_image_is_the_same_however_it_was_sent() -> None:
         assert [input_digest(request, row, "image") for row in (0, 1)] == [
             hashlib.sha256(file).hexdigest() for file in files
         ]
+    # The only input is read whatever its name is, so its digest is recorded too.
+    assert input_digest(raw, 0, "another") == expected[0]
+    raw.inputs.add(name="more", datatype="FP32")
     assert input_digest(raw, 0, "another") == ""

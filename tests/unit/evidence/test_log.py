@@ -12,6 +12,7 @@ import pytest
 from guard.errors import EvidenceError
 from guard.evidence import EvidenceLog, EvidenceWriter, Record, RecordFilter
 from guard.evidence.reading import _CHUNK
+from tests.unit.evidence.conftest import WAIT
 
 Make = Callable[..., Record]
 Fill = Callable[..., None]
@@ -151,22 +152,24 @@ def other_columns(path: Path, fill: Fill) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (damaged, "is damaged, is not an evidence log, or cannot be opened"),
-        (foreign, "is not an evidence log; give another file"),
-        (newer, "has schema 99, this guard knows 1; use a newer guard"),
-        (other_columns, "is damaged, is not an evidence log, or cannot be opened"),
-        (lambda path, _: path.write_text("a,b,c\n" * 1000), "is damaged, is not an evidence log, or cannot be opened"),
+        (damaged, "is damaged, or is not an evidence log"),
+        (foreign, "is not an evidence log"),
+        (newer, "has schema 99, this guard knows 1; read it with a newer guard"),
+        (other_columns, "is damaged, or is not an evidence log"),
+        (lambda path, _: path.write_text("a,b,c\n" * 1000), "is damaged, or is not an evidence log"),
         (lambda path, _: path.touch(), "is not an evidence log"),
-        (lambda path, _: path.mkdir(), "there is no evidence log"),
+        (lambda path, _: path.mkdir(), "is not a regular file"),
     ],
 )
-def test_a_file_that_is_no_log_is_refused_at_the_start(
+def test_a_file_that_is_no_log_is_refused_by_readers_and_moved_aside_by_writers(
     path: Path, fill: Fill, spoil: Callable[[Path, Fill], object], message: str
 ) -> None:
     spoil(path, fill)
-    for use in (EvidenceLog, EvidenceWriter):
-        with pytest.raises(EvidenceError, match=message):
-            use(path)
+    with pytest.raises(EvidenceError, match=message):
+        EvidenceLog(path)
+    assert EvidenceWriter(path).close(WAIT)
+    assert EvidenceLog(path).count() == 0
+    assert len(list(path.parent.glob("evidence.db.damaged-*"))) == 1
 
 
 def test_a_missing_log_is_an_error_for_readers_alone(path: Path) -> None:

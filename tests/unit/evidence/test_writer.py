@@ -151,11 +151,26 @@ def test_a_locked_file_is_written_when_it_is_free(path: Path, record: Make, mess
     assert names(path) == ["second", "first"]
 
 
-def test_a_file_that_is_damaged_later_is_counted_until_it_is_moved_away(
+def test_a_file_that_is_damaged_later_is_moved_aside(path: Path, record: Make, messages: Messages) -> None:
+    moved = messages.event("a new one is begun")
+    writer = EvidenceWriter(path)
+    assert writer.record(record("before"))
+    other = path.with_name("other")
+    other.write_text("not a database\n" * 1000)
+    other.replace(path)
+    assert writer.record(record("after"))
+    assert moved.wait(WAIT)
+    assert writer.close(WAIT)
+    assert names(path)[0] == "after"
+    (aside,) = path.parent.glob("evidence.db.damaged-*")
+    assert aside.read_text().startswith("not a database")
+
+
+def test_a_shared_file_that_is_damaged_later_is_counted_until_it_is_moved_away(
     path: Path, record: Make, messages: Messages
 ) -> None:
     spoiled, again = messages.event("cannot be written (damaged)"), messages.event("be written again")
-    writer = EvidenceWriter(path)
+    writer = EvidenceWriter(path, shared=True)
     other = path.with_name("other")
     other.write_text("not a database\n" * 1000)
     other.replace(path)

@@ -187,7 +187,7 @@ def test_a_state_of_other_streams_or_settings_is_refused(tmp_path: Path) -> None
         Monitor([MATCH, DENSITY], run_length=1e6),
         Monitor([MATCH, DENSITY], delta=1e-2),
     ):
-        with pytest.raises(StateError, match=r"monitor.json was saved for other streams or settings; delete the file"):
+        with pytest.raises(StateError, match=r"monitor.json was saved for other streams or settings"):
             other.load(tmp_path / "monitor.json")
 
 
@@ -236,7 +236,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(tmp_path: Path, state: A
     feed(monitor, np.full(3, 0.3), np.full(3, 0.3))
     before = monitor.state()
     (tmp_path / "monitor.json").write_text(json.dumps(state))
-    with pytest.raises(StateError, match=r"monitor.json is damaged: .*; delete the file to start"):
+    with pytest.raises(StateError, match=r"monitor.json is damaged: "):
         monitor.load(tmp_path / "monitor.json")
     assert monitor.state() == before
 
@@ -244,7 +244,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(tmp_path: Path, state: A
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[" * 100_000, b"3", b'{"settings": {}}'])
 def test_a_file_that_holds_no_state_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "monitor.json").write_bytes(data)
-    with pytest.raises(StateError, match="delete the file to start"):
+    with pytest.raises(StateError, match=r"monitor.json"):
         Monitor([MATCH]).load(tmp_path / "monitor.json")
 
 

@@ -4,7 +4,7 @@ import grpc
 import pytest
 
 from guard.protocol import SERVICE
-from guard.sidecar.transport.channels import Endpoint, open_async_channel, open_channel
+from guard.sidecar.transport.channels import DIRECT, Endpoint, open_async_channel, open_channel
 from guard.testing import InferenceServer
 
 LIVE = f"/{SERVICE}/ServerLive"
@@ -27,6 +27,6 @@ async def test_the_name_of_the_server_is_checked_with_tls_only(monkeypatch: pyte
     for endpoint in (Endpoint("a:1", None, "b"), Endpoint("a:1", credentials), Endpoint("a:1", credentials, "b")):
         open_channel(endpoint, [("grpc.enable_retries", 0)])
         open_async_channel(endpoint, [("grpc.enable_retries", 0)])
-    retries = ("grpc.enable_retries", 0)
-    named = [retries, ("grpc.ssl_target_name_override", "b")]
-    assert opened == [[retries], [retries], [retries], [retries], named, named]
+    plain = [("grpc.enable_retries", 0), *DIRECT]
+    named = [*plain, ("grpc.ssl_target_name_override", "b")]
+    assert opened == [plain, plain, plain, plain, named, named]
