@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from guard.errors import RequestError
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
-from guard.protocol.tensors import pack_bytes
+from guard.protocol.messages import pack_bytes
 from guard.protocol.wire import MODEL_CONTROL, REPLY, REQUEST, STREAM_REPLY, Limits, check_message
 
 MANY = 200_000
