@@ -59,7 +59,8 @@ def main() -> None:
     if unknown := set(names) - set(FLOODS):
         parser.error(f"there is no flood {min(unknown)!r}")
     if arguments.send:
-        _send(names[0], *arguments.send, arguments.pause)
+        address, metrics = arguments.send
+        _send(names[0], address, metrics, arguments.pause)
         return
     command = "python -m benchmarks.floods" + "".join(f" {item}" for item in sys.argv[1:])
     with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +196,6 @@ class Row:
         most: The most that the sidecar says it uses, in MiB.
         ended: Seconds from SIGTERM to the end.
         code: The sidecar's exit code.
-        ready: Whether the health check was answered in the flood.
     """
 
     name: str
@@ -225,9 +225,9 @@ def _measure(name: str, profile: Path, model: Path, arguments: argparse.Namespac
         alone, failed = ordinary.ask(arguments.seconds)
         again = [sys.executable, "-m", "benchmarks.floods", "--floods", name, "--pause", f"{arguments.pause:g}"]
         with _process([*again, "--send", told["listen"], told["metrics"]], None) as (flood, _):
-            assert flood.stdin is not None
-            flood.stdin.write(b"\n")
-            flood.stdin.flush()
+            if flood.stdin is not None:
+                flood.stdin.write(b"\n")
+                flood.stdin.flush()
             time.sleep(arguments.pause)
             beside, failed_beside = ordinary.ask(arguments.seconds)
             peak = _high_water(process.pid)
@@ -278,7 +278,7 @@ class _Ordinary:
 
     def ask(self, seconds: float) -> "tuple[np.ndarray[Any, np.dtype[np.float64]], int]":
         """Milliseconds of the answered requests, and the number of others, which count with the time they took."""
-        times, failed, end = [], 0, time.perf_counter() + seconds
+        times, failed, end = list[float](), 0, time.perf_counter() + seconds
         while (started := time.perf_counter()) < end:
             try:
                 self._method(self._messages[len(times) % len(self._messages)], timeout=DEADLINE)
@@ -319,8 +319,10 @@ def _page(rows: list[Row], arguments: argparse.Namespace) -> list[str]:
         "| --- " * 9 + "|",
         *map(_line, rows),
         "",
-        f"Targets: a ratio of at most {MAX_RATIO:g}, memory within the bound that the sidecar states, the end within "
-        f"{DRAIN + MAX_BEYOND_DRAIN:g} s and with code 0, every ordinary request answered.",
+        (
+            f"Targets: a ratio of at most {MAX_RATIO:g}, memory within the bound that the sidecar states, the end "
+            f"within {DRAIN + MAX_BEYOND_DRAIN:g} s and with code 0, every ordinary request answered."
+        ),
     ]
 
 

@@ -202,7 +202,7 @@ class Settings(ModelSettings, BaseSettings):
         examples=[2**28],
     )
     first_message_timeout: float = Field(
-        default=10.0,
+        default=60.0,
         gt=0,
         le=3600,
         description="Number of seconds in which a call must have sent its first message. Where many calls wait for "
@@ -214,12 +214,12 @@ class Settings(ModelSettings, BaseSettings):
         description="Number of seconds for which a stream may be silent in both directions before it is ended.",
     )
     ping_interval: float = Field(
-        default=10.0,
+        default=0.5,
         ge=0.001,
         le=86_400,
         description="Minimum number of seconds between two keepalive pings of a client. The connection of a client "
-        "that sends more of them is closed. A ping costs next to nothing, and ten seconds is the least that clients "
-        "of gRPC send by themselves.",
+        "that sends them more often is closed. A ping costs next to nothing, so only floods of them are refused by "
+        "default.",
     )
     ping_without_calls: bool = Field(
         default=True, description="Whether a client may send keepalive pings while it has no call open."

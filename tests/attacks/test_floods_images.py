@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tests.damage import FILES
 LIMITS = {"max_pixels": 50_000_000, "max_work": 500_000_000}
 
 
-def jpeg(width: int = 64, height: int = 48, **options: object) -> bytes:
+def jpeg(width: int = 64, height: int = 48, **options: Any) -> bytes:
     buffer = io.BytesIO()
     values = np.add.outer(np.arange(height), np.arange(width)) % 251
     Image.fromarray(values.astype(np.uint8)).convert("RGB").save(buffer, "JPEG", **options)
@@ -36,7 +37,7 @@ def chunk(name: bytes, contents: bytes) -> bytes:
     return struct.pack(">I", len(contents)) + name + contents + struct.pack(">I", zlib.crc32(name + contents))
 
 
-def png(*chunks: bytes, **options: object) -> bytes:
+def png(*chunks: bytes, **options: Any) -> bytes:
     """A PNG with more chunks after its header."""
     buffer = io.BytesIO()
     Image.new("RGB", (12, 10)).save(buffer, "PNG", **options)
@@ -95,7 +96,8 @@ def test_scans_are_counted_as_a_decoder_sees_them() -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("size", [(1, 1), (300, 200), (1, 5000)])
 def test_the_size_is_that_of_the_decoder(kind: str, size: tuple[int, int], tmp_path: Path) -> None:
-    for index, options in enumerate(({}, {"progressive": True}, {"lossless": True}, {"exif": b"Exif\0\0MM\0*"})):
+    several: tuple[dict[str, Any], ...] = ({}, {"progressive": True}, {"lossless": True}, {"exif": b"Exif\0\0MM\0*"})
+    for index, options in enumerate(several):
         Image.new("RGB", size).save(tmp_path / str(index), kind, **options)
         header = read_header((tmp_path / str(index)).read_bytes())
         assert (header.width, header.height) == size

@@ -5,19 +5,21 @@ import gc
 import io
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import guard.sidecar.decisions.checking as checking
-from guard.classifiers import ExportedClassifier
+from guard.classifiers import ExportedClassifier, decode
 from guard.errors import RequestError
 from guard.profiles import Profile
 from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.sidecar import Settings
+from guard.sidecar.decisions import checking
 from guard.sidecar.decisions.checking import Checker
 from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.watch import Shared
@@ -26,6 +28,7 @@ from guard.sidecar.policy import Reason
 from guard.sidecar.telemetry.metrics import Metrics
 
 WAIT = 30
+T = TypeVar("T")
 
 
 class Thing:
@@ -48,9 +51,11 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
-def later(work: object) -> object:
-    def run() -> None:
-        raise LargeWorkError(work)  # type: ignore[arg-type]
+def later(work: Callable[[], T]) -> Callable[[], T]:
+    """The same work, as large work."""
+
+    def run() -> T:
+        raise LargeWorkError(work)
 
     return run
 
@@ -63,10 +68,10 @@ async def test_large_work_leaves_a_thread_to_others(workers: Workers) -> None:
         release.wait(WAIT)
         return "long"
 
-    large = [asyncio.ensure_future(workers.run(later(long))) for _ in range(2)]  # type: ignore[arg-type]
+    large = [asyncio.ensure_future(workers.run(later(long))) for _ in range(2)]
     await asyncio.to_thread(begun.acquire)
     for number in range(20):
-        assert await asyncio.wait_for(workers.run(lambda number=number: number), WAIT) == number  # type: ignore[misc]
+        assert await asyncio.wait_for(workers.run(partial(int, number)), WAIT) == number
     assert not any(each.done() for each in large)
     release.set()
     assert await asyncio.gather(*large) == ["long", "long"]
@@ -74,15 +79,16 @@ async def test_large_work_leaves_a_thread_to_others(workers: Workers) -> None:
 
 async def test_large_work_takes_only_a_part_of_the_queue(workers: Workers) -> None:
     release = threading.Event()
-    large = [asyncio.ensure_future(workers.run(later(lambda: release.wait(WAIT)))) for _ in range(6)]  # type: ignore[arg-type]
-    while sum(each.done() for each in large) < 4:
-        await asyncio.sleep(0.005)
+    large = [asyncio.ensure_future(workers.run(later(lambda: release.wait(WAIT)))) for _ in range(6)]
+    async with asyncio.timeout(WAIT):
+        while sum(each.done() for each in large) < 4:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
     assert await workers.run(lambda: 1) == 1
     release.set()
     results = await asyncio.gather(*large, return_exceptions=True)
     assert sum(isinstance(each, OverloadedError) for each in results) == 4
     # The places come back.
-    assert await workers.run(later(lambda: 2)) == 2  # type: ignore[arg-type]
+    assert await workers.run(later(lambda: 2)) == 2
 
 
 async def test_work_that_nobody_waits_for_ends_at_its_next_checkpoint(workers: Workers) -> None:
@@ -105,7 +111,12 @@ async def test_work_that_nobody_waits_for_ends_at_its_next_checkpoint(workers: W
 
 async def test_a_thread_that_hangs_is_told_of_and_not_waited_for() -> None:
     workers, begun, release = Workers(1, 0), threading.Event(), threading.Event()
-    waiting = asyncio.ensure_future(workers.run(lambda: (begun.set(), release.wait(WAIT))))
+
+    def hang() -> None:
+        begun.set()
+        release.wait(WAIT)
+
+    waiting = asyncio.ensure_future(workers.run(hang))
     await asyncio.to_thread(begun.wait, WAIT)
     workers.close(0.0)
     assert workers.stuck
@@ -126,7 +137,7 @@ async def test_an_error_does_not_keep_what_the_work_had_in_hand(workers: Workers
 
     for work in (fail, later(fail)):
         with pytest.raises(RequestError):
-            await workers.run(work)  # type: ignore[arg-type]
+            await workers.run(work)
     del work
     await workers.run(lambda: None)
     await asyncio.sleep(0)
@@ -156,9 +167,13 @@ def checker(profile: Profile, exported: Path) -> Iterator[Checker]:
 async def test_pixels_of_a_request_are_bounded_before_any_is_decoded(
     checker: Checker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded = []
-    original = checking.decode
-    monkeypatch.setattr(checking, "decode", lambda *a, **k: decoded.append(1) or original(*a, **k))
+    decoded = list[int]()
+
+    def counted(*arguments: Any, **more: Any) -> Image.Image:
+        decoded.append(1)
+        return decode(*arguments, **more)
+
+    monkeypatch.setattr(checking, "decode", counted)
     with pytest.raises(RequestError, match="input 'image': the images of one request have more than 100000 pixels"):
         await checker.infer(jpegs(11, 100), "")
     assert not decoded
@@ -169,14 +184,13 @@ async def test_pixels_of_a_request_are_bounded_before_any_is_decoded(
 async def test_a_check_that_is_given_up_stops_at_its_next_image(
     checker: Checker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, release, decoded = threading.Event(), threading.Event(), []
-    original = checking.decode
+    begun, release, decoded = threading.Event(), threading.Event(), list[int]()
 
-    def slow(*arguments: object, **more: object) -> object:
+    def slow(*arguments: Any, **more: Any) -> Image.Image:
         decoded.append(1)
         begun.set()
         release.wait(WAIT)
-        return original(*arguments, **more)  # type: ignore[arg-type]
+        return decode(*arguments, **more)
 
     monkeypatch.setattr(checking, "decode", slow)
     waiting = asyncio.ensure_future(checker.infer(jpegs(5, 20), ""))
@@ -185,7 +199,7 @@ async def test_a_check_that_is_given_up_stops_at_its_next_image(
     await asyncio.sleep(0.01)
     release.set()
     await asyncio.gather(waiting, return_exceptions=True)
-    monkeypatch.setattr(checking, "decode", original)
+    monkeypatch.setattr(checking, "decode", decode)
     for _ in range(2):
         await checker.infer(jpegs(1, 20), "")
     assert len(decoded) == 1

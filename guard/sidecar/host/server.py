@@ -218,7 +218,6 @@ def _keepalive(settings: Settings) -> list[tuple[str, int]]:
     """What gRPC tolerates of its clients, and how it finds out that one has vanished."""
     options = [
         ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * settings.ping_interval)),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", round(1000 * settings.ping_interval)),
         ("grpc.keepalive_permit_without_calls", int(settings.ping_without_calls)),
         # A call of a client whose machine has vanished must not occupy a place for ever.
         ("grpc.keepalive_time_ms", 60_000),
