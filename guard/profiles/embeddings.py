@@ -12,7 +12,7 @@ from guard._types import Floats
 from guard.errors import EmbeddingsError, first_line
 
 _MAX_BYTES = 8 * 2**30
-_DAMAGED = (ValueError, EOFError, OverflowError, TypeError, SyntaxError, TokenError, RecursionError)
+_DAMAGED = (ValueError, EOFError, OSError, OverflowError, TypeError, SyntaxError, TokenError, RecursionError)
 """What NumPy raises for the head of a file that is not its own."""
 
 
