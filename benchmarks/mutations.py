@@ -216,7 +216,7 @@ def _place(data: bytes, source: random.Random) -> int:
     return source.randrange(min(len(data), 400) if source.random() < 0.5 else len(data)) if data else 0
 
 
-def _flip(data: bytes, source: random.Random, _: Sequence[bytes]) -> bytes:
+def _flip(data: bytes, source: random.Random, __: Sequence[bytes]) -> bytes:
     changed = bytearray(data)
     for _ in range(source.choice((1, 1, 2, 8)) if changed else 0):
         changed[_place(data, source)] ^= 1 << source.randrange(8)

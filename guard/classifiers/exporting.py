@@ -13,7 +13,7 @@ from guard._files import replace_directory
 from guard.classifiers.classifier import Classifier
 from guard.classifiers.digest import sha256
 from guard.classifiers.exported import MANIFEST_FILE, MODEL_FILE, SCHEMA, ExportedClassifier, Manifest
-from guard.errors import ExportError, ImageError
+from guard.errors import ExportError, ImageError, first_line
 
 MIN_PARITY_IMAGES = 256
 TOLERANCE = 1e-4
@@ -93,17 +93,20 @@ def _write(classifier: Classifier, directory: Path) -> None:
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
         for name in ("torch.onnx", "onnxscript"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        torch.onnx.export(
-            _Tower(classifier).eval(),
-            (torch.zeros(2, 3, size, size),),
-            directory / MODEL_FILE,
-            input_names=["image"],
-            output_names=["embedding", "logits"],
-            dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            torch.onnx.export(
+                _Tower(classifier).eval(),
+                (torch.zeros(2, 3, size, size),),
+                directory / MODEL_FILE,
+                input_names=["image"],
+                output_names=["embedding", "logits"],
+                dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        except Exception as error:  # the exporter raises dozens of types
+            raise ExportError(f"torch cannot export {classifier.source}: {first_line(error)}") from error
     manifest = Manifest(
         SCHEMA,
         classifier.digest.root,

@@ -25,8 +25,9 @@ budget = click.option(
 classes = click.option(
     "--classes",
     type=PATH,
-    help="File with the class names: JSON, or one name on each line. By default, it is the classes.json beside the "
-    "weights. The word everyday stands for a list of common objects, for a CLIP model without classes of its own.",
+    help="File with the class names: JSON (.json), or text with one name on each line and nothing else (.txt). "
+    "By default, it is the classes.json beside the weights. The word everyday stands for a list of common objects, for "
+    "a CLIP model without classes of its own.",
 )
 
 
