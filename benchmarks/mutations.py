@@ -9,7 +9,10 @@ refused with an error that guard raises on purpose, or be accepted and then hold
 - exported models, with a manifest that fits: no tensor in another file, no foreign operator, no function;
 - safetensors: the same tensors that the library safetensors reads;
 - class lists: at least two names, all different, all visible, that are read again as they were;
-- configurations: a model whose embeddings and head are finite.
+- configurations: a model whose embeddings and head are finite;
+- requests: what is forwarded has one input, with the images that guard reads in it;
+- replies of a stream: what counts as no answer has no output in any dialect;
+- state: a start goes on with it or without it, and loses nothing new.
 
 Anything else counts: another exception is a crash, what does not hold is a wrong accept. Each kind runs in a process of
 its own, so that the end of a process is a crash that is counted too.
@@ -18,6 +21,7 @@ its own, so that the end of a process is a crash that is counted too.
 import argparse
 import io
 import json
+import logging
 import random
 import shutil
 import sys
@@ -26,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,16 +40,33 @@ import numpy as np
 import onnx
 import open_clip
 import torch
+from google.protobuf.message import DecodeError
 from PIL import Image
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from benchmarks._record import RESULTS, heading
 from guard._safetensors import open_tensors
-from guard.classifiers import ClassList, ExportedClassifier, Preprocessing, decode, export, load, save
+from guard.classifiers import ClassList, ExportedClassifier, Preprocessing, decode, encode, export, load, save
 from guard.classifiers.digest import sha256
+from guard.classifiers.headers import read_headers
 from guard.classifiers.preprocessing import MAX_PIXELS
-from guard.errors import GuardError, ModelError
+from guard.errors import GuardError, ModelError, RequestError, StateError
+from guard.protocol.dialects import FINAL, StreamDialect
+from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
+from guard.protocol.messages import pack_bytes, parse_request, remove_own_names, with_images
+from guard.protocol.tensors import (
+    add_output,
+    encoded_images,
+    find_input,
+    float_images,
+    raw_contents,
+    unpack_bytes,
+)
+from guard.protocol.wire import REPLY_LIMITS, REQUEST, STREAM_REPLY, Limits, check_message
+from tests.attacks.test_mutated_state import KINDS as STATE_KINDS
+from tests.attacks.test_mutated_state import StateKind
+from tests.attacks.test_mutated_state import mutated as changed
 
 CHUNK = 500
 """Mutations after which a process reports; if it dies, this is how closely the place is known."""
@@ -128,13 +150,13 @@ class Outcome:
 def main() -> None:
     """Run and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=10_000, help="mutations of each kind")
+    parser.add_argument("--count", type=int, default=10_000, help="mutations of each kind; of slow kinds a part")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         artefacts = make_artefacts(Path(folder))
-        outcomes = {name: run(name, artefacts, given.seed, given.count) for name in given.kinds}
+        outcomes = {name: run(name, artefacts, given.seed, given.count // SLOW.get(name, 1)) for name in given.kinds}
     rows = [
         f"| {name} | {item.accepted + item.refused + len(item.wrong) + len(item.crashes):,} | {item.refused:,} | "
         f"{item.accepted:,} | {len(item.wrong)} | {len(item.crashes)} | {item.slowest:.2f} |"
@@ -165,7 +187,9 @@ def run(name: str, artefacts: Artefacts, seed: int, count: int) -> Outcome:
     whole = Outcome()
     todo = list(range(0, count, CHUNK))
     while todo:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        # What guard logs about damaged state is right, and thousands of lines.
+        quiet = {"initializer": logging.disable, "initargs": (logging.CRITICAL,)}
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **quiet) as pool:
             while todo:
                 start = todo.pop(0)
                 stop = min(start + CHUNK, count)
@@ -360,8 +384,10 @@ def _messages(message: Any) -> Iterator[Any]:  # noqa: ANN401 - protobuf's messa
     yield message
     for each, value in message.ListFields():
         if each.message_type is not None:
-            for inner in value if hasattr(value, "append") or hasattr(value, "add") else [value]:
-                yield from _messages(inner)
+            several = value.values() if hasattr(value, "values") else value if hasattr(value, "add") else [value]
+            for inner in several:
+                if hasattr(inner, "ListFields"):  # the values of a map may be plain
+                    yield from _messages(inner)
 
 
 def _safetensors(artefacts: Artefacts, folder: Path) -> Kind:
@@ -433,14 +459,156 @@ def _configurations(artefacts: Artefacts, folder: Path) -> Kind:
     return Kind((path.read_bytes(), json.dumps(CONFIG, indent=1).encode()), check, _reshape_json)
 
 
+def _requests(_: Artefacts, __: Path) -> Kind:
+    preprocessing = Preprocessing(SIZE, (0.5,) * 3, (0.5,) * 3)
+    buffer = io.BytesIO()
+    Image.fromarray((np.arange(20 * 24 * 3) % 251).astype(np.uint8).reshape(20, 24, 3)).save(buffer, "PNG")
+    images = np.linspace(-1, 1, 2 * 3 * SIZE * SIZE, dtype=np.float32).reshape(2, 3, SIZE, SIZE)
+    files, samples = [buffer.getvalue()] * 2, []
+    for raw in (True, False):
+        for contents in ("files", "numbers"):
+            request = ModelInferRequest(model_name="m", id="7")
+            request.outputs.add(name="logits").parameters["classification"].int64_param = 3
+            request.parameters["priority"].int64_param = 1
+            tensor = request.inputs.add(name="image", datatype="BYTES", shape=[2])
+            if contents == "numbers":
+                tensor.datatype, tensor.shape[:] = "FP32", images.shape
+            if raw:
+                request.raw_input_contents.append(pack_bytes(files) if contents == "files" else images.tobytes())
+            elif contents == "files":
+                tensor.contents.bytes_contents.extend(files)
+            else:
+                tensor.contents.fp32_contents.extend(images.ravel().tolist())
+            samples.append(request.SerializeToString())
+
+    def read(request: ModelInferRequest) -> Any:  # noqa: ANN401 - an array, or files
+        index = find_input(request, "image")
+        tensor, raw = request.inputs[index], raw_contents(request, index)
+        if tensor.datatype != "BYTES":
+            return float_images(tensor, raw, (3, SIZE, SIZE), 4)
+        found = encoded_images(tensor, raw, 4)
+        _, troubles = read_headers(found, max_pixels=MAX_PIXELS, max_work=MAX_PIXELS)
+        for error in troubles.values():
+            raise error
+        return np.stack([preprocessing.pixels(decode(file)) for file in found])
+
+    def check(data: bytes) -> None:
+        check_message(data, REQUEST, Limits(elements=1024))
+        request = parse_request(data)
+        remove_own_names(request, data)
+        seen = read(request)
+        if seen.dtype == np.uint8:
+            forwarded = with_images(request, find_input(request, "image"), [encode(pixels) for pixels in seen])
+        else:
+            forwarded = request.SerializeToString()
+        again = ModelInferRequest.FromString(forwarded)
+        (tensor,) = again.inputs
+        raw = list(again.raw_input_contents)
+        contents = [values for _, values in tensor.contents.ListFields()]
+        if len(contents) + len(raw) != 1 or any(name.startswith("guard_") for name in again.parameters):
+            raise WrongAcceptError("contents of two forms, or a name of guard's own")
+        # As a server reads it that takes whatever comes first.
+        if tensor.datatype == "BYTES":
+            parts = list(contents[0]) if contents else unpack_bytes(raw[0])
+            found = np.stack([np.asarray(Image.open(io.BytesIO(part))).transpose(2, 0, 1) for part in parts])
+        else:
+            found = np.array(contents[0] if contents else np.frombuffer(raw[0], np.float32), np.float32)
+        if not np.array_equal(found.ravel(), seen.ravel(), equal_nan=True):
+            raise WrongAcceptError("other images are forwarded than were read")
+
+    return Kind(samples, check, _reshape_message(ModelInferRequest))
+
+
+def _replies(_: Artefacts, __: Path) -> Kind:
+    reply = ModelInferResponse(model_name="m", model_version="1", id="7")
+    add_output(reply, "logits", np.arange(6, dtype=np.float32), raw=True)
+    typed = ModelInferResponse(model_name="m")
+    add_output(typed, "logits", np.arange(6, dtype=np.float32), raw=False)
+    last = ModelInferResponse(model_name="m")
+    last.parameters[FINAL].bool_param = True
+    plain = [each.SerializeToString() for each in (reply, typed, last)]
+    enveloped = [ModelStreamInferResponse(infer_response=each).SerializeToString() for each in (reply, typed, last)]
+
+    async def nobody() -> str:
+        return ""
+
+    def check(data: bytes) -> None:
+        check_message(data, STREAM_REPLY, REPLY_LIMITS)
+        found = StreamDialect("auto", nobody).read(data)
+        if found is None:
+            raise RequestError("it cannot be read whole")
+        if found.answers:
+            return
+        others: list[ModelInferResponse] = []
+        with suppress(DecodeError):
+            others.append(ModelInferResponse.FromString(data))
+        with suppress(DecodeError):
+            others.append(ModelStreamInferResponse.FromString(data).infer_response)
+        if any(other.outputs or other.raw_output_contents for other in others):
+            raise WrongAcceptError("outputs that count as no answer")
+
+    return Kind((*plain, *enveloped), check, _reshape_message(ModelStreamInferResponse))
+
+
+def _reshape_message(kind: Any) -> Callable[[bytes, random.Random], bytes]:  # noqa: ANN401 - a class of protobuf
+    """Takes away a field, repeats one, or adds one that nobody knows, at any depth."""
+
+    def reshape(data: bytes, source: random.Random) -> bytes:
+        try:
+            message = kind.FromString(data)
+        except DecodeError:
+            return data
+        part = source.choice(list(_messages(message)))
+        fields = [each for each, _ in part.ListFields()]
+        action = source.randrange(3)
+        if action == 0 and fields:
+            part.ClearField(source.choice(fields).name)
+        elif action == 1:
+            extra = source.choice((b"\xba\x3e\x01x", b"\x08\x01", b"\x2a\x00", b"\x12\x01x", b"\x32\x00"))
+            with suppress(DecodeError):
+                part.MergeFromString(extra)
+        else:
+            part.MergeFromString(part.SerializeToString())
+        return bytes(message.SerializeToString())
+
+    return reshape
+
+
+def _state(kind: StateKind) -> Callable[[Artefacts, Path], Kind]:
+    def make(_: Artefacts, folder: Path) -> Kind:
+        whole = folder / "whole"
+        whole.mkdir()
+        kind.make(whole)
+
+        def check(data: bytes) -> None:
+            with tempfile.TemporaryDirectory(dir=folder) as name:
+                for file in whole.iterdir():
+                    shutil.copy(file, name)
+                (Path(name) / kind.file).write_bytes(data)
+                if not kind.start(Path(name)):
+                    raise StateError("begun anew")
+
+        def reshape(data: bytes, source: random.Random) -> bytes:
+            return changed(data, source.randrange(2**31))
+
+        return Kind(((whole / kind.file).read_bytes(),), check, reshape)
+
+    return make
+
+
 KINDS: dict[str, Callable[[Artefacts, Path], Kind]] = {
     "images": _images,
     "onnx": _onnx,
     "safetensors": _safetensors,
     "class lists": _class_lists,
     "configurations": _configurations,
+    "requests": _requests,
+    "replies of a stream": _replies,
+    **{kind.name: _state(kind) for kind in STATE_KINDS},
 }
 """What is mutated: a function that makes a kind from whole files, with a folder for its own use."""
+SLOW = {"onnx": 5, "configurations": 20, **{kind.name: 20 for kind in STATE_KINDS}}
+"""Kinds of which only one part of so many of the mutations is tried, since each takes long."""
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from typing import Any
 import grpc
 
 from guard.sidecar.decisions.checking import LARGE_PIXELS
+from guard.sidecar.inference.calls import RefusedError
+from guard.sidecar.policy import Reason
 from guard.sidecar.settings import Settings
 from guard.sidecar.telemetry.metrics import Metrics
 
@@ -40,6 +42,7 @@ _COPIES = 3
 """Of each message: as bytes, as a parsed message, and while one is made from the other."""
 _ARRIVING = 16
 """Messages of the largest size that may arrive, faster than anybody looks, between two looks at the memory in use."""
+_NO_ROOM = "the messages that are being answered take up all memory for them; try again later"
 _ENDING = "this sidecar is shutting down; try another one"
 Handler = Callable[[Any, grpc.aio.ServicerContext], Any]
 log = logging.getLogger(__name__)
@@ -293,9 +296,12 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
             if self.bounds.memory is not None:
                 self._look_at_memory(self.bounds.memory)
         if self._short_of_memory or self._bytes + size > most:
-            message = "the messages that are being answered take up all memory for them; try again later"
-            await self.refuse(call, grpc.StatusCode.RESOURCE_EXHAUSTED, message)
+            await self.refuse(call, grpc.StatusCode.RESOURCE_EXHAUSTED, _NO_ROOM)
         self.give(call, -size)
+
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes more can be held."""
+        return not self._short_of_memory and self._bytes + size <= self.bounds.inflight_bytes
 
     def give(self, call: "_Call", size: int) -> None:
         """Count bytes as no longer held; at its end, a call gives back all that it has."""
@@ -380,6 +386,16 @@ class _Call:
         finally:
             self.forget(size)
             self.last = monotonic()
+
+    def hold(self, size: int) -> None:
+        """Count bytes that are made for a call, such as images that take the place of smaller files.
+
+        Raises:
+            RefusedError: They are beyond the limit.
+        """
+        if not self._limited.has_room(size):
+            raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"guard: {_NO_ROOM}", reason=Reason.OVERLOADED)
+        self._limited.give(self, -size)
 
     def forget(self, size: int) -> None:
         """Count bytes as no longer held: a stream does so for each message that it has dealt with."""

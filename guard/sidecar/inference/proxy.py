@@ -101,7 +101,8 @@ class Proxy:
             endpoint,
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
-                ("grpc.max_send_message_length", settings.max_message_bytes),
+                # What guard sends may be larger than what it takes: image files become pixels, which count in flight.
+                ("grpc.max_send_message_length", -1),
                 # Reconnect to a restarted server within seconds, not after gRPC's default of up to two minutes.
                 ("grpc.max_reconnect_backoff_ms", 2000),
                 ("grpc.initial_reconnect_backoff_ms", 200),

@@ -216,9 +216,11 @@ class ScreenedStream:
             except RefusedError as error:
                 await self._answer(sent, error, outcome)
                 return
-        data = sent.data
+        data, made = sent.data, 0
         if sent.images is not None and sent.check is not None:
             data = await sent.images.data(sent.check)
+            made = 0 if data is sent.data else len(data)
+            self._context.hold(made)
         # It may be many megabytes, and is not needed until the reply.
         sent.data, sent.images = b"", None
         if not self._replies_unread:
@@ -229,6 +231,7 @@ class ScreenedStream:
             self._hidden.add(sent.hide)
             data = with_output(data, sent.hide)
         await self.call.write(data)
+        self._context.forget(made)
 
     async def _answer(self, sent: _Sent, error: RefusedError, outcome: Outcome) -> None:
         """Answer a request with a refusal instead of forwarding it."""

@@ -159,6 +159,7 @@ class UpstreamService(InferenceService):
         assumed, running = request.route, asyncio.ensure_future(check.outcome)
         try:
             data = await check.data(running)
+            context.hold(len(data) if data is not request.data else 0)
             reply, response, trailing = await self._ask(data, request, context)
             if (route := request.route) is not assumed:
                 # Another version answered than the one that was assumed; it got what the first one was checked with.
