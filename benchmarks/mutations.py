@@ -188,8 +188,7 @@ def run(name: str, artefacts: Artefacts, seed: int, count: int) -> Outcome:
     todo = list(range(0, count, CHUNK))
     while todo:
         # What guard logs about damaged state is right, and thousands of lines.
-        quiet = {"initializer": logging.disable, "initargs": (logging.CRITICAL,)}
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **quiet) as pool:
+        with ProcessPoolExecutor(1, get_context("spawn"), logging.disable, (logging.CRITICAL,)) as pool:
             while todo:
                 start = todo.pop(0)
                 stop = min(start + CHUNK, count)

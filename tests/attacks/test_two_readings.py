@@ -466,3 +466,23 @@ def test_a_reply_of_another_model_is_not_taken_for_it(
             error = client.refused(request)
             assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
             assert dict(pairs(error.trailing_metadata()))["guard-reason"] == "model_unknown"
+
+
+def test_pixels_that_take_the_place_of_small_files_count_as_bytes_in_flight(
+    launch: Launcher, exported: Path, served_profile: Path, server: InferenceServer
+) -> None:
+    dot = saved(Image.new("RGB", (1, 1)), "WEBP", lossless=True)
+    arguments = ("--upstream", server.address, "--model", exported, "--profile", served_profile,
+                 "--max-message-bytes", "16384", "--max-inflight-bytes", "65536", "--timeout", "30")  # fmt: skip
+    with launch(*arguments) as sidecar, connected(sidecar.address) as client:
+        error = client.refused(files(*[dot] * 200))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert dict(pairs(error.trailing_metadata()))["guard-reason"] == "overloaded"
+        stream = client.channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stream(iter([files(*[dot] * 200).SerializeToString()]), timeout=60))
+        ended: Any = caught.value
+        assert ended.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        # What was held is given back.
+        assert client.infer(files(*[dot] * 20)).decision in {"pass", "flag"}
+    assert not any(len(request.inputs[0].shape) and request.inputs[0].shape[0] == 200 for request in received(server))
