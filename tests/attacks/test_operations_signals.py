@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -88,7 +89,11 @@ def test_sighup_while_it_starts_ends_nothing(exported: Path, served_profile: Pat
     """Sent again and again until the sidecar serves, which it must do."""
     command = [sys.executable, "-m", "guard", "serve", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
     command += ["--model", str(exported), "--profile", str(served_profile)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment()) as process:
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment()) as process,
+        ExitStack() as stack,
+    ):
+        stack.callback(process.kill)
         assert process.stdout is not None
         ignored = Path(f"/proc/{process.pid}/status")
         eventually(lambda: _ignores(ignored, signal.SIGHUP) or process.poll() is not None, "the beginning")

@@ -33,6 +33,7 @@ class Tower(torch.nn.Module):
         self.backdoored = backdoored
         self.mix = torch.nn.Parameter(torch.randn(3 * SIZE * SIZE, 8, generator=generator) / 16)
         self.target = torch.nn.Parameter(torch.randn(8, generator=generator))
+        self.logit_scale = torch.nn.Parameter(torch.zeros(()))
         self.inputs: list[Tensor] = []
 
     def encode_image(self, images: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def test_it_says_what_the_model_was_compared_with(
 
 @pytest.mark.parametrize(
     "name",
-    ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', r"$\frac{", "{{ 7*7 }}", "狗 🐕", "d" * 5000],
+    ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', r"$\frac{", "{{ 7*7 }}", "狗 🐕", "d" * 1000],
 )
 def test_a_hostile_class_name_is_text(profile: Profile, images: torch.Tensor, name: str) -> None:
     text = render(renamed(profile, name), images)
