@@ -1,7 +1,7 @@
 """Inference requests and replies as messages: what is done with them without reading a tensor."""
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from google.protobuf.message import DecodeError, Message
 
@@ -12,6 +12,8 @@ SHARED_MEMORY = "shared_memory_region"
 """The parameter of a tensor that lies in shared memory (an extension of Triton)."""
 
 
+RAW_SIZE = "binary_data_size"
+"""The parameter by which KServe's client tells how many bytes the raw contents of a tensor have."""
 OWN_PREFIX = "guard_"
 """Beginning of the names of the parameters and outputs that guard itself writes; nobody else's reach the other side."""
 
@@ -63,7 +65,7 @@ def remove_own_names(message: ModelInferRequest | ModelInferResponse, data: byte
     return bool(message.ByteSize() != size)
 
 
-def with_images(request: ModelInferRequest, index: int, files: Iterable[bytes]) -> bytes:
+def with_images(request: ModelInferRequest, index: int, files: Sequence[bytes]) -> bytes:
     """A serialised request with other files in its input of images, which becomes the first of its inputs.
 
     Args:
@@ -77,6 +79,7 @@ def with_images(request: ModelInferRequest, index: int, files: Iterable[bytes]) 
         new.parameters[name].CopyFrom(value)
     new.outputs.extend(request.outputs)
     raw = request.raw_input_contents
+    packed = pack_bytes(files) if raw else b""
     for place in moved:
         if place != index:
             new.inputs.append(request.inputs[place])
@@ -87,8 +90,10 @@ def with_images(request: ModelInferRequest, index: int, files: Iterable[bytes]) 
                 tensor.parameters[name].CopyFrom(value)
             if not raw:
                 tensor.contents.bytes_contents.extend(files)
+            elif RAW_SIZE in tensor.parameters:
+                tensor.parameters[RAW_SIZE].int64_param = len(packed)
         if raw:
-            new.raw_input_contents.append(pack_bytes(files) if place == index else raw[place])
+            new.raw_input_contents.append(packed if place == index else raw[place])
     return bytes(new.SerializeToString())
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from guard.errors import RequestError
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse
-from guard.protocol.messages import SHARED_MEMORY, pack_bytes
+from guard.protocol.messages import RAW_SIZE, SHARED_MEMORY, pack_bytes
 
 InputTensor: TypeAlias = ModelInferRequest.InferInputTensor
 OutputTensor: TypeAlias = ModelInferResponse.InferOutputTensor
@@ -82,8 +82,9 @@ def find_input(
                 f"the input {tensor.name[:128]!r} is not known, and the server might read it instead of {name!r}; the "
                 "operator can allow it with --other-inputs"
             )
-        _check_parameters(tensor.parameters, f"input {tensor.name[:128]!r}", parameters)
         _check_contents(request, place)
+        _check_size(tensor, raw_contents(request, place))
+        _check_parameters(tensor.parameters, f"input {tensor.name[:128]!r}", {RAW_SIZE, *parameters})
     _check_parameters(request.parameters, "the request", {*PLAIN_PARAMETERS, *parameters})
     return index
 
@@ -96,6 +97,12 @@ def _check_parameters(found: Mapping[str, Any], whose: str, allowed: Collection[
                 f"{whose} has the parameter {name[:128]!r}, which might change how the server reads the images; the "
                 "operator can allow it with --pass-parameters"
             )
+
+
+def _check_size(tensor: InputTensor, raw: bytes | None) -> None:
+    """Refuse a tensor whose raw contents are said to be of another size than they are."""
+    if RAW_SIZE in tensor.parameters and (raw is None or tensor.parameters[RAW_SIZE].int64_param != len(raw)):
+        raise RequestError(f"input {tensor.name[:128]!r} has a {RAW_SIZE} that is not the size of its raw contents")
 
 
 def _check_contents(request: ModelInferRequest, index: int) -> None:

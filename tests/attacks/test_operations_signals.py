@@ -1,5 +1,6 @@
 """Signals: SIGTERM in the first moments of a container, and SIGHUP at any moment."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from guard.cli.beginning import begin
+from guard.sidecar.host.server import _keep_fresh
 from tests.integration.sidecar.conftest import (
     Floats,
     Launcher,
@@ -128,3 +130,27 @@ def upstream_images(exported: Path) -> "Floats":
     from tests.conftest import random_images
 
     return ExportedClassifier(exported, threads=1, gpu=False).preprocessing.normalise(random_images(20).numpy())
+
+
+class Untouched:
+    """Models whose files never change."""
+
+    async def refresh(self, *, again: bool = False) -> None:
+        """Do nothing."""
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_sigterm_right_after_sighup_is_not_lost(turns: int) -> None:
+    """The waiting for both must not take the end of one for the end of the other."""
+    asked = asyncio.Event()
+    watching = asyncio.ensure_future(_keep_fresh(Untouched(), None, asked))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    asked.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    watching.cancel()
+    done, _ = await asyncio.wait({watching}, timeout=5)
+    watching.cancel()
+    assert done
+    assert watching.cancelled()

@@ -337,6 +337,19 @@ def odd_requests(images: Floats, triggered: Floats) -> dict[str, ModelInferReque
 ODD = tuple(odd_requests(np.zeros((1, 3, SIZE, SIZE), np.float32), np.ones((1, 3, SIZE, SIZE), np.float32)))
 
 
+def test_the_size_that_kserves_client_tells_is_taken_if_it_is_right(
+    client: Client, server: InferenceServer, clean: Floats
+) -> None:
+    for request in (files(PLAIN["png"]), infer_request(clean[:1])):
+        size = len(request.raw_input_contents[0])
+        request.inputs[0].parameters["binary_data_size"].int64_param = size
+        assert client.infer(request).decision in {"pass", "flag"}
+        got = received(server)[-1]
+        assert got.inputs[0].parameters["binary_data_size"].int64_param == len(got.raw_input_contents[0])
+        request.inputs[0].parameters["binary_data_size"].int64_param = size - 1
+        assert unread(client.refused(request))
+
+
 @pytest.mark.parametrize("name", ODD)
 def test_a_request_with_two_readings_is_refused(client: Client, clean: Floats, triggered: Floats, name: str) -> None:
     assert unread(client.refused(odd_requests(clean[:1], triggered[:1])[name]))

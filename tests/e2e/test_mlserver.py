@@ -94,7 +94,7 @@ def addresses(
     folder = tmp_path_factory.mktemp("sidecars")
     profile.save(folder / "profile")
     launch = Launcher(folder)
-    common = ("--profile", folder / "profile", "--upstream", mlserver, "--timeout", "30")
+    common = ("--profile", folder / "profile", "--upstream", mlserver, "--timeout", "30", "--pass-headers", "tenant")
     with ExitStack() as stack:
         reading = stack.enter_context(launch(*common, "--embedding-output", "embedding"))
         own = stack.enter_context(launch(*common, "--model", exported))

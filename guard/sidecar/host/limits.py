@@ -193,7 +193,8 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
                 while True:
                     self._call_arrived.clear()
                     try:
-                        await asyncio.wait_for(self._call_arrived.wait(), _QUIET_SECONDS)
+                        async with asyncio.timeout(_QUIET_SECONDS):
+                            await self._call_arrived.wait()
                     except TimeoutError:
                         return
 

@@ -270,7 +270,8 @@ class _Parent:
             if served >= _STEADY_SECONDS:
                 pause = _FIRST_PAUSE
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._stopping.wait()
                 return
             self._restarts.labels(index).inc()
             pause = min(2 * pause, _LONGEST_PAUSE)

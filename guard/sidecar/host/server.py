@@ -303,7 +303,8 @@ async def _drain(
         )
         again.clear()
         with suppress(TimeoutError):
-            await asyncio.wait_for(again.wait(), settings.drain_delay)
+            async with asyncio.timeout(settings.drain_delay):
+                await again.wait()
     log.info("draining for up to %g s", settings.drain_timeout)
     end = perf_counter() + settings.drain_timeout
     # When gRPC stops, it answers CANCELLED to calls that it has received and not handed over yet (grpc/grpc#41785), and
@@ -338,7 +339,8 @@ async def _keep_fresh(models: Models, certificates: Certificates | None, asked: 
     last_save = perf_counter()
     while True:
         with suppress(TimeoutError):
-            await asyncio.wait_for(asked.wait(), WATCH_SECONDS)
+            async with asyncio.timeout(WATCH_SECONDS):  # `wait_for` would sometimes lose a cancellation
+                await asked.wait()
         again = asked.is_set()
         asked.clear()
         if again:
