@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
+from google.protobuf.message import DecodeError
+
 from guard.protocol.inference_pb2 import ModelInferResponse, ModelStreamInferResponse
 from guard.protocol.messages import parse_whole
 
@@ -72,6 +74,9 @@ class StreamDialect:
         readings = [
             reading for dialect in Dialect if (reading := _read(reply, dialect)) and self._known in {None, dialect}
         ]
+        if not any(reading.answers for reading in readings) and _might_answer(reply):
+            # Little more than two strings, of which one is an envelope with fields that guard does not know.
+            return None
         if not readings:
             return None
         found = readings[0]  # of Triton, if there are two
@@ -99,6 +104,18 @@ def _read(reply: bytes, dialect: Dialect) -> StreamReply | None:
         return StreamReply(dialect, plain, plain) if parse_whole(plain, reply) else None
     envelope = ModelStreamInferResponse()
     return StreamReply(dialect, envelope, envelope.infer_response) if parse_whole(envelope, reply) else None
+
+
+def _might_answer(reply: bytes) -> bool:
+    """Whether a client that passes over fields which it does not know finds outputs, in either dialect."""
+    for read in (ModelInferResponse.FromString, lambda data: ModelStreamInferResponse.FromString(data).infer_response):
+        try:
+            response = read(reply)
+        except DecodeError:
+            continue
+        if response.outputs or response.raw_output_contents:
+            return True
+    return False
 
 
 def error_reply(message: str, *, model: str, request_id: str, like: ModelInferResponse | None = None) -> bytes:

@@ -67,6 +67,12 @@ def test_an_answer_in_one_of_two_readings_is_an_answer() -> None:
     assert reply.answers
 
 
+def test_an_envelope_with_a_field_that_nobody_knows_is_not_two_strings_without_an_answer() -> None:
+    inner = NAMELESS.SerializeToString() + b"\x4a\x01m"
+    assert inner.decode()
+    assert stream().read(b"\x12" + bytes([len(inner)]) + inner) is None
+
+
 @pytest.mark.parametrize("data", [b"\xff\xff", PLAIN.SerializeToString() + b"\xba\x3e\x03abc"])
 def test_what_cannot_be_read_whole_is_not_read(data: bytes) -> None:
     assert stream().read(data) is None
