@@ -106,13 +106,13 @@ class Stage:
         return self._start("benchmarks.soak.upstream", *files, f"127.0.0.1:{self.ports[0]}")
 
     def sidecar(self, place: int = 1, *, drain_delay: float = 0.0) -> Program:
-        """Start a sidecar on one of two ports, 1 or 2."""
+        """Start a sidecar on one of two ports, 1 or 2, each with its own folder for state."""
         return self._start(
             *("guard", "serve", "--profile", str(self._folder / "profile"), "--mode", "tag"),
             *("--upstream", f"127.0.0.1:{self.ports[0]}", "--embedding-output", "embedding"),
             *("--listen", f"127.0.0.1:{self.ports[place]}", "--metrics", "127.0.0.1:0"),
             # Nothing may be pruned that is counted at the end, and a slow machine is no fault of the sidecar.
-            *("--state-dir", str(self._folder / "state"), "--evidence-rows", "100000000", "--timeout", "10"),
+            *("--state-dir", str(self._folder / f"state-{place}"), "--evidence-rows", "100000000", "--timeout", "10"),
             *("--drain-delay", str(drain_delay), "--log-format", "text"),
         )
 
@@ -129,9 +129,9 @@ class Stage:
         return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
 
     def evidence(self) -> list[tuple[int, int]]:
-        """Number and row of each image in the evidence log."""
-        log = EvidenceLog(self._folder / "state" / EVIDENCE_FILE)
-        return [(int(record.request_id), record.image) for record in log.records()]
+        """Number and row of each image in the evidence logs."""
+        logs = [EvidenceLog(state / EVIDENCE_FILE) for state in self._folder.glob("state-*")]
+        return [(int(record.request_id), record.image) for log in logs for record in log.records()]
 
     def logged(self) -> Counter[str]:
         """The errors in the logs of the processes, without their times and tracebacks."""

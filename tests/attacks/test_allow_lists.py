@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import numpy as np
@@ -147,7 +147,7 @@ def test_a_stream_in_another_dialect_is_never_passed(
     policy: str,
 ) -> None:
     """As when the setting is wrong, or the server behind an address has been replaced."""
-    spoken = "mlserver" if expected == "triton" else "triton"
+    spoken: Literal["triton", "mlserver"] = "mlserver" if expected == "triton" else "triton"
     with InferenceServer(lambda inputs: {"logits": classify.run(inputs["image"])[1]}, dialect=spoken) as other:
         more = ("--stream-dialect", expected, "--failure-policy", policy, "--mode", "tag")
         with started(launch, exported, served_profile, other, *more) as sidecar, connected(sidecar.address) as client:

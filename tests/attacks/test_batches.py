@@ -59,7 +59,7 @@ def spoilt(batch: Floats, how: str, classify: ExportedClassifier) -> ModelInferR
         request.inputs.add(name="image", datatype="BYTES", shape=[len(files)])
         return request
     images = batch.copy()
-    images[1] = {"NaN": np.nan, "infinity": np.inf, "an overflow": HUGE}[how]
+    images[1] = {"NaN": float("nan"), "infinity": float("inf"), "an overflow": float(HUGE)}[how]
     return infer_request(images)
 
 

@@ -466,8 +466,8 @@ def test_a_reply_of_another_model_is_not_taken_for_it(
     server.answer = lambda _: server.respond(
         infer_request(clean[:1], model_name=answered[0], model_version=answered[1]).SerializeToString()
     )
-    arguments = ["--upstream", server.address, "--model", exported, "--profile", served_profile]
-    arguments += ["--model-version", asked[1]] if asked[1] else []
+    version = ("--model-version", asked[1]) if asked[1] else ()
+    arguments = ("--upstream", server.address, "--model", exported, "--profile", served_profile, *version)
     request = infer_request(clean[:1], model_name=asked[0], model_version=asked[1])
     with launch(*arguments) as sidecar, connected(sidecar.address) as client:
         if streamed:

@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 
 from guard.protocol.inference_pb2 import ModelInferRequest
-from guard.protocol.tensors import pack_bytes
+from guard.protocol.messages import pack_bytes
 from tests.damage import FILES, damaged
 from tests.integration.sidecar.conftest import WAIT_SECONDS, Floats, Launcher, Sidecar, connected, infer_request
 

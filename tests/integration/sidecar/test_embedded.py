@@ -21,7 +21,7 @@ from guard import __version__
 from guard.classifiers import ExportedClassifier
 from guard.protocol import SERVICE
 from guard.protocol.inference_pb2 import ModelInferRequest
-from guard.protocol.tensors import pack_bytes
+from guard.protocol.messages import pack_bytes
 from tests.conftest import CLASSES, SIZE, random_images
 from tests.integration.sidecar.conftest import (
     WAIT_SECONDS,

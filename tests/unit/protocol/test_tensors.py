@@ -8,14 +8,13 @@ from numpy.typing import NDArray
 
 from guard.errors import RequestError
 from guard.protocol.inference_pb2 import InferTensorContents, ModelInferRequest, ModelInferResponse
-from guard.protocol.messages import parse_request, remove_output
+from guard.protocol.messages import pack_bytes, parse_request, remove_output
 from guard.protocol.tensors import (
     add_output,
     encoded_images,
     find_input,
     float_images,
     float_output,
-    pack_bytes,
     raw_contents,
     unpack_bytes,
 )

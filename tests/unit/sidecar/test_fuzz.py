@@ -15,14 +15,13 @@ from guard.classifiers import Preprocessing, decode
 from guard.errors import ImageError, RequestError
 from guard.protocol.dialects import StreamDialect
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse
-from guard.protocol.messages import parse_request, uses_shared_memory
+from guard.protocol.messages import pack_bytes, parse_request, uses_shared_memory
 from guard.protocol.tensors import (
     add_output,
     encoded_images,
     find_input,
     float_images,
     float_output,
-    pack_bytes,
     raw_contents,
 )
 from guard.sidecar.decisions.watch import input_digest
