@@ -23,6 +23,9 @@ _MAX_STRUCTURE = 128 * 2**20
 _NEVER = {
     ("TensorProto", "external_data"): "a tensor that is kept in another file",
     ("ModelProto", "functions"): "functions of its own",
+    # Loops need no time to load, and for ever to run.
+    ("AttributeProto", "g"): "a graph inside of a node",
+    ("AttributeProto", "graphs"): "graphs inside of a node",
     ("ModelProto", "training_info"): "training information",
 }
 """Fields that an exported classifier does not have, and what they would say."""

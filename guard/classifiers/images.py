@@ -23,6 +23,8 @@ from guard.errors import ImageError
 FORMATS = ("JPEG", "PNG", "WEBP")
 _PNG_DEPTH = 24
 """Offset of the number of bits per channel in a PNG file: its header is always the first chunk."""
+_ONCE = {"JPEG": (b"Exif\0",), "PNG": (b"eXIf", b"IHDR", b"PLTE"), "WEBP": (b"EXIF", b"VP8X")}
+"""What begins parts of a file that may be there once; of two, some programs take the first and some the last."""
 _YCBCR = ((1, 2, 3), (0, 1, 2))
 """Numbers of the components of a JPEG file that every decoder takes for Y, Cb and Cr."""
 _AREAS = 4
@@ -146,6 +148,8 @@ def _ambiguity(image: Image.Image, data: bytes) -> str | None:
         return f"has {data[_PNG_DEPTH]} bits per channel"
     if getattr(image, "n_frames", 1) != 1:
         return "has several frames"
+    if image.format in _ONCE and any(data.count(mark) > 1 for mark in _ONCE[image.format]):
+        return "has the same metadata twice"
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         return "has an orientation"
     components = tuple(layer[0] for layer in getattr(image, "layer", ()))

@@ -189,18 +189,29 @@ def test_what_is_no_onnx_is_refused(data: bytes, message: str) -> None:
 
 
 def test_nesting_and_number_of_fields_are_bounded_before_anything_is_parsed() -> None:
-    graph = onnx.GraphProto()
-    for _ in range(14):
-        outer = onnx.GraphProto()
-        outer.node.add(op_type="If").attribute.add(name="g").g.CopyFrom(graph)
-        graph = outer
+    nested = onnx.TypeProto()
+    for _ in range(20):
+        outer = onnx.TypeProto()
+        outer.sequence_type.elem_type.CopyFrom(nested)
+        nested = outer
+    deep = onnx.ModelProto()
+    deep.graph.input.add(name="x").type.CopyFrom(nested)
     with pytest.raises(ValueError, match="nested deeper"):
-        check_graph(onnx.ModelProto(graph=graph).SerializeToString())
+        check_graph(deep.SerializeToString())
     many = b"\x0a\x00" * 1_000_001  # nodes of two bytes, each of which would take some hundred in memory
     length = len(many)
     encoded = bytes([length & 127 | 128, length >> 7 & 127 | 128, length >> 14 & 127 | 128, length >> 21])
     with pytest.raises(ValueError, match="more than 1000000 fields"):
         check_graph(b"\x3a" + encoded + many)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_could_loop_for_ever_is_refused(several: bool) -> None:  # noqa: FBT001
+    model = onnx.ModelProto()
+    attribute = model.graph.node.add(op_type="Loop").attribute.add(name="body")
+    (attribute.graphs.add() if several else attribute.g).name = "again"
+    with pytest.raises(ValueError, match="inside of a node"):
+        check_graph(model.SerializeToString())
 
 
 def test_a_pipe_and_a_sparse_file_are_refused_at_once(copy: Path) -> None:

@@ -14,8 +14,9 @@ from PIL import Image
 from guard.classifiers import ExportedClassifier
 from guard.evidence import EVIDENCE_FILE, EvidenceLog, RecordFilter
 from guard.profiles import Profile
-from guard.protocol.inference_pb2 import ModelInferRequest
+from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse
 from guard.protocol.messages import pack_bytes
+from guard.protocol.tensors import add_output
 from guard.testing import InferenceServer
 from tests.integration.sidecar.conftest import Floats, Launcher, connected, eventually, infer_request, pairs
 
@@ -135,3 +136,33 @@ def test_the_sidecar_that_serves_itself_judges_the_others_too(
         index = reply.outputs.index("guard_decision")
         assert reply.response.raw_output_contents[index] == pack_bytes([b"pass", b"unchecked", b"flag"])
         eventually(lambda: sidecar.metric("guard_images_total", model="classifier", decision="flag") == 1, "counting")
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 64), (4, 64)])
+def test_embeddings_of_another_number_than_the_images_check_none(
+    launch: Launcher,
+    served_profile: Path,
+    server: InferenceServer,
+    classify: ExportedClassifier,
+    batch: Floats,
+    shape: tuple[int, ...],
+) -> None:
+    """As from a server that pools or squeezes: the embedding of a clean image would clear the others."""
+    clean = classify.run(batch[:1])[0]
+    wrong = np.resize(clean, (*shape[:-1], clean.shape[1]))
+
+    def answer(data: bytes) -> bytes:
+        response = ModelInferResponse(model_name="classifier", id=ModelInferRequest.FromString(data).id)
+        add_output(response, "logits", np.zeros((3, 6), np.float32), raw=True)
+        add_output(response, "embedding", wrong, raw=True)
+        return bytes(response.SerializeToString())
+
+    server.answer = answer
+    try:
+        arguments = ("--upstream", server.address, "--profile", served_profile, "--embedding-output", "embedding")
+        with launch(*arguments) as sidecar, connected(sidecar.address) as client:
+            error = client.refused(infer_request(batch))
+    finally:
+        server.reset()
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert dict(pairs(error.trailing_metadata()))["guard-reason"] == "embedding_missing"

@@ -139,7 +139,18 @@ def rgb_jpeg() -> bytes:
     return saved(Image.fromarray(photo(2)), "JPEG", keep_rgb=True)
 
 
+def two_orientations() -> bytes:
+    """Some programs take the first, and some the last."""
+    chunks = []
+    for orientation in (3, 1):
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        chunks.append((b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
+    return png(LARGE, 8, 2, b"".join(b"\0" + row.tobytes() for row in photo(2)), *chunks)
+
+
 AMBIGUOUS = (
+    two_orientations,
     palette,
     alpha,
     grey_with_alpha,

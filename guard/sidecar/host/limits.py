@@ -11,6 +11,7 @@ import inspect
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ _COPIES = 3
 """Of each message: as bytes, as a parsed message, and while one is made from the other."""
 _ARRIVING = 16
 """Messages of the largest size that may arrive, faster than anybody looks, between two looks at the memory in use."""
+_UNTAKEN_OF_ONE, _UNTAKEN_OF_ALL, _UNTAKEN_OF_ONE_IF_MANY = 64, 1024, 4
+"""Replies that one connection may leave untaken; the number of all from which on it is the last of these."""
 _NO_ROOM = "the messages that are being answered take up all memory for them; try again later"
 _ENDING = "this sidecar is shutting down; try another one"
 Handler = Callable[[Any, grpc.aio.ServicerContext], Any]
@@ -149,6 +152,7 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._waiting: dict[_Call, float] = {}
         self._open_streams: set[_Call] = set()
         self._short_of_memory = False
+        self._untaken = _Untaken(bounds.inflight_bytes)
         self._evictions: set[asyncio.Task[None]] = set()
         self._holding, self._released = False, asyncio.Event()
         self._call_arrived = asyncio.Event()
@@ -244,6 +248,8 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
                     reply = await method(await request(call), call)
                     if isinstance(reply, bytes):
                         await self.take(call, len(reply), received=False)
+                        call.reply = len(reply)
+                    self._untaken.add(call)
                     return reply
             except grpc.aio.AbortError as error:
                 raise _without_frames(error)  # noqa: B904 - as above
@@ -257,6 +263,9 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
             await self._released.wait()
             await self.refuse(context, grpc.StatusCode.UNAVAILABLE, _ENDING)
         call = _Call(context, self, streams=streams)
+        if not self._untaken.allow(call.peer):
+            message = "this connection does not take the replies to its calls; read them first"
+            await self.refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, message)
         if streams and len(self._open_streams) >= self.bounds.streams and not self._evict_oldest(streams=True):
             await self.refuse(
                 context,
@@ -274,8 +283,16 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
             self._waiting.pop(call, None)
             self._open_streams.discard(call)
             self._running -= call.begun
-            self.give(call, call.taken)
+            # A reply is held until the client has taken it.
+            self.give(call, call.taken - call.reply)
             call.ended = True
+            context.add_done_callback(lambda _: self._taken(call))
+
+    def _taken(self, call: "_Call") -> None:
+        """A call is over: its reply has left, or never will."""
+        self._untaken.remove(call)
+        self._bytes -= call.taken
+        call.taken = 0
 
     async def begin(self, call: "_Call") -> None:
         """Count a call as handled, when its first message is there."""
@@ -316,8 +333,15 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
         await context.abort(code, f"guard: {message}")
 
     def _evict_oldest(self, *, streams: bool = False) -> bool:
-        """Make room by the call that has waited longest for its first message; return whether there is one."""
-        oldest = next((call for call in self._waiting if call.streams or not streams), None)
+        """Make room by a call that waits for its first message; return whether there is one.
+
+        It is the oldest of the connection with the most such calls: in a burst, the message of a call may be there and not
+        read yet, and one client's burst must not end the call of another.
+        """
+        waiting = [call for call in self._waiting if call.streams or not streams]
+        by_peer = Counter(call.peer for call in waiting)
+        most = max(by_peer.values(), default=0)
+        oldest = next((call for call in waiting if by_peer[call.peer] == most), None)
         if oldest is not None:
             message = "too many calls wait for their first message; send it together with the call"
             self._evict(oldest, grpc.StatusCode.RESOURCE_EXHAUSTED, message)
@@ -338,13 +362,51 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
         task.add_done_callback(self._evictions.discard)
 
 
+class _Untaken:
+    """The replies that gRPC has and that their clients have not taken, by connection.
+
+    gRPC tells nobody about them, and a client may read nothing for ever. So a connection that leaves replies untaken
+    gets no more, and gets them sooner if all connections together leave many; others do not notice.
+
+    Args:
+        inflight_bytes: Of all messages and replies that are handled at a time.
+    """
+
+    def __init__(self, inflight_bytes: int) -> None:
+        self._most_bytes = inflight_bytes // 8
+        self._of: dict[str, dict[_Call, None]] = {}
+        self._total = 0
+
+    def allow(self, peer: str) -> bool:
+        """Whether a connection may send another call."""
+        own = self._of.get(peer, {})
+        most = _UNTAKEN_OF_ONE if self._total < _UNTAKEN_OF_ALL else _UNTAKEN_OF_ONE_IF_MANY
+        return len(own) < most and sum(call.reply for call in own) <= self._most_bytes
+
+    def add(self, call: "_Call") -> None:
+        """A reply is handed to gRPC."""
+        self._of.setdefault(call.peer, {})[call] = None
+        self._total += 1
+
+    def remove(self, call: "_Call") -> None:
+        """A call is over."""
+        own = self._of.get(call.peer, {})
+        if call in own:
+            del own[call]
+            self._total -= 1
+        if not own:
+            self._of.pop(call.peer, None)
+
+
 class _Call:
     """The context of a call, with its reads and writes within the limits; all else is gRPC's own.
 
     Attributes:
         streams: Whether it has any number of messages.
         last: When something was last read or written.
+        peer: The connection of its client.
         taken: Bytes that are held for it.
+        reply: Of these the bytes of its reply.
         begun: Whether its first message is there.
         evicted: Whether it was ended from outside.
         ended: Whether it holds nothing any more.
@@ -352,7 +414,8 @@ class _Call:
 
     def __init__(self, context: grpc.aio.ServicerContext, limited: Limited, *, streams: bool) -> None:
         self._context, self._limited = context, limited
-        self.streams, self.last, self.taken = streams, monotonic(), 0
+        self.streams, self.last, self.taken, self.reply = streams, monotonic(), 0, 0
+        self.peer = str(context.peer())
         self.begun = self.evicted = self.ended = False
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the context has

@@ -36,6 +36,10 @@ from guard.sidecar.transport.loops import loop_factory
 from guard.sidecar.transport.ports import open_port
 from guard.sidecar.transport.tls import Certificates, server_certificates
 
+_PENDING_CALLS = 20_000
+"""Calls that may have arrived before anybody looks at them."""
+_BEYOND_DRAIN_SECONDS = 0.5
+"""Seconds that gRPC is given after the time for running calls."""
 WATCH_SECONDS = 1.0
 """Seconds between two checks of the upstream server and of the files on disk."""
 SAVE_SECONDS = 60.0
@@ -181,17 +185,17 @@ async def _serve(settings: Settings, host: Host) -> None:
         await asyncio.wait({*watchers, stopped}, return_when=asyncio.FIRST_COMPLETED)
         for watcher in watchers:
             watcher.cancel()
-        await _drain(server, limited, health, settings, stopping)
+        ended = await _drain(server, limited, health, settings, stopping)
         for watcher in watchers:
             with suppress(asyncio.CancelledError):
                 await watcher  # raises what it ended with, if it did not end by being cancelled
-    if shared.workers.stuck:
+    if shared.workers.stuck or not ended:
         _end_at_once()
 
 
 def _end_at_once() -> None:
     """End the process in spite of threads that hang in a library: all that had to be saved is saved."""
-    log.warning("a thread did not end in time; the state is saved, and the process ends without it")
+    log.warning("a library did not end in time; the state is saved, and the process ends without it")
     logging.shutdown()
     sys.stdout.flush()
     os._exit(0)
@@ -199,12 +203,17 @@ def _end_at_once() -> None:
 
 def _server(settings: Settings, limited: Limited, probed: Limited, *, shared_port: bool) -> grpc.aio.Server:
     server = grpc.aio.server(
-        maximum_concurrent_rpcs=limited.bounds.outer + probed.bounds.outer,
+        # Calls are limited in `Limited`, which knows whose they are. A limit of gRPC's own would count calls whose
+        # clients do not take the reply, so that they keep out all others.
         options=[
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", settings.max_message_bytes),
             # Without this, a second sidecar on the same port would start and take half of the requests.
             ("grpc.so_reuseport", int(shared_port)),
+            # Beyond these numbers of calls that have arrived and that nobody has looked at, by default 1,000 and 3,000,
+            # gRPC cancels calls at random: in a burst, those of other clients too.
+            ("grpc.server.max_pending_requests", _PENDING_CALLS),
+            ("grpc.server.max_pending_requests_hard_limit", 2 * _PENDING_CALLS),
             # What one client can have open; the limits of the whole sidecar are counted in `Limited`.
             ("grpc.max_concurrent_streams", limited.bounds.outer),
             *_keepalive(settings),
@@ -294,8 +303,12 @@ def _description(served: Served) -> dict[str, Any]:
 
 async def _drain(
     server: grpc.aio.Server, limited: Limited, health: Health, settings: Settings, again: asyncio.Event
-) -> None:
-    """Report that no more requests should come, serve those that still come, then wait for the running ones to end."""
+) -> bool:
+    """Report that no more requests should come, serve those that still come, then wait for the running ones to end.
+
+    Returns:
+        Whether gRPC has ended too.
+    """
     await health.drain()
     if settings.drain_delay:
         log.info(
@@ -314,7 +327,9 @@ async def _drain(
     stopping = asyncio.ensure_future(server.stop(max(0.0, end - perf_counter())))
     await asyncio.sleep(0)
     limited.release()
-    await stopping
+    # gRPC ends calls after its time, but may first work through what a client has sent; see `_end_at_once`.
+    done, _ = await asyncio.wait({stopping}, timeout=max(0.0, end - perf_counter()) + _BEYOND_DRAIN_SECONDS)
+    return bool(done)
 
 
 async def _keep_ready(service: InferenceService, limited: Limited, upstream: str | None, health: Health) -> None:

@@ -138,7 +138,7 @@ class Screener:
             return Outcome.unchecked(Reason.EMBEDDING_MISSING, f"FP32 output {name!r}")
         rows = 1 if embeddings.ndim == 1 else len(embeddings)
         images = count_images(request.message, request.route.settings.input_tensor)
-        if embeddings.ndim > 1 and rows != images:
+        if rows != images:
             # An image without an embedding would not be screened.
             return Outcome.unchecked(Reason.EMBEDDING_MISSING, f"{rows} embeddings for {images} images")
         outcome = await checker.check_embeddings(embeddings.reshape(rows, -1), request.message, request.trace_id)
