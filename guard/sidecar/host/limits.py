@@ -335,8 +335,8 @@ class Limited(grpc.GenericRpcHandler):  # type: ignore[misc]
     def _evict_oldest(self, *, streams: bool = False) -> bool:
         """Make room by a call that waits for its first message; return whether there is one.
 
-        It is the oldest of the connection with the most such calls: in a burst, the message of a call may be there and not
-        read yet, and one client's burst must not end the call of another.
+        It is the oldest of the connection with the most such calls: in a burst, the message of a call may be there and
+        not read yet, and one client's burst must not end the call of another.
         """
         waiting = [call for call in self._waiting if call.streams or not streams]
         by_peer = Counter(call.peer for call in waiting)
