@@ -494,7 +494,7 @@ def _requests(_: Artefacts, __: Path) -> Kind:
     def check(data: bytes) -> None:
         check_message(data, REQUEST, Limits(elements=1024))
         request = parse_request(data)
-        remove_own_names(request, data)
+        remove_own_names(request)
         seen = read(request)
         if seen.dtype == np.uint8:
             forwarded = with_images(request, find_input(request, "image"), [encode(pixels) for pixels in seen])

@@ -4,6 +4,7 @@ import struct
 from collections.abc import Iterable, Sequence
 
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-not-found] # missing from the stubs
 
 from guard.errors import RequestError
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse
@@ -37,32 +38,41 @@ def parse_whole(message: Message, data: bytes) -> bool:
         message.ParseFromString(data)
     except DecodeError:
         return False
-    size = message.ByteSize()
-    message.DiscardUnknownFields()  # type: ignore[attr-defined] # missing from the stubs
-    return bool(message.ByteSize() == size)
+    return not _has_unknown_fields(message)
 
 
-def remove_own_names(message: ModelInferRequest | ModelInferResponse, data: bytes) -> bool:
+def _has_unknown_fields(message: Message) -> bool:
+    """Whether a message, or one in it, has fields that its type does not have; no tensor is copied for that."""
+    if len(UnknownFieldSet(message)):
+        return True
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        several = value.values() if hasattr(value, "values") else value if hasattr(value, "add") else (value,)
+        if any(_has_unknown_fields(inner) for inner in several):
+            return True
+    return False
+
+
+def remove_own_names(message: ModelInferRequest | ModelInferResponse) -> bool:
     """Remove every parameter, and every output of a reply, that has a name of guard's own.
 
     Args:
         message: A request or a reply, which is changed.
-        data: The bytes that it was parsed from.
 
     Returns:
         Whether the message was changed.
     """
-    if OWN_PREFIX.encode() not in data:
-        return False
-    size = message.ByteSize()
+    changed = False
     tensors = message.inputs if isinstance(message, ModelInferRequest) else ()
     for parameters in (message.parameters, *(each.parameters for each in (*tensors, *message.outputs))):
         for name in [name for name in parameters if name.startswith(OWN_PREFIX)]:
             del parameters[name]
+            changed = True
     if isinstance(message, ModelInferResponse):
         for name in [output.name for output in message.outputs if output.name.startswith(OWN_PREFIX)]:
-            remove_output(message, name)
-    return bool(message.ByteSize() != size)
+            changed |= remove_output(message, name)
+    return changed
 
 
 def with_images(request: ModelInferRequest, index: int, files: Sequence[bytes]) -> bytes:

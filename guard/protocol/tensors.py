@@ -83,7 +83,7 @@ def find_input(
                 "operator can allow it with --other-inputs"
             )
         _check_contents(request, place)
-        _check_size(tensor, raw_contents(request, place))
+        _check_size(request, place)
         _check_parameters(tensor.parameters, f"input {tensor.name[:128]!r}", {RAW_SIZE, *parameters})
     _check_parameters(request.parameters, "the request", {*PLAIN_PARAMETERS, *parameters})
     return index
@@ -99,16 +99,20 @@ def _check_parameters(found: Mapping[str, Any], whose: str, allowed: Collection[
             )
 
 
-def _check_size(tensor: InputTensor, raw: bytes | None) -> None:
+def _check_size(request: ModelInferRequest, index: int) -> None:
     """Refuse a tensor whose raw contents are said to be of another size than they are."""
-    if RAW_SIZE in tensor.parameters and (raw is None or tensor.parameters[RAW_SIZE].int64_param != len(raw)):
+    tensor = request.inputs[index]
+    if RAW_SIZE not in tensor.parameters:
+        return
+    raw = raw_contents(request, index)
+    if raw is None or tensor.parameters[RAW_SIZE].int64_param != len(raw):
         raise RequestError(f"input {tensor.name[:128]!r} has a {RAW_SIZE} that is not the size of its raw contents")
 
 
 def _check_contents(request: ModelInferRequest, index: int) -> None:
     """Refuse a tensor with contents of another form than that of its datatype, or in memory that guard cannot see."""
     tensor = request.inputs[index]
-    raw_contents(request, index)
+    _check_place(request, index)
     if tensor.HasField("contents"):
         found = {field.name for field, _ in tensor.contents.ListFields()} - {_TYPED_FIELDS.get(tensor.datatype)}
         if found:
@@ -264,12 +268,16 @@ def raw_contents(request: ModelInferRequest, index: int) -> bytes | None:
     Raises:
         RequestError: The input lies in shared memory, or mixes raw and typed contents.
     """
-    tensor, raw = request.inputs[index], request.raw_input_contents
+    _check_place(request, index)
+    return request.raw_input_contents[index] if request.raw_input_contents else None
+
+
+def _check_place(request: ModelInferRequest, index: int) -> None:
+    tensor = request.inputs[index]
     if SHARED_MEMORY in tensor.parameters:
         raise RequestError(f"input {tensor.name!r} lies in shared memory, which guard cannot see")
-    if raw and tensor.HasField("contents"):
+    if request.raw_input_contents and tensor.HasField("contents"):
         raise RequestError(f"input {tensor.name!r} has both raw and typed contents")
-    return raw[index] if raw else None
 
 
 def _array(tensor: InputTensor, raw: bytes | None) -> NDArray[Any]:

@@ -281,8 +281,10 @@ class Checker:
         if files is None:
             tensor, raw = request.inputs[claims.index], raw_contents(request, claims.index)
             values = float_images(tensor, raw, (3, size, size), limits.max_batch)
-            finite = np.isfinite(values).all(axis=(1, 2, 3))
-            trouble = "" if finite.all() else f"{claims.where}a value is not finite (NaN or infinity)"
+            if np.isfinite(values).all():
+                return _Images(values, np.arange(len(values)), len(values), "")
+            finite, trouble = np.isfinite(values).all(axis=(1, 2, 3)), "a value is not finite (NaN or infinity)"
+            trouble = f"{claims.where}{trouble}"
             return _Images(values[finite], np.flatnonzero(finite), len(values), trouble)
         pixels: dict[int, NDArray[np.uint8]] = {}
         for row, file in enumerate(files):
@@ -322,10 +324,12 @@ class Checker:
         trouble = images.trouble or ("" if scorable.all() else "an embedding is zero or not finite")
         if not scorable.any():
             return Outcome.unchecked(Reason.INPUT_UNREADABLE, trouble)
-        rows, names = images.rows[scorable], self._detector.screen.triggers
+        rows, values, names = images.rows, images.values, self._detector.screen.triggers
+        if not scorable.all():
+            rows, values, embeddings = rows[scorable], values[scorable], embeddings[scorable]
         with self.metrics.stage("screening"):
-            found = self._detector.score(embeddings[scorable])
-        kept = self.watch.follow(found, rows, message, trace_id, images.values[scorable] if seen else None)
+            found = self._detector.score(embeddings)
+        kept = self.watch.follow(found, rows, message, trace_id, values if seen else None)
         unread = np.ones(images.count, bool)
         unread[rows] = False
 

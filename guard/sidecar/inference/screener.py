@@ -70,7 +70,7 @@ class Screener:
             message = parse_request(data)
         except RequestError as error:
             raise malformed(error) from error
-        if remove_own_names(message, data):
+        if remove_own_names(message):
             data = message.SerializeToString()
         route = self.models.route(message.model_name, message.model_version)
         request = Request(message, data, route, trace_id(dict(context.invocation_metadata() or ())))
@@ -187,8 +187,10 @@ class Check:
         """
         if not self._waits:
             # Written anew where it matters, so that the server reads no other message from the same bytes.
-            message: bytes = self._request.message.SerializeToString()
-            return message if self._request.route.settings.canonical else self._request.data
+            written: bytes = self._request.data
+            if self._request.route.settings.canonical:
+                written = self._request.message.SerializeToString()
+            return written
         waiting: set[asyncio.Future[Any]] = {self._canonical, outcome}
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if self._canonical.done():

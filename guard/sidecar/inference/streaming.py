@@ -297,7 +297,7 @@ class ScreenedStream:
         """A reply that nothing depends on, without parameters and outputs that have names of guard's own."""
         if OWN_PREFIX.encode() not in data or (reply := self._dialect.read(data)) is None:
             return data
-        return reply.message.SerializeToString() if remove_own_names(reply.response, data) else data
+        return reply.message.SerializeToString() if remove_own_names(reply.response) else data
 
     async def _reply(self, data: bytes) -> bytes:
         try:
@@ -307,7 +307,7 @@ class ScreenedStream:
             reply = None  # too dear to parse
         response = None if reply is None else reply.response
         if response is not None:
-            remove_own_names(response, data)
+            remove_own_names(response)
         dialect = await self._dialect.ask() if reply is None or reply.dialect is None else reply.dialect
         found = self._match(response, dialect)
         if reply is not None and not reply.answers:

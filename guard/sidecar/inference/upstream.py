@@ -182,7 +182,7 @@ class UpstreamService(InferenceService):
         reply, trailing = await self._proxy.unary(_INFER, data, context)
         response = _parsed(reply)
         if response is not None:
-            reply = response.SerializeToString() if remove_own_names(response, reply) else reply
+            reply = response.SerializeToString() if remove_own_names(response) else reply
             self._screener.models.settle(request, response.model_version)
         return reply, response, trailing
 
@@ -223,7 +223,7 @@ def _parsed(reply: bytes) -> ModelInferResponse | None:
 def _without_own_names(reply: bytes) -> bytes:
     """A reply without parameters and outputs that have names of guard's own."""
     response = _parsed(reply) if OWN_PREFIX.encode() in reply else None
-    return reply if response is None or not remove_own_names(response, reply) else response.SerializeToString()
+    return reply if response is None or not remove_own_names(response) else response.SerializeToString()
 
 
 def _without(reply: bytes, name: str) -> bytes:
