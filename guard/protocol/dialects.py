@@ -72,7 +72,7 @@ class StreamDialect:
         there is anything in it: no version of a model looks like a reply.
         """
         readings = [
-            reading for dialect in Dialect if (reading := _read(reply, dialect)) and self._known in {None, dialect}
+            reading for dialect in Dialect if self._known in {None, dialect} and (reading := _read(reply, dialect))
         ]
         if not any(reading.answers for reading in readings) and _might_answer(reply):
             # Little more than two strings, of which one is an envelope with fields that guard does not know.

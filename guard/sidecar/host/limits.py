@@ -99,7 +99,7 @@ class Bounds:
 
     @property
     def outer(self) -> int:
-        """Calls that gRPC may accept: those that are handled, those that wait, and as many that are being refused."""
+        """Calls of one connection at a time: those that are handled, those that wait, and as many being refused."""
         return self.streams + 3 * self.waiting
 
     @property

@@ -9,9 +9,9 @@ from time import perf_counter
 import grpc
 
 from guard.errors import RequestError
-from guard.protocol.dialects import ERRORS_AS_STATUS, FINAL, Dialect, StreamDialect, error_reply
+from guard.protocol.dialects import ERRORS_AS_STATUS, FINAL, Dialect, StreamDialect, StreamReply, error_reply
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
-from guard.protocol.messages import OWN_PREFIX, remove_own_names, with_output
+from guard.protocol.messages import remove_own_names, with_output
 from guard.protocol.wire import REPLY_LIMITS, STREAM_REPLY, check_message
 from guard.sidecar.decisions.routes import Request, Route
 from guard.sidecar.inference.annotations import edit_reply
@@ -293,18 +293,22 @@ class ScreenedStream:
                     self._sent.remove(sent)
                     await self.replies.send(sent.error)
 
+    def _read(self, data: bytes) -> StreamReply | None:
+        """A message of the upstream server; None if it cannot be read whole, or is too dear to parse."""
+        try:
+            check_message(data, STREAM_REPLY, REPLY_LIMITS)
+        except RequestError:
+            return None
+        return self._dialect.read(data)
+
     def _without_own_names(self, data: bytes) -> bytes:
         """A reply that nothing depends on, without parameters and outputs that have names of guard's own."""
-        if OWN_PREFIX.encode() not in data or (reply := self._dialect.read(data)) is None:
+        if (reply := self._read(data)) is None:
             return data
         return reply.message.SerializeToString() if remove_own_names(reply.response) else data
 
     async def _reply(self, data: bytes) -> bytes:
-        try:
-            check_message(data, STREAM_REPLY, REPLY_LIMITS)
-            reply = self._dialect.read(data)
-        except RequestError:
-            reply = None  # too dear to parse
+        reply = self._read(data)
         response = None if reply is None else reply.response
         if response is not None:
             remove_own_names(response)

@@ -11,7 +11,7 @@ from guard.errors import RequestError
 from guard.protocol import DESCRIBING_METHODS, MODEL_CONTROL, SERVICE
 from guard.protocol.dialects import StreamDialect
 from guard.protocol.inference_pb2 import ModelInferResponse
-from guard.protocol.messages import OWN_PREFIX, parse_request, parse_whole, remove_output, remove_own_names, with_output
+from guard.protocol.messages import parse_request, parse_whole, remove_output, remove_own_names, with_output
 from guard.protocol.wire import REPLY, REPLY_LIMITS, check_message
 from guard.sidecar.decisions.routes import Request
 from guard.sidecar.inference import bypass
@@ -222,7 +222,7 @@ def _parsed(reply: bytes) -> ModelInferResponse | None:
 
 def _without_own_names(reply: bytes) -> bytes:
     """A reply without parameters and outputs that have names of guard's own."""
-    response = _parsed(reply) if OWN_PREFIX.encode() in reply else None
+    response = _parsed(reply)
     return reply if response is None or not remove_own_names(response) else response.SerializeToString()
 
 
