@@ -146,7 +146,7 @@ def test_state_that_cannot_be_used_is_moved_aside_and_a_second_sidecar_is_kept_a
         code, lines = refused_start(*arguments)
         assert (code, len(lines)) == (2, 1)
         assert f"another sidecar uses the folder {tmp_path}" in lines[0]
-    (aside,) = tmp_path.glob(f"{EVIDENCE_FILE}.damaged-*")
+    (aside,) = tmp_path.glob(f"{EVIDENCE_FILE}.damaged-*[0-9Z]")
     assert aside.read_bytes() == b"no database" * 100
     code, lines = refused_start("--model", exported, "--profile", served_profile, "--keep-embeddings", "10")
     assert code == 2

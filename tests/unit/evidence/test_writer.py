@@ -162,7 +162,7 @@ def test_a_file_that_is_damaged_later_is_moved_aside(path: Path, record: Make, m
     assert moved.wait(WAIT)
     assert writer.close(WAIT)
     assert names(path)[0] == "after"
-    (aside,) = path.parent.glob("evidence.db.damaged-*")
+    (aside,) = path.parent.glob("evidence.db.damaged-*[0-9Z]")
     assert aside.read_text().startswith("not a database")
 
 
