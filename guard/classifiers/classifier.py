@@ -17,7 +17,7 @@ from guard.classifiers.classes import ClassList
 from guard.classifiers.digest import ClassifierDigest, canonical, sha256
 from guard.classifiers.images import ImageFolder
 from guard.classifiers.preprocessing import Preprocessing
-from guard.errors import ClassListError, ModelError
+from guard.errors import ClassListError, ModelError, UsageError
 
 ENCODE_BATCH = 256
 _TOKENIZER_PROBE = ("a photo of a cat.", "Zażółć gęślą jaźń 123 !?", "the quick brown fox jumps over the lazy dog")
@@ -72,6 +72,22 @@ class Classifier:
             raise ModelError(
                 f"{self.source} computes no finite numbers: exp(logit_scale) overflows for a logit_scale of "
                 f"{float(self.model.logit_scale):g}"
+            )
+
+    def check_comparable(self, base: "Classifier") -> None:
+        """Make sure that this classifier can be compared with another one that serves as its reference model.
+
+        Raises:
+            UsageError: The other one is this model itself, or has other classes or another input size.
+        """
+        if base.digest.root == self.digest.root:
+            raise UsageError("the base model is the model itself; comparing a model with itself shows nothing")
+        if base.classes.names != self.classes.names:
+            raise UsageError("the base model has other classes than the model; give both the same list with --classes")
+        if base.image_shape != self.image_shape:
+            raise UsageError(
+                f"the base model takes images of {base.image_shape[1:]}, the model takes images of "
+                f"{self.image_shape[1:]}"
             )
 
     def to(self, device: torch.device) -> None:

@@ -68,7 +68,7 @@ class ExportedClassifier:
     """
 
     def __init__(self, directory: Path, *, threads: int = 0, gpu: bool = True) -> None:
-        self.manifest = _read_manifest(directory / MANIFEST_FILE)
+        self.manifest = read_manifest(directory / MANIFEST_FILE)
         self._session = _session(directory / MODEL_FILE, self.manifest.model_sha256, threads=threads, gpu=gpu)
         inputs = [(item.name, item.type, item.shape[1:]) for item in self._session.get_inputs()]
         size = self.manifest.preprocessing.size
@@ -112,7 +112,12 @@ class ExportedClassifier:
         return embeddings, logits
 
 
-def _read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> Manifest:
+    """Read `classifier.json`.
+
+    Raises:
+        ModelError: The file is missing or damaged, or of another schema.
+    """
     missing = f"{path.parent} is not an exported classifier: it has no {path.name}; make one with guard export"
     manifest = read_document(path, Manifest, _MAX_MANIFEST_BYTES, ModelError, missing=missing)
     if manifest.schema != SCHEMA:

@@ -10,7 +10,7 @@ from guard.classifiers.preprocessing import Preprocessing
 from guard.screening import Banks, Scores, Tail, Threshold
 from guard.vetting.results import Check, FamilyResult, ReferenceModel, Verdict
 
-SCHEMA = 4
+SCHEMA = 5
 
 TriggerTensors = Mapping[str, Mapping[str, Floats]]
 """Trigger id → tensor name → values."""
@@ -117,6 +117,35 @@ class LeftOut:
     trigger: str
 
 
+OpinionKind = Literal["base", "derived", "student"]
+"""Where the reference model of a profile comes from: a trusted base model, the suspect's own tower that was disturbed and
+taught again, or a smaller tower that was taught the suspect's embeddings."""
+
+
+@dataclass(frozen=True)
+class SecondOpinionRecord:
+    """The reference model whose answers requests are compared with.
+
+    Attributes:
+        kind: Where it comes from.
+        source: Where a base model was loaded from, or how the model was made.
+        digest: Root digest of the reference model as a classifier.
+        embedding: Length of its embeddings.
+        scale: Factor between cosine and logit of the suspect.
+        near: Surprise of the other scores above which a request is near the threshold (`guard.screening.Banks`).
+        agreement: Share of the clean images that set the threshold to which both models give the same answer. The less
+            they agree, the less a disagreement says.
+    """
+
+    kind: OpinionKind
+    source: str
+    digest: str
+    embedding: int
+    scale: float
+    near: float
+    agreement: float
+
+
 @dataclass(frozen=True)
 class CalibrationRecord:
     """How requests are compared, and how the threshold was set.
@@ -132,6 +161,7 @@ class CalibrationRecord:
         false_alarms: Number of held-out images that are flagged.
         left_out: Images that seem to carry a trigger.
         seed: Seed for the random split of the images.
+        second_opinion: The reference model that requests are compared with; None without a second opinion.
     """
 
     k: int
@@ -144,6 +174,7 @@ class CalibrationRecord:
     false_alarms: int
     left_out: tuple[LeftOut, ...]
     seed: int
+    second_opinion: SecondOpinionRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +189,7 @@ class Document:
         vetting: How the classifier was examined, and with what result.
         triggers: The reconstructed triggers.
         calibration: How the detector was calibrated; None before calibration.
-        files: SHA-256 of each tensor file beside the document.
+        files: SHA-256 of each other file of the profile but the report.
     """
 
     schema: int

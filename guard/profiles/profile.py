@@ -16,13 +16,21 @@ from guard._types import Floats
 from guard.classifiers.digest import ClassifierDigest
 from guard.errors import ProfileError
 from guard.profiles import storage
-from guard.profiles.document import CalibrationRecord, Document, LeftOut, Reference, TriggerTensors
-from guard.screening import Banks, Detector, Screen, SearchMethod, calibration, default_k
+from guard.profiles.document import (
+    CalibrationRecord,
+    Document,
+    LeftOut,
+    OpinionKind,
+    Reference,
+    SecondOpinionRecord,
+    TriggerTensors,
+)
+from guard.screening import Banks, Detector, ReferenceAnswers, Screen, SearchMethod, calibration, default_k
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from guard.classifiers import Classifier
+    from guard.classifiers import Classifier, ExportedClassifier
     from guard.triggers import Trigger
     from guard.vetting import Vetting
 
@@ -37,11 +45,14 @@ class Profile:
         document: The contents of `profile.json`.
         triggers: Tensors of the reconstructed triggers: trigger id → tensor name → values.
         reference: Banks and calibration scores; None before calibration.
+        reference_model: Folder of the exported reference model that gives second opinions; None if the profile has
+            none. `save` copies it into the profile.
     """
 
     document: Document
     triggers: TriggerTensors
     reference: Reference | None = None
+    reference_model: Path | None = None
 
     @classmethod
     def build(cls, classifier: "Classifier", vetting: "Vetting", *, vocabulary: Sequence[str] = ()) -> "Profile":
@@ -75,8 +86,9 @@ class Profile:
 
         Raises:
             UsageError: Something other than a profile lies in the directory.
+            ModelError: The reference model is missing or damaged.
         """
-        storage.write(Path(directory), self.document, self.triggers, self.reference, report)
+        storage.write(Path(directory), self.document, self.triggers, self.reference, self.reference_model, report)
 
     def calibrate(
         self,
@@ -88,6 +100,8 @@ class Profile:
         per_class: bool = False,
         names: Sequence[str] | None = None,
         groups: NDArray[np.int64] | None = None,
+        reference: "Classifier | None" = None,
+        kind: OpinionKind = "base",
         seed: int = 0,
         progress: Callable[[str], None] = lambda _: None,
     ) -> "Profile":
@@ -112,6 +126,10 @@ class Profile:
                 split, and only one of them, drawn at random, sets the threshold. A near-duplicate in the bank makes an
                 image look more ordinary than any request will, and near-duplicates behind the threshold say less than
                 their number: both would set the threshold too low. Default: each image is a group of its own.
+            reference: A reference model for second opinions, with the same classes and input size; None for no second
+                opinion. If it was taught on images given here, on none but those of `bank_images`. Export it and give
+                the export to `with_reference_model`, so that a sidecar can use it.
+            kind: Where the reference model comes from.
             seed: Seed for the random split.
             progress: Called with a short description of each step.
 
@@ -121,9 +139,12 @@ class Profile:
         Raises:
             ProfileError: The profile belongs to another classifier.
             ImageError: There are too few images for banks of k.
-            UsageError: There are too few images for this alpha.
+            UsageError: There are too few images for this alpha, or the reference model is the classifier itself, or has
+                other classes or another input size.
         """
         self.check_model(classifier.digest)
+        if reference is not None:
+            classifier.check_comparable(reference)
         parts = calibration.split(np.arange(len(images)) if groups is None else groups, seed)
         bank = parts.banks
         if k is None:
@@ -136,11 +157,47 @@ class Profile:
         for name, trigger in self.load_triggers().items():
             progress(f"embedding {len(bank)} images with the trigger {name}")
             stamped[name] = targets[name], classifier.embed(trigger.stamp(images[bank])).numpy()
+        answers = None
+        if reference is not None:
+            progress(f"asking the reference model about {len(images)} images")
+            answers = ask(reference, images)
         head = np.ascontiguousarray(classifier.head.float().cpu().numpy().T)
-        banks, carrying = calibration.fit_banks(embeddings[bank], stamped, head, k=k)
+        own, scale = None if answers is None else answers[bank], classifier.logit_scale
+        banks, carrying = calibration.fit_banks(embeddings[bank], stamped, head, k=k, answers=own, scale=scale)
         called = [str(row) for row in range(len(images))] if names is None else names
         left_out = tuple(LeftOut(called[bank[row]], "bank", trigger) for row, trigger in carrying.items())
-        return self._calibrated(banks, embeddings, parts, alpha, per_class, seed, called, left_out)
+        opinion = None
+        if reference is not None and banks.near is not None:
+            opinion = SecondOpinionRecord(
+                kind, reference.source, reference.digest.root, reference.head.shape[-1], scale, banks.near, 0.0
+            )
+        return self._calibrated(banks, embeddings, parts, alpha, per_class, seed, called, left_out, answers, opinion)
+
+    @staticmethod
+    def bank_images(images: "Tensor", *, groups: NDArray[np.int64] | None = None, seed: int = 0) -> "Tensor":
+        """The images that `calibrate` fills the banks with, on which a reference model may be taught.
+
+        Whatever is learned from them, the threshold is set on others, so that the false-alarm rate holds.
+
+        Args:
+            images: As for `calibrate`.
+            groups: As for `calibrate`.
+            seed: As for `calibrate`.
+        """
+        return images[calibration.split(np.arange(len(images)) if groups is None else groups, seed).banks]
+
+    def with_reference_model(self, directory: Path | str) -> "Profile":
+        """The same profile with the exported reference model that it was calibrated with.
+
+        Args:
+            directory: What `guard.export` wrote for the reference model. It must exist until the profile is saved.
+
+        Raises:
+            ProfileError: The profile was calibrated without a reference model, or with another one.
+            ModelError: The export is missing or damaged.
+        """
+        storage.check_reference_model(self.document, Path(directory))
+        return replace(self, reference_model=Path(directory))
 
     def recalibrate(self, embeddings: Floats, alpha: float, *, per_class: bool = False, seed: int = 0) -> "Profile":
         """Set the threshold anew from embeddings of clean requests, such as recorded traffic.
@@ -166,6 +223,11 @@ class Profile:
             raise ProfileError(
                 "the profile has no banks yet; calibrate it with images once, embeddings only replace the threshold"
             )
+        if self.document.calibration.second_opinion is not None:
+            raise ProfileError(
+                "the profile compares requests with a reference model, about which embeddings say nothing; give images "
+                "like those of requests"
+            )
         parts = calibration.split_without_banks(len(embeddings), seed)
         called = [str(row) for row in range(len(embeddings))]
         left_out = tuple(item for item in self.document.calibration.left_out if item.part == "bank")
@@ -181,11 +243,20 @@ class Profile:
         seed: int,
         names: Sequence[str],
         left_out: tuple[LeftOut, ...],
+        answers: ReferenceAnswers | None = None,
+        opinion: SecondOpinionRecord | None = None,
     ) -> "Profile":
         """The profile with these banks, and a threshold set from the embeddings."""
         found = calibration.calibrate(
-            banks, embeddings[parts.threshold], embeddings[parts.held_out], alpha, per_class=per_class
+            banks,
+            embeddings[parts.threshold],
+            embeddings[parts.held_out],
+            alpha,
+            per_class=per_class,
+            answers=None if answers is None else (answers[parts.threshold], answers[parts.held_out]),
         )
+        if opinion is not None and found.agreement is not None:
+            opinion = replace(opinion, agreement=found.agreement)
         more = tuple(
             LeftOut(names[parts.threshold[row]], "calibration", trigger) for row, trigger in found.left_out.items()
         )
@@ -200,10 +271,10 @@ class Profile:
             found.false_alarms,
             left_out + more,
             seed,
+            opinion,
         )
-        return replace(
-            self, document=replace(self.document, calibration=record), reference=Reference(banks, found.clean)
-        )
+        document = replace(self.document, calibration=record)
+        return replace(self, document=document, reference=Reference(banks, found.clean), reference_model=None)
 
     def load_triggers(self) -> "dict[str, Trigger]":
         """The reconstructed triggers as transformations of images, by id.
@@ -215,6 +286,20 @@ class Profile:
         from guard.profiles.building import load_triggers
 
         return load_triggers(self.document, self.triggers)
+
+    def load_reference_model(self, *, threads: int = 0) -> "ExportedClassifier":
+        """The reference model, ready to run.
+
+        Args:
+            threads: Threads that one forward pass uses, see `guard.classifiers.ExportedClassifier`.
+
+        Raises:
+            ProfileError: The profile has no reference model, or another one lies in its place.
+            ModelError: A file of the reference model is missing or damaged.
+        """
+        if self.reference_model is None:
+            raise ProfileError("the profile has no reference model; run guard calibrate with --images on it")
+        return storage.load_reference_model(self.document, self.reference_model, threads=threads)
 
     def check_model(self, digest: ClassifierDigest) -> None:
         """Make sure that the profile belongs to this classifier.
@@ -229,12 +314,16 @@ class Profile:
                 "vet this model, or give the one that was vetted"
             )
 
-    def detector(self, method: SearchMethod = "exact", alpha: float | None = None) -> Detector:
+    def detector(
+        self, method: SearchMethod = "exact", alpha: float | None = None, *, near_only: bool = False
+    ) -> Detector:
         """The detector that decides about requests.
 
         Args:
             method: How nearest neighbours are searched: `exact` or `approximate`.
             alpha: False-alarm rate, in (0, 1); None for that of the calibration.
+            near_only: Whether only requests that other scores put near the threshold get a second opinion
+                (`guard.screening.Detector`).
 
         Raises:
             ProfileError: The profile was not calibrated.
@@ -246,8 +335,15 @@ class Profile:
         record = self.document.calibration
         screen = Screen(self.reference.banks, method=method)
         rate = record.threshold.alpha if alpha is None else alpha
-        return Detector(screen, self.reference.clean, rate, per_class=record.per_class)
+        return Detector(screen, self.reference.clean, rate, per_class=record.per_class, near_only=near_only)
 
     def class_name(self, index: int) -> str:
         """Name of the class with this index."""
         return self.document.model.classes.names[index]
+
+
+def ask(reference: "Classifier", images: "Tensor") -> ReferenceAnswers:
+    """What a reference model answers to images: uint8, shape [N, 3, H, W], at its resolution."""
+    embeddings = reference.embed(images)
+    logits = reference.logits(embeddings.to(reference.device)).float().cpu()
+    return ReferenceAnswers(embeddings.numpy(), logits.numpy())

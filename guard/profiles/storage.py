@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,19 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_tensors
 
-from guard._documents import open_regular, read_object, validated
+from guard._documents import open_regular, read_bytes, read_object, validated
 from guard._files import check_replaceable, replace_directory
 from guard._safetensors import parse_header
 from guard._types import Floats
+from guard.classifiers import ExportedClassifier
 from guard.classifiers.digest import PARTS, ClassifierDigest, sha256
+from guard.classifiers.exported import MANIFEST_FILE, MODEL_FILE, read_manifest
 from guard.errors import ProfileError, UsageError
 from guard.profiles.document import SCHEMA, CalibrationRecord, Document, Reference, TriggerTensors
-from guard.screening import DENSITY, Banks, Scores, Screen, Whitening, check_alpha, match
+from guard.screening import DENSITY, OPINIONS, Banks, Scores, Screen, SecondOpinion, Whitening, check_alpha, match
 from guard.triggers import FORMS, check_tensors
 
 DOCUMENT_FILE = "profile.json"
 TRIGGERS_FILE = "triggers.safetensors"
 REFERENCE_FILE = "reference.safetensors"
+REFERENCE_MODEL = "reference-model"
+"""Name of the folder of the exported reference model in the folder of a profile."""
 REPORT_FILE = "report.html"
 """Name of the report in the folder of a profile."""
 _MAX_DOCUMENT_BYTES = 256 * 2**20
@@ -31,12 +36,15 @@ _MAX_TENSOR_BYTES = 8 * 2**30
 _MAX_HEADER_BYTES = 16 * 2**20
 MAPPED_BYTES = 2**28
 """Size above which a file of banks is mapped into memory instead of read."""
-_STAMPED = "stamped."
+_STAMPED, _OPINION = "stamped.", "opinion."
+_MODEL_FILES = (MANIFEST_FILE, MODEL_FILE)
+_MAX_MODEL_BYTES = 2**31
 _WHITENING, _BANK, _CLEAN = ("mean", "matrix", "head"), "reference", ("values", "parts", "triggers", "classes")
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 
 OLDEST_SCHEMA = 3
-"""The oldest schema that is still read: that of release 0.1.0."""
+"""The oldest schema that is still read: that of release 0.1.0. Schema 4, of release 0.2.0, is this one without a second
+opinion."""
 _NEW_NAMES = {
     "control": "reference_model",
     "control_success": "reference_success",
@@ -56,7 +64,12 @@ def check_place(directory: Path) -> None:
 
 
 def write(
-    directory: Path, document: Document, triggers: TriggerTensors, reference: Reference | None, report: str | None
+    directory: Path,
+    document: Document,
+    triggers: TriggerTensors,
+    reference: Reference | None,
+    reference_model: Path | None,
+    report: str | None,
 ) -> None:
     """Write the contents of a profile (`Profile.save`)."""
     files = {
@@ -67,17 +80,73 @@ def write(
     }  # fmt: skip
     if reference is not None:
         files[REFERENCE_FILE] = save_tensors(_reference_tensors(reference))
-    document = replace(document, files={name: sha256(data) for name, data in files.items()})
+    digests = {name: sha256(data) for name, data in files.items()}
+    if reference_model is not None:
+        check_reference_model(document, reference_model)
+        digests |= {f"{REFERENCE_MODEL}/{name}": _file_digest(reference_model / name) for name in _MODEL_FILES}
+    document = replace(document, files=digests)
     text = json.dumps(asdict(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with replace_directory(directory, marker=DOCUMENT_FILE) as temporary:
         for name, data in files.items():
             (temporary / name).write_bytes(data)
+        if reference_model is not None:
+            (temporary / REFERENCE_MODEL).mkdir()
+            for name in _MODEL_FILES:
+                shutil.copyfile(reference_model / name, temporary / REFERENCE_MODEL / name)
+                if _file_digest(temporary / REFERENCE_MODEL / name) != digests[f"{REFERENCE_MODEL}/{name}"]:
+                    raise ProfileError(f"{reference_model / name} changed while it was copied; try again")
         if report is not None:
             (temporary / REPORT_FILE).write_text(report, encoding="utf-8")
         (temporary / DOCUMENT_FILE).write_text(text, encoding="utf-8")
 
 
-def read(directory: Path) -> tuple[Document, TriggerTensors, Reference | None]:
+def _file_digest(path: Path) -> str:
+    return sha256(read_bytes(path, _MAX_MODEL_BYTES, ProfileError))
+
+
+def check_reference_model(document: Document, directory: Path) -> None:
+    """Make sure that an export is that of the reference model that a profile was calibrated with.
+
+    Raises:
+        ProfileError: The profile has no second opinion, or one of another model.
+        ModelError: The export is missing or damaged.
+    """
+    record = None if document.calibration is None else document.calibration.second_opinion
+    if record is None:
+        raise ProfileError("the profile was calibrated without a reference model")
+    manifest = read_manifest(directory / MANIFEST_FILE)
+    if manifest.classifier != record.digest:
+        raise ProfileError(f"{directory} is the export of another model than the reference model of the profile")
+
+
+def load_reference_model(document: Document, directory: Path, *, threads: int = 0) -> ExportedClassifier:
+    """Load the reference model of a profile, after a check that its files are those that the profile names.
+
+    Args:
+        document: The contents of `profile.json`.
+        directory: Folder of the exported reference model.
+        threads: Threads that one forward pass uses, see `ExportedClassifier`.
+
+    Raises:
+        ProfileError: The reference model is another one than that of the profile, or does not fit it.
+        ModelError: A file is missing or damaged.
+    """
+    check_reference_model(document, directory)
+    digest = document.files.get(f"{REFERENCE_MODEL}/{MANIFEST_FILE}")
+    if digest is not None and _file_digest(directory / MANIFEST_FILE) != digest:
+        raise ProfileError(f"{directory / MANIFEST_FILE} is damaged: its SHA-256 is not the one in {DOCUMENT_FILE}")
+    model = ExportedClassifier(directory, threads=threads)
+    record = document.calibration.second_opinion if document.calibration else None
+    if model.classes.names != document.model.classes.names or (
+        record is not None and model.manifest.embedding != record.embedding
+    ):
+        raise ProfileError(f"{directory} has other classes or another embedding than the profile says")
+    if model.preprocessing.size != document.model.preprocessing.size:
+        raise ProfileError(f"{directory} takes images of another size than the model of the profile")
+    return model
+
+
+def read(directory: Path) -> tuple[Document, TriggerTensors, Reference | None, Path | None]:
     """Read and check the contents of a profile (`Profile.open`)."""
     document = _read_document(directory / DOCUMENT_FILE)
     triggers: dict[str, dict[str, Floats]] = {trigger.id: {} for trigger in document.triggers}
@@ -100,7 +169,8 @@ def read(directory: Path) -> tuple[Document, TriggerTensors, Reference | None]:
                 ) from error
     calibration = document.calibration
     reference = _read_reference(directory / REFERENCE_FILE, document, calibration) if calibration else None
-    return document, triggers, reference
+    held = any(name.startswith(f"{REFERENCE_MODEL}/") for name in document.files)
+    return document, triggers, reference, directory / REFERENCE_MODEL if held else None
 
 
 def _read_document(path: Path) -> Document:
@@ -114,13 +184,13 @@ def _read_document(path: Path) -> Document:
         raise ProfileError(
             f"{path} has schema {schema}, this guard reads up to {SCHEMA}; use the newer guard that wrote it"
         )
-    document = validated(path, Document, raw if schema == SCHEMA else _from_schema_3(raw, path), ProfileError)
+    document = validated(path, Document, _from_schema_3(raw, path) if schema == 3 else raw, ProfileError)
     _check_document(document, path)
-    return document
+    return replace(document, schema=SCHEMA)
 
 
 def _from_schema_3(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The same document in the current schema, which has other names for results and reference model."""
+    """The same document in schema 4, which has other names for results and reference model."""
 
     def renamed(item: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -136,7 +206,7 @@ def _from_schema_3(raw: dict[str, Any], path: Path) -> dict[str, Any]:
             vetting[part] = [renamed(item) for item in vetting[part]]
     except (KeyError, TypeError, AttributeError) as error:
         raise ProfileError(f"{path} is damaged: its part 'vetting' is not that of schema {OLDEST_SCHEMA}") from error
-    return {**raw, "schema": SCHEMA, "vetting": vetting}
+    return {**raw, "vetting": vetting}
 
 
 def _check_document(document: Document, path: Path) -> None:
@@ -163,6 +233,9 @@ def _check_document(document: Document, path: Path) -> None:
         raise ProfileError(
             f"{path} is damaged: the tail of a score has a scale that is not positive, or a weight outside (0, 1]"
         )
+    opinion = calibration.second_opinion if calibration else None
+    if opinion and not (opinion.scale > 0 and opinion.embedding > 0 and 0 <= opinion.agreement <= 1):
+        raise ProfileError(f"{path} is damaged: a figure of the second opinion is out of range")
 
 
 def _reference_tensors(reference: Reference) -> dict[str, NDArray[Any]]:
@@ -178,7 +251,19 @@ def _reference_tensors(reference: Reference) -> dict[str, NDArray[Any]]:
         "triggers": clean.triggers,
         "classes": clean.classes,
     }
+    if (opinion := banks.opinion) is not None:
+        tensors |= {_OPINION + name: getattr(opinion, name) for name in _opinion_forms(0, 0)}
     return {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+
+
+def _opinion_forms(reference: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a second opinion, for the lengths of the embeddings of both models."""
+    return {
+        "centre": (reference,),
+        "offset": (width,),
+        "matrix": (reference, width),
+        "whitening": (width, width),
+    }
 
 
 def _contents(path: Path, document: Document) -> NDArray[np.uint8]:
@@ -232,10 +317,13 @@ def _read_tensors(path: Path, document: Document) -> dict[str, Floats]:
 def _read_reference(path: Path, document: Document, calibration: CalibrationRecord) -> Reference:
     tensors = _views(path, _contents(path, document))
     triggers = [trigger.id for trigger in document.triggers]
+    record = calibration.second_opinion
+    opinions = {} if record is None else _opinion_forms(record.embedding, document.model.embedding)
     expected = {*_WHITENING, _BANK, *_CLEAN, *(_STAMPED + name for name in triggers)}
+    expected |= {_OPINION + name for name in opinions}
     if set(tensors) != expected:
         raise ProfileError(f"{path} is damaged: it has the tensors {sorted(tensors)}, not {sorted(expected)}")
-    scores = [DENSITY, *(match(name) for name in triggers)]
+    scores = [DENSITY, *(match(name) for name in triggers), *(OPINIONS if record else ())]
     if set(calibration.tails) != set(scores):
         raise ProfileError(f"{path} is damaged: there are tails of {sorted(calibration.tails)}, not of {scores}")
     size, width = tensors[_BANK].shape[0] if tensors[_BANK].ndim else 0, document.model.embedding
@@ -247,6 +335,7 @@ def _read_reference(path: Path, document: Document, calibration: CalibrationReco
         "head": ((width, classes), floats),
         _BANK: ((size, width), floats),
         **{_STAMPED + name: ((size, width), floats) for name in triggers},
+        **{_OPINION + name: (shape, floats) for name, shape in opinions.items()},
         "values": ((count,), floats),
         "parts": ((len(scores), count), floats),
         "triggers": ((count,), integers),
@@ -262,7 +351,8 @@ def _read_reference(path: Path, document: Document, calibration: CalibrationReco
         raise ProfileError(
             f"{path} is damaged: {size} images in the banks and {count} scores do not fit {DOCUMENT_FILE}"
         )
-    for name in (*_WHITENING, "values", "parts"):  # `Screen` checks the banks
+    # `Screen` checks the banks.
+    for name in (*_WHITENING, "values", "parts", *(_OPINION + name for name in opinions)):
         if not np.isfinite(tensors[name]).all():
             raise ProfileError(f"{path} is damaged: {name} has a value that is not finite")
     for name, least, most in (("classes", 0, classes), ("triggers", -1, len(triggers))):
@@ -275,6 +365,10 @@ def _read_reference(path: Path, document: Document, calibration: CalibrationReco
         {name: tensors[_STAMPED + name] for name in triggers},  # in the order by which scores refer to triggers
         calibration.k,
         calibration.tails,
+        None
+        if record is None
+        else SecondOpinion(record.scale, tensors["head"], *(tensors[_OPINION + name] for name in opinions)),
+        None if record is None else record.near,
     )
     try:
         Screen(banks)

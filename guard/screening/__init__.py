@@ -5,11 +5,15 @@ from guard.screening.detector import Detector, Judgement
 from guard.screening.monitor import Alarm, Monitor, WatchedScore
 from guard.screening.neighbours import Nearest, Neighbours, SearchMethod
 from guard.screening.screen import DENSITY, MAX_K, Banks, Scores, Screen, Tail, default_k, match
+from guard.screening.second_opinion import DIVERGENCE, OPINIONS, RESIDUAL, ReferenceAnswers, SecondOpinion
 from guard.screening.whitening import Whitening
 
 __all__ = [
     "DENSITY",
+    "DIVERGENCE",
     "MAX_K",
+    "OPINIONS",
+    "RESIDUAL",
     "Alarm",
     "Banks",
     "Conformal",
@@ -18,9 +22,11 @@ __all__ = [
     "Monitor",
     "Nearest",
     "Neighbours",
+    "ReferenceAnswers",
     "Scores",
     "Screen",
     "SearchMethod",
+    "SecondOpinion",
     "Tail",
     "Threshold",
     "WatchedScore",

@@ -12,6 +12,7 @@ from guard.screening.detector import Detector
 from guard.screening.hygiene import LIMIT, triggered
 from guard.screening.neighbours import Embeddings
 from guard.screening.screen import Banks, Scores, Screen, match
+from guard.screening.second_opinion import ReferenceAnswers
 
 BANK_SHARE, THRESHOLD_SHARE = 0.4, 0.4
 """Shares of the images that fill the banks and that set the threshold; false alarms are counted on the rest."""
@@ -41,7 +42,9 @@ class Calibration:
         threshold: The threshold on all requests, whatever they are predicted as.
         left_out: Row of an image that was to set the threshold → id of the trigger that it seems to carry.
         held_out: Number of images that were kept out of banks and threshold.
-        false_alarms: How many of these are flagged.
+        false_alarms: How many of these are flagged, all with a second opinion if there is a reference model.
+        agreement: Share of the images that set the threshold to which the reference model gives the same answer, in
+            [0, 1]; None without a reference model.
     """
 
     clean: Scores
@@ -49,6 +52,7 @@ class Calibration:
     left_out: Mapping[int, str]
     held_out: int
     false_alarms: int
+    agreement: float | None
 
 
 def split(groups: NDArray[np.int64], seed: int) -> Split:
@@ -109,7 +113,13 @@ def check_bank_size(size: int, k: int) -> None:
 
 
 def fit_banks(
-    clean: Embeddings, stamped: Mapping[str, tuple[int, Embeddings]], head: Embeddings, *, k: int
+    clean: Embeddings,
+    stamped: Mapping[str, tuple[int, Embeddings]],
+    head: Embeddings,
+    *,
+    k: int,
+    answers: ReferenceAnswers | None = None,
+    scale: float = 1.0,
 ) -> tuple[Banks, dict[int, str]]:
     """Fill the banks, without the images that seem to carry a trigger (`guard.screening.hygiene`).
 
@@ -119,6 +129,8 @@ def fit_banks(
             shape [N, D].
         head: Class embeddings, shape [D, C].
         k: The neighbour that distances are taken to.
+        answers: What a reference model computed for the images; None for no second opinion.
+        scale: Factor between cosine and logit of the suspect; needed for a second opinion.
 
     Returns:
         The banks; and for each row of `clean` that was left out the id of the trigger that it seems to carry.
@@ -130,14 +142,22 @@ def fit_banks(
         carrying = triggered(clean, stamped, head, k=k)
         kept = np.array([row not in carrying for row in range(len(clean))])
         check_bank_size(int(kept.sum()), k)
-        banks = Banks.fit(clean[kept], {name: bank[kept] for name, (_, bank) in stamped.items()}, head, k=k)
+        moved = {name: bank[kept] for name, (_, bank) in stamped.items()}
+        opinions = None if answers is None else answers[kept]
+        banks = Banks.fit(clean[kept], moved, head, k=k, answers=opinions, scale=scale)
     except ValueError as error:
         raise ImageError(f"these images make no bank: {error}") from error
     return banks, carrying
 
 
 def calibrate(
-    banks: Banks, embeddings: Embeddings, held_out: Embeddings, alpha: float, *, per_class: bool = False
+    banks: Banks,
+    embeddings: Embeddings,
+    held_out: Embeddings,
+    alpha: float,
+    *,
+    per_class: bool = False,
+    answers: tuple[ReferenceAnswers, ReferenceAnswers] | None = None,
 ) -> Calibration:
     """Set the threshold, and count false alarms.
 
@@ -147,17 +167,21 @@ def calibrate(
         held_out: Embeddings of other clean images, shape [M, D]; false alarms are counted on them.
         alpha: False-alarm rate, in (0, 1).
         per_class: Whether the rate must apply to each predicted class that has enough images.
+        answers: What the reference model computed for the images of `embeddings`, and for those of `held_out`; needed
+            if the banks have a second opinion.
 
     Raises:
         RequestError: The embeddings do not fit the banks.
         UsageError: There are too few embeddings for alpha.
     """
     screen = Screen(banks)
-    clean = screen.score_samples(embeddings)
+    own, others = (None, None) if answers is None else answers
+    clean = screen.score_samples(embeddings, own)
+    agreement = None if own is None else float((clean.answers == clean.classes).mean())
     surprises = [banks.tails[match(name)].pure(clean.parts[match(name)]) for name in screen.triggers]
     carrying = np.max(surprises, axis=0) > LIMIT if surprises else np.zeros(len(embeddings), bool)
     left_out = {int(row): screen.triggers[clean.triggers[row]] for row in np.flatnonzero(carrying)}
     clean = clean.of(~carrying)
     detector = Detector(screen, clean, alpha, per_class=per_class)
-    alarms = int(detector.score(held_out).flags.sum()) if len(held_out) else 0
-    return Calibration(clean, detector.threshold, left_out, len(held_out), alarms)
+    alarms = int(detector.score(held_out, others).flags.sum()) if len(held_out) else 0
+    return Calibration(clean, detector.threshold, left_out, len(held_out), alarms, agreement)

@@ -10,6 +10,7 @@ from guard.screening.conformal import Conformal, Threshold, p_values, threshold
 from guard.screening.monitor import WatchedScore
 from guard.screening.neighbours import Embeddings
 from guard.screening.screen import DENSITY, Scores, Screen, match
+from guard.screening.second_opinion import OPINIONS, ReferenceAnswers
 
 MIN_ATTACK, MIN_DRIFT = 99, 99
 """Number of clean scores that a monitored stream needs; with fewer its bounds are too wide to notice anything."""
@@ -34,28 +35,45 @@ class Judgement:
 class Detector:
     """Decides about requests: compares their scores with the scores of clean images.
 
+    A request with a second opinion is compared with clean images with one, and a request without is compared with the
+    same images without, so that the false-alarm rate holds for both, whichever requests chance or the operator picks.
+    Where the requests for a second opinion are picked by their other scores, clean images are picked by the same rule,
+    and one comparison covers all requests.
+
     `guard.Profile.detector` makes one.
 
     Args:
         screen: Computes the scores.
-        clean: Scores that the screen computed for clean images that are in no bank.
+        clean: Scores that the screen computed for clean images that are in no bank; with a second opinion on each if
+            the screen has one.
         alpha: False-alarm rate, in (0, 1).
         per_class: Whether the rate must apply to each predicted class, not only to all requests together.
+        near_only: Whether only requests that `Screen.near` picks get a second opinion.
 
     Attributes:
         size: Number of clean scores.
-        threshold: Threshold on the score of a request, for classes that have no threshold of their own.
+        near_only: As given.
+        threshold: Threshold on the score of a request with a second opinion, if the screen has one, for classes that
+            have no threshold of their own.
+        threshold_alone: The same for a request without a second opinion.
 
     Raises:
         UsageError: There are too few clean scores for alpha.
     """
 
-    def __init__(self, screen: Screen, clean: Scores, alpha: float, *, per_class: bool = False) -> None:
-        self.screen, self.alpha, self.per_class = screen, alpha, per_class
+    def __init__(
+        self, screen: Screen, clean: Scores, alpha: float, *, per_class: bool = False, near_only: bool = False
+    ) -> None:
+        self.screen, self.alpha, self.per_class, self.near_only = screen, alpha, per_class, near_only
         self.size = len(clean.values)
-        self.threshold: Threshold = threshold(clean.values, alpha)
-        self._conformal = Conformal(clean.values, alpha, clean.classes if per_class else None)
-        self._parts = {name: np.sort(values) for name, values in clean.parts.items()}
+        alone = screen.alone(clean)
+        values = np.where(screen.near(clean), clean.values, alone) if near_only else clean.values
+        self.threshold: Threshold = threshold(values, alpha)
+        self.threshold_alone: Threshold = self.threshold if near_only else threshold(alone, alpha)
+        classes = clean.classes if per_class else None
+        self._with_opinion = Conformal(values, alpha, classes)
+        self._alone = self._with_opinion if near_only else Conformal(alone, alpha, classes)
+        self._parts = {name: np.sort(part) for name, part in clean.parts.items()}
         density = clean.parts[DENSITY]
         counts = np.bincount(clean.classes) if len(clean.classes) else np.zeros(0, int)
         self._of_class = {int(k): np.sort(density[clean.classes == k]) for k in np.flatnonzero(counts >= MIN_DRIFT)}
@@ -64,14 +82,15 @@ class Detector:
     @property
     def own_threshold(self) -> tuple[int, ...]:
         """Indices of the classes that have enough clean images for a threshold of their own."""
-        return self._conformal.own
+        return self._with_opinion.own
 
-    def score(self, embeddings: Embeddings) -> Judgement:
+    def score(self, embeddings: Embeddings, answers: ReferenceAnswers | None = None) -> Judgement:
         """Score requests, and decide which of them to flag.
 
         Args:
             embeddings: Image embeddings of the model that the profile belongs to: float32, shape [N, D], of any length
                 above 0, since they are L2-normalised here.
+            answers: What the reference model computed for the same images; None for no second opinion.
 
         Returns:
             For each request its scores, its p-value in [1 / (n + 1), 1], and whether it is flagged. Larger scores are
@@ -80,19 +99,38 @@ class Detector:
         Raises:
             RequestError: Wrong shape, a value that is not finite, or a zero vector.
         """
-        scores = self.screen.score_samples(np.asarray(embeddings))
-        found = self._conformal.p_values(scores.values, scores.classes if self.per_class else None)
-        return Judgement(scores, found, self._conformal.flags(found))
+        return self.judge(self.screen.score_samples(np.asarray(embeddings), answers))
+
+    def judge(self, scores: Scores) -> Judgement:
+        """Decide about requests by their scores; see `score`.
+
+        With `near_only`, each request that `Screen.near` picks must have got its second opinion.
+        """
+        classes, asked = scores.classes if self.per_class else None, scores.asked
+        found = self._alone.p_values(scores.values, classes)
+        if asked.any() and not self.near_only:
+            found = np.where(asked, self._with_opinion.p_values(scores.values, classes), found)
+        return Judgement(scores, found, self._with_opinion.flags(found))
 
     def part_p_values(self, scores: Scores) -> Mapping[str, NDArray[np.float64]]:
-        """The uncorrected p-values of each score by name, shape [N] each: what a monitor bets on."""
-        return {name: p_values(clean, scores.parts[name]) for name, clean in self._parts.items()}
+        """The uncorrected p-values of each score by name, shape [N] each: what a monitor bets on.
+
+        NaN where a request has no such score.
+        """
+        found = {}
+        for name, values in scores.parts.items():
+            found[name] = np.where(np.isnan(values), np.nan, p_values(self._parts[name], values))
+        return found
 
     def streams(self) -> tuple[WatchedScore, ...]:
-        """The streams that a monitor can watch: the match to each trigger, and the density over all and per class."""
-        attack = [
-            WatchedScore(match(name), "attack", self.size) for name in self.screen.triggers if self.size >= MIN_ATTACK
-        ]
+        """The streams that a monitor can watch.
+
+        The match to each trigger, the scores of a second opinion unless requests are picked for it by their other
+        scores, and the density over all and per class.
+        """
+        scores = [match(name) for name in self.screen.triggers]
+        scores += [] if self.near_only or self.screen.opinion is None else list(OPINIONS)
+        attack = [WatchedScore(name, "attack", self.size) for name in scores if self.size >= MIN_ATTACK]
         drift = [WatchedScore(DRIFT, "drift", self.size)] if self.size >= MIN_DRIFT else []
         within = [WatchedScore(drift_of(k), "drift", len(clean)) for k, clean in self._of_class.items()]
         return (*attack, *drift, *within)
@@ -102,8 +140,8 @@ class Detector:
         found = self.part_p_values(scores)
         rows = []
         for row, k in enumerate(scores.classes.tolist()):
-            observed = {match(name): float(found[match(name)][row]) for name in self.screen.triggers}
-            observed[DRIFT] = float(found[DENSITY][row])
+            observed = {name: float(values[row]) for name, values in found.items() if not np.isnan(values[row])}
+            observed[DRIFT] = observed[DENSITY]
             if k in self._of_class:
                 density = scores.parts[DENSITY][row : row + 1]
                 observed[drift_of(k)] = float(p_values(self._of_class[k], density)[0])

@@ -1,14 +1,15 @@
 """Score requests by where their embeddings lie; larger is more suspicious, always."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from guard.errors import RequestError
 from guard.screening.neighbours import Embeddings, Neighbours, SearchMethod
+from guard.screening.second_opinion import DIVERGENCE, OPINIONS, RESIDUAL, ReferenceAnswers, SecondOpinion
 from guard.screening.whitening import Whitening
 
 MAX_K = 16
@@ -23,6 +24,12 @@ MATCH = "match"
 DENSITY_WEIGHT = 0.1
 """Share of the false alarms that the density score may cause where there are triggers to match. On the zoo `small` of
 seed 0 this costs no detection, and density is the only defence against a trigger that vetting did not find."""
+OPINION_WEIGHTS = {DIVERGENCE: 0.5, RESIDUAL: 0.25}
+"""Shares of the false alarms that the scores of a second opinion may cause; the others share what is left, in the same
+proportion as without a second opinion."""
+NEAR = 0.3
+"""Share of clean images whose other scores are near enough to a threshold for a second opinion, where only those get
+one."""
 _TAIL = 0.9
 """Quantile of a score above which its tail begins."""
 
@@ -88,6 +95,9 @@ class Banks:
             shape [N, D].
         k: The neighbour that distances are taken to.
         tails: For each score the tail of its distribution over the bank's own images.
+        opinion: Compares the suspect's answers with those of a reference model; None without a second opinion.
+        near: Surprise of the scores without a second opinion that `NEAR` of the bank's own images exceed: a request
+            above it is near the threshold. None without a second opinion.
     """
 
     whitening: Whitening
@@ -96,9 +106,20 @@ class Banks:
     stamped: Mapping[str, Embeddings]
     k: int
     tails: Mapping[str, Tail]
+    opinion: SecondOpinion | None = None
+    near: float | None = None
 
     @classmethod
-    def fit(cls, clean: Embeddings, stamped: Mapping[str, Embeddings], head: Embeddings, *, k: int) -> "Banks":
+    def fit(
+        cls,
+        clean: Embeddings,
+        stamped: Mapping[str, Embeddings],
+        head: Embeddings,
+        *,
+        k: int,
+        answers: ReferenceAnswers | None = None,
+        scale: float = 1.0,
+    ) -> "Banks":
         """Whiten the banks, and learn how the scores of clean images are distributed.
 
         Args:
@@ -106,6 +127,8 @@ class Banks:
             stamped: For each trigger the embeddings of the same images with that trigger, in the same order.
             head: Class embeddings, shape [D, C].
             k: The neighbour that distances are taken to; smaller than N.
+            answers: What a reference model computed for the clean images; None for no second opinion.
+            scale: Factor between cosine and logit of the suspect; needed for a second opinion.
 
         Raises:
             ValueError: Shapes do not fit, or there are no more than k images.
@@ -122,12 +145,24 @@ class Banks:
         scores = {DENSITY: far}
         for name, bank in moved.items():
             scores[match(name)] = ratio(far, last_of_others(Neighbours(bank), reference, k, own))
-        share = (1 - DENSITY_WEIGHT) / len(moved) if moved else 0.0
-        tails = {
-            name: Tail.fit(values, share if name != DENSITY else DENSITY_WEIGHT if moved else 1.0)
-            for name, values in scores.items()
-        }
-        return cls(whitening, head, reference, moved, k, tails)
+        weights = _weights(moved)
+        if answers is None:
+            tails = {name: Tail.fit(values, weights[name]) for name, values in scores.items()}
+            return cls(whitening, head, reference, moved, k, tails)
+        opinion, own_opinion = SecondOpinion.fit(clean, answers, head, scale)
+        rest = 1 - sum(OPINION_WEIGHTS.values())
+        tails = {name: Tail.fit(values, rest * weights[name]) for name, values in scores.items()}
+        surprises = np.max([tails[name].surprise(values) for name, values in scores.items()], axis=0)
+        tails |= {name: Tail.fit(values, OPINION_WEIGHTS[name]) for name, values in own_opinion.items()}
+        return cls(whitening, head, reference, moved, k, tails, opinion, float(np.quantile(surprises, 1 - NEAR)))
+
+
+def _weights(triggers: Collection[str]) -> dict[str, float]:
+    """Shares of the false alarms of the scores without a second opinion, by name; they sum to 1."""
+    if not triggers:
+        return {DENSITY: 1.0}
+    share = (1 - DENSITY_WEIGHT) / len(triggers)
+    return {DENSITY: DENSITY_WEIGHT, **{match(name): share for name in triggers}}
 
 
 def predict(embeddings: Embeddings, head: Embeddings) -> NDArray[np.int64]:
@@ -168,11 +203,16 @@ class Scores:
 
     Attributes:
         values: The score that decides: the largest surprise of all scores; float32, shape [N].
-        parts: Each single score by name; float32, shape [N] each.
+        parts: Each single score by name; float32, shape [N] each. The scores of a second opinion are missing if no
+            request got one, and NaN for requests that got none.
         triggers: Index of the trigger that each request matches best, −1 where there is none; int64, shape [N].
         classes: Index of the class that the head of the banks predicts for each request; int64, shape [N].
         embeddings: The embeddings that were scored, L2-normalised; float32, shape [N, D]. Empty for scores that were
             read from a profile.
+        deciding: Number of the score that decides, in the order of `parts`; int64, shape [N]. Empty for scores that
+            were read from a profile.
+        answers: Index of the class that the reference model predicts for each request, −1 for requests without a
+            second opinion; int64, shape [N]. Empty if no request got one.
     """
 
     values: NDArray[np.float32]
@@ -180,21 +220,30 @@ class Scores:
     triggers: NDArray[np.int64]
     classes: NDArray[np.int64]
     embeddings: Embeddings = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    deciding: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    answers: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+    @property
+    def asked(self) -> NDArray[np.bool_]:
+        """Which requests got a second opinion, shape [N]."""
+        return self.answers >= 0 if len(self.answers) else np.zeros(len(self.values), bool)
 
     def of(self, rows: NDArray[np.bool_]) -> "Scores":
-        """The scores of the requests that the mask `rows`, shape [N], selects; without embeddings."""
+        """The scores of the requests that the mask `rows`, shape [N], selects; only those that a profile keeps."""
         parts = {name: scores[rows] for name, scores in self.parts.items()}
         return Scores(self.values[rows], parts, self.triggers[rows], self.classes[rows])
 
 
 class Screen:
-    """Scores embeddings against a reference bank and the stamped banks of reconstructed triggers.
+    """Scores embeddings against a reference bank, the stamped banks of reconstructed triggers, and a second opinion.
 
     - *k-distance*: how far a request is from clean images (Huang et al., ICLR 2025, use it to clean training sets). It
       detects whatever is unusual, of every attack, but only a small part of each.
     - *match*, one per trigger: log(k-distance to the reference bank / k-distance to that trigger's stamped bank). It
       does not ask "is this unusual?" but "is this nearer to what the trigger produces than to clean images?". It
       detects the attacks whose trigger vetting reconstructed, in whatever family.
+    - *divergence* and *residual*, for requests that a reference model answered too: how far the two models are apart
+      (`guard.screening.second_opinion`). They need no trigger.
 
     Each score is brought to one scale by its `Tail`, and the largest decides. The rule is fixed by the banks, before
     any calibration image is seen, so that a conformal threshold on it is exact.
@@ -205,6 +254,8 @@ class Screen:
 
     Attributes:
         triggers: Ids of the triggers, in the order of the indices in `Scores.triggers`.
+        opinion: Compares the suspect's answers with those of a reference model; None without a second opinion.
+        names: Names of the scores, in the order of `Scores.parts`; those of a second opinion come last.
 
     Raises:
         ValueError: A bank is not as `Banks` describes it, or is smaller than k.
@@ -214,9 +265,11 @@ class Screen:
         self._banks = banks
         self._neighbours = Neighbours(banks.reference, *banks.stamped.values(), method=method)
         self.triggers = tuple(banks.stamped)
-        self._names = (DENSITY, *map(match, self.triggers))
-        if set(banks.tails) != set(self._names):
-            raise ValueError(f"tails are of {sorted(banks.tails)}, not of {sorted(self._names)}")
+        self.opinion = banks.opinion
+        self._alone = (DENSITY, *map(match, self.triggers))
+        self.names = (*self._alone, *(OPINIONS if banks.opinion is not None else ()))
+        if set(banks.tails) != set(self.names):
+            raise ValueError(f"tails are of {sorted(banks.tails)}, not of {sorted(self.names)}")
         if self._neighbours.size < banks.k:
             raise ValueError(f"a bank has fewer rows than k = {banks.k}")
 
@@ -225,11 +278,13 @@ class Screen:
         """Length D of the embeddings that are scored."""
         return len(self._banks.whitening.mean)
 
-    def score_samples(self, embeddings: Embeddings) -> Scores:
+    def score_samples(self, embeddings: Embeddings, answers: ReferenceAnswers | None = None) -> Scores:
         """Score requests.
 
         Args:
             embeddings: float32, shape [N, D]; normalised here, since an upstream server may not do it.
+            answers: What the reference model computed for all of them; None for no second opinion. For a second
+                opinion on some of them see `with_opinion`.
 
         Raises:
             RequestError: Wrong shape, a value that is not finite, or a zero vector.
@@ -237,10 +292,54 @@ class Screen:
         unit = self._normalised(embeddings)
         distances = self._neighbours.distances(self._banks.whitening(unit), self._banks.k)
         found = np.concatenate([distances[:1], ratio(distances[0], distances[1:])])
-        parts = dict(zip(self._names, found, strict=True))
-        surprises = np.array([self._banks.tails[name].surprise(scores) for name, scores in parts.items()])
+        parts = dict(zip(self._alone, found, strict=True))
+        surprises = self._surprises(parts)
         triggers = surprises[1:].argmax(axis=0) if self.triggers else np.full(len(unit), -1)
-        return Scores(surprises.max(axis=0), parts, triggers, predict(unit, self._banks.head), unit)
+        classes, deciding = predict(unit, self._banks.head), surprises.argmax(axis=0)
+        scores = Scores(surprises.max(axis=0), parts, triggers, classes, unit, deciding)
+        return scores if answers is None else self.with_opinion(scores, answers, np.arange(len(unit)))
+
+    def near(self, scores: Scores) -> NDArray[np.bool_]:
+        """Which requests are suspicious enough for a second opinion where not all get one, shape [N].
+
+        About `NEAR` of the clean requests are; none without a second opinion.
+        """
+        if self._banks.near is None:
+            return np.zeros(len(scores.values), bool)
+        found: NDArray[np.bool_] = self.alone(scores) > self._banks.near
+        return found
+
+    def with_opinion(self, scores: Scores, answers: ReferenceAnswers, rows: NDArray[np.int64]) -> Scores:
+        """Add a second opinion on some requests to their scores.
+
+        Args:
+            scores: What `score_samples` returned.
+            answers: What the reference model computed for M of the requests.
+            rows: Which requests these are: M different numbers, int64.
+
+        Raises:
+            RequestError: The answers have other shapes than those of the reference model, or are not finite.
+            ValueError: There is no reference model, or another number of answers than of rows.
+        """
+        if self.opinion is None or len(rows) != len(answers):
+            raise ValueError("a second opinion needs a reference model, and an answer for each request")
+        found = self.opinion.score(scores.embeddings[rows], answers)
+        parts, classes = dict(scores.parts), scores.answers.copy()
+        if not len(classes):
+            classes = np.full(len(scores.values), -1)
+        for name, values in found.items():
+            whole = parts.get(name, np.full(len(scores.values), np.nan, np.float32)).copy()
+            whole[rows] = values
+            parts[name] = whole
+        classes[rows] = answers.logits.argmax(axis=1)
+        surprises = np.nan_to_num(self._surprises(parts), nan=-np.inf)
+        values, deciding = surprises.max(axis=0), surprises.argmax(axis=0)
+        return replace(scores, values=values, parts=parts, deciding=deciding, answers=classes)
+
+    def alone(self, scores: Scores) -> NDArray[np.float32]:
+        """The score that decides without a second opinion, shape [N]."""
+        found: NDArray[np.float32] = self._surprises({name: scores.parts[name] for name in self._alone}).max(axis=0)
+        return found
 
     def scorable(self, embeddings: Embeddings) -> NDArray[np.bool_]:
         """Which embeddings can be scored, shape [N]: those that are finite, of finite length, and not zero."""
@@ -248,6 +347,10 @@ class Screen:
             norms = np.linalg.norm(embeddings, axis=1)
         found: NDArray[np.bool_] = np.isfinite(norms) & (norms > 0)
         return found
+
+    def _surprises(self, parts: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+        """The surprise of each score, shape [S, N], in the order of the parts."""
+        return np.array([self._banks.tails[name].surprise(scores) for name, scores in parts.items()])
 
     def _normalised(self, embeddings: Embeddings) -> Embeddings:
         if embeddings.ndim != 2 or embeddings.shape[1] != self.dimension:

@@ -111,17 +111,8 @@ def _check(
         raise ImageError(f"vetting needs at least {MIN_IMAGES} images, there are {len(images)}")
     if not families or not set(families) <= set(FAMILIES):
         raise UsageError(f"the families are some of {', '.join(FAMILIES)}, not {', '.join(families) or 'none'}")
-    if base is None:
-        return
-    if base.digest.root == classifier.digest.root:
-        raise UsageError("the base model is the model itself; comparing a model with itself shows nothing")
-    if base.classes.names != classifier.classes.names:
-        raise UsageError("the base model has other classes than the model; give both the same list with --classes")
-    if base.image_shape != classifier.image_shape:
-        raise UsageError(
-            f"the base model takes images of {base.image_shape[1:]}, the model takes images of "
-            f"{classifier.image_shape[1:]}"
-        )
+    if base is not None:
+        classifier.check_comparable(base)
 
 
 def _reference_model(
