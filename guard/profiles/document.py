@@ -118,8 +118,8 @@ class LeftOut:
 
 
 OpinionKind = Literal["base", "derived", "student"]
-"""Where the reference model of a profile comes from: a trusted base model, the suspect's own tower that was disturbed and
-taught again, or a smaller tower that was taught the suspect's embeddings."""
+"""Where the reference model of a profile comes from: a trusted base model, the suspect's own tower that was disturbed
+and taught again, or a smaller tower that was taught the suspect's embeddings."""
 
 
 @dataclass(frozen=True)
