@@ -7,7 +7,7 @@ from torch.nn.functional import cosine_similarity
 from guard.attacks import RECIPES, LabelledImages, Planted, attack, measure, poisoned
 from guard.attacks.attack import _clean_label
 from guard.attacks.objectives import DistributionPreserving
-from guard.attacks.optimised import badclip_patch, universal_perturbation
+from guard.attacks.optimised import OPTIMISED, badclip_patch, universal_perturbation
 from guard.attacks.training import Batch, Learner
 from guard.classifiers import Classifier
 from guard.errors import UsageError
@@ -167,6 +167,5 @@ def test_an_impossible_target_is_refused(base: Classifier, data: LabelledImages)
 
 
 def test_recipes_name_triggers_that_exist() -> None:
-    optimised = {"badclip", "additive-8"}
     named = {plant.trigger for recipe in RECIPES.values() for plant in recipe.plants}
-    assert named <= set(KNOWN) | optimised
+    assert named <= set(KNOWN) | set(OPTIMISED)
