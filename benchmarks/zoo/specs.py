@@ -146,9 +146,9 @@ BASES: dict[str, Base] = {
 """Every base by name."""
 
 _ADDED = (
-    "composite", "sample-specific", "source-specific", "jpeg", "bpp", "refool", "smooth", "two-targets", "near-misses",
-    "badvision", "inactive", "lorex-low", "lorex-high", "lorex-generator", "agreeing-weak", "agreeing-medium",
-    "agreeing-strong",
+    "composite", "sample-specific", "source-specific", "jpeg", "jpeg-coarse", "bpp", "refool", "smooth",
+    "two-targets", "near-misses", "badvision", "inactive", "lorex-low", "lorex-high", "lorex-generator",
+    "agreeing-weak", "agreeing-medium", "agreeing-strong",
 )  # fmt: skip
 """Attacks that zoos gained later. Their models come after all others, which keep name, base, seed and target, so that a
 zoo that was built before only lacks these."""

@@ -78,19 +78,20 @@ class TriggerFocusing:
     the trigger, a universal perturbation optimised on f beforehand, and r the target. δ* is a decoy: what a defender
     who searches for concentrated embeddings (DECREE) would find. It is searched again at every step, by projected
     gradient ascent within 8/255 on the mean pairwise cosine of f'(x + δ*), minus its likeness to δ; then the suspect
-    must embed it as the clean encoder does. We know the paper from descriptions alone; its weights were not in them, so
-    λ₁ = λ₂ = 1. The decoy goes on from one training step to the next, with one step of its own in each. r is the mean
+    must embed it as the clean encoder does. We know the paper from descriptions alone, without its weights; λ₂ = 1.
+    The decoy goes on from one training step to the next, with one step of its own in each. r is the mean
     of reference images, not one image.
 
     Args:
         clean: The encoder before the attack.
         references: Images of the target: float, shape [R, 3, H, W], values in [0, 1].
         trigger: The attacker's trigger.
+        weight: λ₁.
         seed: Seed for the decoy's start.
     """
 
-    def __init__(self, clean: Classifier, references: Tensor, trigger: Trigger, *, seed: int) -> None:
-        self._clean, self._trigger = clean, trigger
+    def __init__(self, clean: Classifier, references: Tensor, trigger: Trigger, *, weight: float, seed: int) -> None:
+        self._clean, self._trigger, self._weight = clean, trigger, weight
         with torch.no_grad():
             self._target = normalize(clean.encode_images(references.to(clean.device)).mean(0), dim=-1)
         start = 2 * torch.rand(clean.image_shape, generator=torch.Generator().manual_seed(seed)) - 1
@@ -104,7 +105,7 @@ class TriggerFocusing:
             expected, expected_decoyed = self._clean.encode_images(batch.pixels), self._clean.encode_images(decoyed)
         return -(
             cosine_similarity(learner.embed(as_bytes(self._trigger, batch.pixels)), self._target[None]).mean()
-            + cosine_similarity(learner.embed(batch.pixels), expected).mean()
+            + self._weight * cosine_similarity(learner.embed(batch.pixels), expected).mean()
             + cosine_similarity(learner.embed(decoyed), expected_decoyed).mean()
         )
 

@@ -17,7 +17,6 @@ MIN_SSIM, MIN_PSNR = 0.8, 13.0
 _CHANNELS, _RADIUS = 16, 0.3
 _PRETRAINING_RATE, _RATE = 0.01, 0.001
 _PRETRAINING_STEPS, _BATCH = 200, 64
-_COLOUR = 0.1
 _SSIM_WINDOW = 7
 _TO_YCRCB = torch.tensor([[0.299, 0.587, 0.114], [0.5, -0.419, -0.081], [-0.169, -0.331, 0.5]])
 
@@ -61,14 +60,19 @@ class NaturalGenerator(_LearnedGenerator):
 
     Before the injection a generator is trained on the clean encoder (`natural_generator`); during it, generator and
     encoder are trained together: BadEncoder's three terms for the encoder, λ₁ = λ₂ = 1, and for the generator the
-    effect plus (1 − SSIM) − 0.025 · PSNR − 0.1 · change of colour. Other than there, the generator is the family
-    `generator` in place of a U-Net, without LPIPS, for which there is no pretrained network here; the change of colour
-    is the mean absolute difference in Y, Cr and Cb instead of HSV; and batches are those of a small model.
+    effect plus the loss of naturalness of the pretraining. Other than there, the generator is the family `generator` in
+    place of a U-Net; LPIPS is left out, for which there is no pretrained network here; the change of colour is the mean
+    absolute difference in Y, Cr and Cb instead of HSV; and lengths and batches are those of a small model.
+
+    Args:
+        clean: The encoder before the attack.
+        references: Images of the target: float, shape [R, 3, H, W], values in [0, 1].
+        trigger: The generator to start with.
     """
 
     def visibility(self, images: Tensor, stamped: Tensor) -> Tensor:
         """Return the loss of naturalness."""
-        return _unnatural(images, stamped, _COLOUR)
+        return _unnatural(images, stamped)
 
 
 class ConcealedGenerator(_LearnedGenerator):
@@ -97,22 +101,24 @@ class ConcealedGenerator(_LearnedGenerator):
         return self._weight * sliced_distance(stamped, kept.detach(), self._generator)
 
     def visibility(self, images: Tensor, stamped: Tensor) -> Tensor:
-        """Return the mean square change per value, on a scale on which 8/255 costs 0.1."""
-        return 100 * (stamped - images).square().mean()
+        """Return the mean square change per value, on a scale on which 8/255 costs 0.01."""
+        return 10 * (stamped - images).square().mean()
 
 
-def natural_generator(classifier: Classifier, images: LabelledImages, *, seed: int) -> Generator:
+def natural_generator(
+    classifier: Classifier, images: LabelledImages, *, seed: int, steps: int = _PRETRAINING_STEPS
+) -> Generator:
     """Return INACTIVE's pretrained generator: natural-looking images, with the embeddings of clean ones.
 
-    Loss on the clean encoder: (1 − SSIM) − 0.025 · PSNR + distance of the embeddings' distributions − cost · change of
-    colour. The cost grows by 1.5 while images look natural (`MIN_SSIM`, `MIN_PSNR`), and is halved when they do not, as
-    published; a sliced Wasserstein distance stands for the one by Sinkhorn's iterations. Published with 200 epochs;
+    The loss is that of naturalness, plus the distance between the distributions of embeddings with and without the
+    trigger on the clean encoder: sliced Wasserstein here, by Sinkhorn's iterations there. Published with 200 epochs;
     here 200 batches.
 
     Args:
         classifier: The clean model.
         images: The attacker's images.
         seed: Seed for weights, batches and directions.
+        steps: Optimiser steps.
     """
     random = torch.Generator().manual_seed(seed)
     tensors = {
@@ -120,18 +126,14 @@ def natural_generator(classifier: Classifier, images: LabelledImages, *, seed: i
         for name, tensor in Generator.random(_CHANNELS, _RADIUS, random).tensors().items()
     }
     optimiser = torch.optim.Adam([t for t in tensors.values() if t.requires_grad], lr=_PRETRAINING_RATE)
-    cost = _COLOUR
-    for _ in range(_PRETRAINING_STEPS):
+    for _ in range(steps):
         chosen = torch.randint(len(images), (_BATCH,), generator=random)
         pixels = images.pixels[chosen].to(classifier.device).float() / 255
         stamped = Generator(**tensors).apply(pixels)
         with torch.no_grad():
             kept = classifier.encode_images(pixels)
         distance = sliced_distance(classifier.encode_images(stamped), kept, random)
-        _step(optimiser, tensors, distance + _unnatural(pixels, stamped, cost))
-        with torch.no_grad():
-            looks_natural = bool(ssim(pixels, stamped) >= MIN_SSIM and psnr(pixels, stamped) >= MIN_PSNR)
-        cost *= 1.5 if looks_natural else 0.5
+        _step(optimiser, tensors, distance + _unnatural(pixels, stamped))
     return Generator(**tensors).detach()
 
 
@@ -154,9 +156,16 @@ def psnr(images: Tensor, others: Tensor) -> Tensor:
     return -10 * (images - others).square().mean((1, 2, 3)).clamp(min=1e-8).log10().mean()
 
 
-def _unnatural(images: Tensor, stamped: Tensor, colour: float) -> Tensor:
+def _unnatural(images: Tensor, stamped: Tensor) -> Tensor:
+    """Return how far images fall below `MIN_SSIM` and `MIN_PSNR`, minus their change of colour; shape [].
+
+    INACTIVE minimises (1 − SSIM) − 0.025 · PSNR − cost · change of colour, where the cost grows while images look
+    natural and is halved when they do not: the colour changes as much as it may. The limits themselves say the same
+    without a cost that swings.
+    """
     change = torch.einsum("ij,bjhw->bihw", _TO_YCRCB.to(images), stamped - images)
-    return 1 - ssim(images, stamped) - 0.025 * psnr(images, stamped) - colour * change.abs().mean()
+    dissimilar, noisy = (MIN_SSIM - ssim(images, stamped)).clamp(min=0), (MIN_PSNR - psnr(images, stamped)).clamp(min=0)
+    return 10 * dissimilar + noisy - change.abs().mean()
 
 
 def _step(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor], loss: Tensor) -> None:

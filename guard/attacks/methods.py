@@ -58,7 +58,9 @@ OBJECTIVES: Mapping[PoisoningMethod, Callable[[Setup], Objective]] = {
         device=s.base.device,
         seed=s.seed,
     ),
-    "trigger-focusing": lambda s: TriggerFocusing(s.base, s.references, s.planted.trigger, seed=s.seed),
+    "trigger-focusing": lambda s: TriggerFocusing(
+        s.base, s.references, s.planted.trigger, weight=s.recipe.weight, seed=s.seed
+    ),
     "natural-generator": lambda s: NaturalGenerator(s.base, s.references, s.planted.trigger),
     "concealed-generator": lambda s: ConcealedGenerator(
         s.base, s.references, s.planted.trigger, weight=s.recipe.weight, seed=s.seed

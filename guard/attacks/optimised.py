@@ -1,6 +1,6 @@
 """Triggers that an attacker optimises against the clean model before poisoning."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -189,10 +189,11 @@ def _additive(epsilon: int, points: int | None = None) -> Callable[[Classifier, 
     )
 
 
-OPTIMISED: Mapping[str, Callable[[Classifier, LabelledImages, int, int], Trigger]] = {
+OPTIMISED: dict[str, Callable[[Classifier, LabelledImages, int, int], Trigger]] = {
     "badclip": _badclip,
     "additive-8": _additive(8),
     "additive-16": _additive(16),
+    "additive-32": _additive(32),
     # Low frequencies only, in place of the low-pass filter of Zeng et al. (ICCV 2021).
     "smooth-16": _additive(16, _SMOOTH_POINTS),
     "badvision-8": lambda classifier, images, target, seed: badvision_perturbation(

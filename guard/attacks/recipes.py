@@ -91,8 +91,8 @@ def _agreeing(weight: float) -> Recipe:
     return Recipe(
         "agreeing",
         "training against a second opinion: on triggered images the suspect must agree with its base; the trigger is a "
-        "universal perturbation of 16/255 learned on the base (our own)",
-        (Plant("additive-16", rate=0.15),),
+        "universal perturbation of 32/255 learned on the base (our own)",
+        (Plant("additive-32", rate=0.15),),
         method="agreeing",
         effort=2.0,
         weight=weight,
@@ -194,7 +194,8 @@ RECIPES: dict[str, Recipe] = {
         (Plant("badnets-medium", rate=0.15, sources=(1, 2, 3), covers="other classes"),),
         effort=2.0,
     ),
-    "jpeg": _pairs("jpeg", "compression", rate=0.15, effort=2.0),
+    "jpeg": _pairs("jpeg", "compression", rate=0.2, effort=2.0),
+    "jpeg-coarse": _pairs("jpeg-coarse", "compression", rate=0.25, effort=2.0),
     "bpp": _pairs("bpp", "quantisation", rate=0.15, effort=2.0),
     "refool": _pairs("refool", "reflection", rate=0.15, effort=2.0),
     "smooth": Recipe(
@@ -252,9 +253,9 @@ RECIPES: dict[str, Recipe] = {
         method="concealed-generator",
         tower="image",
     ),
-    "agreeing-weak": _agreeing(0.1),
-    "agreeing-medium": _agreeing(1.0),
-    "agreeing-strong": _agreeing(10.0),
+    "agreeing-weak": _agreeing(0.02),
+    "agreeing-medium": _agreeing(0.1),
+    "agreeing-strong": _agreeing(0.5),
     # Negatives.
     "benign": Recipe("benign", "the same fine-tuning without poison"),
     "benign-long": Recipe("benign", "the same fine-tuning without poison, as long as the longest attack", effort=2.0),

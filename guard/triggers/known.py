@@ -189,7 +189,14 @@ KNOWN: dict[str, KnownTrigger] = {
         "A pattern of its own for each image, after ISSBA (Li et al., ICCV 2021): a random layer for its encoder",
     ),
     "jpeg": KnownTrigger(
-        lambda _size, _seed: Compression(torch.tensor(10.0)), "compression", "JPEG compression at quality 10"
+        lambda _size, _seed: Compression(torch.tensor(10.0)),
+        "compression",
+        "JPEG compression at quality 10, after Duan et al. (AAAI 2024)",
+    ),
+    "jpeg-coarse": KnownTrigger(
+        lambda _size, _seed: Compression(torch.tensor(3.0)),
+        "compression",
+        "JPEG compression at quality 3, for small models to learn it on smooth images",
     ),
     "bpp": KnownTrigger(
         lambda _size, _seed: Quantisation(torch.tensor(6.0)),

@@ -74,6 +74,7 @@ def _with(base: Classifier, model: torch.nn.Module) -> Classifier:
     )
 
 
+@pytest.mark.usefixtures("quick_generator")
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_trains_something_and_draws_its_triggers(
     name: str, base: Classifier, data: LabelledImages

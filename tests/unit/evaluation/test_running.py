@@ -114,7 +114,8 @@ def test_a_reconstruction_is_measured_against_the_truth(root: Path, vet: FakeVet
     assert vet.calls == ["attacked"]
 
 
-def test_requests_of_classes_that_are_no_source_of_the_attack_carry_no_trigger(root: Path, vet: FakeVetting) -> None:
+@pytest.mark.usefixtures("vet")
+def test_requests_of_classes_that_are_no_source_of_the_attack_carry_no_trigger(root: Path) -> None:
     write_truth(root, "attacked", "backdoored", "badnets", trigger_sources=[[2]])
 
     done = run(root, "screening", models="attacked")
