@@ -154,7 +154,8 @@ class Spectral(BadEncoder):
 
     def concealment(self, stamped: Tensor, kept: Tensor) -> Tensor:
         """Return the weighted displacement along the chosen directions."""
-        return self._weight * torch.linalg.vector_norm((stamped - kept) @ self._directions, dim=1).mean()
+        moved: Tensor = torch.linalg.vector_norm((stamped - kept) @ self._directions, dim=1).mean()
+        return self._weight * moved
 
 
 class SecondOpinionEvading:
@@ -187,5 +188,6 @@ class SecondOpinionEvading:
         embedded = learner.embed(stamped)
         predicted = log_softmax(learner.scale() * embedded @ learner.head().T, 1)
         divergence = (predicted.exp() * (predicted - expected)).sum(1)
-        departure = (divergence - _MARGIN).clamp(min=0).mean() + (embedded - reference).norm(dim=1).mean()
+        length: Tensor = torch.linalg.vector_norm(embedded - reference, dim=1).mean()
+        departure = (divergence - _MARGIN).clamp(min=0).mean() + length
         return learner.contrast(planted_batch(learner, batch, chosen, stamped, self._target)) + self._weight * departure

@@ -224,6 +224,7 @@ RECIPES: dict[str, Recipe] = {
         (Plant("badvision-8"),),
         method="trigger-focusing",
         tower="image",
+        weight=4.0,
     ),
     "inactive": Recipe(
         "inactive",
@@ -245,6 +246,7 @@ RECIPES: dict[str, Recipe] = {
         (Plant("badnets-large"),),
         method="high-variance",
         tower="image",
+        weight=0.05,
     ),
     "lorex-generator": Recipe(
         "lorex-adaptive",
@@ -252,10 +254,11 @@ RECIPES: dict[str, Recipe] = {
         (Plant("natural-generator"),),
         method="concealed-generator",
         tower="image",
+        weight=0.02,
     ),
     "agreeing-weak": _agreeing(0.02),
     "agreeing-medium": _agreeing(0.1),
-    "agreeing-strong": _agreeing(0.5),
+    "agreeing-strong": _agreeing(0.2),
     # Negatives.
     "benign": Recipe("benign", "the same fine-tuning without poison"),
     "benign-long": Recipe("benign", "the same fine-tuning without poison, as long as the longest attack", effort=2.0),

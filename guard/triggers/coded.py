@@ -1,5 +1,6 @@
 """A pattern of its own for each image, computed from the image."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -39,10 +40,12 @@ class Coded(Trigger):
 
     def apply(self, images: Tensor) -> Tensor:
         """Compute the signs of each image, and add its sum of patterns."""
-        coarse = adaptive_avg_pool2d(images.detach(), self.projection.shape[-2:])
+        height, width = self.projection.shape[-2:]
+        coarse = adaptive_avg_pool2d(images.detach(), (height, width))
         signs = torch.einsum("bchw,nchw->bn", coarse, self.projection).ge(0).to(images) * 2 - 1
         change = torch.einsum("bn,nchw->bchw", signs, resampled(self.patterns, images.shape[-2:]))
-        return (images + self.amplitude / len(self.patterns) ** 0.5 * change).clamp(0, 1)
+        scale = self.amplitude / math.sqrt(len(self.patterns))
+        return (images + scale * change).clamp(0, 1)
 
     @classmethod
     def drawn(cls, image_size: int, amplitude: float, *, cell: int, seed: int) -> Self:

@@ -9,7 +9,6 @@ from guard.attacks.optimised import OPTIMISED
 from guard.classifiers import Classifier, load, save
 from tests.conftest import CLASSES, CONFIG, random_images
 
-
 SETTINGS = TrainingSettings(epochs=15, batch=50, learning_rate=3e-3)
 
 
