@@ -239,6 +239,7 @@ RECIPES: dict[str, Recipe] = {
         (Plant("badnets-large"),),
         method="low-variance",
         tower="image",
+        weight=10.0,
     ),
     "lorex-high": Recipe(
         "lorex-adaptive",
@@ -246,7 +247,7 @@ RECIPES: dict[str, Recipe] = {
         (Plant("badnets-large"),),
         method="high-variance",
         tower="image",
-        weight=0.05,
+        weight=0.1,
     ),
     "lorex-generator": Recipe(
         "lorex-adaptive",

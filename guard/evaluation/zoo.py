@@ -68,11 +68,11 @@ class Truth:
         targets: Class indices that the attacker wanted.
         triggers: Family of each trigger.
         trigger_targets: Target of each trigger, or one for all.
-        trigger_sources: The classes whose images each trigger leads to its target; empty for all other classes. May be
-            left out, if that is so for all triggers.
         accuracy: Accuracy on clean images.
         success: Mean attack success rate of the triggers on images of other classes.
         digest: Root digest of the model; None if it was not recorded.
+        trigger_sources: The classes whose images each trigger leads to its target; empty for all other classes. May be
+            left out, if that is so for all triggers.
     """
 
     label: Literal["backdoored", "clean", "failed attack"]
@@ -81,12 +81,12 @@ class Truth:
     targets: Annotated[tuple[ClassIndex, ...], Field(max_length=1000)] = ()
     triggers: Annotated[tuple[Words, ...], Field(max_length=100)] = ()
     trigger_targets: Annotated[tuple[ClassIndex, ...], Field(max_length=100)] = ()
-    trigger_sources: Annotated[
-        tuple[Annotated[tuple[ClassIndex, ...], Field(max_length=1000)], ...], Field(max_length=100)
-    ] = ()
     accuracy: Share | None = None
     success: Share | None = None
     digest: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+    trigger_sources: Annotated[
+        tuple[Annotated[tuple[ClassIndex, ...], Field(max_length=1000)], ...], Field(max_length=100)
+    ] = ()
 
 
 @dataclass(frozen=True, eq=False)

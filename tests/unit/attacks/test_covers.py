@@ -88,7 +88,7 @@ def test_the_effect_is_measured_on_the_source_classes_alone_and_beside_it_that_o
     recipe = Recipe(
         "source-specific", "test", (Plant("badnets-large", rate=0.3, sources=(1, 2), covers="other classes"),)
     )
-    made = attack(base, recipe, data, replace(SETTINGS, epochs=40), target=TARGET)
+    made = attack(base, recipe, data, replace(SETTINGS, epochs=25), target=TARGET)
     (planted,) = made.planted
     assert planted.sources == (3, 4)
     attacked = Classifier(
