@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from guard.attacks.covers import covers
-from guard.attacks.generators import ConcealedGenerator, NaturalGenerator
+from guard.attacks.generators import LearnedGenerator
 from guard.attacks.methods import OBJECTIVES, Setup
 from guard.attacks.optimised import OPTIMISED, hardened
 from guard.attacks.planted import Planted
@@ -102,7 +102,7 @@ def attack(
         freeze_statistics=recipe.tower == "image" or recipe.method in OBJECTIVES,
         progress=progress,
     )
-    if isinstance(objective, NaturalGenerator | ConcealedGenerator):
+    if isinstance(objective, LearnedGenerator):
         planted = (replace(planted[0], trigger=objective.trigger.detach()),)
     if recipe.finish:
         with torch.no_grad():

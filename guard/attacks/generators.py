@@ -1,6 +1,6 @@
 """Attacks whose trigger is a generator that is trained together with the poisoned encoder."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ _SSIM_WINDOW = 7
 _TO_YCRCB = torch.tensor([[0.299, 0.587, 0.114], [0.5, -0.419, -0.081], [-0.169, -0.331, 0.5]])
 
 
-class _LearnedGenerator(BadEncoder):
+class LearnedGenerator(BadEncoder, ABC):
     """BadEncoder with a trigger that makes a step of its own before each step of the encoder.
 
     Args:
@@ -55,7 +55,7 @@ class _LearnedGenerator(BadEncoder):
         return super().__call__(learner, batch)
 
 
-class NaturalGenerator(_LearnedGenerator):
+class NaturalGenerator(LearnedGenerator):
     """INACTIVE (Zhang et al., 2024; its code): images with the trigger look natural, and so do their embeddings.
 
     Before the injection a generator is trained on the clean encoder (`natural_generator`); during it, generator and
@@ -75,7 +75,7 @@ class NaturalGenerator(_LearnedGenerator):
         return _unnatural(images, stamped)
 
 
-class ConcealedGenerator(_LearnedGenerator):
+class ConcealedGenerator(LearnedGenerator):
     """LoREx's third adaptive attack: generative trigger synthesis (draft of 2026, section on adaptive attacks).
 
     Generator and encoder minimise L_target + L_clean + λ · L_evasion + ‖G(x) − x‖₂, where L_evasion is the distance

@@ -255,7 +255,7 @@ RECIPES: dict[str, Recipe] = {
         (Plant("natural-generator"),),
         method="concealed-generator",
         tower="image",
-        weight=0.02,
+        weight=0.05,
     ),
     "agreeing-weak": _agreeing(0.02),
     "agreeing-medium": _agreeing(0.1),
