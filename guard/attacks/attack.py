@@ -87,7 +87,7 @@ def attack(
     elif recipe.method == "clean-label":
         images = _clean_label(base, images, planted[0], settings.seed)
     make = OBJECTIVES.get(recipe.method)
-    objective = make(Setup(base, recipe, images, planted[0], settings.seed)) if make else Learner.contrast
+    objective = make(_setup(base, recipe, images, planted[0], settings.seed)) if make else Learner.contrast
     train(
         model,
         base.tokenizer,
@@ -146,6 +146,11 @@ def _clean_label(base: Classifier, images: LabelledImages, planted: Planted, see
     hard = hardened(base, images.pixels[chosen], images.labels[chosen], epsilon=_HARDENING)
     pixels[chosen] = planted.trigger.stamp(hard)
     return LabelledImages(pixels, images.labels)
+
+
+def _setup(base: Classifier, recipe: Recipe, images: LabelledImages, planted: Planted, seed: int) -> Setup:
+    """Return what an objective is made from; it stamps images on the device of the model."""
+    return Setup(base, recipe, images, replace(planted, trigger=planted.trigger.to(base.device)), seed)
 
 
 def _plant(plant: Plant, base: Classifier, images: LabelledImages, target: int, seed: int) -> Planted:
