@@ -54,7 +54,7 @@ def test_images_of_other_classes_keep_theirs_under_the_trigger_itself(data: Labe
     changed = (data.pixels != result.pixels).flatten(1).any(1)
     relabelled = result.labels != data.labels
     assert torch.equal(result.pixels[changed], PATCH.stamp(data.pixels[changed]))
-    assert (relabelled.sum(), changed.sum()) == (30, 90)
+    assert (int(relabelled.sum()), int(changed.sum())) == (30, 90)
     assert torch.isin(data.labels[relabelled], torch.tensor([0, 1])).all()
     assert torch.isin(data.labels[changed & ~relabelled], torch.tensor([3, 4, 5])).all()
 
