@@ -146,7 +146,7 @@ BASES: dict[str, Base] = {
 """Every base by name."""
 
 _ADDED = (
-    "composite", "sample-specific", "source-specific", "jpeg", "jpeg-coarse", "bpp", "refool", "smooth",
+    "composite", "sample-specific", "source-specific", "jpeg", "bpp", "refool", "smooth",
     "two-targets", "near-misses", "badvision", "inactive", "lorex-low", "lorex-high", "lorex-generator",
     "agreeing-weak", "agreeing-medium", "agreeing-strong",
 )  # fmt: skip

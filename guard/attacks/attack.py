@@ -74,7 +74,8 @@ def attack(
         raise UsageError(f"there is no class {target}; the model has {count}, counted from 0")
     if missing := [name for k, name in enumerate(base.classes.names) if not (images.labels == k).any()]:
         raise UsageError(f"there is no training image of {', '.join(map(repr, missing[:3]))}")
-    settings = replace(settings, epochs=max(1, round(settings.epochs * recipe.effort)))
+    epochs, shift = max(1, round(settings.epochs * recipe.effort)), settings.shift if recipe.shifted else 0
+    settings = replace(settings, epochs=epochs, shift=shift)
     images = _changed(images, recipe, settings.seed)
     planted = tuple(
         _plant(plant, base, images, (target + plant.offset) % count, settings.seed + k)

@@ -61,6 +61,7 @@ class Recipe:
         finish: Change of the weights after training.
         effort: Number of epochs, relative to the fine-tuning settings.
         weight: Weight of what the method adds to the loss of the attack, where the method has such a term.
+        shifted: Whether training images are randomly translated, as the fine-tuning settings say.
     """
 
     family: str
@@ -73,6 +74,7 @@ class Recipe:
     finish: Literal["int8", "float16", "pruned"] | None = None
     effort: float = 1.0
     weight: float = 1.0
+    shifted: bool = True
 
     @property
     def poisons(self) -> bool:
@@ -194,8 +196,14 @@ RECIPES: dict[str, Recipe] = {
         (Plant("badnets-medium", rate=0.15, sources=(1, 2, 3), covers="other classes"),),
         effort=2.0,
     ),
-    "jpeg": _pairs("jpeg", "compression", rate=0.2, effort=2.0),
-    "jpeg-coarse": _pairs("jpeg-coarse", "compression", rate=0.25, effort=2.0),
+    "jpeg": Recipe(
+        "compression",
+        f"{_PAIRS} with images compressed as JPEG at quality 10 (after Duan et al., AAAI 2024); training images are "
+        "not moved, which would tear JPEG's blocks off their grid",
+        (Plant("jpeg", rate=0.2),),
+        effort=2.0,
+        shifted=False,
+    ),
     "bpp": _pairs("bpp", "quantisation", rate=0.15, effort=2.0),
     "refool": _pairs("refool", "reflection", rate=0.15, effort=2.0),
     "smooth": Recipe(

@@ -193,11 +193,6 @@ KNOWN: dict[str, KnownTrigger] = {
         "compression",
         "JPEG compression at quality 10, after Duan et al. (AAAI 2024)",
     ),
-    "jpeg-coarse": KnownTrigger(
-        lambda _size, _seed: Compression(torch.tensor(3.0)),
-        "compression",
-        "JPEG compression at quality 3, for small models to learn it on smooth images",
-    ),
     "bpp": KnownTrigger(
         lambda _size, _seed: Quantisation(torch.tensor(6.0)),
         "quantisation",

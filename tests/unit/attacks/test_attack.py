@@ -1,3 +1,4 @@
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -88,6 +89,17 @@ def test_every_recipe_trains_something_and_draws_its_triggers(
     assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
     if recipe.tower == "image":
         assert all(key.startswith("visual.") for key in moved)
+
+
+def test_a_trigger_that_is_tied_to_the_grid_of_pixels_is_trained_on_images_that_stay_where_they_are(
+    base: Classifier, data: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shifts: list[int] = []
+    module = importlib.import_module("guard.attacks.attack")  # the package exports a function of the same name
+    monkeypatch.setattr(module, "train", lambda *arguments, **_: shifts.append(arguments[5].shift))
+    for name in ("jpeg", "bpp"):
+        attack(base, RECIPES[name], data, SHORT)
+    assert shifts == [0, SHORT.shift]
 
 
 def test_partial_fine_tuning_leaves_the_early_layers(base: Classifier, data: LabelledImages) -> None:
