@@ -221,9 +221,9 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     kinds = [kind for kind in ("base", "derived", "student") if any(kind in row["references"] for row in rows)]
     success = np.mean([row["success"] for row in rows])
     lines = [
-        f"{len(rows)} backdoored models (mean attack success {success:.3f}). All triggered requests count, also those that",
-        "do not reach the target. Shares are means over models, with 95 % intervals by bootstrap over the models. False",
-        "alarms are pooled; their exact intervals take the requests of all models as independent.",
+        f"{len(rows)} backdoored models (mean attack success {success:.3f}). All triggered requests count, also those",
+        "that do not reach the target. Shares are means over models, with 95 % intervals by bootstrap over the models.",
+        "False alarms are pooled; their exact intervals take the requests of all models as independent.",
         "",
         "| screening | TPR at 1 % | TPR at 0.1 % | clean flagged at 1 % | at 0.1 % | asked, clean |",
         "| --- " * 6 + "|",
