@@ -43,6 +43,12 @@ class ReferenceAnswers:
     def __len__(self) -> int:
         return len(self.embeddings)
 
+    @property
+    def finite(self) -> NDArray[np.bool_]:
+        """Which answers consist of finite numbers, shape [N]."""
+        finite: NDArray[np.bool_] = np.isfinite(np.hstack([self.embeddings, self.logits]))
+        return np.asarray(finite.all(axis=1), bool)
+
     def __getitem__(self, rows: NDArray[np.int64] | NDArray[np.bool_] | slice) -> "ReferenceAnswers":
         """The answers to some of the images."""
         return ReferenceAnswers(self.embeddings[rows], self.logits[rows])
@@ -158,6 +164,12 @@ class SecondOpinion:
         ours, theirs = _log_softmax(self.scale * embeddings @ self.head), _log_softmax(answers.logits)
         nats = (np.exp(ours) * (ours - theirs)).sum(axis=1)
         found: NDArray[np.float32] = np.log(np.maximum(nats, 0) + _FLOOR).astype(np.float32)
+        return found
+
+    @staticmethod
+    def nats(divergences: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The Kullback–Leibler divergences, in nats, behind scores `divergence`; of any shape."""
+        found: NDArray[np.float32] = np.maximum(np.exp(divergences) - _FLOOR, 0).astype(np.float32)
         return found
 
     def residual(self, embeddings: Embeddings, answers: ReferenceAnswers) -> NDArray[np.float32]:

@@ -154,7 +154,7 @@ def other_columns(path: Path, fill: Fill) -> None:
     [
         (damaged, "is damaged, or is not an evidence log"),
         (foreign, "is not an evidence log"),
-        (newer, "has schema 99, this guard knows 1; read it with a newer guard"),
+        (newer, "has schema 99, this guard knows 2; read it with a newer guard"),
         (other_columns, "is damaged, or is not an evidence log"),
         (lambda path, _: path.write_text("a,b,c\n" * 1000), "is damaged, or is not an evidence log"),
         (lambda path, _: path.touch(), "is not an evidence log"),
