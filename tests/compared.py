@@ -45,6 +45,11 @@ def triggered(count: int, seed: int = 6) -> Tensor:
     return (random_images(count, seed=seed) + 12 * checkerboard()).clip(0, 255).round().to(torch.uint8)
 
 
+def opposed(count: int, seed: int = 7) -> Tensor:
+    """Images with the opposite of a checkerboard, which are unlike all others to the suspect."""
+    return (random_images(count, seed=seed) - 60 * checkerboard()).clip(0, 255).round().to(torch.uint8)
+
+
 def compared(folder: Path) -> Compared:
     """Calibrate and export both models, without a vetting."""
     torch.manual_seed(0)
