@@ -208,7 +208,7 @@ class _ModelChecks:
             ("profile", self.profile),
             ("model", self.model),
             ("digest", self.digest),
-            ("second opinion", self.second_opinion),
+            ("reference", self.reference),
             ("calibration", self.calibration),
             ("screening", self.screening),
         )
@@ -238,7 +238,7 @@ class _ModelChecks:
         self._belongs = True
         return "the profile was made for this model"
 
-    def second_opinion(self) -> str | None:
+    def reference(self) -> str | None:
         """Whether the profile has a reference model, and whether it is in use."""
         if self._profile is None:
             return None
