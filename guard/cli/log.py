@@ -175,12 +175,14 @@ def _table(records: "Sequence[Record]") -> str:
 
 
 def _cells(record: "Record") -> tuple[str, ...]:
+    # A log of an older guard names the trigger that matches best, and not what decided.
+    decided_by = record.decided_by or record.trigger
     return (
         str(record.id),
         record.time,
         *(
             _short(text)
-            for text in (record.model, record.decision, record.predicted, record.reference, record.decided_by)
+            for text in (record.model, record.decision, record.predicted, record.reference, decided_by)
         ),
         "–" if record.p_value is None else f"{record.p_value:.2g}",
         _short(record.second_look),

@@ -83,12 +83,11 @@ def _reading(record: Record) -> list[str]:
         )
     if record.decided_by:
         sentences.append(f"The score {record.decided_by} decided{_MEANINGS.get(record.decided_by, '')}.")
-    if record.reference and record.divergence is not None:
+    if record.reference:
         same = "also answers" if record.reference == record.predicted else "answers"
-        sentences.append(
-            f"The reference model {same} “{record.reference}”; the predictions of the two models are "
-            f"{record.divergence:.3g} nats apart."
-        )
+        apart = record.scores.get("divergence", math.nan)
+        distance = f"; the predictions of the two models are {apart:.3g} nats apart" if math.isfinite(apart) else ""
+        sentences.append(f"The reference model {same} “{record.reference}”{distance}.")
     if record.trigger:
         answer = f"; the model answered “{record.predicted}”" if record.predicted else ""
         leads = f", which leads to “{record.target}”{answer}" if record.target else answer

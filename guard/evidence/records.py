@@ -27,11 +27,11 @@ MAX_THUMBNAIL = 64 * 2**10
 
 COLUMNS = (
     "id", "time", "request_id", "trace_id", "model", "model_digest", "image", "decision", "mode", "predicted",
-    "p_value", "alpha", "scores", "thresholds", "decided_by", "reference", "divergence", "trigger", "target",
-    "second_look", "explanation", "input_digest",
+    "p_value", "alpha", "scores", "thresholds", "decided_by", "reference", "trigger", "target", "second_look",
+     "explanation", "input_digest",
 )  # fmt: skip
 """The fields that exports and listings show, in this order: all but the thumbnail."""
-NUMBERS = ("p_value", "alpha", "divergence")
+NUMBERS = ("p_value", "alpha")
 """Fields that are numbers, or None."""
 _TEXTS = tuple(name for name in COLUMNS if name not in {"id", "image", "scores", "thresholds", *NUMBERS})
 
@@ -104,12 +104,11 @@ class Record:
         predicted: Name of the class that the model predicted, or "".
         p_value: Conformal p-value of the image, in [0, 1]; None if there is none, or it is not finite.
         alpha: False-alarm rate that the threshold was set for.
-        scores: Scores by name; larger is more suspicious. The first `MAX_SCORES` are kept.
+        scores: Scores by name; larger is more suspicious. `divergence` and `residual` say how far the model and the
+            reference model are apart (`guard.screening.SecondOpinion`). The first `MAX_SCORES` are kept.
         thresholds: For some of the scores, the threshold above which an image is flagged.
         decided_by: Name of the score that decided, or "".
         reference: Name of the class that the reference model answers, or "" without a second opinion.
-        divergence: How far the answers of the model and of the reference model are apart: Kullback–Leibler divergence
-            in nats; None without a second opinion. How far their embeddings are apart is among the scores.
         trigger: Id of the trigger that it matches, if the match decided, or "".
         target: Name of the class that the trigger leads to, or "".
         second_look: Outcome of the second look, or "" if there was none.
@@ -137,7 +136,6 @@ class Record:
     thresholds: Mapping[str, float] = field(default_factory=dict)
     decided_by: str = ""
     reference: str = ""
-    divergence: float | None = None
     trigger: str = ""
     target: str = ""
     second_look: str = ""

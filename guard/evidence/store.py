@@ -34,7 +34,6 @@ from sqlalchemy import (
     func,
     insert,
     literal,
-    null,
     select,
 )
 from sqlalchemy.exc import DatabaseError
@@ -87,7 +86,6 @@ table = Table(
     Column("alpha", Float),
     *(Column(name, Text, nullable=False) for name in ("scores", "thresholds")),
     *(Column(name, Text, nullable=False, server_default="") for name in ("decided_by", "reference")),
-    Column("divergence", Float),
     *(
         Column(name, Text, nullable=False)
         for name in ("trigger", "target", "second_look", "explanation", "input_digest")
@@ -98,7 +96,7 @@ table = Table(
     sqlite_autoincrement=True,
 )
 
-_ADDED = ("decided_by", "reference", "divergence")
+_ADDED = ("decided_by", "reference")
 """Columns that schema 2 added."""
 
 Identity = tuple[int, int]
@@ -169,10 +167,7 @@ def columns(connection: Connection) -> dict[str, ColumnElement[Any]]:
     """The columns of a log by name; an empty value stands for one that a log of an older guard lacks."""
     old = _pragma(connection, "user_version") < SCHEMA
     return {
-        column.name: (literal("") if column.name != "divergence" else null()).label(column.name)
-        if old and column.name in _ADDED
-        else column
-        for column in table.c
+        column.name: literal("").label(column.name) if old and column.name in _ADDED else column for column in table.c
     }
 
 

@@ -22,6 +22,7 @@ DIVERGENCE = "divergence"
 RESIDUAL = "residual"
 """Name of the score that compares the embeddings."""
 OPINIONS = (DIVERGENCE, RESIDUAL)
+"""Names of the scores of a second opinion."""
 _TEMPERATURE = 2.0
 """Both distributions are softened by it: a model trained with a large logit scale is sure of nearly everything."""
 _RIDGES = tuple(10.0**power for power in range(-6, 2))
@@ -166,12 +167,6 @@ class SecondOpinion:
         theirs = _log_softmax(answers.logits / _TEMPERATURE)
         found: NDArray[np.float64] = ((np.exp(ours) - np.exp(theirs)) * (ours - theirs)).sum(axis=1)
         return found.astype(np.float32)
-
-    @staticmethod
-    def nats(divergences: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The Kullback–Leibler divergences, in nats, behind scores `divergence`; of any shape."""
-        found: NDArray[np.float32] = np.maximum(np.exp(divergences) - _FLOOR, 0).astype(np.float32)
-        return found
 
     def residual(self, embeddings: Embeddings, answers: ReferenceAnswers) -> NDArray[np.float32]:
         """Length of the whitened residual, shape [N]; about √D for clean images."""

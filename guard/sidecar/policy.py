@@ -107,10 +107,9 @@ class Outcome:
         decided_by: For each image, the name of the score that decides; "" for those that were not scored.
         triggers: For each image, the id of the trigger that it matches, if the match to a trigger decides; else "".
         answers: For each image, the name of the class that the reference model answers; "" without a second opinion.
-        divergences: How far the answers of the model and of the reference model are apart: Kullback–Leibler divergence
-            in nats, shape [N]; NaN without a second opinion.
-        residuals: How far the embeddings of the two are apart (`guard.screening.SecondOpinion`), shape [N]; NaN without
-            a second opinion.
+        divergences: How far the answers of the model and of the reference model are apart, in nats
+            (`guard.screening.SecondOpinion`), shape [N]; NaN without a second opinion.
+        residuals: How far the embeddings of the two are apart, shape [N]; NaN without a second opinion.
         withdrawn: Number of flags that a second look withdrew.
         classes: Index of the predicted class of each image, shape [N]; −1 for those in `unread`.
         unread: Which images could not be scored, shape [N]; None if none is known to be such.

@@ -16,7 +16,7 @@ from guard.classifiers import ExportedClassifier
 from guard.errors import RequestError
 from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.protocol.messages import parse_request
-from guard.screening import DIVERGENCE, OPINIONS, RESIDUAL, Judgement, ReferenceAnswers, Scores, SecondOpinion, matched
+from guard.screening import DIVERGENCE, OPINIONS, RESIDUAL, Judgement, ReferenceAnswers, Scores, matched
 from guard.sidecar.decisions.images import Claims, Images, Reader
 from guard.sidecar.decisions.loading import Loaded
 from guard.sidecar.decisions.opinions import Answered
@@ -569,7 +569,7 @@ class Checker:
             decided_by=texts(scores.decided_by),
             triggers=texts([matched(name) for name in scores.decided_by]),
             answers=texts(names),
-            divergences=SecondOpinion.nats(parts[DIVERGENCE]) if parts else None,
+            divergences=parts.get(DIVERGENCE),
             residuals=parts.get(RESIDUAL),
             withdrawn=int((found.flags & ~kept).sum()),
             classes=of_all(scores.classes, -1),

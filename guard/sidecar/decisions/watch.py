@@ -19,7 +19,7 @@ from guard.errors import EmbeddingsError, GuardError, ProfileError, StateError
 from guard.evidence import Record, thumbnail
 from guard.profiles import Profile
 from guard.protocol.inference_pb2 import ModelInferRequest
-from guard.screening import DIVERGENCE, Alarm, Detector, Judgement, Monitor, Scores, SecondOpinion, matched
+from guard.screening import Alarm, Detector, Judgement, Monitor, Scores, matched
 from guard.screening.monitor import write_state
 from guard.screening.second_look import SecondLook, SecondLookResult
 from guard.sidecar.decisions.evidence import Recorder
@@ -279,7 +279,6 @@ class Watch:
             thresholds={"score": self._threshold(asked=asked)},
             decided_by=found.scores.decided_by[row],
             reference=self._profile.class_name(int(found.scores.answers[row])) if asked else "",
-            divergence=float(SecondOpinion.nats(found.scores.parts[DIVERGENCE][row])) if asked else None,
             trigger=trigger,
             target=self._targets.get(trigger, ""),
             second_look="" if look is None else look.outcome,

@@ -251,5 +251,4 @@ def _evidence(record: Record, lost: int, *, with_thumbnail: bool) -> messages.Ev
         thumbnail=record.thumbnail if with_thumbnail else None,
         decided_by=record.decided_by,
         reference_class=record.reference,
-        divergence=record.divergence,
     )
