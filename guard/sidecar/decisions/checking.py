@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from time import perf_counter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -114,6 +115,7 @@ class _Progress:
     Attributes:
         scored: What is known; None until the reference model is asked.
         logits: Class scores, in embedded mode.
+        seconds: How long the model's own forward pass took, in embedded mode.
         reached: Done as soon as the reference model is asked.
     """
 
@@ -121,6 +123,7 @@ class _Progress:
         self._loop = asyncio.get_running_loop()
         self.scored: _Scored | None = None
         self.logits: Floats | None = None
+        self.seconds = 0.0
         self.reached: asyncio.Future[None] = self._loop.create_future()
         self._recorded = threading.Lock()
 
@@ -190,7 +193,8 @@ class Checker:
         """Classify and screen the images of a request (embedded mode).
 
         One forward pass gives the answer and the embedding. A second opinion takes another, which has a time limit:
-        without it there is an answer, and the failure policy decides about that.
+        without it there is an answer, and the failure policy decides about that. Beyond the limit of the settings, the
+        second pass may take as long as the first did, so that the limit does not depend on the number of images.
 
         Args:
             message: The request.
@@ -211,7 +215,7 @@ class Checker:
             if running.done():
                 return running.result()
             try:
-                async with asyncio.timeout(self._limits.timeout):
+                async with asyncio.timeout(self._limits.timeout + progress.seconds):
                     return await running
             except TimeoutError:
                 outcome = self._without_opinion(progress, Outcome.unchecked(Reason.TIMEOUT))
@@ -399,8 +403,10 @@ class Checker:
             # Every image needs an answer.
             raise RequestError(images.trouble)
         checkpoint()
+        started = perf_counter()
         with self.metrics.stage("inference"):
             embeddings, logits = self._own_model.run(images.values)
+        progress.seconds = perf_counter() - started
         if not self._limits.screening:
             return Inference(logits, Outcome.unchecked(Reason.DISABLED))
         progress.logits = logits
