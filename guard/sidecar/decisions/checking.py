@@ -243,10 +243,16 @@ class Checker:
         except _UncheckedError as error:
             return self._without_opinion(progress, error.outcome)
 
-    @property
-    def reads_late(self) -> bool:
-        """Whether images are read only when the upstream server's embeddings of them are known."""
-        return self.model is None and self.opinions is not None and self.opinions.near_only
+    def prepared_bytes(self, images: int, message: int) -> int:
+        """Bytes that what is prepared for a request takes, besides the request, until the embeddings are known.
+
+        Args:
+            images: Number of images that the request claims to carry.
+            message: Size of the request as it is forwarded; 0 if it is kept anyway.
+        """
+        if self.opinions is None:
+            return 0
+        return message if self.opinions.near_only else min(images, self._limits.max_batch) * self.opinions.answer_bytes
 
     def draw(self) -> bool:
         """Whether a request whose embeddings come from the upstream server is to get a second opinion."""

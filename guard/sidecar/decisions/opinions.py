@@ -55,6 +55,11 @@ class SecondOpinions:
         """Whether only images that other scores put near the threshold are asked about."""
         return self.rule == "near"
 
+    @property
+    def answer_bytes(self) -> int:
+        """Bytes of the answer to one image."""
+        return 4 * (self.model.manifest.embedding + len(self.model.classes.names))
+
     def drawn(self) -> bool:
         """Whether a request is to be asked about, by chance where only a share is."""
         return self._share >= 1 or self._random() < self._share

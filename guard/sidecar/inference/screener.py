@@ -144,6 +144,12 @@ class Screener:
         task.add_done_callback(self._running.discard)
         return check, task
 
+    @staticmethod
+    def prepared_bytes(request: Request, message: int = 0) -> int:
+        """Bytes that what is prepared for a request takes until its reply; see `Checker.prepared_bytes`."""
+        checker, name = request.route.checker, request.route.settings.input_tensor
+        return 0 if checker is None else checker.prepared_bytes(count_images(request.message, name), message)
+
     async def check_reply(
         self,
         response: ModelInferResponse | None,

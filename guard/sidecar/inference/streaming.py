@@ -50,7 +50,7 @@ class _Sent:
         images: The check that knows which images are forwarded, until they are.
         data: The request as it was sent, until it is forwarded.
         preparing: What is known of its images when it is done, where the embeddings come from the reply.
-        kept: Bytes of the request that are kept until it is answered.
+        kept: Bytes of what is prepared, until it is answered.
         mixed: Whether another request of the stream has the same id, so that a reply may belong to either.
     """
 
@@ -247,9 +247,10 @@ class ScreenedStream:
                 return
             made = 0 if data is sent.data else len(data)
             self._context.hold(made)
-        if sent.images is not None and sent.preparing is not None and _reads_late(sent.request.route):
-            self._context.hold(len(data))
-            sent.kept = len(data)
+        if sent.images is not None and sent.preparing is not None:
+            kept = self._screener.prepared_bytes(sent.request, len(data))
+            self._context.hold(kept)
+            sent.kept = kept
         # It may be many megabytes, and is not needed until the reply.
         sent.data, sent.images = b"", None
         if not self._replies_unread:
@@ -430,11 +431,6 @@ def _strictness(request: Request) -> tuple[bool, bool]:
 def _checks_first(route: Route) -> bool:
     """Whether a request is checked before it is forwarded, because it may be refused."""
     return route.settings.mode is Mode.BLOCK or route.settings.on_failure is FailurePolicy.CLOSED
-
-
-def _reads_late(route: Route) -> bool:
-    """Whether images are read only when their embeddings are known, so that they are kept until then."""
-    return route.checker is not None and route.checker.reads_late
 
 
 def _ignores_replies(route: Route) -> bool:

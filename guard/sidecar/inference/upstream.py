@@ -177,7 +177,7 @@ class UpstreamService(InferenceService):
         try:
             if check is not None:
                 data = await check.data(preparing)
-                context.hold(len(data) if data is not request.data else 0)
+                context.hold((len(data) if data is not request.data else 0) + screener.prepared_bytes(request))
             asked = data if hide is None else with_output(data, hide)
             reply, response, trailing = await self._ask(asked, request, context)
             outcome = screener.check_reply(response, request, preparing, data)
