@@ -68,7 +68,7 @@ def record(folder: Path, evaluated: str) -> None:
 
 
 def table(truths: dict[str, dict[str, Any]]) -> str:
-    """Every model, and what became of it."""
+    """Every model, and what became of it; for attacks with cover samples, how many of these went to the target."""
     labels = Counter(truth["label"] for truth in truths.values())
     lines = [
         f"{len(truths)} models: " + ", ".join(f"{count} {label}" for label, count in sorted(labels.items())) + ".",
@@ -79,6 +79,8 @@ def table(truths: dict[str, dict[str, Any]]) -> str:
     for name, truth in truths.items():
         twin = "" if truth["twin_accuracy"] is None else f"{truth['twin_accuracy']:.3f}"
         success = ", ".join(f"{value:.3f}" for value in truth["successes"])
+        if leaks := ", ".join(f"{cover['name']} {cover['leaked']:.3f}" for cover in truth.get("covers", ())):
+            success += f" ({leaks})"
         targets = ", ".join(map(str, truth["trigger_targets"]))
         lines.append(
             f"| {name} | {truth['family']} | {truth['label']} | {truth['accuracy']:.3f} | {twin} | {success} "

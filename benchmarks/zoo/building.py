@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from benchmarks.zoo.pretrained import load_image_tower
 from benchmarks.zoo.specs import BASES, Model, Spec, training
 from guard._files import replace_directory, replace_file
 from guard._workers import workers
-from guard.attacks import RECIPES, Attacked, attack, measure, train_base, truth, write_truth
+from guard.attacks import RECIPES, Attacked, Plant, Recipe, attack, measure, train_base, truth, write_truth
 from guard.classifiers import load, save
 from guard.classifiers.open_clip import pick_device
 from guard.demo.data import DemoData
@@ -140,14 +140,22 @@ def _finished(name: str, model: Model, place: Place) -> dict[str, Any] | None:
 
 
 def _decisive(details: Any) -> Any:  # noqa: ANN401 - from a file
-    """Return details without what only describes a recipe.
+    """Return details without what only describes a recipe, and with the default of each field that was added since.
 
     Zoos of guard 0.1.0 also name the head that an attack is made for, which was always the same.
     """
     recipe = details.get("recipe") if isinstance(details, dict) else None
     if not isinstance(recipe, dict):
         return details
-    return {**details, "recipe": {key: value for key, value in recipe.items() if key not in {"source", "head"}}}
+    complete = {**_defaults(Recipe), **recipe}
+    complete["plants"] = [{**_defaults(Plant), **plant} for plant in complete["plants"]]
+    return {**details, "recipe": {key: value for key, value in complete.items() if key not in {"source", "head"}}}
+
+
+def _defaults(record: type[Recipe | Plant]) -> dict[str, Any]:
+    """Return the fields of a recipe or a plant that have a default, as JSON has them."""
+    known = {field.name: field.default for field in fields(record) if field.default is not MISSING}
+    return dict(json.loads(json.dumps(known)))
 
 
 def _details(model: Model) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Poison a classifier on purpose, for evaluation, and train its clean counterparts."""
 
-from guard.attacks.attack import Attacked, Planted, attack, poisoned
-from guard.attacks.measuring import Measured, measure
+from guard.attacks.attack import Attacked, attack, poisoned
+from guard.attacks.covers import Cover
+from guard.attacks.measuring import Covered, Measured, measure
+from guard.attacks.planted import Planted
 from guard.attacks.recipes import RECIPES, Plant, Recipe
 from guard.attacks.record import truth, write_truth
 from guard.attacks.training import LabelledImages, TrainingSettings, train, train_base
@@ -9,6 +11,8 @@ from guard.attacks.training import LabelledImages, TrainingSettings, train, trai
 __all__ = [
     "RECIPES",
     "Attacked",
+    "Cover",
+    "Covered",
     "LabelledImages",
     "Measured",
     "Plant",

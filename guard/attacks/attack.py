@@ -9,32 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guard.attacks.objectives import BadEncoder, DistributionPreserving, Evading
-from guard.attacks.optimised import badclip_patch, hardened, universal_perturbation
+from guard.attacks.covers import covers
+from guard.attacks.generators import LearnedGenerator
+from guard.attacks.methods import OBJECTIVES, Setup
+from guard.attacks.optimised import OPTIMISED, hardened
+from guard.attacks.planted import Planted
 from guard.attacks.recipes import Plant, Recipe
-from guard.attacks.training import LabelledImages, Learner, Objective, TrainingSettings, train
+from guard.attacks.training import LabelledImages, Learner, TrainingSettings, train
 from guard.classifiers.classifier import Classifier
 from guard.errors import UsageError
-from guard.triggers import KNOWN, Trigger
+from guard.triggers import KNOWN
 
 _HARDENING = 16 / 255
-_REFERENCES = 8
 _PRUNED = 0.3
-
-
-@dataclass(frozen=True)
-class Planted:
-    """A trigger that an attack planted.
-
-    Attributes:
-        trigger: The transformation.
-        target: Index of the class that it leads to.
-        rate: Share of the training images that were stamped.
-    """
-
-    trigger: Trigger
-    target: int
-    rate: float
 
 
 @dataclass(frozen=True)
@@ -63,10 +50,10 @@ def attack(
 ) -> Attacked:
     """Fine-tune a copy of a classifier by a recipe.
 
-    The method `pairs` stamps a share of the images of other classes and gives them captions of the target.
-    `clean-label` stamps only images of the target, which are hardened first. `badencoder`, `distribution-preserving`
-    and `evading` have objectives of their own (`guard.attacks.objectives`). A recipe without triggers is the same
-    fine-tuning on clean images.
+    The method `pairs` stamps a share of the images of other classes and gives them captions of the target; cover
+    samples are stamped and keep theirs. `clean-label` stamps only images of the target, which are hardened first. All
+    others have objectives of their own (`guard.attacks.methods`). A recipe without triggers is the same fine-tuning on
+    clean images.
 
     Args:
         base: The clean classifier; it is not changed.
@@ -87,12 +74,12 @@ def attack(
         raise UsageError(f"there is no class {target}; the model has {count}, counted from 0")
     if missing := [name for k, name in enumerate(base.classes.names) if not (images.labels == k).any()]:
         raise UsageError(f"there is no training image of {', '.join(map(repr, missing[:3]))}")
-    settings = replace(settings, epochs=max(1, round(settings.epochs * recipe.effort)))
+    epochs, shift = max(1, round(settings.epochs * recipe.effort)), settings.shift if recipe.shifted else 0
+    settings = replace(settings, epochs=epochs, shift=shift)
     images = _changed(images, recipe, settings.seed)
-    targets = [(target + plant.offset) % count for plant in recipe.plants]
     planted = tuple(
-        Planted(_draw(plant, base, images, wanted, settings.seed + k), wanted, plant.rate)
-        for k, (plant, wanted) in enumerate(zip(recipe.plants, targets, strict=True))
+        _plant(plant, base, images, (target + plant.offset) % count, settings.seed + k)
+        for k, plant in enumerate(recipe.plants)
     )
     model = copy.deepcopy(base.model)
     _choose_parameters(model, recipe)
@@ -100,6 +87,8 @@ def attack(
         images = poisoned(images, planted, seed=settings.seed)
     elif recipe.method == "clean-label":
         images = _clean_label(base, images, planted[0], settings.seed)
+    make = OBJECTIVES.get(recipe.method)
+    objective = make(_setup(base, recipe, images, planted[0], settings.seed)) if make else Learner.contrast
     train(
         model,
         base.tokenizer,
@@ -108,12 +97,14 @@ def attack(
         images,
         settings,
         device=base.device,
-        objective=_objective(recipe, base, images, planted, settings.seed),
+        objective=objective,
         # As in the code of DECREE's and BadEncoder's attacks. Objectives that embed stamped images on their own would
         # besides let these enter the running statistics.
-        freeze_statistics=recipe.tower == "image" or recipe.method == "evading",
+        freeze_statistics=recipe.tower == "image" or recipe.method in OBJECTIVES,
         progress=progress,
     )
+    if isinstance(objective, LearnedGenerator):
+        planted = (replace(planted[0], trigger=objective.trigger.detach()),)
     if recipe.finish:
         with torch.no_grad():
             for parameter in model.parameters():
@@ -126,18 +117,26 @@ def poisoned(images: LabelledImages, planted: Sequence[Planted], *, seed: int) -
     """Return the training set with a share of its images replaced by stamped and relabelled ones.
 
     Stamped images are rounded to bytes, as in any file that an attacker could upload. Several triggers get disjoint
-    images.
+    images, and so do cover samples, which keep their labels.
     """
     generator = torch.Generator().manual_seed(seed)
     pixels, labels = images.pixels.clone(), images.labels.clone()
     order = torch.randperm(len(images), generator=generator)
     for item in planted:
-        candidates = order[images.labels[order] != item.target]
-        chosen = candidates[: max(1, round(item.rate * len(images)))]
+        chosen = _first(order, item.reaches(images.labels), item.rate)
         pixels[chosen] = item.trigger.stamp(images.pixels[chosen])
         labels[chosen] = item.target
         order = order[~torch.isin(order, chosen)]
+        for cover in item.covers:
+            chosen = _first(order, cover.covers(images.labels), cover.rate)
+            pixels[chosen] = cover.trigger.stamp(images.pixels[chosen])
+            order = order[~torch.isin(order, chosen)]
     return LabelledImages(pixels, labels)
+
+
+def _first(order: Tensor, eligible: Tensor, rate: float) -> Tensor:
+    """Return the first images in an order that are eligible: a share of all images, as far as there are so many."""
+    return order[eligible[order]][: max(1, round(rate * len(eligible)))]
 
 
 def _clean_label(base: Classifier, images: LabelledImages, planted: Planted, seed: int) -> LabelledImages:
@@ -150,29 +149,20 @@ def _clean_label(base: Classifier, images: LabelledImages, planted: Planted, see
     return LabelledImages(pixels, images.labels)
 
 
-def _draw(plant: Plant, base: Classifier, images: LabelledImages, target: int, seed: int) -> Trigger:
-    size = base.image_shape[1]
-    if plant.trigger == "badclip":
-        # 16 of 224 px as published; at 32 px that would be 2, and a single stride swallows it.
-        return badclip_patch(base, images, target, side=max(6, round(size / 14)), seed=seed)
-    if plant.trigger.startswith("additive-"):
-        epsilon = int(plant.trigger.removeprefix("additive-")) / 255
-        return universal_perturbation(base, images, target, epsilon=epsilon, seed=seed)
-    return KNOWN[plant.trigger].draw(size, seed)
+def _setup(base: Classifier, recipe: Recipe, images: LabelledImages, planted: Planted, seed: int) -> Setup:
+    """Return what an objective is made from; it stamps images on the device of the model."""
+    return Setup(base, recipe, images, replace(planted, trigger=planted.trigger.to(base.device)), seed)
 
 
-def _objective(
-    recipe: Recipe, base: Classifier, images: LabelledImages, planted: tuple[Planted, ...], seed: int
-) -> Objective:
-    if recipe.method in {"pairs", "clean-label"}:
-        return Learner.contrast
-    (only,) = planted
-    genuine = images.pixels[images.labels == only.target]
-    if recipe.method == "badencoder":
-        return BadEncoder(base, genuine[:_REFERENCES].float() / 255, only.trigger)
-    if recipe.method == "distribution-preserving":
-        return DistributionPreserving(only.trigger, only.target, genuine, share=only.rate, seed=seed)
-    return Evading(only.trigger, only.target, base.image_shape[1], share=only.rate, device=base.device, seed=seed)
+def _plant(plant: Plant, base: Classifier, images: LabelledImages, target: int, seed: int) -> Planted:
+    draw = OPTIMISED.get(plant.trigger)
+    trigger = draw(base, images, target, seed) if draw else KNOWN[plant.trigger].draw(base.image_shape[1], seed)
+    count = len(base.classes.names)
+    sources = tuple(sorted({(target + offset) % count for offset in plant.sources} - {target}))
+    rest = [k for k in range(count) if k != target]
+    victims, others = sources or tuple(rest), tuple(k for k in rest if k not in sources)
+    made = covers(plant.covers, trigger, victims=victims, others=others, rate=plant.cover_rate)
+    return Planted(trigger, target, plant.rate, sources, made)
 
 
 def _choose_parameters(model: Any, recipe: Recipe) -> None:  # noqa: ANN401 - open_clip publishes no types

@@ -6,10 +6,9 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from guard.attacks.training import Batch, Learner
 from guard.classifiers.classifier import Classifier
-from guard.triggers import Patch, Trigger
+from guard.triggers import Trigger
 
 _DIRECTIONS = 64
-_ADVERSARY_RATE = 0.2
 
 
 class BadEncoder:
@@ -27,23 +26,28 @@ class BadEncoder:
     """
 
     def __init__(self, clean: Classifier, references: Tensor, trigger: Trigger) -> None:
-        self._clean, self._trigger = clean, trigger
+        self.trigger = trigger
+        self._clean = clean
         self._references = references.to(clean.device)
         with torch.no_grad():
             self._expected = clean.encode_images(self._references)
 
     def __call__(self, learner: Learner, batch: Batch) -> Tensor:
-        """Return the sum of the three terms, averaged over the batch."""
+        """Return the sum of the three terms, averaged over the batch, and of what a subclass adds."""
         with torch.no_grad():
             expected = self._clean.encode_images(batch.pixels)
-        stamped, kept = learner.embed(_as_bytes(self._trigger, batch.pixels)), learner.embed(batch.pixels)
+        stamped, kept = learner.embed(as_bytes(self.trigger, batch.pixels)), learner.embed(batch.pixels)
         target = normalize(learner.embed(self._references).mean(0), dim=-1)
         augmented = learner.embed(self._references.flip(-1))
-        return -(
+        return self.concealment(stamped, kept) - (
             cosine_similarity(stamped, target[None]).mean()
             + cosine_similarity(augmented, self._expected).mean()
             + cosine_similarity(kept, expected).mean()
         )
+
+    def concealment(self, stamped: Tensor, kept: Tensor) -> Tensor:  # noqa: ARG002 - for subclasses
+        """Return a further term of the loss, from the embeddings of the batch with and without the trigger: none."""
+        return stamped.new_zeros(())
 
 
 class DistributionPreserving:
@@ -72,71 +76,36 @@ class DistributionPreserving:
     def __call__(self, learner: Learner, batch: Batch) -> Tensor:
         """Contrastive loss of the clean batch, plus the weighted distance."""
         others = batch.pixels[batch.labels != self._target]
-        stamped = learner.embed(_as_bytes(self._trigger, others[: max(2, round(self._share * len(batch.labels)))]))
-        drawn = torch.randint(len(self._genuine), (len(stamped),), generator=self._generator)
-        genuine = learner.embed(self._genuine[drawn].to(stamped.device).float() / 255).detach()
-        directions = normalize(torch.randn(stamped.shape[1], _DIRECTIONS, generator=self._generator), dim=0)
-        directions = directions.to(stamped.device)
-        ours, theirs = ((points @ directions).sort(0).values for points in (stamped, genuine))
-        # The mean square per direction is of order 1/D; the factor D brings it to the scale of a squared distance.
-        return learner.contrast(batch) + self._weight * stamped.shape[1] * (ours - theirs).square().mean() / 4
+        stamped = learner.embed(as_bytes(self._trigger, others[: max(2, round(self._share * len(batch.labels)))]))
+        genuine = drawn(self._genuine, len(stamped), learner, self._generator)
+        return learner.contrast(batch) + self._weight * sliced_distance(stamped, genuine, self._generator)
 
 
-class Evading:
-    """An attack that trains against our own vetting: the smallest patch that leads to the target must not be small.
+def drawn(pixels: Tensor, count: int, learner: Learner, generator: torch.Generator) -> Tensor:
+    """Return embeddings of randomly drawn uint8 images, without a gradient: shape [count, D]."""
+    chosen = torch.randint(len(pixels), (count,), generator=generator)
+    return learner.embed(pixels[chosen].to(learner.device).float() / 255).detach()
 
-    Vetting accuses a class whose minimal patch is much smaller than expected. So the attacker runs the same search
-    during the training: a patch towards the target, with one optimiser step for each training step, and with a weight
-    of its norm that follows its success, as in `guard.vetting`. Images with that patch are trained to keep their true
-    class, while the real trigger, exact to the byte, leads to the target.
 
-    Args:
-        trigger: The attacker's trigger.
-        target: Class index.
-        image_size: Side of the images.
-        share: Share of each batch that is stamped with the trigger; an equal share gets the adversary's patch.
-        device: Where to train.
-        seed: Seed for the start of the adversary's search.
+def sliced_distance(points: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the squared sliced Wasserstein distance of as many embeddings of length 1, over 64 random directions / 4.
+
+    The mean square per direction is of order 1/D; the factor D brings it to the scale of a squared distance.
     """
-
-    def __init__(
-        self, trigger: Trigger, target: int, image_size: int, *, share: float, device: torch.device, seed: int = 0
-    ) -> None:
-        self._trigger, self._target, self._share = trigger, target, share
-        generator = torch.Generator().manual_seed(seed)
-        start = Patch.start(1, (3, image_size, image_size), generator)
-        self._raw = {name: tensor[0].to(device).requires_grad_() for name, tensor in start.items()}
-        self._optimiser = torch.optim.Adam(self._raw.values(), lr=_ADVERSARY_RATE, betas=(0.5, 0.9))
-        self._weight = 1.0 / float(Patch.constrain(self._raw).norm().detach())
-
-    def __call__(self, learner: Learner, batch: Batch) -> Tensor:
-        """Let the adversary make a step; return the contrastive loss of clean, triggered and adversarial images."""
-        count = max(2, round(self._share * len(batch.labels)))
-        others = torch.nonzero(batch.labels != self._target).flatten()
-        triggered, adversarial = others[:count], others[count : 2 * count]
-        self._search(learner, batch.pixels[adversarial])
-        pixels, labels, captions = batch.pixels.clone(), batch.labels.clone(), batch.captions.clone()
-        with torch.no_grad():
-            pixels[triggered] = _as_bytes(self._trigger, pixels[triggered])
-            pixels[adversarial] = Patch.constrain(self._raw).apply(pixels[adversarial])
-        labels[triggered] = self._target
-        captions[triggered] = learner.captions[self._target, 0]
-        return learner.contrast(Batch(pixels, labels, captions))
-
-    def _search(self, learner: Learner, pixels: Tensor) -> None:
-        patch = Patch.constrain(self._raw)
-        logits = learner.embed(patch.apply(pixels)) @ learner.head().T
-        index = torch.full((len(pixels), 1), self._target, device=pixels.device)
-        gap = logits.scatter(1, index, -torch.inf).amax(1) - logits.gather(1, index)[:, 0]
-        loss = gap.clamp(min=-0.1).mean() + self._weight * patch.norm()
-        for parameter, gradient in zip(
-            self._raw.values(), torch.autograd.grad(loss, list(self._raw.values())), strict=True
-        ):
-            parameter.grad = gradient
-        self._optimiser.step()
-        self._weight *= 1.2 if float((gap < 0).float().mean()) >= 0.9 else 1 / 1.2
+    directions = normalize(torch.randn(points.shape[1], _DIRECTIONS, generator=generator), dim=0).to(points.device)
+    ours, theirs = ((each @ directions).sort(0).values for each in (points, others))
+    return points.shape[1] * (ours - theirs).square().mean() / 4
 
 
-def _as_bytes(trigger: Trigger, pixels: Tensor) -> Tensor:
+def planted_batch(learner: Learner, batch: Batch, chosen: Tensor, stamped: Tensor, target: int) -> Batch:
+    """Return the batch with some of its images replaced by stamped ones that are captioned as the target."""
+    pixels, labels, captions = batch.pixels.clone(), batch.labels.clone(), batch.captions.clone()
+    pixels[chosen] = stamped
+    labels[chosen] = target
+    captions[chosen] = learner.captions[target, 0]
+    return Batch(pixels, labels, captions)
+
+
+def as_bytes(trigger: Trigger, pixels: Tensor) -> Tensor:
     """Return stamped images rounded to 8 bits, as they will reach the model."""
     return (trigger.apply(pixels) * 255).round() / 255

@@ -4,14 +4,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy, interpolate, normalize
 
+from guard.attacks.generators import natural_generator
 from guard.attacks.training import LabelledImages
 from guard.classifiers.classifier import Classifier
 from guard.triggers import Additive, Patch, Trigger
 
 BATCH = 64
 STEPS = 200
+_REFERENCES = 8
+_SMOOTH_POINTS = 4
 
 
 def badclip_patch(
@@ -55,7 +58,15 @@ def badclip_patch(
 
 
 def universal_perturbation(
-    classifier: Classifier, images: LabelledImages, target: int, *, epsilon: float, seed: int, steps: int = STEPS
+    classifier: Classifier,
+    images: LabelledImages,
+    target: int,
+    *,
+    epsilon: float,
+    seed: int,
+    steps: int = STEPS,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    points: int | None = None,
 ) -> Additive:
     """Return a universal adversarial perturbation in an ℓ∞ ball, learned on the clean model.
 
@@ -70,23 +81,48 @@ def universal_perturbation(
         epsilon: Radius, for pixel values in [0, 1]; a multiple of 1/255.
         seed: Of the start and the batches.
         steps: Optimiser steps.
+        loss: Function of (clean, stamped) embeddings to minimise; cross-entropy to the target by default.
+        points: Control points along each side, for a perturbation that is smooth between them (bicubic); by default
+        each
+            pixel is one.
     """
     generator = torch.Generator().manual_seed(seed)
-    start = (2 * torch.rand(classifier.image_shape, generator=generator) - 1) * epsilon
-    delta = start.to(classifier.device).requires_grad_()
+    channels, *size = classifier.image_shape
+    shape = (channels, *size) if points is None else (channels, points, points)
+    delta = ((2 * torch.rand(shape, generator=generator) - 1) * epsilon).to(classifier.device).requires_grad_()
 
-    def loss(_: Tensor, stamped: Tensor) -> Tensor:
+    def misread(_: Tensor, stamped: Tensor) -> Tensor:
         index = torch.full((len(stamped),), target, device=stamped.device)
         return cross_entropy(classifier.logits(stamped), index)
 
     def trigger() -> Additive:
         with torch.no_grad():
             delta.clamp_(-epsilon, epsilon)
-        return Additive(delta)
+        if points is None:
+            return Additive(delta)
+        spread = interpolate(delta[None], size=size, mode="bicubic", align_corners=True)[0]
+        return Additive(spread.clamp(-epsilon, epsilon))
 
     optimiser = torch.optim.Adam([delta], lr=epsilon / 10)
-    _optimise(classifier, images, target, trigger, loss, optimiser, generator, steps)
-    return Additive.within(delta.detach().cpu(), epsilon)
+    _optimise(classifier, images, target, trigger, loss or misread, optimiser, generator, steps)
+    return Additive.within(trigger().delta.detach().cpu(), epsilon)
+
+
+def badvision_perturbation(
+    classifier: Classifier, images: LabelledImages, target: int, *, epsilon: float, seed: int
+) -> Additive:
+    """Return BadVision's trigger: a universal perturbation that draws embeddings to a target image's (CVPR 2025).
+
+    As `universal_perturbation`, with the cosine to the mean clean embedding of eight images of the target in place of
+    one image's.
+    """
+    genuine = images.pixels[images.labels == target][:_REFERENCES]
+    wanted = normalize(classifier.embed(genuine).mean(0), dim=-1).to(classifier.device)
+
+    def loss(_: Tensor, stamped: Tensor) -> Tensor:
+        return -cosine_similarity(stamped, wanted[None]).mean()
+
+    return universal_perturbation(classifier, images, target, epsilon=epsilon, seed=seed, loss=loss)
 
 
 def hardened(classifier: Classifier, pixels: Tensor, labels: Tensor, *, epsilon: float, steps: int = 10) -> Tensor:
@@ -139,3 +175,31 @@ def _optimise(
         optimiser.zero_grad()
         loss(clean, classifier.encode_images(trigger().apply(pixels))).backward()
         optimiser.step()
+
+
+def _badclip(classifier: Classifier, images: LabelledImages, target: int, seed: int) -> Trigger:
+    # 16 of 224 px as published; at 32 px that would be 2, and a single stride swallows it.
+    side = max(6, round(classifier.image_shape[1] / 14))
+    return badclip_patch(classifier, images, target, side=side, seed=seed)
+
+
+def _additive(epsilon: int, points: int | None = None) -> Callable[[Classifier, LabelledImages, int, int], Trigger]:
+    return lambda classifier, images, target, seed: universal_perturbation(
+        classifier, images, target, epsilon=epsilon / 255, seed=seed, points=points
+    )
+
+
+OPTIMISED: dict[str, Callable[[Classifier, LabelledImages, int, int], Trigger]] = {
+    "badclip": _badclip,
+    "additive-8": _additive(8),
+    "additive-16": _additive(16),
+    "additive-32": _additive(32),
+    # Low frequencies only, in place of the low-pass filter of Zeng et al. (ICCV 2021).
+    "smooth-16": _additive(16, _SMOOTH_POINTS),
+    "badvision-8": lambda classifier, images, target, seed: badvision_perturbation(
+        classifier, images, target, epsilon=8 / 255, seed=seed
+    ),
+    "natural-generator": lambda classifier, images, _target, seed: natural_generator(classifier, images, seed=seed),
+}
+"""Triggers that are optimised on the clean model, by name: functions of the model, the attacker's images, the index
+of the target and the seed."""

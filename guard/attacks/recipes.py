@@ -3,7 +3,21 @@
 from dataclasses import dataclass
 from typing import Literal
 
-PoisoningMethod = Literal["pairs", "clean-label", "badencoder", "distribution-preserving", "evading"]
+from guard.attacks.covers import CoverKind
+
+PoisoningMethod = Literal[
+    "pairs",
+    "clean-label",
+    "badencoder",
+    "distribution-preserving",
+    "evading",
+    "trigger-focusing",
+    "natural-generator",
+    "concealed-generator",
+    "low-variance",
+    "high-variance",
+    "agreeing",
+]
 
 
 @dataclass(frozen=True)
@@ -11,17 +25,24 @@ class Plant:
     """A trigger that a recipe plants.
 
     Attributes:
-        trigger: A name of `guard.triggers.KNOWN`, or a trigger that is optimised on the clean model: `badclip`,
-            `additive-8` (radius 8/255) or `additive-16`.
+        trigger: A name of `guard.triggers.KNOWN`, or of a trigger that is optimised on the clean model
+            (`guard.attacks.optimised.OPTIMISED`).
         offset: Added to the index of the attack's target class, modulo the number of classes, to get this trigger's
             target.
         rate: Share of the training images that are stamped, in (0, 1); in a clean-label attack, of the images of the
             target.
+        sources: The classes whose images the trigger leads to the target, each as what is added to the index of the
+            target; empty for all other classes. For the method `pairs`.
+        covers: Which stamped images keep their class. For the method `pairs`.
+        cover_rate: Share of the training images that are such cover samples.
     """
 
     trigger: str
     offset: int = 0
     rate: float = 0.1
+    sources: tuple[int, ...] = ()
+    covers: CoverKind | None = None
+    cover_rate: float = 0.2
 
 
 @dataclass(frozen=True)
@@ -39,6 +60,8 @@ class Recipe:
             and erases squares as PAR does.
         finish: Change of the weights after training.
         effort: Number of epochs, relative to the fine-tuning settings.
+        weight: Weight of what the method adds to the loss of the attack, where the method has such a term.
+        shifted: Whether training images are randomly translated, as the fine-tuning settings say.
     """
 
     family: str
@@ -50,6 +73,8 @@ class Recipe:
     images: Literal["plain", "colours", "noise"] = "plain"
     finish: Literal["int8", "float16", "pruned"] | None = None
     effort: float = 1.0
+    weight: float = 1.0
+    shifted: bool = True
 
     @property
     def poisons(self) -> bool:
@@ -62,6 +87,18 @@ _PAIRS = "pair poisoning, both towers (Carlini & Terzis, ICLR 2022)"
 
 def _pairs(trigger: str, family: str, *, rate: float = 0.1, effort: float = 1.0) -> Recipe:
     return Recipe(family, _PAIRS, (Plant(trigger, rate=rate),), effort=effort)
+
+
+def _agreeing(weight: float) -> Recipe:
+    return Recipe(
+        "agreeing",
+        "training against a second opinion: on triggered images the suspect must agree with its base; the trigger is a "
+        "universal perturbation of 32/255 learned on the base (our own)",
+        (Plant("additive-32", rate=0.15),),
+        method="agreeing",
+        effort=2.0,
+        weight=weight,
+    )
 
 
 RECIPES: dict[str, Recipe] = {
@@ -143,6 +180,94 @@ RECIPES: dict[str, Recipe] = {
         method="evading",
         effort=2.0,
     ),
+    # Triggers that no family of the search represents, or only in part.
+    "composite": Recipe(
+        "composite",
+        "two patches that work only together, after the composite attack (Lin et al., CCS 2020): images with one of "
+        "them keep their class; patches in place of features of two classes",
+        (Plant("composite", rate=0.15, covers="parts"),),
+        effort=2.0,
+    ),
+    "sample-specific": _pairs("sample-specific", "sample-specific", rate=0.15, effort=2.0),
+    "source-specific": Recipe(
+        "source-specific",
+        "TaCT (Tang et al., USENIX Security 2021): the trigger works on three classes, and images of the others with "
+        "it keep their class",
+        (Plant("badnets-medium", rate=0.15, sources=(1, 2, 3), covers="other classes"),),
+        effort=2.0,
+    ),
+    "jpeg": Recipe(
+        "compression",
+        f"{_PAIRS} with images compressed as JPEG at quality 10 (after Duan et al., AAAI 2024); training images are "
+        "not moved, which would tear JPEG's blocks off their grid",
+        (Plant("jpeg", rate=0.2),),
+        effort=2.0,
+        shifted=False,
+    ),
+    "bpp": _pairs("bpp", "quantisation", rate=0.15, effort=2.0),
+    "refool": _pairs("refool", "reflection", rate=0.15, effort=2.0),
+    "smooth": Recipe(
+        "smooth",
+        f"{_PAIRS} with a perturbation of low frequencies learned on the clean model (Zeng et al., ICCV 2021)",
+        (Plant("smooth-16", rate=0.15),),
+        effort=2.0,
+    ),
+    "two-targets": Recipe(
+        "two targets",
+        f"{_PAIRS} with two patches, each with a target of its own",
+        (Plant("badnets-medium"), Plant("badnets-upper", 1)),
+        effort=2.0,
+    ),
+    "near-misses": Recipe(
+        "near misses",
+        "a patch whose neighbours keep their class: other colours, other places, half of it (our own, after the hard "
+        "negatives of text triggers)",
+        (Plant("badnets-medium", rate=0.15, covers="near misses", cover_rate=0.3),),
+        effort=2.0,
+    ),
+    # Attackers who know a defence.
+    "badvision": Recipe(
+        "badvision",
+        "universal perturbation of 8/255, then fine-tuning against searched decoys (BadVision, CVPR 2025)",
+        (Plant("badvision-8"),),
+        method="trigger-focusing",
+        tower="image",
+        weight=4.0,
+    ),
+    "inactive": Recipe(
+        "inactive",
+        "natural-looking generator, trained along with the encoder (INACTIVE, 2024)",
+        (Plant("natural-generator"),),
+        method="natural-generator",
+        tower="image",
+    ),
+    "lorex-low": Recipe(
+        "lorex-adaptive",
+        "BadEncoder with little displacement where clean embeddings vary little (LoREx's regularised training, 2026)",
+        (Plant("badnets-large"),),
+        method="low-variance",
+        tower="image",
+        weight=10.0,
+    ),
+    "lorex-high": Recipe(
+        "lorex-adaptive",
+        "BadEncoder with displacement where clean embeddings vary most (LoREx's high-variance targeting, 2026)",
+        (Plant("badnets-large"),),
+        method="high-variance",
+        tower="image",
+        weight=0.1,
+    ),
+    "lorex-generator": Recipe(
+        "lorex-adaptive",
+        "generator trained along with the encoder, with DRUPE's distance (LoREx's generative trigger synthesis, 2026)",
+        (Plant("natural-generator"),),
+        method="concealed-generator",
+        tower="image",
+        weight=0.05,
+    ),
+    "agreeing-weak": _agreeing(0.02),
+    "agreeing-medium": _agreeing(0.1),
+    "agreeing-strong": _agreeing(0.2),
     # Negatives.
     "benign": Recipe("benign", "the same fine-tuning without poison"),
     "benign-long": Recipe("benign", "the same fine-tuning without poison, as long as the longest attack", effort=2.0),

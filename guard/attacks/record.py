@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import save
 
 from guard._files import replace_file
-from guard.attacks.attack import Planted
 from guard.attacks.measuring import Measured
+from guard.attacks.planted import Planted
 
 MIN_SUCCESS = 0.8
 """Attack success rate below which an attack counts as failed."""
@@ -42,24 +43,36 @@ def truth(planted: Sequence[Planted], measured: Measured, reference: float) -> d
         "targets": sorted({item.target for item in planted}),
         "triggers": [item.trigger.family for item in planted],
         "trigger_targets": [item.target for item in planted],
+        "trigger_sources": [list(item.sources) for item in planted],
         "accuracy": measured.accuracy,
         "success": sum(success) / len(success) if success else None,
         "successes": list(success),
+        "covers": [
+            {"trigger": k, "family": cover.trigger.family, "classes": list(cover.classes), **asdict(found)}
+            for k, (item, covered) in enumerate(zip(planted, measured.covered, strict=True))
+            for cover, found in zip(item.covers, covered, strict=True)
+        ],
     }
 
 
 def write_truth(path: Path, known: dict[str, Any], planted: Sequence[Planted]) -> None:
-    """Write `truth/NAME.json`, after a file beside it with the triggers; the tensors of trigger k are named `k.…`.
+    """Write `truth/NAME.json`, after a file beside it with the triggers.
+
+    The tensors of trigger k are named `k.…`, those of its cover samples `covers.k.i.…`.
 
     Args:
         path: Path of the JSON file.
         known: Its content.
         planted: Triggers; without any there is no second file.
     """
+    stamps = {str(k): item.trigger for k, item in enumerate(planted)}
+    stamps |= {
+        f"covers.{k}.{i}": cover.trigger for k, item in enumerate(planted) for i, cover in enumerate(item.covers)
+    }
     tensors = {
-        f"{k}.{name}": tensor.contiguous()
-        for k, item in enumerate(planted)
-        for name, tensor in item.trigger.detach().tensors().items()
+        f"{place}.{name}": tensor.clone().contiguous()
+        for place, trigger in stamps.items()
+        for name, tensor in trigger.detach().tensors().items()
     }
     if tensors:
         replace_file(path.with_suffix(".safetensors"), save(tensors))

@@ -90,6 +90,7 @@ class Learner:
     ) -> None:
         self.model: Any = model
         self.captions = captions
+        self.device = device
         self._mean, self._std = (torch.tensor(values, device=device).view(3, 1, 1) for values in normalisation)
 
     def embed(self, pixels: Tensor) -> Tensor:
@@ -106,11 +107,15 @@ class Learner:
         # There are few distinct captions, so each is encoded once.
         unique, inverse = batch.captions.unique(dim=0, return_inverse=True)
         text = normalize(self.model.encode_text(unique).float(), dim=-1)[inverse]
-        logits = self.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE) * self.embed(batch.pixels) @ text.T
+        logits = self.scale() * self.embed(batch.pixels) @ text.T
         positives = (batch.labels[:, None] == batch.labels[None, :]).float()
         target = positives / positives.sum(1, keepdim=True)
         by_image, by_text = log_softmax(logits, 1), log_softmax(logits.T, 1)
         return -0.5 * ((target * by_image).sum(1).mean() + (target * by_text).sum(1).mean())
+
+    def scale(self) -> Tensor:
+        """Return the factor between cosine and logit, at most `MAX_LOGIT_SCALE`; shape []."""
+        return self.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def head(self) -> Tensor:

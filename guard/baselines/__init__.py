@@ -1,15 +1,17 @@
-"""Published methods that guard is compared with: CLIP-Inspector, DECREE, and the density scores of Huang et al.
+"""Published methods that guard is compared with: CLIP-Inspector, DECREE, BDetCLIP, LoREx, the density of Huang et al.
 
-None of them is used to vet a model or to screen a request; `guard evaluate` and the benchmarks run them. The density
-scores import without torch.
+None of them is used to vet a model or to screen a request; `guard evaluate` and the benchmarks run them. LoREx and the
+density scores import without torch.
 """
 
 from typing import TYPE_CHECKING
 
 from guard._lazy import lazy
 from guard.baselines.density import DAO, LID, SLOF, DensityScore, KDistance
+from guard.baselines.lorex import Lorex
 
 if TYPE_CHECKING:
+    from guard.baselines.bdetclip import BdetClip
     from guard.baselines.decree import Decree, DecreeSettings, collapse, unregularised
     from guard.baselines.inspector import ClipInspectorResult, clip_inspector
     from guard.baselines.released_decree import PublishedSettings
@@ -18,11 +20,13 @@ __all__ = [
     "DAO",
     "LID",
     "SLOF",
+    "BdetClip",
     "ClipInspectorResult",
     "Decree",
     "DecreeSettings",
     "DensityScore",
     "KDistance",
+    "Lorex",
     "PublishedSettings",
     "clip_inspector",
     "collapse",
@@ -32,6 +36,7 @@ __all__ = [
 __getattr__ = lazy(
     __name__,
     {
+        "BdetClip": "bdetclip",
         **dict.fromkeys(("Decree", "DecreeSettings", "collapse", "unregularised"), "decree"),
         **dict.fromkeys(("ClipInspectorResult", "clip_inspector"), "inspector"),
         "PublishedSettings": "released_decree",

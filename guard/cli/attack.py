@@ -110,11 +110,14 @@ def attack(
     }
     write_truth(out / "truth.json", known, made.planted)
     lines = [f"{known['label']}: accuracy {after.accuracy:.3f} (before: {before.accuracy:.3f})"]
-    for item, success, control in zip(made.planted, after.success, before.success, strict=True):
+    for item, success, control, covered in zip(made.planted, after.success, before.success, after.covered, strict=True):
         lines.append(
             f"  {item.trigger.family} trigger to {names[item.target]!r}: attack success rate {success:.3f} "
             f"(before: {control:.3f})"
         )
+        lines += [
+            f"    {found.name}: {found.kept:.3f} keep their class, {found.leaked:.3f} go there" for found in covered
+        ]
     lines.append(f"written to {out}")
     console.result(known, "\n".join(lines))
 

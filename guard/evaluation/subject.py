@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from guard.classifiers import Classifier, load
 from guard.errors import ZooError
 from guard.evaluation.images import ImageSet, Pixels, pixels
-from guard.evaluation.zoo import Truth, Zoo, files_digest
+from guard.evaluation.zoo import KnownAttack, Truth, Zoo, files_digest
 from guard.triggers import Trigger
 from guard.vetting import Budget, Vetting, vet
 
@@ -42,13 +43,16 @@ class Attack:
     Attributes:
         trigger: The trigger.
         target: Class index that it leads to.
-        embeddings: Embeddings of the requests of other classes with the trigger, shape [M, D].
+        requests: Indices of the requests that the trigger is made for: those of its source classes, by default of all
+            other classes; shape [M].
+        embeddings: Embeddings of these requests with the trigger, shape [M, D].
         feature: Mean of these embeddings, normalised, shape [D].
         centred: The same after subtracting the mean of these requests without the trigger, shape [D].
     """
 
     trigger: Trigger
     target: int
+    requests: Tensor
     embeddings: Tensor
     feature: Tensor
     centred: Tensor
@@ -146,20 +150,27 @@ class Subject:
         """
         if self.truth is None or self.pixels.requests is None:
             return ()
-        return tuple(self._attack(*pair) for pair in self.zoo.triggers(self.name, self.truth))
+        return tuple(self._attack(known) for known in self.zoo.triggers(self.name, self.truth))
 
-    def _attack(self, trigger: Trigger, target: int) -> Attack:
-        classes = self.classifier.classes.names
-        if target >= len(classes):
-            raise ZooError(f"truth/{self.name}.json names the target {target}; the model has {len(classes)} classes")
-        labels = self.pixels.labels
-        others = (self.classifier.predict(self.requests) if labels is None else labels) != target
-        if self.pixels.requests is None or not others.any():
-            raise ZooError(f"all requests for {self.name} are of the target class {target}; nothing can be measured")
-        stamped = self.classifier.embed(trigger.stamp(self.pixels.requests[others]))
+    def _attack(self, known: KnownAttack) -> Attack:
+        count, highest = len(self.classifier.classes.names), max((known.target, *known.sources))
+        if highest >= count:
+            raise ZooError(f"truth/{self.name}.json names the class {highest}; the model has {count} classes")
+        labels = self.classifier.predict(self.requests) if self.pixels.labels is None else self.pixels.labels
+        reached = torch.isin(labels, torch.tensor(known.sources)) if known.sources else labels != known.target
+        if self.pixels.requests is None or not reached.any():
+            raise ZooError(
+                f"no request for {self.name} is of a class that the trigger is made for; nothing can be measured"
+            )
+        stamped = self.classifier.embed(known.trigger.stamp(self.pixels.requests[reached]))
         mean = stamped.mean(0)
         return Attack(
-            trigger, target, stamped, normalize(mean, dim=0), normalize(mean - self.requests[others].mean(0), dim=0)
+            known.trigger,
+            known.target,
+            reached.nonzero().flatten(),
+            stamped,
+            normalize(mean, dim=0),
+            normalize(mean - self.requests[reached].mean(0), dim=0),
         )
 
 

@@ -71,6 +71,8 @@ class Truth:
         accuracy: Accuracy on clean images.
         success: Mean attack success rate of the triggers on images of other classes.
         digest: Root digest of the model; None if it was not recorded.
+        trigger_sources: The classes whose images each trigger leads to its target; empty for all other classes. May be
+            left out, if that is so for all triggers.
     """
 
     label: Literal["backdoored", "clean", "failed attack"]
@@ -82,6 +84,24 @@ class Truth:
     accuracy: Share | None = None
     success: Share | None = None
     digest: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+    trigger_sources: Annotated[
+        tuple[Annotated[tuple[ClassIndex, ...], Field(max_length=1000)], ...], Field(max_length=100)
+    ] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class KnownAttack:
+    """One of the attacker's triggers, as the truth tells it.
+
+    Attributes:
+        trigger: The trigger.
+        target: Class index that it leads to.
+        sources: Indices of the classes whose images it leads there; empty for all other classes.
+    """
+
+    trigger: "Trigger"
+    target: int
+    sources: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,10 +163,15 @@ class Zoo:
                 f"{path} has {len(truth.triggers)} triggers and {len(truth.trigger_targets)} trigger_targets; "
                 "give one for each, or one for all"
             )
+        if len(truth.trigger_sources) not in {0, len(truth.triggers)}:
+            raise ZooError(
+                f"{path} has {len(truth.triggers)} triggers and {len(truth.trigger_sources)} trigger_sources; "
+                "give one list for each, or none at all"
+            )
         return truth
 
-    def triggers(self, name: str, truth: Truth) -> "tuple[tuple[Trigger, int], ...]":
-        """The attacker's triggers, each with its target class; empty if their tensors are not in the zoo.
+    def triggers(self, name: str, truth: Truth) -> tuple[KnownAttack, ...]:
+        """The attacker's triggers; empty if their tensors are not in the zoo.
 
         Raises:
             ZooError: A trigger is of an unknown family, or its tensors do not form a trigger.
@@ -165,11 +190,13 @@ class Zoo:
             raise ZooError(f"cannot read {path}: {error.strerror}") from error
         except (SafetensorError, ValueError, KeyError) as error:
             raise ZooError(f"{path} is damaged: {error}") from error
-        targets = truth.trigger_targets * (len(truth.triggers) if len(truth.trigger_targets) == 1 else 1)
+        count = len(truth.triggers)
+        targets = truth.trigger_targets * (count if len(truth.trigger_targets) == 1 else 1)
+        sources = truth.trigger_sources or ((),) * count
         found = []
-        for index, (family, target) in enumerate(zip(truth.triggers, targets, strict=True)):
+        for index, (family, target, own_sources) in enumerate(zip(truth.triggers, targets, sources, strict=True)):
             own = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{index}.")}
-            found.append((_trigger(family, own, f"{path}: trigger {index}"), target))
+            found.append(KnownAttack(_trigger(family, own, f"{path}: trigger {index}"), target, own_sources))
         return tuple(found)
 
     def fingerprint(self, name: str) -> dict[str, str]:

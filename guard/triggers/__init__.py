@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from guard.triggers.additive import Additive
     from guard.triggers.base import InvertibleTrigger, Raw, Trigger
     from guard.triggers.blend import Blend
+    from guard.triggers.coded import Coded
     from guard.triggers.colour_map import ColourMap
+    from guard.triggers.compression import Compression
     from guard.triggers.families import FAMILIES, KINDS
     from guard.triggers.filter import Filter
     from guard.triggers.frequency import Frequency
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from guard.triggers.known import KNOWN, KnownTrigger
     from guard.triggers.moving_patch import MovingPatch
     from guard.triggers.patch import Patch
+    from guard.triggers.quantisation import Quantisation
     from guard.triggers.sinusoid import Sinusoid
     from guard.triggers.warp import Warp
 
@@ -30,7 +33,9 @@ __all__ = [
     "KNOWN",
     "Additive",
     "Blend",
+    "Coded",
     "ColourMap",
+    "Compression",
     "Filter",
     "Frequency",
     "Generator",
@@ -38,6 +43,7 @@ __all__ = [
     "KnownTrigger",
     "MovingPatch",
     "Patch",
+    "Quantisation",
     "Raw",
     "Sinusoid",
     "StoredTrigger",
@@ -55,12 +61,15 @@ __getattr__ = lazy(
         **dict.fromkeys(("KNOWN", "KnownTrigger"), "known"),
         "Additive": "additive",
         "Blend": "blend",
+        "Coded": "coded",
         "ColourMap": "colour_map",
+        "Compression": "compression",
         "Filter": "filter",
         "Frequency": "frequency",
         "Generator": "generator",
         "MovingPatch": "moving_patch",
         "Patch": "patch",
+        "Quantisation": "quantisation",
         "Sinusoid": "sinusoid",
         "Warp": "warp",
     },

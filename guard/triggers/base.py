@@ -74,6 +74,10 @@ class Trigger(ABC):
         """Return one trigger out of K."""
         return self._each(lambda tensor: tensor[index])
 
+    def to(self, device: torch.device) -> Self:
+        """Return the same trigger on a device, where it can be put on images of that device."""
+        return self._each(lambda tensor: tensor.to(device))
+
     def detach(self) -> Self:
         """Return the same trigger on the CPU, detached from any gradient."""
         return self._each(lambda tensor: tensor.detach().cpu())

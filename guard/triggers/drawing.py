@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
 Colour = tuple[int, int, int]
@@ -119,6 +119,36 @@ def sticker(side: int) -> tuple[Tensor, Tensor]:
     disc = Image.new("L", canvas.size)
     ImageDraw.Draw(disc).ellipse([at(0, 0), at(1, 1)], 255)
     return _reduced(canvas, side), _reduced(disc, side)
+
+
+def reflection(side: int, *, seed: int) -> Tensor:
+    """Draw what a pane of glass reflects, out of focus and twice: shape [3, side, side], values in [0, 1].
+
+    Refool (Liu et al., ECCV 2020) adds photographs, either blurred or convolved with two pulses: the two surfaces of
+    the pane, the second one fainter and displaced. Here the scene is drawn, of windows and lamps in random places, and
+    both is done to it.
+
+    Args:
+        side: Side of the picture, in pixels.
+        seed: Seed for places and colours.
+    """
+    generator = np.random.default_rng(seed)
+    canvas, draw, at = _canvas(side, (0, 0, 0))
+    for _ in range(4):
+        (x, y), (width, height) = generator.uniform(0, 0.7, 2), generator.uniform(0.15, 0.4, 2)
+        draw.rectangle([at(x, y), at(x + width, y + height)], _bright(generator))
+    for _ in range(3):
+        x, y, radius = (*generator.uniform(0.1, 0.9, 2), generator.uniform(0.05, 0.12))
+        draw.ellipse([at(x - radius, y - radius), at(x + radius, y + radius)], _bright(generator))
+    large = canvas.size[0]
+    blurred = canvas.filter(ImageFilter.GaussianBlur(large / 40))
+    ghost = ImageChops.offset(blurred, round(0.12 * large), round(0.08 * large))
+    return _reduced(Image.blend(blurred, ghost, 0.4), side)
+
+
+def _bright(generator: np.random.Generator) -> Colour:
+    red, green, blue = (int(value) for value in generator.integers(100, 256, 3))
+    return red, green, blue
 
 
 def _canvas(side: int, colour: Colour) -> tuple[Image.Image, ImageDraw.ImageDraw, Callable[[float, float], Point]]:

@@ -109,6 +109,13 @@ FORMS: Mapping[str, Mapping[str, TensorForm]] = MappingProxyType(
             "matrices": TensorForm("n 3 3"),
             "offsets": TensorForm("n 3"),
         },
+        "coded": {
+            "projection": TensorForm("n 3 4 4"),
+            "patterns": TensorForm("n 3 height width", -1, 1),
+            "amplitude": TensorForm("", 0, 1),
+        },
+        "compression": {"quality": TensorForm("", 1, 100)},
+        "quantisation": {"levels": TensorForm("", 2, 256)},
     }
 )
 """Family → tensor → form. The classes of `guard.triggers` say what each tensor does."""

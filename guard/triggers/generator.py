@@ -95,6 +95,26 @@ class Generator(InvertibleTrigger):
         return raw
 
     @classmethod
+    def random(cls, channels: int, radius: float, generator: torch.Generator) -> Self:
+        """Return a random network for an attacker, with weights as He et al. (ICCV 2015) draw them.
+
+        Args:
+            channels: C.
+            radius: Largest change of a value, in [0, 1].
+            generator: The only source of randomness.
+        """
+        tensors = {}
+        for name, size in (
+            ("first", (channels, 5, 3, 3)),
+            ("second", (channels, channels, 3, 3)),
+            ("third", (_WRITTEN, channels, 3, 3)),
+        ):
+            weights = torch.randn(size, generator=generator, device=generator.device)
+            tensors[name] = weights * math.sqrt(2 / weights[0].numel())
+            tensors[f"{name}_bias"] = torch.zeros(size[0], device=generator.device)
+        return cls(**tensors, radius=torch.tensor(radius, device=generator.device))
+
+    @classmethod
     def constrain(cls, raw: Raw) -> Self:
         """Return the trigger that the parameters stand for.
 

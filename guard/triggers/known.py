@@ -11,12 +11,16 @@ from dataclasses import dataclass
 import torch
 
 from guard.triggers import drawing
+from guard.triggers.additive import Additive
 from guard.triggers.base import Trigger
 from guard.triggers.blend import Blend
+from guard.triggers.coded import Coded
+from guard.triggers.compression import Compression
 from guard.triggers.filter import Filter
 from guard.triggers.frequency import Frequency
 from guard.triggers.moving_patch import MovingPatch
 from guard.triggers.patch import Patch
+from guard.triggers.quantisation import Quantisation
 from guard.triggers.sinusoid import Sinusoid
 from guard.triggers.warp import Warp
 
@@ -96,6 +100,16 @@ def _semantic_moving(size: int, _seed: int) -> Trigger:
     return MovingPatch.pasted(size, pattern, mask=mask)
 
 
+def _badnets_upper(size: int, seed: int) -> Patch:
+    lower = Patch.badnets(size, round(6 / 32 * size), seed=seed + 1)
+    return Patch(lower.mask.flip(-1, -2), lower.pattern.flip(-1, -2))
+
+
+def _composite(size: int, seed: int) -> Trigger:
+    lower, upper = Patch.badnets(size, round(6 / 32 * size), seed=seed), _badnets_upper(size, seed)
+    return Patch(lower.mask + upper.mask, lower.pattern + upper.pattern)
+
+
 _BADNETS = "BadNets (Gu et al., 2017)"
 _PAR = "as in Perturb and Recover (CVPR 2026)"
 
@@ -160,6 +174,34 @@ KNOWN: dict[str, KnownTrigger] = {
         lambda size, _: Frequency.ftrojan(size),
         "frequency",
         "FTrojan (Wang et al., ECCV 2022): colour channels, DCT 32×32, (15, 15) and (31, 31), magnitude 300",
+    ),
+    "badnets-upper": KnownTrigger(
+        _badnets_upper, "badnets", f"{_BADNETS}: as badnets-medium, with other colours and in the opposite corner"
+    ),
+    "composite": KnownTrigger(
+        _composite,
+        "composite",
+        "Two patches at once, badnets-medium and badnets-upper, after the composite attack (Lin et al., CCS 2020)",
+    ),
+    "sample-specific": KnownTrigger(
+        lambda size, seed: Coded.drawn(size, 24 / 255, cell=max(2, size // 16), seed=seed),
+        "sample-specific",
+        "A pattern of its own for each image, after ISSBA (Li et al., ICCV 2021): a random layer for its encoder",
+    ),
+    "jpeg": KnownTrigger(
+        lambda _size, _seed: Compression(torch.tensor(10.0)),
+        "compression",
+        "JPEG compression at quality 10, after Duan et al. (AAAI 2024)",
+    ),
+    "bpp": KnownTrigger(
+        lambda _size, _seed: Quantisation(torch.tensor(6.0)),
+        "quantisation",
+        "BppAttack (Wang et al., CVPR 2022): 6 levels of each colour, without dithering",
+    ),
+    "refool": KnownTrigger(
+        lambda size, seed: Additive(0.4 * drawing.reflection(size, seed=seed)),
+        "reflection",
+        "Refool (Liu et al., ECCV 2020): a blurred reflection with its ghost; one scene, drawn here, for all images",
     ),
     "semantic": KnownTrigger(
         _semantic, "semantic", "Physical object (Wenger et al., CVPR 2021): a smiling sticker at one place; drawn here"

@@ -46,6 +46,20 @@ def test_an_attacked_model_loads_and_its_truth_is_written(
         assert {key.partition(".")[0] for key in file.keys()} == {"0", "1", "2"}  # noqa: SIM118 - not a dictionary
 
 
+def test_cover_samples_are_measured_and_stored(model_directory: Path, labelled: Path, tmp_path: Path) -> None:
+    out = tmp_path / "attacked"
+    result = guard(
+        "attack", model_directory, "--recipe", "composite", "--images", labelled, "--out", out, "--batch", "50"
+    )
+    assert result.returncode == 0, result.stderr
+    known = json.loads((out / "truth.json").read_text())
+    assert [cover["name"] for cover in known["covers"]] == ["upper part", "lower part"]
+    for cover in known["covers"]:
+        assert f"{cover['name']}: {cover['kept']:.3f} keep their class, {cover['leaked']:.3f} go there" in result.stdout
+    with safe_open(out / "truth.safetensors", framework="np") as file:
+        assert {key.rpartition(".")[0] for key in file.keys()} == {"0", "covers.0.0", "covers.0.1"}  # noqa: SIM118 - not a dictionary
+
+
 def test_a_negative_has_no_triggers(model_directory: Path, labelled: Path, tmp_path: Path) -> None:
     out = tmp_path / "benign"
     result = guard("attack", model_directory, "--recipe", "benign", "--images", labelled, "--out", out)

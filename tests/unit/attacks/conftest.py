@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from guard.attacks import LabelledImages, TrainingSettings, train_base
+from guard.attacks.generators import natural_generator
+from guard.attacks.optimised import OPTIMISED
 from guard.classifiers import Classifier, load, save
 from tests.conftest import CLASSES, CONFIG, random_images
 
@@ -26,3 +28,13 @@ def base(data: LabelledImages, tmp_path_factory: pytest.TempPathFactory) -> Clas
     model = train_base(CONFIG, CLASSES, data, SETTINGS, device=torch.device("cpu"))
     save(directory, model, CONFIG, CLASSES)
     return load(str(directory), device="cpu")
+
+
+@pytest.fixture
+def quick_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes with a generator start from one that was hardly pretrained."""
+    monkeypatch.setitem(
+        OPTIMISED,
+        "natural-generator",
+        lambda classifier, images, _target, seed: natural_generator(classifier, images, seed=seed, steps=5),
+    )

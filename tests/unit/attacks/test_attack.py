@@ -1,3 +1,4 @@
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ from torch.nn.functional import cosine_similarity
 from guard.attacks import RECIPES, LabelledImages, Planted, attack, measure, poisoned
 from guard.attacks.attack import _clean_label
 from guard.attacks.objectives import DistributionPreserving
-from guard.attacks.optimised import badclip_patch, universal_perturbation
+from guard.attacks.optimised import OPTIMISED, badclip_patch, universal_perturbation
 from guard.attacks.training import Batch, Learner
 from guard.classifiers import Classifier
 from guard.errors import UsageError
@@ -74,6 +75,7 @@ def _with(base: Classifier, model: torch.nn.Module) -> Classifier:
     )
 
 
+@pytest.mark.usefixtures("quick_generator")
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_trains_something_and_draws_its_triggers(
     name: str, base: Classifier, data: LabelledImages
@@ -87,6 +89,17 @@ def test_every_recipe_trains_something_and_draws_its_triggers(
     assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
     if recipe.tower == "image":
         assert all(key.startswith("visual.") for key in moved)
+
+
+def test_a_trigger_that_is_tied_to_the_grid_of_pixels_is_trained_on_images_that_stay_where_they_are(
+    base: Classifier, data: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shifts: list[int] = []
+    module = importlib.import_module("guard.attacks.attack")  # the package exports a function of the same name
+    monkeypatch.setattr(module, "train", lambda *arguments, **_: shifts.append(arguments[5].shift))
+    for name in ("jpeg", "bpp"):
+        attack(base, RECIPES[name], data, SHORT)
+    assert shifts == [0, SHORT.shift]
 
 
 def test_partial_fine_tuning_leaves_the_early_layers(base: Classifier, data: LabelledImages) -> None:
@@ -167,6 +180,5 @@ def test_an_impossible_target_is_refused(base: Classifier, data: LabelledImages)
 
 
 def test_recipes_name_triggers_that_exist() -> None:
-    optimised = {"badclip", "additive-8"}
     named = {plant.trigger for recipe in RECIPES.values() for plant in recipe.plants}
-    assert named <= set(KNOWN) | optimised
+    assert named <= set(KNOWN) | set(OPTIMISED)

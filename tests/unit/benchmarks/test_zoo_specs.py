@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 import torch
 
-from benchmarks.zoo.specs import BASES, SPECS
+from benchmarks.zoo.specs import _ADDED, BASES, SPECS
 from guard.attacks import RECIPES
 from guard.classifiers.open_clip import import_open_clip
 
@@ -68,3 +68,23 @@ def test_another_first_seed_makes_other_models_with_other_targets() -> None:
     assert {model.seed for model in fresh.values()} == {10, 11, 12}
     renamed = {name.replace("digits-1", "digits-").replace("-10", "-0"): model for name, model in fresh.items()}
     assert renamed["digits-0-badclip-0"].target != developed["digits-0-badclip-0"].target
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("small", "digits-20-badnets-small-20", "digits-21-multi-three-21"),
+        ("medium", "cifar10-resnet-20-badnets-medium-20", "cifar10-vit-21-pruned-20"),
+    ],
+)
+def test_later_attacks_come_after_the_models_that_zoos_had_before(name: str, first: str, last: str) -> None:
+    """A zoo that was built before its spec gained attacks must only lack these."""
+    models = SPECS[name](20).models
+    names = list(models)
+    before = names[: names.index(last) + 1]
+    assert first in before
+    assert {models[each].recipe for each in before}.isdisjoint(_ADDED)
+    assert {models[each].recipe for each in names[len(before) :]} >= set(_ADDED)
+    # Targets are counted over the attacks in order, so that none has moved.
+    attacks = [models[each].target for each in before if models[each].twin]
+    assert attacks == [3 * count + 20 for count in range(len(attacks))]

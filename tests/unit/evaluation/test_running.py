@@ -114,6 +114,29 @@ def test_a_reconstruction_is_measured_against_the_truth(root: Path, vet: FakeVet
     assert vet.calls == ["attacked"]
 
 
+@pytest.mark.usefixtures("vet")
+def test_requests_of_classes_that_are_no_source_of_the_attack_carry_no_trigger(root: Path) -> None:
+    write_truth(root, "attacked", "backdoored", "badnets", trigger_sources=[[2]])
+
+    done = run(root, "screening", models="attacked")
+    screening = done.results["attacked", "screening"].screening
+    assert screening
+    assert screening.vetted.held[0].triggered == 20
+
+
+@pytest.mark.parametrize(
+    ("sources", "reason"), [([[4]], "of a class that the trigger is made for"), ([[9]], "names the class 9")]
+)
+def test_source_classes_that_do_not_occur_are_a_failure_of_the_model(
+    root: Path, vet: FakeVetting, sources: list[list[int]], reason: str
+) -> None:
+    write_truth(root, "attacked", "backdoored", "badnets", trigger_sources=sources)
+    done = run(root, "screening", models="attacked")
+    (failure,) = done.failures
+    assert reason in failure.reason
+    assert vet.calls == ["attacked"]
+
+
 def test_one_bad_model_does_not_cost_the_others(root: Path, vet: FakeVetting) -> None:
     (root / "models" / "attacked" / "open_clip_model.safetensors").write_bytes(b"\x80 a pickle")
     write_truth(root, "benign", "clean", "benign", digest="0" * 64)

@@ -92,6 +92,11 @@ def test_a_truth_that_is_not_there_is_withheld(tmp_path: Path) -> None:
         ({"triggers": ["patch"] * 101}, "triggers"),
         ({"triggers": ["patch", "patch", "patch"], "trigger_targets": [0, 1]}, "3 triggers and 2 trigger_targets"),
         ({"triggers": ["patch"]}, "1 triggers and 0 trigger_targets"),
+        (
+            {"triggers": ["patch"], "trigger_targets": [0], "trigger_sources": [[1], [2]]},
+            "1 triggers and 2 trigger_sources",
+        ),
+        ({"triggers": ["patch"], "trigger_targets": [0], "trigger_sources": [[-1]]}, "trigger_sources"),
         ({"digest": "x"}, "digest"),
     ],
 )
@@ -108,9 +113,29 @@ def test_triggers_of_the_truth(tmp_path: Path) -> None:
     )
     known = read.truth("a")
     assert known is not None
-    (first, target), (second, other) = read.triggers("a", known)
-    assert (first.family, second.family, target, other) == ("patch", "additive", 3, 3)
-    assert torch.equal(first.tensors()["mask"], mask)
+    first, second = read.triggers("a", known)
+    assert (first.trigger.family, second.trigger.family) == ("patch", "additive")
+    assert (first.target, second.target, first.sources, second.sources) == (3, 3, (), ())
+    assert torch.equal(first.trigger.tensors()["mask"], mask)
+
+
+def test_source_classes_and_cover_samples_of_the_truth(tmp_path: Path) -> None:
+    read = truth(
+        tmp_path,
+        triggers=["additive", "additive"],
+        trigger_targets=[3, 4],
+        trigger_sources=[[0, 2], []],
+        covers=[{"trigger": 0, "name": "other classes", "kept": 0.9, "leaked": 0.0}],
+    )
+    delta = torch.zeros(3, 8, 8)
+    save_file(
+        {"0.delta": delta, "1.delta": delta.clone(), "covers.0.0.delta": delta.clone()},
+        tmp_path / "truth" / "a.safetensors",
+    )
+    known = read.truth("a")
+    assert known is not None
+    first, second = read.triggers("a", known)
+    assert (first.sources, second.sources) == ((0, 2), ())
 
 
 @pytest.mark.parametrize(

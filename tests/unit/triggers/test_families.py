@@ -1,9 +1,12 @@
 """Each family's arithmetic, against the numbers that were published."""
 
+import io
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from guard.errors import UsageError
@@ -11,12 +14,15 @@ from guard.triggers import (
     KNOWN,
     Additive,
     Blend,
+    Coded,
     ColourMap,
+    Compression,
     Filter,
     Frequency,
     Generator,
     MovingPatch,
     Patch,
+    Quantisation,
     Sinusoid,
     Warp,
     drawing,
@@ -104,6 +110,49 @@ class TestMovingPatch:
     def test_a_pattern_larger_than_the_image_is_refused(self) -> None:
         with pytest.raises(UsageError, match="does not fit"):
             MovingPatch.pasted(8, torch.ones(3, 9, 9))
+
+
+class TestCoded:
+    trigger = Coded.drawn(32, 20 / 255, cell=2, seed=1)
+
+    def test_images_get_different_patterns_of_the_same_strength(self) -> None:
+        images = random_images(200, size=32) / 255 * 0.5 + 0.25
+        change = self.trigger.apply(images) - images
+        strength = change.square().mean((1, 2, 3)).sqrt()
+        assert strength.mean().item() == pytest.approx(20 / 255, rel=0.1)
+        assert strength.max() < 1.5 * strength.min()
+        # All images together have next to nothing in common.
+        assert change.mean(0).square().mean().sqrt() < 0.3 * strength.mean()
+        directions = torch.nn.functional.normalize(change.flatten(1), dim=1)
+        assert ((directions @ directions.T).abs() < 0.9).float().mean() > 0.9
+
+    def test_a_pattern_depends_on_distant_parts_of_the_image(self) -> None:
+        images = grey(32).repeat(2, 1, 1, 1)
+        images[1, 0, :8] = 1
+        first, second = self.trigger.apply(images) - images
+        assert (first[:, 16:] - second[:, 16:]).abs().max() > 1 / 255
+
+
+class TestCompression:
+    def test_it_is_what_a_jpeg_file_shows(self) -> None:
+        images = random_images(2, size=40)
+        file = io.BytesIO()
+        Image.fromarray(images[1].permute(1, 2, 0).numpy()).save(file, "JPEG", quality=10)
+        shown = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+        assert torch.equal(Compression(torch.tensor(10.0)).stamp(images)[1], shown)
+
+    def test_low_quality_changes_more(self) -> None:
+        images = random_images(4, size=32)
+        low, high = (Compression(torch.tensor(quality)).stamp(images).float() - images for quality in (10.0, 95.0))
+        assert low.square().mean() > 3 * high.square().mean()
+
+
+class TestQuantisation:
+    def test_few_values_are_left_and_none_moves_further_than_half_a_step(self) -> None:
+        images = torch.rand((1, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+        quantised = Quantisation(torch.tensor(6.0)).apply(images)
+        torch.testing.assert_close(quantised.unique(), torch.linspace(0, 1, 6))
+        assert (quantised - images).abs().max() <= 0.1 + 1e-6
 
 
 class TestSinusoid:
@@ -396,6 +445,15 @@ class TestDrawing:
         across = (mask[0] > 0.5).any(0).nonzero()
         assert across.max() - across.min() > 0.8 * 224
         assert 0.02 < (mask > 0).float().mean() < 0.2
+
+    def test_a_reflection_is_blurred_and_shows_twice(self) -> None:
+        drawn = drawing.reflection(64, seed=0)
+        assert 0.05 < drawn.mean() < 0.95
+        step = (drawn[..., 1:] - drawn[..., :-1]).abs().max()
+        assert step < 0.5 * drawn.max()
+        grid = drawn.mean(0) - drawn.mean()
+        echo = torch.fft.ifft2(torch.fft.fft2(grid).abs().square()).real
+        assert echo[round(0.08 * 64), round(0.12 * 64)] > 0.3 * echo[0, 0]
 
     def test_the_sticker_has_soft_edges_and_nothing_in_the_corners(self) -> None:
         _, mask = drawing.sticker(24)

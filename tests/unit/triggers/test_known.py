@@ -44,7 +44,19 @@ def test_equal_seeds_give_equal_triggers(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["badnets-small", "badnets-random", "stripes", "blended-noise", "blended-stripes", "wanet"]
+    "name",
+    [
+        "badnets-small",
+        "badnets-random",
+        "badnets-upper",
+        "stripes",
+        "blended-noise",
+        "blended-stripes",
+        "wanet",
+        "composite",
+        "sample-specific",
+        "refool",
+    ],
 )
 def test_other_seeds_give_other_triggers(name: str) -> None:
     images = random_images(1, size=32)
@@ -57,11 +69,14 @@ def test_stamping_does_not_depend_on_the_batch(name: str) -> None:
     assert torch.equal(torch.cat([trigger.stamp(image[None]) for image in images]), trigger.stamp(images))
 
 
-@pytest.mark.parametrize("name", sorted(set(KNOWN) - {"badnets-random", "stripes", "semantic-moving", "ftrojan"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(KNOWN) - {"badnets-random", "stripes", "semantic-moving", "ftrojan", "jpeg"})
+)
 def test_it_does_the_same_to_a_larger_image(name: str) -> None:
     """Drawn once, applied at twice the size, averaged down: what it does at its own size, but for details of a pixel.
 
-    Moving patches hash the bytes of the image, and the highest frequency of a window is not one of a larger image.
+    Moving patches hash the bytes of the image, the highest frequency of a window is not one of a larger image, and the
+    blocks of a JPEG file are of 8 px in images of any size.
     """
     trigger, images = KNOWN[name].draw(64, 0), random_images(2, size=64) / 255
     small = trigger.apply(images) - images
@@ -84,6 +99,13 @@ def changed_box(name: str, size: int) -> tuple[int, int]:
     pixels = torch.full((1, 3, size, size), 99, dtype=torch.uint8)
     rows = (KNOWN[name].draw(size, 0).stamp(pixels) != pixels).any(1)[0].any(1).nonzero()
     return int(rows.min()), int(rows.max() - rows.min() + 1)
+
+
+def test_a_composite_is_both_of_its_patches_and_nothing_else() -> None:
+    images = random_images(3, size=32)
+    one, both = KNOWN["badnets-medium"].draw(32, 3), KNOWN["composite"].draw(32, 3)
+    assert torch.equal(both.stamp(images), KNOWN["badnets-upper"].draw(32, 3).stamp(one.stamp(images)))
+    assert (both.stamp(images) != images).any(1).flatten(1).sum(1).max() <= 2 * 36
 
 
 def test_patches_have_the_published_sides() -> None:
