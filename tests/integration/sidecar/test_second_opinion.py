@@ -21,6 +21,7 @@ from PIL import Image
 from guard.classifiers import ExportedClassifier, decode
 from guard.evidence import EvidenceLog
 from guard.profiles import Profile
+from guard.protocol import sidecar_pb2
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelStreamInferResponse
 from guard.protocol.messages import pack_bytes
 from guard.protocol.tensors import float_output, unpack_bytes
@@ -185,7 +186,12 @@ def test_a_trigger_that_nothing_reconstructed_is_flagged_and_the_reply_and_the_l
     name, divergence = expected.scores.decided_by[row], float(expected.scores.parts["divergence"][row])
     assert name in {"divergence", "residual"}
     with launch("--profile", made.profile, "--model", made.model, "--second-opinion", "all",
-                "--state-dir", tmp_path / "state") as running:  # fmt: skip
+                "--state-dir", tmp_path / "state", "--admin", "127.0.0.1:0") as running:  # fmt: skip
+        with grpc.insecure_channel(str(running.announced["admin"])) as channel:
+            listed = channel.unary_unary("/guard.v1.Sidecar/ListModels")(b"", timeout=WAIT_SECONDS)
+        opinion = sidecar_pb2.ListModelsResponse.FromString(listed).models[0].second_opinion
+        assert (opinion.requests, opinion.kind, opinion.digest) == ("all", "base", made.base.digest.root)
+        assert 0.5 < opinion.agreement <= 1
         with connected(running.address) as client:
             reply = client.infer(infer_request(models.inputs(PIXELS[row : row + 1])))
         assert reply.decision == "flag"
