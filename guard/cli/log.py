@@ -180,10 +180,7 @@ def _cells(record: "Record") -> tuple[str, ...]:
     return (
         str(record.id),
         record.time,
-        *(
-            _short(text)
-            for text in (record.model, record.decision, record.predicted, record.reference, decided_by)
-        ),
+        *(_short(text) for text in (record.model, record.decision, record.predicted, record.reference, decided_by)),
         "–" if record.p_value is None else f"{record.p_value:.2g}",
         _short(record.second_look),
         _short(record.request_id),
