@@ -30,8 +30,8 @@ class SecondOpinions:
     """Asks a reference model about images that the suspect model answers too.
 
     A pass through the reference model follows the pass through the suspect on the same worker thread. A pass uses
-    all processors that guard may use, so two at the same time would only slow each other down, and a second pool of
-    threads would have to be bounded too.
+    all processors that guard may use, so two passes at the same time would share them, and a second pool of threads
+    would have to be bounded too.
 
     Args:
         model: The reference model.
