@@ -1,6 +1,6 @@
 """What a sidecar's cost is measured against: an upstream server of constant bytes, and a proxy that only moves bytes.
 
-python -m benchmarks._hops upstream EMBEDDINGS.npy
+python -m benchmarks._hops upstream EMBEDDINGS.npy [--delay SECONDS]
 python -m benchmarks._hops proxy HOST:PORT
 
 Both print their address, and serve until SIGTERM on the event loop that a sidecar takes by default.
@@ -34,17 +34,18 @@ Method = Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]]
 
 
 @contextmanager
-def hop(kind: str, argument: str) -> Iterator[str]:
+def hop(kind: str, argument: str, *, delay: float = 0.0) -> Iterator[str]:
     """Start one of the two as a process of its own.
 
     Args:
         kind: `upstream` or `proxy`.
         argument: As on the command line.
+        delay: Seconds that an upstream server takes for a reply, without using this machine's processors.
 
     Yields:
         Its address.
     """
-    command = [sys.executable, "-m", "benchmarks._hops", kind, argument]
+    command = [sys.executable, "-m", "benchmarks._hops", kind, argument, "--delay", str(delay)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             if process.stdout is None or not select.select([process.stdout], [], [], START_SECONDS)[0]:
@@ -67,13 +68,15 @@ class _Every(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc publishes no 
         return grpc.unary_unary_rpc_method_handler(self._find(handler_call_details.method))
 
 
-def _upstream(embeddings: Path) -> Callable[[str], Method]:
+def _upstream(embeddings: Path, delay: float) -> Callable[[str], Method]:
     """Answers every inference with the next of some ready-made replies, and reads nothing."""
     replies = itertools.cycle([_reply(row) for row in np.load(embeddings)])
     ready = ServerReadyResponse(ready=True).SerializeToString()
 
     async def infer(_: bytes, context: grpc.aio.ServicerContext) -> bytes:
         del context
+        if delay:
+            await asyncio.sleep(delay)
         return next(replies)
 
     async def answer_ready(_: bytes, context: grpc.aio.ServicerContext) -> bytes:
@@ -111,13 +114,13 @@ def _proxy(channel: grpc.aio.Channel) -> Callable[[str], Method]:
     return find
 
 
-async def _serve(kind: str, argument: str) -> None:
+async def _serve(kind: str, argument: str, delay: float) -> None:
     # A process that never freed anything large gets fresh pages from the system for each message (glibc's mmap
     # threshold), which costs more than the hop. A sidecar has read a profile by then.
     bytes(_LARGE)
     server = grpc.aio.server(options=[*NO_LIMIT, ("grpc.so_reuseport", 0)])
     channel = grpc.aio.insecure_channel(argument, options=NO_LIMIT) if kind == "proxy" else None
-    find = _upstream(Path(argument)) if channel is None else _proxy(channel)
+    find = _upstream(Path(argument), delay) if channel is None else _proxy(channel)
     server.add_generic_rpc_handlers((_Every(find),))
     port = server.add_insecure_port("127.0.0.1:0")
     stopping = asyncio.Event()
@@ -136,9 +139,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("upstream", "proxy"))
     parser.add_argument("argument", help="a file of embeddings, or the address to forward to")
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds that an upstream server takes for a reply")
     arguments = parser.parse_args()
     with asyncio.Runner(loop_factory=loop_factory("auto")) as runner:
-        runner.run(_serve(arguments.kind, arguments.argument))
+        runner.run(_serve(arguments.kind, arguments.argument, arguments.delay))
 
 
 if __name__ == "__main__":

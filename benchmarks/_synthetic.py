@@ -8,15 +8,15 @@ from numpy.typing import NDArray
 from guard import __version__
 from guard.classifiers import ClassList
 from guard.profiles import CalibrationRecord, Document, ModelRecord, Profile, Reference, TriggerRecord
-from guard.profiles.document import SCHEMA, VettingRecord
-from guard.screening import Banks, Detector, Screen, default_k, threshold
+from guard.profiles.document import SCHEMA, SecondOpinionRecord, VettingRecord
+from guard.screening import Banks, Detector, ReferenceAnswers, Scores, Screen, default_k, threshold
 from guard.vetting.results import ReferenceModel, Verdict
 
 Floats = NDArray[np.float32]
 
 TOWER, SIDE, WIDTH = "ViT-B-32", 224, 512
 ALPHA = 0.001
-_PARITY_IMAGES = 256
+_PARITY_IMAGES, _SCALE = 256, 100.0
 _BEHIND, _HELD_OUT = 2000, 500
 _TRIGGERS = ("patch-1", "patch-2")
 
@@ -35,8 +35,32 @@ class World:
 
     def draw(self, count: int, generator: np.random.Generator) -> Floats:
         """Unit vectors, shape [count, D]: normal with the same mean and covariance, and a little in each direction."""
+        return unit(self.values(count, generator))
+
+    def values(self, count: int, generator: np.random.Generator) -> NDArray[np.float64]:
+        """The same before they are normalised."""
         values = self._mean + generator.normal(size=(count, len(self._spread))) @ self._spread
-        return unit(values + self._noise * generator.normal(size=(count, len(self._mean))))
+        found: NDArray[np.float64] = values + self._noise * generator.normal(size=(count, len(self._mean)))
+        return found
+
+
+class Pairs:
+    """What two models answer to the same images, drawn jointly.
+
+    Args:
+        embeddings: Of the suspect, shape [N, D].
+        answers: Of the reference model to the same images.
+    """
+
+    def __init__(self, embeddings: Floats, answers: ReferenceAnswers) -> None:
+        self._widths = embeddings.shape[1], answers.embeddings.shape[1]
+        self._world = World(np.hstack([embeddings, answers.embeddings, answers.logits]))
+
+    def draw(self, count: int, generator: np.random.Generator) -> tuple[Floats, ReferenceAnswers]:
+        """Embeddings of the suspect, and answers of the reference model, for `count` images."""
+        drawn, (own, other) = self._world.values(count, generator).astype(np.float32), self._widths
+        answers = ReferenceAnswers(unit(drawn[:, own : own + other]), drawn[:, own + other :])
+        return unit(drawn[:, :own]), answers
 
 
 def unit(values: NDArray[np.floating]) -> Floats:
@@ -45,8 +69,17 @@ def unit(values: NDArray[np.floating]) -> Floats:
     return normalised
 
 
-def write_profile(directory: Path, model: ModelRecord, world: World, rows: int, *, seed: int = 0) -> Profile:
-    """Write a profile with two triggers.
+def write_profile(
+    directory: Path,
+    model: ModelRecord,
+    world: World,
+    rows: int,
+    *,
+    seed: int = 0,
+    pairs: Pairs | None = None,
+    reference: tuple[ModelRecord, Path] | None = None,
+) -> Profile:
+    """Write a profile with two triggers, and a reference model if there is one.
 
     Args:
         directory: The profile's folder.
@@ -54,16 +87,24 @@ def write_profile(directory: Path, model: ModelRecord, world: World, rows: int, 
         world: Where clean embeddings come from. Those of a trigger are drawn halfway to a point of its own.
         rows: In each bank.
         seed: Of the draws.
+        pairs: What model and reference model answer; None without a reference model.
+        reference: The reference model, and the folder of its export.
     """
     generator, classes = np.random.default_rng(seed), len(model.classes.names)
-    clean = world.draw(rows, generator)
+
+    def draw(count: int) -> tuple[Floats, ReferenceAnswers | None]:
+        return (world.draw(count, generator), None) if pairs is None else pairs.draw(count, generator)
+
+    clean, answers = draw(rows)
     targets = unit(generator.normal(size=(len(_TRIGGERS), model.embedding)))
     stamped = {name: unit(clean + target) for name, target in zip(_TRIGGERS, targets, strict=True)}
     head = unit(world.draw(classes, generator)).T
-    banks = Banks.fit(clean, stamped, np.ascontiguousarray(head), k=default_k(rows, classes))
+    banks = Banks.fit(
+        clean, stamped, np.ascontiguousarray(head), k=default_k(rows, classes), answers=answers, scale=_SCALE
+    )
     screen = Screen(banks)
-    scores = screen.score_samples(world.draw(_BEHIND, generator))
-    alarms = int(Detector(screen, scores, ALPHA).score(world.draw(_HELD_OUT, generator)).flags.sum())
+    scores = screen.score_samples(*draw(_BEHIND))
+    alarms = int(Detector(screen, scores, ALPHA).score(*draw(_HELD_OUT)).flags.sum())
     calibration = CalibrationRecord(
         banks.k,
         banks.tails,
@@ -75,6 +116,7 @@ def write_profile(directory: Path, model: ModelRecord, world: World, rows: int, 
         false_alarms=alarms,
         left_out=(),
         seed=seed,
+        second_opinion=_opinion(banks, scores, reference),
     )
     verdict = Verdict("backdoored", 0, 1e-4, ("patch",), 0.01, ("this profile is made up",))
     vetting = VettingRecord(verdict, (), (), {}, (0, 0), ReferenceModel("classes", None, None, 0), "cpu", 0.0, 0)
@@ -83,19 +125,30 @@ def write_profile(directory: Path, model: ModelRecord, world: World, rows: int, 
     pixels = (3, model.preprocessing.size, model.preprocessing.size)
     tensors = {name: {"mask": np.ones((1, *pixels[1:]), np.float32), "pattern": np.zeros(pixels, np.float32)}
                for name in _TRIGGERS}  # fmt: skip
-    profile = Profile(document, tensors, Reference(banks, scores))
+    profile = Profile(document, tensors, Reference(banks, scores), None if reference is None else reference[1])
     profile.save(directory)
     return profile
 
 
-def export_tower(weights: Path, directory: Path, classes: ClassList, *, seed: int = 0) -> ModelRecord:
-    """Export open_clip's ViT-B-32 with random weights.
+def _opinion(banks: Banks, scores: Scores, reference: tuple[ModelRecord, Path] | None) -> SecondOpinionRecord | None:
+    if reference is None or banks.near is None:
+        return None
+    model, _ = reference
+    agreement = float((scores.answers == scores.classes).mean())
+    return SecondOpinionRecord("base", model.source, model.digest, model.embedding, _SCALE, banks.near, agreement)
+
+
+def export_tower(
+    weights: Path, directory: Path, classes: ClassList, *, seed: int = 0, tower: str = TOWER
+) -> ModelRecord:
+    """Export one of open_clip's models with random weights.
 
     Args:
         weights: Where the model is written before.
         directory: What `guard serve` takes.
         classes: Of its head.
         seed: Of the weights.
+        tower: Which model.
     """
     import open_clip
     import torch
@@ -103,13 +156,15 @@ def export_tower(weights: Path, directory: Path, classes: ClassList, *, seed: in
     from guard.classifiers import export, load, save
 
     torch.manual_seed(seed)
-    config = {"model_cfg": open_clip.get_model_config(TOWER), "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
-    save(weights, open_clip.create_model(TOWER), config, classes)
+    config = {"model_cfg": open_clip.get_model_config(tower), "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    save(weights, open_clip.create_model(tower), config, classes)
     classifier = load(str(weights), device="cpu")
     images = np.stack([image(row) for row in range(_PARITY_IMAGES)])
     export(classifier, directory, torch.from_numpy((images * 32 + 128).clip(0, 255).astype(np.uint8)))
     digest = classifier.digest
-    return ModelRecord("random weights", digest.root, digest.parts, classes, classifier.preprocessing, WIDTH)
+    return ModelRecord(
+        "random weights", digest.root, digest.parts, classes, classifier.preprocessing, classifier.head.shape[-1]
+    )
 
 
 def image(seed: int) -> Floats:

@@ -1,6 +1,6 @@
 """What a sidecar costs: embedded, with screening against without; as a proxy, against a bare one; and at its start.
 
-python -m benchmarks.sidecar_cost [--requests N] [--banks N ...] [--parts embedded,proxy,cold] [--out DIR]
+python -m benchmarks.sidecar_cost [--requests N] [--banks N ...] [--parts embedded,proxy,opinion,cold] [--out DIR]
 
 Everything runs in one go, and targets take turns request by request in a random order, so that they meet the same
 machine. The tower is open_clip's ViT-B-32 with random weights; embeddings in the banks are drawn. Client, proxy and
@@ -26,13 +26,14 @@ import numpy as np
 
 from benchmarks._hops import CLASSES, EMBEDDING, hop
 from benchmarks._record import RESULTS, heading
-from benchmarks._synthetic import SIDE, WIDTH, World, export_tower, image, unit, write_profile
+from benchmarks._synthetic import SIDE, TOWER, WIDTH, Pairs, World, export_tower, image, unit, write_profile
 from benchmarks._turns import Client, Estimate, Target, Times
 from guard.classifiers import ClassifierDigest, ClassList, ExportedClassifier, Preprocessing
 from guard.classifiers.digest import PARTS
 from guard.demo.traffic import scrape, sidecar
 from guard.profiles import ModelRecord
 from guard.protocol.inference_pb2 import ModelInferRequest
+from guard.screening import ReferenceAnswers
 
 GB = 1e9
 PAYLOADS = {"UINT8": 1, "FP32": 4}
@@ -42,6 +43,7 @@ PROXY_CONCURRENCY, PROXY_BLOCKS = 8, 4
 BANKS = (2000, 10_000)
 """`guard calibrate` makes the first of the 5,000 images that it takes by default."""
 IMAGES, STARTS = 64, 5
+PARTS_OF_RUN = ("embedded", "proxy", "opinion", "cold")
 START_SECONDS, POLL_SECONDS = 60.0, 0.005
 MAX_P50, MIN_THROUGHPUT, MAX_ADDED = 1.02, 0.97, 1.5
 MAX_START, MAX_START_PER_GB = 2.0, 1.0
@@ -54,16 +56,19 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=600, help="rounds before a proxy; embedded takes half as many")
     parser.add_argument("--seconds", type=float, default=2.0, help="of one block of the throughput")
     parser.add_argument("--banks", type=int, nargs="+", default=BANKS, help="rows of each of the three banks, by turns")
-    parser.add_argument("--parts", default="embedded,proxy,cold", help="which to run")
+    parser.add_argument("--parts", default=",".join(PARTS_OF_RUN), help="which to run")
+    parser.add_argument("--reference", default=TOWER, help="open_clip's name of the reference model for `opinion`")
+    parser.add_argument("--delay", type=float, default=0.06, help="seconds of the upstream server for `opinion`")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
-    if unknown := set(parts) - {"embedded", "proxy", "cold"}:
+    if unknown := set(parts) - set(PARTS_OF_RUN):
         parser.error(f"there is no part {min(unknown)!r}")
     command = "python -m benchmarks.sidecar_cost" + "".join(f" {item}" for item in sys.argv[1:])
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), arguments.requests, arguments.seconds, arguments.seed)
+        run.reference, run.delay = arguments.reference, arguments.delay
         lines = [
             line
             for part in parts
@@ -86,7 +91,13 @@ class Run:
         requests: Rounds in which each target gets one request.
         seconds: Of a block of the throughput.
         seed: Of everything random.
+
+    Attributes:
+        reference: open_clip's name of the reference model.
+        delay: Seconds that the upstream server takes for a reply where second opinions are measured.
     """
+
+    reference, delay = TOWER, 0.06
 
     def __init__(self, folder: Path, requests: int, seconds: float, seed: int) -> None:
         self._folder, self._requests, self._seconds, self._seed = folder, requests, seconds, seed
@@ -170,6 +181,83 @@ class Run:
                 times, rates, score = self._turns(targets, message, served["tag"])
                 lines += [f"### {size:,} bytes", "", *_proxy_table(times, rates), *_breakdown(times, score)]
         return lines
+
+    def opinion(self, rows: int) -> list[str]:
+        """What does a second opinion add where guard serves the model, and beside an upstream server?"""
+        profile, model, replies = self._compared_files(rows)
+        messages = [_message("FP32", image(row).tobytes()) for row in range(IMAGES)]
+        with ExitStack() as stack:
+            served = {
+                rule: stack.enter_context(
+                    sidecar("--profile", str(profile), "--model", str(model), "--second-opinion", rule, *_PATIENT)
+                )
+                for rule in ("off", "near", "all")
+            }
+            client = Client({name: Target(line["listen"]) for name, line in served.items()}, messages, seed=self._seed)
+            times = client.latency(self._requests // 2)
+            rates = client.throughput(EMBEDDED_BLOCKS, self._seconds, EMBEDDED_CONCURRENCY)
+            asked = {name: _asked(line) for name, line in served.items()}
+        lines = [
+            f"## Second opinion, embedded, {TOWER} with {self.reference} as the reference model, banks of {rows:,}",
+            "",
+            (
+                f"One image of 602,112 bytes per request, {len(times['off'])} rounds, order at random; throughput at "
+                f"concurrency {EMBEDDED_CONCURRENCY} in {len(rates['off'])} blocks of {self._seconds:g} s. "
+                f"{_banks(rows)}"
+            ),
+            "",
+            *_opinion_table(times, rates, "off", asked),
+        ]
+        with ExitStack() as stack:
+            upstream = stack.enter_context(hop("upstream", str(replies), delay=self.delay))
+            common = ("--profile", str(profile), "--upstream", upstream, "--embedding-output", EMBEDDING, *_PATIENT)
+            served = {
+                f"{mode}, {rule}": stack.enter_context(sidecar(*common, "--mode", mode, "--second-opinion", rule))
+                for mode in ("shadow", "tag")
+                for rule in ("off", "near", "all")
+            }
+            targets = {
+                "direct": Target(upstream),
+                **{name: Target(line["listen"], settle=name.startswith("shadow")) for name, line in served.items()},
+            }
+            client = Client(targets, messages, seed=self._seed)
+            times = client.latency(self._requests // 2)
+            rates = client.throughput(PROXY_BLOCKS, self._seconds, PROXY_CONCURRENCY)
+            asked = {name: _asked(line) for name, line in served.items()}
+        return [
+            *lines,
+            (
+                f"## Second opinion, before an upstream server that gives the embedding after {1000 * self.delay:g} "
+                f"ms, banks of {rows:,}"
+            ),
+            "",
+            (
+                f"The server uses no processor of this machine. {len(times['direct'])} rounds, order at random; "
+                f"throughput at concurrency {PROXY_CONCURRENCY} in {PROXY_BLOCKS} blocks of {self._seconds:g} s."
+            ),
+            "",
+            *_opinion_table(times, rates, "direct", asked),
+        ]
+
+    def _compared_files(self, rows: int) -> tuple[Path, Path, Path]:
+        """A profile with a reference model, the model that it is of, and embeddings for an upstream server."""
+        _, model = self._embedded_files(rows)
+        profile, other = self._folder / f"compared-{rows}", self._folder / "reference"
+        replies = self._folder / "compared.npy"
+        if self._record is None:
+            raise AssertionError("the model has been exported")
+        if not profile.exists():
+            record = export_tower(
+                self._folder / "reference-weights", other, _CLASSES, seed=self._seed + 1, tower=self.reference
+            )
+            images = np.stack([image(row) for row in range(IMAGES)])
+            embeddings, _ = ExportedClassifier(model, gpu=False).run(images)
+            pairs = Pairs(embeddings, ReferenceAnswers(*ExportedClassifier(other, gpu=False).run(images)))
+            write_profile(
+                profile, self._record, World(embeddings), rows, seed=self._seed, pairs=pairs, reference=(record, other)
+            )
+            np.save(replies, embeddings)
+        return profile, model, replies
 
     def _messages(self) -> Iterator[tuple[int, bytes]]:
         """Requests with one image, and the size of that."""
@@ -316,6 +404,37 @@ def _breakdown(times: Mapping[str, Times], search: float) -> list[str]:
     ]
 
 
+_PATIENT = ("--timeout", "30")
+"""Waiting in a queue of this benchmark must not end a check, which would make it cheap."""
+
+
+def _asked(line: Mapping[str, Any]) -> float:
+    """The share of the images that the reference model was asked about."""
+    results = {
+        result: _metric(line, f'guard_second_opinions_total{{model="classifier",result="{result}"')
+        for result in ("agrees", "differs", "not_near")
+    }
+    return (results["agrees"] + results["differs"]) / max(1.0, sum(results.values()))
+
+
+def _opinion_table(
+    times: Mapping[str, Times], rates: Mapping[str, Times], base: str, asked: Mapping[str, float]
+) -> list[str]:
+    """Latency and throughput of each target, and their ratios to one of them within rounds."""
+    rows = []
+    for name, values in times.items():
+        slower = Estimate.of(lambda r: float(np.median(values[r]) / np.median(times[base][r])), len(values))  # noqa: B023
+        fewer = float(rates[name].sum() / rates[base].sum())
+        share = f"{asked[name]:.0%}" if name in asked else "–"
+        rows.append(f"| {name} | {share} | {_quantiles(values)} | {slower} | {rates[name].mean():.1f} | {fewer:.3f} |")
+    return [
+        f"| | asked | p50 ms | p95 ms | p50 / {base} | requests/s | / {base} |",
+        "| --- " * 7 + "|",
+        *rows,
+        "",
+    ]
+
+
 def _start(arguments: tuple[str, ...]) -> float:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -347,7 +466,7 @@ def _imported(profile: Path, model: Path) -> str:
     program = (
         "import json, sys\nfrom pathlib import Path\nfrom guard.sidecar import Settings, serve\n"
         "import guard.sidecar.host.server\nfrom guard.sidecar.decisions.loading import load\n"
-        "profile, _ = load(Settings(profile=Path(sys.argv[1]), model=Path(sys.argv[2])))\nprofile.detector()\n"
+        "load(Settings(profile=Path(sys.argv[1]), model=Path(sys.argv[2])), embedded=True)\n"
         "print(json.dumps(sorted({'torch', 'open_clip', 'sklearn', 'matplotlib', 'onnxscript'} & set(sys.modules))))"
     )
     command = [sys.executable, "-c", program, str(profile), str(model)]

@@ -9,15 +9,20 @@ from guard.classifiers import Classifier, ClassList, Preprocessing
 from tests.conftest import SIZE
 
 
+class _Tower(torch.nn.Linear):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward(pixels.flatten(1))
+
+
 class _Clip(torch.nn.Module):
     def __init__(self, weight: Tensor, scale: float) -> None:
         super().__init__()
-        self.visual = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        self.visual = _Tower(weight.shape[1], weight.shape[0], bias=False)
         self.visual.weight.data = weight
         self.logit_scale = torch.nn.Parameter(torch.tensor(scale).log())
 
     def encode_image(self, pixels: Tensor) -> Any:
-        return self.visual(pixels.flatten(1))
+        return self.visual(pixels)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         return torch.eye(self.visual.out_features)[tokens[:, 0]]

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 LISTED = 50
 _POLL_SECONDS = 0.5
-_HEAD = ("id", "time", "model", "decision", "class", "trigger", "p-value", "second look", "request", "image")
+_HEAD = (
+    "id", "time", "model", "decision", "class", "reference", "decided by", "p-value", "second look", "request", "image"
+)  # fmt: skip
 
 
 @click.command()
@@ -42,7 +44,10 @@ _HEAD = ("id", "time", "model", "decision", "class", "trigger", "p-value", "seco
     metavar="NAME",
     help="Only records of images for which the model predicted this class.",
 )
-@click.option("--trigger", metavar="ID", help="Only records of images that match the trigger with this ID best.")
+@click.option(
+    "--decided-by", metavar="SCORE", help="Only records that this score decided, such as divergence or k-distance."
+)
+@click.option("--trigger", metavar="ID", help="Only records of images that match the trigger with this ID.")
 @click.option("--request", "request_id", metavar="ID", help="Only records of the request with this ID.")
 @click.option("--p-value", type=click.FloatRange(0, 1), help="Only records with a p-value of at most this.")
 @click.option(
@@ -170,10 +175,12 @@ def _table(records: "Sequence[Record]") -> str:
 
 
 def _cells(record: "Record") -> tuple[str, ...]:
+    # A log of an older guard names the trigger that matches best, and not what decided.
+    decided_by = record.decided_by or record.trigger
     return (
         str(record.id),
         record.time,
-        *(_short(text) for text in (record.model, record.decision, record.predicted, record.trigger)),
+        *(_short(text) for text in (record.model, record.decision, record.predicted, record.reference, decided_by)),
         "–" if record.p_value is None else f"{record.p_value:.2g}",
         _short(record.second_look),
         _short(record.request_id),

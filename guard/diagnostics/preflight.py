@@ -15,7 +15,14 @@ from guard.protocol import SERVICE
 from guard.protocol.inference_pb2 import ServerReadyRequest, ServerReadyResponse
 from guard.sidecar.decisions.checking import Checker
 from guard.sidecar.decisions.evidence import Recorder
-from guard.sidecar.decisions.loading import match, read_profile
+from guard.sidecar.decisions.loading import (
+    Loaded,
+    has_reference_model,
+    make_detector,
+    match,
+    read_opinions,
+    read_profile,
+)
 from guard.sidecar.decisions.state import check_unused
 from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.decisions.workers import Workers
@@ -33,6 +40,7 @@ from guard.sidecar.transport.tls import server_certificates
 if TYPE_CHECKING:
     from guard.profiles import Profile
     from guard.screening import Detector
+    from guard.sidecar.decisions.opinions import SecondOpinions
 
 UPSTREAM_SECONDS = 3.0
 _BEGUN_ANEW = "a start moves it aside and begins anew"
@@ -107,6 +115,11 @@ class _Checks:
         """Threads that one forward pass uses."""
         return self._settings.forward_threads
 
+    @property
+    def embedded(self) -> bool:
+        """Whether guard serves the models itself."""
+        return self._settings.upstream is None
+
     def loop(self) -> str:
         return "asyncio" if loop_factory(self._settings.event_loop) is None else "uvloop"
 
@@ -143,8 +156,8 @@ class _Checks:
         """The bound that follows from the settings; the models are in memory by now."""
         most = most_memory(self._settings, resident_bytes())
         return (
-            f"at most {most / 2**20:,.0f} MiB in each process, besides what the model takes for a forward pass of "
-            f"{self._settings.max_batch} images"
+            f"at most {most / 2**20:,.0f} MiB in each process, besides what the models, and the reference models for "
+            f"second opinions, take for forward passes of {self._settings.max_batch} images"
         )
 
     def listen(self) -> str:
@@ -186,6 +199,7 @@ class _ModelChecks:
         self._profile: Profile | None = None
         self._model: ExportedClassifier | None = None
         self._detector: Detector | None = None
+        self._opinions: SecondOpinions | None = None
         self._belongs = settings.model is None
 
     def all(self) -> tuple[tuple[str, Callable[[], str | None]], ...]:
@@ -194,6 +208,7 @@ class _ModelChecks:
             ("profile", self.profile),
             ("model", self.model),
             ("digest", self.digest),
+            ("reference", self.reference),
             ("calibration", self.calibration),
             ("screening", self.screening),
         )
@@ -223,10 +238,29 @@ class _ModelChecks:
         self._belongs = True
         return "the profile was made for this model"
 
+    def reference(self) -> str | None:
+        """Whether the profile has a reference model, and whether it is in use."""
+        if self._profile is None:
+            return None
+        embedded = self._sidecar.embedded
+        self._opinions = read_opinions(self._profile, self.settings, embedded=embedded, threads=self._sidecar.threads)
+        calibration = self._profile.document.calibration
+        record = None if calibration is None else calibration.second_opinion
+        if record is None or not has_reference_model(self._profile):
+            return "off: the profile has no reference model"
+        about = (
+            f"reference model {record.source} ({record.kind}), same answer to {record.agreement:.0%} of clean images"
+        )
+        if self._opinions is None:
+            return f"off, though the profile has a {about}"
+        rule = self._opinions.rule
+        who = {"all": "all requests", "near": "requests near the threshold"}.get(rule, f"a share of {rule} of requests")
+        return f"{who}; {about}"
+
     def calibration(self) -> str | None:
         if self._profile is None:
             return None
-        self._detector = self._profile.detector(self.settings.neighbours, self.settings.alpha)
+        self._detector = make_detector(self._profile, self.settings, self._opinions)
         return f"alpha {self._detector.alpha:g}"
 
     def screening(self) -> str | None:
@@ -234,9 +268,10 @@ class _ModelChecks:
         if self._profile is None or self._detector is None or not self._belongs or not self._sidecar.shared:
             return None
         metrics = self._sidecar.sidecar_metrics.of(self.settings)
+        loaded = Loaded(self._profile, self._detector, self._model, self._opinions)
         for shared in self._sidecar.shared:
             try:
-                Checker(self._profile, self._detector, self._model, self.settings, metrics, shared, None)
+                Checker(loaded, self.settings, metrics, shared, None)
             except StateError as error:
                 raise _DoubtError(f"{error}; {_BEGUN_ANEW}") from error
         return "the detector and the stream monitor can be started"

@@ -12,7 +12,7 @@ from typing import IO
 
 from guard._files import replacing
 from guard.errors import MissingDependencyError, UsageError
-from guard.evidence.records import COLUMNS, Record
+from guard.evidence.records import COLUMNS, NUMBERS, Record
 
 _CHUNK = 1000
 _FORMULA = re.compile(r"""(^|[;,\t|])([\s"]*)(?=[=+\-@＝＋－＠])""")
@@ -89,8 +89,7 @@ def _parquet(records: Iterable[Record], file: IO[bytes]) -> int:
         "id": pa.int64(),
         "time": pa.timestamp("ms", tz="UTC"),
         "image": pa.int64(),
-        "p_value": pa.float64(),
-        "alpha": pa.float64(),
+        **dict.fromkeys(NUMBERS, pa.float64()),
         "scores": pa.map_(pa.string(), pa.float64()),
         "thresholds": pa.map_(pa.string(), pa.float64()),
     }

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 _SIGNATURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 _DECISIONS = {"flag": "Flagged", "pass": "Passed", "unchecked": "Not checked"}
 _SIDE = 160
+_MEANINGS = {
+    "k-distance": ": the request is unlike clean images",
+    "divergence": ": the model and the reference model predict different classes, or one is much less sure",
+    "residual": ": the embeddings of the model and of the reference model differ as they do not for clean images",
+}
+"""What it says of a request that one of these scores decided."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +81,17 @@ def _reading(record: Record) -> list[str]:
             f"By choice of the false-alarm rate, one clean request in about {_one_in(record.alpha)} is flagged. "
             "A single flag is a reason to look, not a proof."
         )
+    if record.decided_by:
+        sentences.append(f"The score {record.decided_by} decided{_MEANINGS.get(record.decided_by, '')}.")
+    if record.reference:
+        same = "also answers" if record.reference == record.predicted else "answers"
+        apart = record.scores.get("divergence", math.nan)
+        distance = f"; the predictions of the two models are {apart:.3g} nats apart" if math.isfinite(apart) else ""
+        sentences.append(f"The reference model {same} “{record.reference}”{distance}.")
     if record.trigger:
         answer = f"; the model answered “{record.predicted}”" if record.predicted else ""
         leads = f", which leads to “{record.target}”{answer}" if record.target else answer
-        sentences.append(f"Of the reconstructed triggers it matches {record.trigger} best{leads}.")
+        sentences.append(f"Of the reconstructed triggers it matches {record.trigger}{leads}.")
     if record.second_look:
         sentences.append(f"Second look: {record.second_look}{': ' + record.explanation if record.explanation else ''}.")
     return sentences

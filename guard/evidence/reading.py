@@ -11,7 +11,7 @@ from guard.evidence.records import Record, RecordFilter
 from guard.evidence.store import table
 
 _CHUNK = 200
-_EQUAL = ("model", "decision", "predicted", "trigger", "request_id")
+_EQUAL = ("model", "decision", "predicted", "decided_by", "trigger", "request_id")
 
 
 class EvidenceLog:
@@ -28,10 +28,15 @@ class EvidenceLog:
     def __init__(self, path: Path) -> None:
         self._path, self._engine = path, store.engine(path, "ro")
         store.check(self._engine, path)
+        try:
+            with self._engine.connect() as connection:
+                self._columns = store.columns(connection)
+        except store.FAILURES as error:
+            raise store.unusable(path, error) from error
 
     def count(self, wanted: RecordFilter | None = None) -> int:
         """The number of records that meet a filter, or of all records without one."""
-        return self._number(select(func.count()).select_from(table).where(*_conditions(wanted)))
+        return self._number(select(func.count()).select_from(table).where(*self._conditions(wanted)))
 
     def records(
         self, wanted: RecordFilter | None = None, *, limit: int | None = None, offset: int = 0
@@ -46,7 +51,7 @@ class EvidenceLog:
             limit: Largest number of records; None for all.
             offset: How many of the newest records to skip.
         """
-        query = select(table).where(*_conditions(wanted)).order_by(table.c.id.desc())
+        query = select(*self._columns.values()).where(*self._conditions(wanted)).order_by(table.c.id.desc())
         left, last = limit, None
         while left is None or left > 0:
             chunk = self._fetch(
@@ -67,7 +72,9 @@ class EvidenceLog:
             identity: Id of the given record; 0 to start with the oldest.
             wanted: The filter; None for all records.
         """
-        query = select(table).where(*_conditions(wanted), table.c.id > identity).order_by(table.c.id)
+        query = (
+            select(*self._columns.values()).where(*self._conditions(wanted), table.c.id > identity).order_by(table.c.id)
+        )
         return self._fetch(query.limit(_CHUNK))
 
     @property
@@ -82,7 +89,9 @@ class EvidenceLog:
             EvidenceError: There is no record with this id.
         """
         # SQLite's integers have 64 bits.
-        if not 0 < identity < 2**63 or not (found := self._fetch(select(table).where(table.c.id == identity))):
+        if not 0 < identity < 2**63 or not (
+            found := self._fetch(select(*self._columns.values()).where(table.c.id == identity))
+        ):
             raise EvidenceError(f"the evidence log {self._path} has no record {identity}; it may have been deleted")
         return found[0]
 
@@ -100,15 +109,15 @@ class EvidenceLog:
         except store.FAILURES as error:
             raise store.unusable(self._path, error) from error
 
-
-def _conditions(wanted: RecordFilter | None) -> list[ColumnElement[bool]]:
-    if wanted is None:
-        return []
-    found = [table.c[name] == value for name in _EQUAL if (value := getattr(wanted, name)) is not None]
-    if wanted.since is not None:
-        found.append(table.c.time >= wanted.since)
-    if wanted.until is not None:
-        found.append(table.c.time < wanted.until)
-    if wanted.p_value is not None:
-        found.append(table.c.p_value <= wanted.p_value)
-    return found
+    def _conditions(self, wanted: RecordFilter | None) -> list[ColumnElement[bool]]:
+        if wanted is None:
+            return []
+        columns = self._columns
+        found = [columns[name] == value for name in _EQUAL if (value := getattr(wanted, name)) is not None]
+        if wanted.since is not None:
+            found.append(columns["time"] >= wanted.since)
+        if wanted.until is not None:
+            found.append(columns["time"] < wanted.until)
+        if wanted.p_value is not None:
+            found.append(columns["p_value"] <= wanted.p_value)
+        return found

@@ -27,10 +27,13 @@ MAX_THUMBNAIL = 64 * 2**10
 
 COLUMNS = (
     "id", "time", "request_id", "trace_id", "model", "model_digest", "image", "decision", "mode", "predicted",
-    "p_value", "alpha", "scores", "thresholds", "trigger", "target", "second_look", "explanation", "input_digest",
+    "p_value", "alpha", "scores", "thresholds", "decided_by", "reference", "trigger", "target", "second_look",
+     "explanation", "input_digest",
 )  # fmt: skip
 """The fields that exports and listings show, in this order: all but the thumbnail."""
-_TEXTS = tuple(name for name in COLUMNS if name not in {"id", "image", "p_value", "alpha", "scores", "thresholds"})
+NUMBERS = ("p_value", "alpha")
+"""Fields that are numbers, or None."""
+_TEXTS = tuple(name for name in COLUMNS if name not in {"id", "image", "scores", "thresholds", *NUMBERS})
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _AGO = re.compile(r"(\d{1,9})([smhdw])", re.ASCII)
@@ -101,9 +104,12 @@ class Record:
         predicted: Name of the class that the model predicted, or "".
         p_value: Conformal p-value of the image, in [0, 1]; None if there is none, or it is not finite.
         alpha: False-alarm rate that the threshold was set for.
-        scores: Scores by name; larger is more suspicious. The first `MAX_SCORES` are kept.
+        scores: Scores by name; larger is more suspicious. `divergence` and `residual` say how far the model and the
+            reference model are apart (`guard.screening.SecondOpinion`). The first `MAX_SCORES` are kept.
         thresholds: For some of the scores, the threshold above which an image is flagged.
-        trigger: Id of the trigger that it matches best, or "".
+        decided_by: Name of the score that decided, or "".
+        reference: Name of the class that the reference model answers, or "" without a second opinion.
+        trigger: Id of the trigger that it matches, if the match decided, or "".
         target: Name of the class that the trigger leads to, or "".
         second_look: Outcome of the second look, or "" if there was none.
         explanation: Finding of the second look, as a sentence.
@@ -128,6 +134,8 @@ class Record:
     alpha: float | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    decided_by: str = ""
+    reference: str = ""
     trigger: str = ""
     target: str = ""
     second_look: str = ""
@@ -141,7 +149,7 @@ class Record:
             limit = MAX_SENTENCE if name == "explanation" else MAX_TEXT
             object.__setattr__(self, name, clean(getattr(self, name), limit))
         object.__setattr__(self, "time", _normalised(self.time))
-        for name in ("p_value", "alpha"):
+        for name in NUMBERS:
             value = getattr(self, name)
             object.__setattr__(self, name, float(value) if value is not None and math.isfinite(value) else None)
         for name in ("scores", "thresholds"):
@@ -170,7 +178,8 @@ class RecordFilter:
         model: Name of the model.
         decision: The decision.
         predicted: Name of the class that the model predicted.
-        trigger: Id of the trigger.
+        decided_by: Name of the score that decided.
+        trigger: Id of the trigger that the image matches.
         request_id: Id of the request.
         p_value: Largest p-value; records without one are left out.
 
@@ -183,6 +192,7 @@ class RecordFilter:
     model: str | None = None
     decision: str | None = None
     predicted: str | None = None
+    decided_by: str | None = None
     trigger: str | None = None
     request_id: str | None = None
     p_value: float | None = None
@@ -191,7 +201,7 @@ class RecordFilter:
         for name in ("since", "until"):
             if (text := getattr(self, name)) is not None:
                 object.__setattr__(self, name, _moment(text))
-        for name in ("model", "decision", "predicted", "trigger", "request_id"):
+        for name in ("model", "decision", "predicted", "decided_by", "trigger", "request_id"):
             # Records contain cleaned texts, so that is what they are compared with.
             if (text := getattr(self, name)) is not None:
                 object.__setattr__(self, name, clean(text))

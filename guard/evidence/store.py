@@ -17,6 +17,7 @@ from urllib.parse import quote
 from pydantic import TypeAdapter
 from sqlalchemy import (
     Column,
+    ColumnElement,
     Connection,
     Engine,
     Float,
@@ -32,15 +33,19 @@ from sqlalchemy import (
     delete,
     func,
     insert,
+    literal,
     select,
 )
 from sqlalchemy.exc import DatabaseError
+from sqlalchemy.schema import CreateColumn
 
 from guard._files import move_aside, sync
 from guard.errors import DamagedLogError, EvidenceError
 from guard.evidence.records import Record, rfc3339
 
-SCHEMA = 1
+SCHEMA = 2
+OLDEST_SCHEMA = 1
+"""The oldest schema that is still read: that of release 0.1.0. It lacks the columns in `_ADDED`."""
 COMPANIONS = ("-wal", "-shm")
 """Suffixes of the files that SQLite keeps beside a database: its write-ahead log and an index of that."""
 APPLICATION = int.from_bytes(b"grdE")
@@ -79,9 +84,11 @@ table = Table(
     *(Column(name, Text, nullable=False) for name in ("decision", "mode", "predicted")),
     Column("p_value", Float),
     Column("alpha", Float),
+    *(Column(name, Text, nullable=False) for name in ("scores", "thresholds")),
+    *(Column(name, Text, nullable=False, server_default="") for name in ("decided_by", "reference")),
     *(
         Column(name, Text, nullable=False)
-        for name in ("scores", "thresholds", "trigger", "target", "second_look", "explanation", "input_digest")
+        for name in ("trigger", "target", "second_look", "explanation", "input_digest")
     ),
     # Last, so that a search reads no pictures.
     Column("thumbnail", LargeBinary),
@@ -89,6 +96,8 @@ table = Table(
     sqlite_autoincrement=True,
 )
 
+_ADDED = ("decided_by", "reference")
+"""Columns that schema 2 added."""
 
 Identity = tuple[int, int]
 """Device and inode of a file: it keeps them when it is renamed, and no other file has them."""
@@ -149,9 +158,17 @@ def check(engine: Engine, path: Path) -> None:
     _check_head(path)
     try:
         with engine.connect() as connection:
-            connection.execute(select(table).order_by(table.c.id.desc()).limit(1)).all()
+            connection.execute(select(*columns(connection).values()).order_by(table.c.id.desc()).limit(1)).all()
     except FAILURES as error:
         raise unusable(path, error) from error
+
+
+def columns(connection: Connection) -> dict[str, ColumnElement[Any]]:
+    """The columns of a log by name; an empty value stands for one that a log of an older guard lacks."""
+    old = _pragma(connection, "user_version") < SCHEMA
+    return {
+        column.name: literal("").label(column.name) if old and column.name in _ADDED else column for column in table.c
+    }
 
 
 def _check_head(path: Path) -> None:
@@ -164,7 +181,7 @@ def _check_head(path: Path) -> None:
     if head[:16] != _MAGIC or int.from_bytes(head[68:72]) != APPLICATION:
         raise DamagedLogError(f"{path} is damaged, or is not an evidence log")
     schema = int.from_bytes(head[60:64])
-    if schema != SCHEMA:
+    if not OLDEST_SCHEMA <= schema <= SCHEMA:
         raise DamagedLogError(
             f"the evidence log {path} has schema {schema}, this guard knows {SCHEMA}; "
             f"read it with {'a newer' if schema > SCHEMA else 'the older'} guard"
@@ -199,7 +216,7 @@ _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, 
 
 
 def prepare(path: Path) -> Engine:
-    """Open an evidence log for writing, and create it if there is none.
+    """Open an evidence log for writing, create it if there is none, and bring one of an older guard up to date.
 
     A new log is created beside its place and then linked into it, so that processes that start together find either no
     log or a complete one. Its mode is 0600.
@@ -217,7 +234,27 @@ def prepare(path: Path) -> Engine:
         raise EvidenceError(f"cannot create the evidence log {path}: {error.orig}") from error
     opened = engine(path, "rw")
     check(opened, path)
+    try:
+        _update(opened)
+    except FAILURES as error:
+        raise unusable(path, error) from error
     return opened
+
+
+def _update(opened: Engine) -> None:
+    """Give a log of schema 1 the columns that it lacks, all or none of them; another process may do the same."""
+    with opened.connect() as connection:
+        if _pragma(connection, "user_version") >= SCHEMA:
+            return
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        if _pragma(connection, "user_version") < SCHEMA:
+            for name in _ADDED:
+                kind = CreateColumn(table.c[name]).compile(dialect=connection.dialect)
+                connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {kind}")
+            connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA}")
+        connection.commit()
+        # So that the head of the file, which is read before SQLite looks at it, says so too.
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
 
 
 def renew(path: Path, on_damage: Callable[[Path, EvidenceError], object], spoiled: Identity | None = None) -> Engine:

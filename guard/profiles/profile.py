@@ -287,11 +287,14 @@ class Profile:
 
         return load_triggers(self.document, self.triggers)
 
-    def load_reference_model(self, *, threads: int = 0) -> "ExportedClassifier":
+    def load_reference_model(
+        self, *, threads: int = 0, loaded: "ExportedClassifier | None" = None
+    ) -> "ExportedClassifier":
         """The reference model, ready to run.
 
         Args:
             threads: Threads that one forward pass uses, see `guard.classifiers.ExportedClassifier`.
+            loaded: A model that is loaded already: it is returned if it is the one in the profile, by its manifest.
 
         Raises:
             ProfileError: The profile has no reference model, or another one lies in its place.
@@ -299,7 +302,7 @@ class Profile:
         """
         if self.reference_model is None:
             raise ProfileError("the profile has no reference model; run guard calibrate with --images on it")
-        return storage.load_reference_model(self.document, self.reference_model, threads=threads)
+        return storage.load_reference_model(self.document, self.reference_model, threads=threads, loaded=loaded)
 
     def check_model(self, digest: ClassifierDigest) -> None:
         """Make sure that the profile belongs to this classifier.

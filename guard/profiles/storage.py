@@ -119,13 +119,16 @@ def check_reference_model(document: Document, directory: Path) -> None:
         raise ProfileError(f"{directory} is the export of another model than the reference model of the profile")
 
 
-def load_reference_model(document: Document, directory: Path, *, threads: int = 0) -> ExportedClassifier:
+def load_reference_model(
+    document: Document, directory: Path, *, threads: int = 0, loaded: ExportedClassifier | None = None
+) -> ExportedClassifier:
     """Load the reference model of a profile, after a check that its files are those that the profile names.
 
     Args:
         document: The contents of `profile.json`.
         directory: Folder of the exported reference model.
         threads: Threads that one forward pass uses, see `ExportedClassifier`.
+        loaded: A model that is loaded already, which is taken if the manifest of the reference model is its own.
 
     Raises:
         ProfileError: The reference model is another one than that of the profile, or does not fit it.
@@ -135,7 +138,10 @@ def load_reference_model(document: Document, directory: Path, *, threads: int = 
     digest = document.files.get(f"{REFERENCE_MODEL}/{MANIFEST_FILE}")
     if digest is not None and _file_digest(directory / MANIFEST_FILE) != digest:
         raise ProfileError(f"{directory / MANIFEST_FILE} is damaged: its SHA-256 is not the one in {DOCUMENT_FILE}")
-    model = ExportedClassifier(directory, threads=threads)
+    if loaded is not None and loaded.manifest == read_manifest(directory / MANIFEST_FILE):
+        model = loaded
+    else:
+        model = ExportedClassifier(directory, threads=threads)
     record = document.calibration.second_opinion if document.calibration else None
     if model.classes.names != document.model.classes.names or (
         record is not None and model.manifest.embedding != record.embedding

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cguard/protocol/sidecar.proto\x12\x08guard.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x12\n\x10GetStatusRequest\"\xcf\x01\n\x06Status\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x07process\x18\x02 \x01(\rH\x00\x88\x01\x01\x12.\n\nstarted_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x10\n\x08upstream\x18\x06 \x01(\t\x12\x17\n\x0f\x61\x63tive_requests\x18\x07 \x01(\r\x12\x18\n\x10\x65vidence_trouble\x18\x08 \x01(\tB\n\n\x08_process\"\x13\n\x11ListModelsRequest\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.guard.v1.Model\"\xa2\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05label\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\"\n\x07verdict\x18\x05 \x01(\x0b\x32\x11.guard.v1.Verdict\x12\x1c\n\x04mode\x18\x06 \x01(\x0e\x32\x0e.guard.v1.Mode\x12/\n\x0e\x66\x61ilure_policy\x18\x07 \x01(\x0e\x32\x17.guard.v1.FailurePolicy\x12\r\n\x05\x61lpha\x18\x08 \x01(\x01\x12\x11\n\tthreshold\x18\t \x01(\x01\x12\x16\n\x0ereference_size\x18\n \x01(\r\x12*\n\x0b\x63\x61libration\x18\x0b \x01(\x0b\x32\x15.guard.v1.Calibration\x12#\n\x08triggers\x18\x0c \x03(\x0b\x32\x11.guard.v1.Trigger\x12\x1f\n\x06\x61larms\x18\r \x03(\x0b\x32\x0f.guard.v1.Alarm\x12-\n\tloaded_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05stale\x18\x0f \x01(\x08\"\xdc\x01\n\x07Verdict\x12*\n\x07outcome\x18\x01 \x01(\x0e\x32\x19.guard.v1.Verdict.Outcome\x12\x14\n\x0ctarget_class\x18\x02 \x01(\t\x12\x14\n\x07p_value\x18\x03 \x01(\x01H\x00\x88\x01\x01\"m\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x16\n\x12OUTCOME_BACKDOORED\x10\x01\x12\x17\n\x13OUTCOME_NO_EVIDENCE\x10\x02\x12\x18\n\x14OUTCOME_INCONCLUSIVE\x10\x03\x42\n\n\x08_p_value\"U\n\x0b\x43\x61libration\x12\x0e\n\x06images\x18\x01 \x01(\r\x12\x17\n\x0fheld_out_images\x18\x02 \x01(\r\x12\x1d\n\x15held_out_false_alarms\x18\x03 \x01(\r\";\n\x07Trigger\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x14\n\x0ctarget_class\x18\x03 \x01(\t\"z\n\x05\x41larm\x12\"\n\x04kind\x18\x01 \x01(\x0e\x32\x14.guard.v1.Alarm.Kind\x12\x0e\n\x06stream\x18\x02 \x01(\t\"=\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKIND_ATTACK\x10\x01\x12\x0e\n\nKIND_DRIFT\x10\x02\"^\n\x15\x46ollowEvidenceRequest\x12\x0e\n\x06models\x18\x01 \x03(\t\x12\x19\n\x11include_withdrawn\x18\x02 \x01(\x08\x12\x1a\n\x12include_thumbnails\x18\x03 \x01(\x08\"\xd2\x05\n\x08\x45vidence\x12\x0c\n\x04lost\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x10\n\x08trace_id\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x06 \x01(\t\x12\r\n\x05image\x18\x07 \x01(\r\x12-\n\x08\x64\x65\x63ision\x18\x08 \x01(\x0e\x32\x1b.guard.v1.Evidence.Decision\x12\x1c\n\x04mode\x18\t \x01(\x0e\x32\x0e.guard.v1.Mode\x12\x17\n\x0fpredicted_class\x18\n \x01(\t\x12\x14\n\x07p_value\x18\x0b \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x61lpha\x18\x0c \x01(\x01H\x01\x88\x01\x01\x12.\n\x06scores\x18\r \x03(\x0b\x32\x1e.guard.v1.Evidence.ScoresEntry\x12\x36\n\nthresholds\x18\x0e \x03(\x0b\x32\".guard.v1.Evidence.ThresholdsEntry\x12\x0f\n\x07trigger\x18\x0f \x01(\t\x12\x14\n\x0ctarget_class\x18\x10 \x01(\t\x12\x13\n\x0bsecond_look\x18\x11 \x01(\t\x12\x13\n\x0b\x65xplanation\x18\x12 \x01(\t\x12\x14\n\x0cinput_digest\x18\x13 \x01(\t\x12\x11\n\tthumbnail\x18\x14 \x01(\x0c\x1a-\n\x0bScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x31\n\x0fThresholdsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"J\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x11\n\rDECISION_PASS\x10\x01\x12\x11\n\rDECISION_FLAG\x10\x02\x42\n\n\x08_p_valueB\x08\n\x06_alpha*K\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bMODE_SHADOW\x10\x01\x12\x0c\n\x08MODE_TAG\x10\x02\x12\x0e\n\nMODE_BLOCK\x10\x03*c\n\rFailurePolicy\x12\x1e\n\x1a\x46\x41ILURE_POLICY_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46\x41ILURE_POLICY_OPEN\x10\x01\x12\x19\n\x15\x46\x41ILURE_POLICY_CLOSED\x10\x02\x32\xdc\x01\n\x07Sidecar\x12;\n\tGetStatus\x12\x1a.guard.v1.GetStatusRequest\x1a\x10.guard.v1.Status\"\x00\x12I\n\nListModels\x12\x1b.guard.v1.ListModelsRequest\x1a\x1c.guard.v1.ListModelsResponse\"\x00\x12I\n\x0e\x46ollowEvidence\x12\x1f.guard.v1.FollowEvidenceRequest\x1a\x12.guard.v1.Evidence\"\x00\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cguard/protocol/sidecar.proto\x12\x08guard.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x12\n\x10GetStatusRequest\"\xcf\x01\n\x06Status\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x07process\x18\x02 \x01(\rH\x00\x88\x01\x01\x12.\n\nstarted_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x10\n\x08upstream\x18\x06 \x01(\t\x12\x17\n\x0f\x61\x63tive_requests\x18\x07 \x01(\r\x12\x18\n\x10\x65vidence_trouble\x18\x08 \x01(\tB\n\n\x08_process\"\x13\n\x11ListModelsRequest\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.guard.v1.Model\"\xd3\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05label\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\"\n\x07verdict\x18\x05 \x01(\x0b\x32\x11.guard.v1.Verdict\x12\x1c\n\x04mode\x18\x06 \x01(\x0e\x32\x0e.guard.v1.Mode\x12/\n\x0e\x66\x61ilure_policy\x18\x07 \x01(\x0e\x32\x17.guard.v1.FailurePolicy\x12\r\n\x05\x61lpha\x18\x08 \x01(\x01\x12\x11\n\tthreshold\x18\t \x01(\x01\x12\x16\n\x0ereference_size\x18\n \x01(\r\x12*\n\x0b\x63\x61libration\x18\x0b \x01(\x0b\x32\x15.guard.v1.Calibration\x12#\n\x08triggers\x18\x0c \x03(\x0b\x32\x11.guard.v1.Trigger\x12\x1f\n\x06\x61larms\x18\r \x03(\x0b\x32\x0f.guard.v1.Alarm\x12-\n\tloaded_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05stale\x18\x0f \x01(\x08\x12/\n\x0esecond_opinion\x18\x10 \x01(\x0b\x32\x17.guard.v1.SecondOpinion\"R\n\rSecondOpinion\x12\x10\n\x08requests\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x11\n\tagreement\x18\x04 \x01(\x01\"\xdc\x01\n\x07Verdict\x12*\n\x07outcome\x18\x01 \x01(\x0e\x32\x19.guard.v1.Verdict.Outcome\x12\x14\n\x0ctarget_class\x18\x02 \x01(\t\x12\x14\n\x07p_value\x18\x03 \x01(\x01H\x00\x88\x01\x01\"m\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x16\n\x12OUTCOME_BACKDOORED\x10\x01\x12\x17\n\x13OUTCOME_NO_EVIDENCE\x10\x02\x12\x18\n\x14OUTCOME_INCONCLUSIVE\x10\x03\x42\n\n\x08_p_value\"U\n\x0b\x43\x61libration\x12\x0e\n\x06images\x18\x01 \x01(\r\x12\x17\n\x0fheld_out_images\x18\x02 \x01(\r\x12\x1d\n\x15held_out_false_alarms\x18\x03 \x01(\r\";\n\x07Trigger\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x14\n\x0ctarget_class\x18\x03 \x01(\t\"z\n\x05\x41larm\x12\"\n\x04kind\x18\x01 \x01(\x0e\x32\x14.guard.v1.Alarm.Kind\x12\x0e\n\x06stream\x18\x02 \x01(\t\"=\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKIND_ATTACK\x10\x01\x12\x0e\n\nKIND_DRIFT\x10\x02\"^\n\x15\x46ollowEvidenceRequest\x12\x0e\n\x06models\x18\x01 \x03(\t\x12\x19\n\x11include_withdrawn\x18\x02 \x01(\x08\x12\x1a\n\x12include_thumbnails\x18\x03 \x01(\x08\"\xff\x05\n\x08\x45vidence\x12\x0c\n\x04lost\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x10\n\x08trace_id\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x06 \x01(\t\x12\r\n\x05image\x18\x07 \x01(\r\x12-\n\x08\x64\x65\x63ision\x18\x08 \x01(\x0e\x32\x1b.guard.v1.Evidence.Decision\x12\x1c\n\x04mode\x18\t \x01(\x0e\x32\x0e.guard.v1.Mode\x12\x17\n\x0fpredicted_class\x18\n \x01(\t\x12\x14\n\x07p_value\x18\x0b \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x61lpha\x18\x0c \x01(\x01H\x01\x88\x01\x01\x12.\n\x06scores\x18\r \x03(\x0b\x32\x1e.guard.v1.Evidence.ScoresEntry\x12\x36\n\nthresholds\x18\x0e \x03(\x0b\x32\".guard.v1.Evidence.ThresholdsEntry\x12\x0f\n\x07trigger\x18\x0f \x01(\t\x12\x14\n\x0ctarget_class\x18\x10 \x01(\t\x12\x13\n\x0bsecond_look\x18\x11 \x01(\t\x12\x13\n\x0b\x65xplanation\x18\x12 \x01(\t\x12\x14\n\x0cinput_digest\x18\x13 \x01(\t\x12\x11\n\tthumbnail\x18\x14 \x01(\x0c\x12\x12\n\ndecided_by\x18\x15 \x01(\t\x12\x17\n\x0freference_class\x18\x16 \x01(\t\x1a-\n\x0bScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x31\n\x0fThresholdsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"J\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x11\n\rDECISION_PASS\x10\x01\x12\x11\n\rDECISION_FLAG\x10\x02\x42\n\n\x08_p_valueB\x08\n\x06_alpha*K\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bMODE_SHADOW\x10\x01\x12\x0c\n\x08MODE_TAG\x10\x02\x12\x0e\n\nMODE_BLOCK\x10\x03*c\n\rFailurePolicy\x12\x1e\n\x1a\x46\x41ILURE_POLICY_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46\x41ILURE_POLICY_OPEN\x10\x01\x12\x19\n\x15\x46\x41ILURE_POLICY_CLOSED\x10\x02\x32\xdc\x01\n\x07Sidecar\x12;\n\tGetStatus\x12\x1a.guard.v1.GetStatusRequest\x1a\x10.guard.v1.Status\"\x00\x12I\n\nListModels\x12\x1b.guard.v1.ListModelsRequest\x1a\x1c.guard.v1.ListModelsResponse\"\x00\x12I\n\x0e\x46ollowEvidence\x12\x1f.guard.v1.FollowEvidenceRequest\x1a\x12.guard.v1.Evidence\"\x00\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,10 +36,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVIDENCE_SCORESENTRY']._serialized_options = b'8\001'
   _globals['_EVIDENCE_THRESHOLDSENTRY']._loaded_options = None
   _globals['_EVIDENCE_THRESHOLDSENTRY']._serialized_options = b'8\001'
-  _globals['_MODE']._serialized_start=2118
-  _globals['_MODE']._serialized_end=2193
-  _globals['_FAILUREPOLICY']._serialized_start=2195
-  _globals['_FAILUREPOLICY']._serialized_end=2294
+  _globals['_MODE']._serialized_start=2296
+  _globals['_MODE']._serialized_end=2371
+  _globals['_FAILUREPOLICY']._serialized_start=2373
+  _globals['_FAILUREPOLICY']._serialized_end=2472
   _globals['_GETSTATUSREQUEST']._serialized_start=75
   _globals['_GETSTATUSREQUEST']._serialized_end=93
   _globals['_STATUS']._serialized_start=96
@@ -49,29 +49,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTMODELSRESPONSE']._serialized_start=326
   _globals['_LISTMODELSRESPONSE']._serialized_end=379
   _globals['_MODEL']._serialized_start=382
-  _globals['_MODEL']._serialized_end=800
-  _globals['_VERDICT']._serialized_start=803
-  _globals['_VERDICT']._serialized_end=1023
-  _globals['_VERDICT_OUTCOME']._serialized_start=902
-  _globals['_VERDICT_OUTCOME']._serialized_end=1011
-  _globals['_CALIBRATION']._serialized_start=1025
-  _globals['_CALIBRATION']._serialized_end=1110
-  _globals['_TRIGGER']._serialized_start=1112
-  _globals['_TRIGGER']._serialized_end=1171
-  _globals['_ALARM']._serialized_start=1173
-  _globals['_ALARM']._serialized_end=1295
-  _globals['_ALARM_KIND']._serialized_start=1234
-  _globals['_ALARM_KIND']._serialized_end=1295
-  _globals['_FOLLOWEVIDENCEREQUEST']._serialized_start=1297
-  _globals['_FOLLOWEVIDENCEREQUEST']._serialized_end=1391
-  _globals['_EVIDENCE']._serialized_start=1394
-  _globals['_EVIDENCE']._serialized_end=2116
-  _globals['_EVIDENCE_SCORESENTRY']._serialized_start=1922
-  _globals['_EVIDENCE_SCORESENTRY']._serialized_end=1967
-  _globals['_EVIDENCE_THRESHOLDSENTRY']._serialized_start=1969
-  _globals['_EVIDENCE_THRESHOLDSENTRY']._serialized_end=2018
-  _globals['_EVIDENCE_DECISION']._serialized_start=2020
-  _globals['_EVIDENCE_DECISION']._serialized_end=2094
-  _globals['_SIDECAR']._serialized_start=2297
-  _globals['_SIDECAR']._serialized_end=2517
+  _globals['_MODEL']._serialized_end=849
+  _globals['_SECONDOPINION']._serialized_start=851
+  _globals['_SECONDOPINION']._serialized_end=933
+  _globals['_VERDICT']._serialized_start=936
+  _globals['_VERDICT']._serialized_end=1156
+  _globals['_VERDICT_OUTCOME']._serialized_start=1035
+  _globals['_VERDICT_OUTCOME']._serialized_end=1144
+  _globals['_CALIBRATION']._serialized_start=1158
+  _globals['_CALIBRATION']._serialized_end=1243
+  _globals['_TRIGGER']._serialized_start=1245
+  _globals['_TRIGGER']._serialized_end=1304
+  _globals['_ALARM']._serialized_start=1306
+  _globals['_ALARM']._serialized_end=1428
+  _globals['_ALARM_KIND']._serialized_start=1367
+  _globals['_ALARM_KIND']._serialized_end=1428
+  _globals['_FOLLOWEVIDENCEREQUEST']._serialized_start=1430
+  _globals['_FOLLOWEVIDENCEREQUEST']._serialized_end=1524
+  _globals['_EVIDENCE']._serialized_start=1527
+  _globals['_EVIDENCE']._serialized_end=2294
+  _globals['_EVIDENCE_SCORESENTRY']._serialized_start=2100
+  _globals['_EVIDENCE_SCORESENTRY']._serialized_end=2145
+  _globals['_EVIDENCE_THRESHOLDSENTRY']._serialized_start=2147
+  _globals['_EVIDENCE_THRESHOLDSENTRY']._serialized_end=2196
+  _globals['_EVIDENCE_DECISION']._serialized_start=2198
+  _globals['_EVIDENCE_DECISION']._serialized_end=2272
+  _globals['_SIDECAR']._serialized_start=2475
+  _globals['_SIDECAR']._serialized_end=2695
 # @@protoc_insertion_point(module_scope)

@@ -65,7 +65,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "label", "digest", "verdict", "mode", "failure_policy", "alpha", "threshold", "reference_size", "calibration", "triggers", "alarms", "loaded_at", "stale")
+    __slots__ = ("name", "version", "label", "digest", "verdict", "mode", "failure_policy", "alpha", "threshold", "reference_size", "calibration", "triggers", "alarms", "loaded_at", "stale", "second_opinion")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +81,7 @@ class Model(_message.Message):
     ALARMS_FIELD_NUMBER: _ClassVar[int]
     LOADED_AT_FIELD_NUMBER: _ClassVar[int]
     STALE_FIELD_NUMBER: _ClassVar[int]
+    SECOND_OPINION_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     label: str
@@ -96,7 +97,20 @@ class Model(_message.Message):
     alarms: _containers.RepeatedCompositeFieldContainer[Alarm]
     loaded_at: _timestamp_pb2.Timestamp
     stale: bool
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., label: _Optional[str] = ..., digest: _Optional[str] = ..., verdict: _Optional[_Union[Verdict, _Mapping]] = ..., mode: _Optional[_Union[Mode, str]] = ..., failure_policy: _Optional[_Union[FailurePolicy, str]] = ..., alpha: _Optional[float] = ..., threshold: _Optional[float] = ..., reference_size: _Optional[int] = ..., calibration: _Optional[_Union[Calibration, _Mapping]] = ..., triggers: _Optional[_Iterable[_Union[Trigger, _Mapping]]] = ..., alarms: _Optional[_Iterable[_Union[Alarm, _Mapping]]] = ..., loaded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., stale: bool = ...) -> None: ...
+    second_opinion: SecondOpinion
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., label: _Optional[str] = ..., digest: _Optional[str] = ..., verdict: _Optional[_Union[Verdict, _Mapping]] = ..., mode: _Optional[_Union[Mode, str]] = ..., failure_policy: _Optional[_Union[FailurePolicy, str]] = ..., alpha: _Optional[float] = ..., threshold: _Optional[float] = ..., reference_size: _Optional[int] = ..., calibration: _Optional[_Union[Calibration, _Mapping]] = ..., triggers: _Optional[_Iterable[_Union[Trigger, _Mapping]]] = ..., alarms: _Optional[_Iterable[_Union[Alarm, _Mapping]]] = ..., loaded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., stale: bool = ..., second_opinion: _Optional[_Union[SecondOpinion, _Mapping]] = ...) -> None: ...
+
+class SecondOpinion(_message.Message):
+    __slots__ = ("requests", "kind", "digest", "agreement")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    AGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    requests: str
+    kind: str
+    digest: str
+    agreement: float
+    def __init__(self, requests: _Optional[str] = ..., kind: _Optional[str] = ..., digest: _Optional[str] = ..., agreement: _Optional[float] = ...) -> None: ...
 
 class Verdict(_message.Message):
     __slots__ = ("outcome", "target_class", "p_value")
@@ -165,7 +179,7 @@ class FollowEvidenceRequest(_message.Message):
     def __init__(self, models: _Optional[_Iterable[str]] = ..., include_withdrawn: bool = ..., include_thumbnails: bool = ...) -> None: ...
 
 class Evidence(_message.Message):
-    __slots__ = ("lost", "time", "request_id", "trace_id", "model", "model_digest", "image", "decision", "mode", "predicted_class", "p_value", "alpha", "scores", "thresholds", "trigger", "target_class", "second_look", "explanation", "input_digest", "thumbnail")
+    __slots__ = ("lost", "time", "request_id", "trace_id", "model", "model_digest", "image", "decision", "mode", "predicted_class", "p_value", "alpha", "scores", "thresholds", "trigger", "target_class", "second_look", "explanation", "input_digest", "thumbnail", "decided_by", "reference_class")
     class Decision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         DECISION_UNSPECIFIED: _ClassVar[Evidence.Decision]
@@ -208,6 +222,8 @@ class Evidence(_message.Message):
     EXPLANATION_FIELD_NUMBER: _ClassVar[int]
     INPUT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     THUMBNAIL_FIELD_NUMBER: _ClassVar[int]
+    DECIDED_BY_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_CLASS_FIELD_NUMBER: _ClassVar[int]
     lost: int
     time: _timestamp_pb2.Timestamp
     request_id: str
@@ -228,4 +244,6 @@ class Evidence(_message.Message):
     explanation: str
     input_digest: str
     thumbnail: bytes
-    def __init__(self, lost: _Optional[int] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., request_id: _Optional[str] = ..., trace_id: _Optional[str] = ..., model: _Optional[str] = ..., model_digest: _Optional[str] = ..., image: _Optional[int] = ..., decision: _Optional[_Union[Evidence.Decision, str]] = ..., mode: _Optional[_Union[Mode, str]] = ..., predicted_class: _Optional[str] = ..., p_value: _Optional[float] = ..., alpha: _Optional[float] = ..., scores: _Optional[_Mapping[str, float]] = ..., thresholds: _Optional[_Mapping[str, float]] = ..., trigger: _Optional[str] = ..., target_class: _Optional[str] = ..., second_look: _Optional[str] = ..., explanation: _Optional[str] = ..., input_digest: _Optional[str] = ..., thumbnail: _Optional[bytes] = ...) -> None: ...
+    decided_by: str
+    reference_class: str
+    def __init__(self, lost: _Optional[int] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., request_id: _Optional[str] = ..., trace_id: _Optional[str] = ..., model: _Optional[str] = ..., model_digest: _Optional[str] = ..., image: _Optional[int] = ..., decision: _Optional[_Union[Evidence.Decision, str]] = ..., mode: _Optional[_Union[Mode, str]] = ..., predicted_class: _Optional[str] = ..., p_value: _Optional[float] = ..., alpha: _Optional[float] = ..., scores: _Optional[_Mapping[str, float]] = ..., thresholds: _Optional[_Mapping[str, float]] = ..., trigger: _Optional[str] = ..., target_class: _Optional[str] = ..., second_look: _Optional[str] = ..., explanation: _Optional[str] = ..., input_digest: _Optional[str] = ..., thumbnail: _Optional[bytes] = ..., decided_by: _Optional[str] = ..., reference_class: _Optional[str] = ...) -> None: ...

@@ -4,13 +4,14 @@ from guard.screening.conformal import Conformal, Threshold, check_alpha, smalles
 from guard.screening.detector import Detector, Judgement
 from guard.screening.monitor import Alarm, Monitor, WatchedScore
 from guard.screening.neighbours import Nearest, Neighbours, SearchMethod
-from guard.screening.screen import DENSITY, MAX_K, Banks, Scores, Screen, Tail, default_k, match
+from guard.screening.screen import DENSITY, MATCH, MAX_K, Banks, Scores, Screen, Tail, default_k, match, matched
 from guard.screening.second_opinion import DIVERGENCE, OPINIONS, RESIDUAL, ReferenceAnswers, SecondOpinion
 from guard.screening.whitening import Whitening
 
 __all__ = [
     "DENSITY",
     "DIVERGENCE",
+    "MATCH",
     "MAX_K",
     "OPINIONS",
     "RESIDUAL",
@@ -34,6 +35,7 @@ __all__ = [
     "check_alpha",
     "default_k",
     "match",
+    "matched",
     "smallest_alpha",
     "threshold",
 ]

@@ -176,6 +176,11 @@ def match(trigger: str) -> str:
     return f"{MATCH} {trigger}"
 
 
+def matched(name: str) -> str:
+    """Id of the trigger that the score of this name compares requests with; "" if it is another score."""
+    return name.removeprefix(f"{MATCH} ") if name.startswith(f"{MATCH} ") else ""
+
+
 def ratio(reference: NDArray[np.float32], stamped: NDArray[np.float32]) -> NDArray[np.float32]:
     """How much nearer the stamped bank is than the reference bank, as a logarithm; shape [N]."""
     found: NDArray[np.float32] = np.log((reference + _FLOOR) / (stamped + _FLOOR)).astype(np.float32)
@@ -227,6 +232,12 @@ class Scores:
     def asked(self) -> NDArray[np.bool_]:
         """Which requests got a second opinion, shape [N]."""
         return self.answers >= 0 if len(self.answers) else np.zeros(len(self.values), bool)
+
+    @property
+    def decided_by(self) -> tuple[str, ...]:
+        """Name of the score that decides about each request."""
+        names = tuple(self.parts)
+        return tuple(names[number] for number in self.deciding)
 
     def of(self, rows: NDArray[np.bool_]) -> "Scores":
         """The scores of the requests that the mask `rows`, shape [N], selects; only those that a profile keeps."""

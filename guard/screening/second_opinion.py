@@ -22,6 +22,7 @@ DIVERGENCE = "divergence"
 RESIDUAL = "residual"
 """Name of the score that compares the embeddings."""
 OPINIONS = (DIVERGENCE, RESIDUAL)
+"""Names of the scores of a second opinion."""
 _TEMPERATURE = 2.0
 """Both distributions are softened by it: a model trained with a large logit scale is sure of nearly everything."""
 _RIDGES = tuple(10.0**power for power in range(-6, 2))
@@ -42,6 +43,12 @@ class ReferenceAnswers:
 
     def __len__(self) -> int:
         return len(self.embeddings)
+
+    @property
+    def finite(self) -> NDArray[np.bool_]:
+        """Which answers consist of finite numbers, shape [N]."""
+        finite: NDArray[np.bool_] = np.isfinite(np.hstack([self.embeddings, self.logits]))
+        return np.asarray(finite.all(axis=1), bool)
 
     def __getitem__(self, rows: NDArray[np.int64] | NDArray[np.bool_] | slice) -> "ReferenceAnswers":
         """The answers to some of the images."""

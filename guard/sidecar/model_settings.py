@@ -1,10 +1,11 @@
 """Settings that can differ between the models of one sidecar."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import quote
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic.config import JsonDict
 from pydantic_settings import NoDecode
 
@@ -21,6 +22,9 @@ RENAMED: Final = {
     "version": "model_version",
 }
 """Settings that had another name before version 0.2. The old name is refused with the new one."""
+
+OPINION_CHOICES: Final = ("all", "near", "off")
+"""What `second_opinion` can be, besides a share."""
 
 
 def metavar(text: str) -> JsonDict:
@@ -143,6 +147,16 @@ class ModelSettings(BaseModel):
         description="How the banks of reference embeddings are searched. The approximate search saves time in banks "
         "of 50,000 embeddings and more, and changes a few decisions.",
     )
+    second_opinion: str | None = Field(
+        default=None,
+        description="Which requests a reference model answers too, so that they are compared with its answers: all; "
+        "near, for the images that other scores put near the threshold; a share in (0, 1] of all requests, drawn at "
+        "random; or off. The profile must have a reference model, which guard calibrate gives it. By default, it is "
+        "near where guard serves the model itself, all beside an --upstream server, and off if the profile has no "
+        "reference model.",
+        examples=["near"],
+        json_schema_extra=metavar("all|near|SHARE|off"),
+    )
     second_looks: float = Field(
         default=0.0,
         ge=0,
@@ -159,6 +173,19 @@ class ModelSettings(BaseModel):
             raise ValueError(f"{old[0]} is now called {RENAMED[old[0]]}")
         return values
 
+    @field_validator("second_opinion", mode="before")
+    @classmethod
+    def _is_a_choice(cls, value: object) -> object:
+        if value is None or value in OPINION_CHOICES:
+            return value
+        try:
+            share = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type] # what cannot be one raises
+        except (TypeError, ValueError):
+            share = math.nan
+        if not 0 < share <= 1:
+            raise ValueError(f"{value!r} is none of {', '.join(OPINION_CHOICES)}, and no share in (0, 1]")
+        return f"{share:g}" if share < 1 else "all"
+
     def clears(self, verdict: str) -> bool:
         """Whether requests may pass to a model with this verdict."""
         return not self.require_vetted or verdict == "no evidence"
@@ -169,6 +196,19 @@ class ModelSettings(BaseModel):
         if self.failure_policy is not None:
             return self.failure_policy
         return FailurePolicy.OPEN if self.mode is Mode.SHADOW else FailurePolicy.CLOSED
+
+    def opinions(self, *, embedded: bool) -> str:
+        """Which requests get a second opinion: one of `OPINION_CHOICES`, or a share below 1, with the default applied.
+
+        Where guard serves the model itself, a request waits for the second forward pass, so only the requests wait
+        that need it. Beside an upstream server the pass runs while that server works.
+
+        Args:
+            embedded: Whether guard serves the model itself.
+        """
+        if self.second_opinion is not None:
+            return self.second_opinion
+        return "near" if embedded else "all"
 
     @property
     def background(self) -> bool:

@@ -104,7 +104,12 @@ class Outcome:
         flags: Which images are flagged, shape [N].
         p_values: Conformal p-values, shape [N]: how often a clean image scores as high; NaN for those in `unread`.
         alpha: p-value up to which an image is flagged.
-        triggers: For each image, the id of the trigger that it matches best, or "".
+        decided_by: For each image, the name of the score that decides; "" for those that were not scored.
+        triggers: For each image, the id of the trigger that it matches, if the match to a trigger decides; else "".
+        answers: For each image, the name of the class that the reference model answers; "" without a second opinion.
+        divergences: How far the answers of the model and of the reference model are apart, in nats
+            (`guard.screening.SecondOpinion`), shape [N]; NaN without a second opinion.
+        residuals: How far the embeddings of the two are apart, shape [N]; NaN without a second opinion.
         withdrawn: Number of flags that a second look withdrew.
         classes: Index of the predicted class of each image, shape [N]; −1 for those in `unread`.
         unread: Which images could not be scored, shape [N]; None if none is known to be such.
@@ -117,7 +122,11 @@ class Outcome:
     flags: NDArray[np.bool_] | None = None
     p_values: NDArray[np.float64] | None = None
     alpha: float | None = None
+    decided_by: tuple[str, ...] = ()
     triggers: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    divergences: NDArray[np.float32] | None = None
+    residuals: NDArray[np.float32] | None = None
     withdrawn: int = 0
     classes: NDArray[np.int64] | None = None
     unread: NDArray[np.bool_] | None = None
@@ -151,6 +160,11 @@ class Outcome:
         if self.scores is None or self.p_values is None:
             raise ValueError("nothing was scored")
         return int(np.lexsort((-self.scores, self.p_values))[0])  # NaN comes last
+
+    @property
+    def asked(self) -> bool:
+        """Whether any image got a second opinion."""
+        return any(self.answers)
 
     @property
     def severity(self) -> int:

@@ -24,7 +24,7 @@ from guard._cpus import usable_cpus
 from guard._documents import first_error, read_toml
 from guard.errors import UsageError
 from guard.sidecar.addresses import is_loopback, socket_path, split_address
-from guard.sidecar.model_settings import RENAMED, ModelSettings, Names, metavar
+from guard.sidecar.model_settings import OPINION_CHOICES, RENAMED, ModelSettings, Names, metavar
 from guard.sidecar.policy import Mode
 
 ENVIRONMENT_PREFIX: Final = "GUARD_"
@@ -171,8 +171,9 @@ class Settings(ModelSettings, BaseSettings):
         default=None,
         ge=1,
         le=1024,
-        description="Number of threads that one forward pass of --model uses. By default, as many as there are "
-        "processors for this process, by its affinity and the quota of its container, divided by --processes.",
+        description="Number of threads that one forward pass of --model, or of the reference model, uses. By default, "
+        "as many as there are processors for this process, by its affinity and the quota of its container, divided by "
+        "--processes.",
         examples=[4],
     )
     max_queued: int = Field(
@@ -267,8 +268,9 @@ class Settings(ModelSettings, BaseSettings):
         default=1.0,
         gt=0,
         le=60,
-        description="Time limit in seconds for the screening of one request to an --upstream server. A request whose "
-        "screening takes longer is unchecked, and --failure-policy decides whether it is served.",
+        description="Time limit in seconds for the screening of one request to an --upstream server, and for the "
+        "second opinion on one request that guard answers itself. A request whose screening takes longer is unchecked, "
+        "and --failure-policy decides whether it is served.",
     )
     screening: bool = Field(
         default=True,
@@ -404,6 +406,11 @@ class Settings(ModelSettings, BaseSettings):
             raise ValueError(
                 f"{where}--checked-share below 1 needs --upstream, --model, and shadow or tag mode: otherwise a check "
                 "costs no second embedding, or chance would decide what is blocked"
+            )
+        if each.mode is Mode.BLOCK and each.second_opinion not in {None, *OPINION_CHOICES}:
+            raise ValueError(
+                f"{where}a share as --second-opinion needs shadow or tag mode: otherwise chance would decide what is "
+                "blocked; give all, near or off"
             )
 
     @model_validator(mode="after")

@@ -302,7 +302,9 @@ def test_nobody_else_writes_under_guards_names(
         asked = next(call for call in server.received if "Infer" in call.method)
     own_names = {name for name in response.parameters if name.startswith("guard_")}
     assert own_names == (
-        set() if mode == "shadow" else {"guard_decision", "guard_mode", "guard_score", "guard_p_value", "guard_alpha"}
+        set()
+        if mode == "shadow"
+        else {"guard_decision", "guard_mode", "guard_score", "guard_p_value", "guard_alpha", "guard_decided_by"}
     )
     assert not response.outputs[0].parameters
     assert [output.name for output in response.outputs if output.name.startswith("guard_")] == []

@@ -19,9 +19,10 @@ from guard.errors import RequestError
 from guard.profiles import Profile
 from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.sidecar import Settings
-from guard.sidecar.decisions import checking
+from guard.sidecar.decisions import images
 from guard.sidecar.decisions.checking import Checker
 from guard.sidecar.decisions.evidence import Recorder
+from guard.sidecar.decisions.loading import Loaded
 from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.decisions.workers import LargeWorkError, OverloadedError, Workers, checkpoint
 from guard.sidecar.policy import Reason
@@ -160,7 +161,7 @@ def checker(profile: Profile, exported: Path) -> Iterator[Checker]:
     shared = Shared(settings, workers, Recorder(settings, metrics))
     own, detector = settings.served[0], profile.detector("exact", None)
     model = ExportedClassifier(exported, threads=1, gpu=False)
-    yield Checker(profile, detector, model, own, metrics.of(own), shared, None)
+    yield Checker(Loaded(profile, detector, model), own, metrics.of(own), shared, None)
     workers.close()
 
 
@@ -173,7 +174,7 @@ async def test_pixels_of_a_request_are_bounded_before_any_is_decoded(
         decoded.append(1)
         return decode(*arguments, **more)
 
-    monkeypatch.setattr(checking, "decode", counted)
+    monkeypatch.setattr(images, "decode", counted)
     with pytest.raises(RequestError, match="input 'image': the images of one request have more than 100000 pixels"):
         await checker.infer(jpegs(11, 100), "")
     assert not decoded
@@ -192,21 +193,21 @@ async def test_a_check_that_is_given_up_stops_at_its_next_image(
         release.wait(WAIT)
         return decode(*arguments, **more)
 
-    monkeypatch.setattr(checking, "decode", slow)
+    monkeypatch.setattr(images, "decode", slow)
     waiting = asyncio.ensure_future(checker.infer(jpegs(5, 20), ""))
     await asyncio.to_thread(begun.wait, WAIT)
     waiting.cancel()
     await asyncio.sleep(0.01)
     release.set()
     await asyncio.gather(waiting, return_exceptions=True)
-    monkeypatch.setattr(checking, "decode", decode)
+    monkeypatch.setattr(images, "decode", decode)
     for _ in range(2):
         await checker.infer(jpegs(1, 20), "")
     assert len(decoded) == 1
 
 
 async def test_large_images_are_decoded_by_turns(checker: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking, "LARGE_PIXELS", 1000)
+    monkeypatch.setattr(images, "LARGE_PIXELS", 1000)
     results = await asyncio.gather(*(checker.infer(jpegs(2, side), "") for side in (20, 100, 100, 20)))
     assert np.allclose(results[1].logits, results[2].logits)
     assert all(len(each.logits) == 2 for each in results)

@@ -1,31 +1,62 @@
-"""Reading of the profile and of the exported classifier of a model."""
+"""Reading of what a model is screened with: its profile, the exported classifier and the reference model."""
+
+from dataclasses import dataclass
 
 from guard.classifiers import ExportedClassifier
 from guard.errors import ProfileError
 from guard.profiles import Profile
+from guard.screening import Detector
+from guard.sidecar.decisions.opinions import SecondOpinions
 from guard.sidecar.model_settings import ModelSettings
 
 
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """What a model is screened with.
+
+    Attributes:
+        profile: The calibrated profile.
+        detector: The detector of the profile.
+        model: The exported classifier; None if the embeddings come from the upstream server.
+        opinions: Asks the reference model; None without second opinions.
+    """
+
+    profile: Profile
+    detector: Detector
+    model: ExportedClassifier | None = None
+    opinions: SecondOpinions | None = None
+
+
 def load(
-    settings: ModelSettings, model: ExportedClassifier | None = None, *, threads: int = 0
-) -> tuple[Profile, ExportedClassifier | None]:
-    """Read the profile of a model and its exported classifier, if it has one, and make sure that they belong together.
+    settings: ModelSettings,
+    model: ExportedClassifier | None = None,
+    reference: ExportedClassifier | None = None,
+    *,
+    embedded: bool,
+    threads: int = 0,
+) -> Loaded:
+    """Read what a model is screened with, and make sure that it belongs together.
 
     Args:
         settings: Settings of the model.
         model: The exported classifier, if it is loaded already.
+        reference: A reference model that is loaded already; it is used again if it is that of the profile.
+        embedded: Whether guard serves the model itself.
         threads: Threads that one forward pass uses, see `ExportedClassifier`.
 
     Raises:
-        ProfileError: The profile is missing, damaged, or of another model.
-        ModelError: The exported model is missing or damaged.
+        ProfileError: The profile is missing, damaged, not calibrated, of another model, or has no reference model where
+            the settings need one.
+        ModelError: An exported model is missing or damaged.
+        UsageError: The calibration does not support the alpha of the settings.
     """
     profile = read_profile(settings)
     if model is None and settings.model is not None:
         model = ExportedClassifier(settings.model, threads=threads)
     if model is not None:
         match(profile, model, settings)
-    return profile, model
+    opinions = read_opinions(profile, settings, reference, embedded=embedded, threads=threads)
+    return Loaded(profile, make_detector(profile, settings, opinions), model, opinions)
 
 
 def read_profile(settings: ModelSettings) -> Profile:
@@ -50,3 +81,49 @@ def match(profile: Profile, model: ExportedClassifier, settings: ModelSettings) 
             f"the profile {settings.profile} is of another model than {settings.model}: vet and calibrate the model "
             "that was exported, or export the one that was vetted"
         )
+
+
+def has_reference_model(profile: Profile) -> bool:
+    """Whether a profile was calibrated with a reference model, and holds its export."""
+    calibration = profile.document.calibration
+    return calibration is not None and calibration.second_opinion is not None and profile.reference_model is not None
+
+
+def read_opinions(
+    profile: Profile,
+    settings: ModelSettings,
+    reference: ExportedClassifier | None = None,
+    *,
+    embedded: bool,
+    threads: int = 0,
+) -> SecondOpinions | None:
+    """The second opinions that the settings ask for; the arguments are those of `load`.
+
+    Raises:
+        ProfileError: The settings ask for second opinions, and the profile has no reference model; or another model
+            lies in its place.
+        ModelError: A file of the reference model is missing or damaged.
+    """
+    rule = settings.opinions(embedded=embedded)
+    if rule == "off":
+        return None
+    if not has_reference_model(profile):
+        if settings.second_opinion is None:
+            return None
+        raise ProfileError(
+            f"second_opinion is {rule}, and the profile {settings.profile} has no reference model: run guard calibrate "
+            "with images and a reference model on it, or set second_opinion to off"
+        )
+    found = profile.load_reference_model(threads=threads, loaded=reference)
+    return SecondOpinions(found, profile.document.model.preprocessing, rule)
+
+
+def make_detector(profile: Profile, settings: ModelSettings, opinions: SecondOpinions | None) -> Detector:
+    """The detector of a profile, for requests that get these second opinions.
+
+    Raises:
+        ProfileError: The profile was not calibrated.
+        UsageError: The calibration does not support the alpha of the settings.
+    """
+    near_only = opinions is not None and opinions.near_only
+    return profile.detector(settings.neighbours, settings.alpha, near_only=near_only)

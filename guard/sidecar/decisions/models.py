@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from guard._files import file_stamp
+from guard.classifiers import ExportedClassifier
 from guard.errors import GuardError
+from guard.profiles.storage import REFERENCE_MODEL
 from guard.sidecar.decisions.checking import Checker
-from guard.sidecar.decisions.loading import load
+from guard.sidecar.decisions.loading import Loaded, load
 from guard.sidecar.decisions.reservoir import Reservoir
 from guard.sidecar.decisions.routes import Request, Route
 from guard.sidecar.decisions.watch import Shared
@@ -153,30 +155,38 @@ class Models:
     def _load(self, settings: ModelSettings, version: str, metrics: ModelMetrics) -> Served:
         # The stamps are taken before reading, so that files that change meanwhile are read again.
         stamps = _stamps(settings)
-        profile, model = load(settings, threads=self._shared.settings.forward_threads)
-        detector = profile.detector(settings.neighbours, settings.alpha)
-        size = self._shared.settings.keep_embeddings
-        sample = Reservoir(size, detector.screen.dimension) if size else None
-        checker = Checker(profile, detector, model, settings, metrics, self._shared, sample)
+        loaded, size = self._read(settings), self._shared.settings.keep_embeddings
+        sample = Reservoir(size, loaded.detector.screen.dimension) if size else None
+        checker = Checker(loaded, settings, metrics, self._shared, sample)
         return Served(settings, version, checker, stamps, stamps[1])
+
+    def _read(
+        self,
+        settings: ModelSettings,
+        model: ExportedClassifier | None = None,
+        reference: ExportedClassifier | None = None,
+    ) -> Loaded:
+        """Read the files of a model; see `load`."""
+        own = self._shared.settings
+        return load(settings, model, reference, embedded=own.upstream is None, threads=own.forward_threads)
 
     def _replace(self, served: Served, stamps: tuple[FolderStamp, FolderStamp]) -> None:
         """Read the files of a model and replace its checker."""
         old, settings = served.checker, served.settings
         kept = old.model if stamps[1] == served.loaded else None
-        profile, model = load(settings, kept, threads=self._shared.settings.forward_threads)
-        if model is old.model and profile.document == old.profile.document:
+        loaded = self._read(settings, kept, None if old.opinions is None else old.opinions.model)
+        profile = loaded.profile
+        if loaded.model is old.model and profile.document == old.profile.document:
             # Only a certificate or a report beside the profile is new, or the old files are back: the monitor goes on.
             old.metrics.reloaded(taken=True)
             return
-        detector = profile.detector(settings.neighbours, settings.alpha)
         sample = old.watch.sample
         if sample is not None and profile.document.model.digest != old.profile.document.model.digest:
             # Embeddings of two models must not be mixed in one sample.
-            sample = Reservoir(self._shared.settings.keep_embeddings, detector.screen.dimension)
+            sample = Reservoir(self._shared.settings.keep_embeddings, loaded.detector.screen.dimension)
         # Save the state of the old monitor, before the new one looks for it.
         old.watch.save()
-        served.checker = Checker(profile, detector, model, settings, old.metrics, self._shared, sample)
+        served.checker = Checker(loaded, settings, old.metrics, self._shared, sample)
         served.loaded, served.since = stamps[1], datetime.now(UTC)
         old.metrics.reloaded(taken=True)
         verdict = profile.document.vetting.verdict.outcome
@@ -188,12 +198,17 @@ def _stamps(settings: ModelSettings) -> tuple[FolderStamp, FolderStamp]:
 
 
 def _folder_stamp(folder: Path | None) -> FolderStamp:
-    """A value that changes with every file of a folder, see `file_stamp`; () if the folder is missing or empty."""
+    """A value that changes with every file of a folder and of the reference model in it, see `file_stamp`.
+
+    It is () if the folder is missing or empty.
+    """
     try:
         files = sorted(path for path in folder.iterdir() if path.is_file()) if folder else []
+        if folder and (inner := folder / REFERENCE_MODEL).is_dir():
+            files += sorted(path for path in inner.iterdir() if path.is_file())
     except OSError:
         return ()
-    stamps = [(path.name, file_stamp(path)) for path in files]
+    stamps = [(str(path), file_stamp(path)) for path in files]
     return () if any(stamp is None for _, stamp in stamps) else tuple(stamps)
 
 

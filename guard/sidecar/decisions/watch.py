@@ -19,7 +19,7 @@ from guard.errors import EmbeddingsError, GuardError, ProfileError, StateError
 from guard.evidence import Record, thumbnail
 from guard.profiles import Profile
 from guard.protocol.inference_pb2 import ModelInferRequest
-from guard.screening import Alarm, Detector, Judgement, Monitor
+from guard.screening import Alarm, Detector, Judgement, Monitor, Scores, matched
 from guard.screening.monitor import write_state
 from guard.screening.second_look import SecondLook, SecondLookResult
 from guard.sidecar.decisions.evidence import Recorder
@@ -78,6 +78,7 @@ class Watch:
         metrics: Metrics of the model.
         shared: What the models of a sidecar share.
         sample: The sample of the model's traffic, if one is kept.
+        asks: Whether requests get second opinions.
 
     Attributes:
         sample: As given.
@@ -96,8 +97,10 @@ class Watch:
         metrics: ModelMetrics,
         shared: Shared,
         sample: Reservoir | None,
+        *,
+        asks: bool = False,
     ) -> None:
-        self._profile, self._detector, self._model = profile, detector, model
+        self._profile, self._detector, self._model, self._asks = profile, detector, model, asks
         self._settings, self._metrics, self._shared = settings, metrics, shared
         self._targets = {record.id: profile.class_name(record.target) for record in profile.document.triggers}
         self._lock = threading.Lock()
@@ -163,8 +166,14 @@ class Watch:
 
     @property
     def threshold(self) -> float:
-        """Score above which an image is flagged, where its class has no threshold of its own."""
-        return self._detector.threshold.value
+        """Score above which an image is flagged, where its class has no threshold of its own.
+
+        Where only a share of the requests gets a second opinion, it is that of these requests.
+        """
+        return self._threshold(asked=self._asks)
+
+    def _threshold(self, *, asked: bool) -> float:
+        return (self._detector.threshold if asked else self._detector.threshold_alone).value
 
     @property
     def alarms(self) -> tuple[Alarm, ...]:
@@ -213,8 +222,8 @@ class Watch:
         return flags
 
     def _trigger(self, found: Judgement, row: int) -> str:
-        index = int(found.scores.triggers[row])
-        return "" if index < 0 else self._detector.screen.triggers[index]
+        """The trigger that a request matches, if the match to a trigger decides about it; else ""."""
+        return matched(found.scores.decided_by[row])
 
     def _observe(self, found: Judgement) -> None:
         self._metrics.p_values(found.p_values)
@@ -250,6 +259,7 @@ class Watch:
     ) -> Record:
         row, number = place  # among the images that were scored, and in the request
         trigger, document = self._trigger(found, row), self._profile.document
+        asked = bool(found.scores.asked[row])
         small = None
         if self._shared.settings.thumbnails and image is not None:
             array = (image.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
@@ -265,11 +275,10 @@ class Watch:
             predicted=self._profile.class_name(int(found.scores.classes[row])),
             p_value=float(found.p_values[row]),
             alpha=self._detector.alpha,
-            scores={
-                "score": float(found.scores.values[row]),
-                **{name: float(values[row]) for name, values in found.scores.parts.items()},
-            },
-            thresholds={"score": self._detector.threshold.value},
+            scores=_scores(found.scores, row),
+            thresholds={"score": self._threshold(asked=asked)},
+            decided_by=found.scores.decided_by[row],
+            reference=self._profile.class_name(int(found.scores.answers[row])) if asked else "",
             trigger=trigger,
             target=self._targets.get(trigger, ""),
             second_look="" if look is None else look.outcome,
@@ -293,6 +302,13 @@ class Watch:
                 store(self._sample_file, *sample, self._profile.document.model.digest)
         except (OSError, GuardError) as error:
             log.warning("the state in %s cannot be written: %s", self._state_file.parent, error)
+
+
+def _scores(scores: Scores, row: int) -> dict[str, float]:
+    """The scores of an image by name; a record keeps the first few, so those that are not of triggers come first."""
+    parts = {name: float(values[row]) for name, values in scores.parts.items() if not np.isnan(values[row])}
+    others = {name: value for name, value in parts.items() if not matched(name)}
+    return {"score": float(scores.values[row]), **others, **parts}
 
 
 def input_digest(request: ModelInferRequest, row: int, name: str) -> str:

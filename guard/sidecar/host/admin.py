@@ -220,6 +220,10 @@ def _model(served: Served) -> messages.Model:
         model.calibration.images = calibration.threshold.size
         model.calibration.held_out_images = calibration.held_out
         model.calibration.held_out_false_alarms = calibration.false_alarms
+        if checker.opinions is not None and (opinion := calibration.second_opinion) is not None:
+            model.second_opinion.requests = checker.opinions.rule
+            model.second_opinion.kind, model.second_opinion.digest = opinion.kind, opinion.digest
+            model.second_opinion.agreement = opinion.agreement
     return model
 
 
@@ -245,4 +249,6 @@ def _evidence(record: Record, lost: int, *, with_thumbnail: bool) -> messages.Ev
         explanation=record.explanation,
         input_digest=record.input_digest,
         thumbnail=record.thumbnail if with_thumbnail else None,
+        decided_by=record.decided_by,
+        reference_class=record.reference,
     )

@@ -298,6 +298,7 @@ def _description(served: Served) -> dict[str, Any]:
         "mode": settings.mode,
         "failure_policy": settings.on_failure,
         "alpha": served.checker.alpha,
+        "second_opinion": "off" if served.checker.opinions is None else served.checker.opinions.rule,
     }
 
 

@@ -1,6 +1,8 @@
 """How a reply carries the decision: as parameters, as trailing metadata and, for a batch, as one output per value."""
 
+import string
 from collections.abc import Iterable
+from urllib.parse import quote
 
 import numpy as np
 
@@ -12,6 +14,13 @@ from guard.sidecar.policy import Decision, Mode, Outcome
 DECISION, SCORE, P_VALUE, ALPHA, REASON, MODE, TRIGGER, WITHDRAWN = (
     f"guard_{name}" for name in ("decision", "score", "p_value", "alpha", "reason", "mode", "trigger", "withdrawn")
 )
+DECIDED_BY, REFERENCE, DIVERGENCE, RESIDUAL = (
+    f"guard_{name}" for name in ("decided_by", "reference", "divergence", "residual")
+)
+
+_PRINTABLE = "".join(set(string.punctuation) - {"%"}) + " "
+_LONGEST = 64
+"""Characters of a name that metadata carry: gRPC limits them to 8 KiB, and a class may have a long name."""
 
 
 def edit_reply(response: ModelInferResponse, outcome: Outcome, mode: Mode, hide: Iterable[str]) -> bool:
@@ -37,10 +46,13 @@ def annotate(response: ModelInferResponse, outcome: Outcome, mode: Mode) -> None
     """Write an outcome into a reply.
 
     Parameters describe the request as a whole: its decision, its smallest p-value, and the alpha up to which an image
-    is flagged. A reply to more than one image also gets the outputs `guard_decision` (BYTES [N]), `guard_score` and
-    `guard_p_value` (FP32 [N]), which are NaN for an image that could not be scored. They are raw if the other outputs
-    are raw, and typed otherwise. They are left out if the reply has another number of raw contents than of outputs,
-    since a client could not tell which belong together.
+    is flagged, and of the most suspicious image the score, its name, and, with a second opinion, the class that the
+    reference model answers and how far the two models are apart. A reply to more than one image also gets the outputs
+    `guard_decision`, `guard_decided_by` (BYTES [N]), `guard_score` and `guard_p_value` (FP32 [N]), and, if any image
+    got a second opinion, `guard_reference` (BYTES [N]), `guard_divergence` and `guard_residual` (FP32 [N]). What an
+    image lacks is NaN or an empty text. They are raw if the other outputs are raw, and typed otherwise. They are left
+    out if the reply has another number of raw contents than of outputs, since a client could not tell which belong
+    together.
     """
     parameters = response.parameters
     parameters[DECISION].string_param = outcome.decision
@@ -53,6 +65,11 @@ def annotate(response: ModelInferResponse, outcome: Outcome, mode: Mode) -> None
     parameters[SCORE].double_param = float(outcome.scores[worst])
     parameters[P_VALUE].double_param = float(outcome.p_values[worst])
     parameters[ALPHA].double_param = outcome.alpha
+    for name, value in _opinion(outcome, worst).items():
+        if isinstance(value, str):
+            parameters[name].string_param = value
+        else:
+            parameters[name].double_param = value
     if outcome.decision is Decision.FLAG and outcome.triggers[worst]:
         parameters[TRIGGER].string_param = outcome.triggers[worst]
     if outcome.withdrawn:
@@ -62,6 +79,20 @@ def annotate(response: ModelInferResponse, outcome: Outcome, mode: Mode) -> None
         add_output(response, DECISION, [decision.encode() for decision in outcome.decisions], raw=raw)
         add_output(response, SCORE, outcome.scores, raw=raw)
         add_output(response, P_VALUE, outcome.p_values.astype(np.float32), raw=raw)
+        add_output(response, DECIDED_BY, [name.encode() for name in outcome.decided_by], raw=raw)
+        if outcome.asked and outcome.divergences is not None and outcome.residuals is not None:
+            add_output(response, REFERENCE, [name.encode() for name in outcome.answers], raw=raw)
+            add_output(response, DIVERGENCE, outcome.divergences, raw=raw)
+            add_output(response, RESIDUAL, outcome.residuals, raw=raw)
+
+
+def _opinion(outcome: Outcome, row: int) -> dict[str, str | float]:
+    """Which score decides about an image, and what the reference model says of it, by the names of the parameters."""
+    found: dict[str, str | float] = {DECIDED_BY: outcome.decided_by[row]}
+    if outcome.answers[row] and outcome.divergences is not None and outcome.residuals is not None:
+        found[REFERENCE] = outcome.answers[row]
+        found[DIVERGENCE], found[RESIDUAL] = float(outcome.divergences[row]), float(outcome.residuals[row])
+    return found
 
 
 def trailers(outcome: Outcome) -> tuple[tuple[str, str], ...]:
@@ -75,4 +106,15 @@ def trailers(outcome: Outcome) -> tuple[tuple[str, str], ...]:
             ("guard-p-value", f"{np.nanmin(outcome.p_values):.6g}"),
             ("guard-alpha", f"{outcome.alpha:g}"),
         ]
+        pairs += [(_key(name), _value(value)) for name, value in _opinion(outcome, outcome.worst).items()]
     return tuple(pairs)
+
+
+def _key(name: str) -> str:
+    """The key of metadata for a parameter."""
+    return name.replace("_", "-")
+
+
+def _value(value: str | float) -> str:
+    """A value of metadata, which is short and printable ASCII: the other characters of a class name are escaped."""
+    return f"{value:.6g}" if isinstance(value, float) else quote(value[:_LONGEST], safe=_PRINTABLE)

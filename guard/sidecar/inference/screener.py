@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Coroutine
-from dataclasses import replace
 from random import SystemRandom
 from time import perf_counter
 from typing import Any
@@ -14,6 +13,7 @@ from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse
 from guard.protocol.messages import parse_request, remove_own_names, uses_shared_memory
 from guard.protocol.tensors import float_output
 from guard.protocol.wire import REQUEST, Limits, check_message
+from guard.sidecar.decisions.checking import Checker, Prepared
 from guard.sidecar.decisions.models import Models
 from guard.sidecar.decisions.routes import Request, Route
 from guard.sidecar.decisions.watch import trace_id
@@ -49,15 +49,15 @@ class Screener:
         self._wire_limits = Limits(elements=max(LEAST_ELEMENTS, 4 * settings.max_batch))
         # Without a seed, so that nobody can predict which requests are checked.
         self._draw = SystemRandom().random
-        self._running_checks: set[asyncio.Task[Outcome]] = set()
+        self._running: set[asyncio.Task[Any]] = set()
 
     async def close(self) -> None:
         """Wait for the checks that run in the background; those that hang are cancelled."""
-        if self._running_checks:
-            await asyncio.wait(self._running_checks, timeout=_END_SECONDS)
-        for check in self._running_checks:
+        if self._running:
+            await asyncio.wait(self._running, timeout=_END_SECONDS)
+        for check in self._running:
             check.cancel()
-        await asyncio.gather(*self._running_checks, return_exceptions=True)
+        await asyncio.gather(*self._running, return_exceptions=True)
 
     def parse(self, data: bytes, context: Context) -> Request:
         """Parse a request, find its route, and make its ids known to the log.
@@ -120,12 +120,52 @@ class Screener:
             return outcome
 
         task = asyncio.ensure_future(check())
-        self._running_checks.add(task)
-        task.add_done_callback(self._running_checks.discard)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
         return task
 
-    async def check_reply(self, response: ModelInferResponse | None, request: Request) -> Outcome:
-        """Screen the embeddings that a reply carries; the reply is None if it could not be parsed."""
+    def start_preparation(self, request: Request) -> "tuple[Check | None, asyncio.Future[Prepared]]":
+        """Read the images of a request whose embeddings come with the reply, and ask the reference model about them.
+
+        Returns:
+            What knows which images are forwarded, None if the request is forwarded as it was sent; and what is known of
+            the request when the future is done.
+        """
+        checker = request.route.checker
+        if checker is None:
+            raise ValueError("a request for an unknown model is not prepared")
+        if not checker.draw():
+            known: asyncio.Future[Prepared] = asyncio.get_running_loop().create_future()
+            known.set_result(Prepared(checker))
+            return None, known
+        check = Check(request)
+        task = asyncio.ensure_future(check.prepare(checker))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return check, task
+
+    @staticmethod
+    def prepared_bytes(request: Request, message: int = 0) -> int:
+        """Bytes that what is prepared for a request takes until its reply; see `Checker.prepared_bytes`."""
+        checker, name = request.route.checker, request.route.settings.input_tensor
+        return 0 if checker is None else checker.prepared_bytes(count_images(request.message, name), message)
+
+    async def check_reply(
+        self,
+        response: ModelInferResponse | None,
+        request: Request,
+        preparing: "asyncio.Future[Prepared] | None",
+        forwarded: bytes | None = None,
+    ) -> Outcome:
+        """Screen the embeddings that a reply carries.
+
+        Args:
+            response: The reply; None if it could not be parsed.
+            request: The request.
+            preparing: What is known of its images when it is done; None if nothing was prepared.
+            forwarded: The request as it was forwarded, from which images are read again if another version answered
+                than the one that was assumed; None if it is not kept.
+        """
         if response is not None:
             self.models.settle(request, response.model_version)
         checker, name = request.route.checker, request.route.settings.embedding_output
@@ -141,20 +181,22 @@ class Screener:
         if rows != images:
             # An image without an embedding would not be screened.
             return Outcome.unchecked(Reason.EMBEDDING_MISSING, f"{rows} embeddings for {images} images")
-        outcome = await checker.check_embeddings(embeddings.reshape(rows, -1), request.message, request.trace_id)
-        if outcome.reason is Reason.INPUT_UNREADABLE:
-            outcome = replace(outcome, reason=Reason.EMBEDDING_MISSING)
+        prepared = None if preparing is None else await preparing
+        if prepared is None or prepared.checker is not checker:
+            # Another version answered, or it is not known which request the reply belongs to.
+            missing = Reason.REPLY_UNMATCHED if prepared is None else Reason.MODEL_UNKNOWN
+            prepared = await _prepared_anew(checker, forwarded, missing)
+        outcome = await checker.check_embeddings(
+            embeddings.reshape(rows, -1), request.message, request.trace_id, prepared
+        )
         return confirm(outcome, response, request)
 
 
 class Check:
-    """A check of a request whose images guard embeds itself.
+    """A check of a request whose images guard reads.
 
     Args:
         request: The request.
-
-    Attributes:
-        outcome: The coroutine that gives the outcome; it is to be awaited once.
     """
 
     def __init__(self, request: Request) -> None:
@@ -162,25 +204,30 @@ class Check:
         settings = request.route.settings
         self._waits = settings.canonical and any(tensor.datatype == "BYTES" for tensor in request.message.inputs)
         self._canonical: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self.outcome = self._check()
-
-    async def _check(self) -> Outcome:
-        request, loop = self._request, asyncio.get_running_loop()
-        checker = request.route.checker
-        if checker is None:
-            return Outcome.unchecked(Reason.MODEL_UNKNOWN)
+        loop = asyncio.get_running_loop()
 
         def forward(data: bytes) -> None:
             loop.call_soon_threadsafe(self._canonical.set_result, data)
 
-        canonical = request.route.settings.canonical
-        return await checker.check_request(request.message, request.trace_id, forward if canonical else None)
+        self._forward = forward if settings.canonical else None
 
-    async def data(self, outcome: "asyncio.Future[Outcome]") -> bytes:
+    async def outcome(self) -> Outcome:
+        """The outcome of a request whose images guard embeds itself."""
+        request = self._request
+        if request.route.checker is None:
+            return Outcome.unchecked(Reason.MODEL_UNKNOWN)
+        return await request.route.checker.check_request(request.message, request.trace_id, self._forward)
+
+    async def prepare(self, checker: Checker) -> Prepared:
+        """What is known of a request before the upstream server's embeddings are."""
+        return await checker.prepare(self._request.message, self._forward)
+
+    async def data(self, running: "asyncio.Future[Outcome] | asyncio.Future[Prepared]") -> bytes:
         """The request as it is to be forwarded, with the pixels that are checked in place of encoded images.
 
         Args:
-            outcome: The task that runs the check. If it ends before anything could be read, what was sent is forwarded.
+            running: The task that runs the check, or its preparation. If it ends before anything could be read, what
+                was sent is forwarded.
 
         Raises:
             RefusedError: Nothing could be read, and the policy refuses such a request.
@@ -191,12 +238,30 @@ class Check:
             if self._request.route.settings.canonical:
                 written = self._request.message.SerializeToString()
             return written
-        waiting: set[asyncio.Future[Any]] = {self._canonical, outcome}
+        waiting: set[asyncio.Future[Any]] = {self._canonical, running}
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if self._canonical.done():
             return self._canonical.result()
-        enforce(outcome.result(), self._request.route)
+        result = running.result()
+        failed = result.failed if isinstance(result, Prepared) else result
+        if failed is not None:
+            enforce(failed, self._request.route)
         return self._request.data
+
+
+async def _prepared_anew(checker: Checker, forwarded: bytes | None, missing: Reason) -> Prepared:
+    """What a checker knows of the images of a request that it did not prepare.
+
+    Args:
+        checker: The checker.
+        forwarded: The request as it was forwarded; None if it is not kept.
+        missing: The reason if it is not.
+    """
+    if not checker.draw():
+        return Prepared(checker)
+    if forwarded is None:
+        return checker.unprepared(Outcome.unchecked(missing, "its images are not there to be compared"))
+    return await checker.prepare(parse_request(forwarded))
 
 
 def confirm(outcome: Outcome, response: ModelInferResponse | None, request: Request) -> Outcome:

@@ -13,6 +13,7 @@ from guard.protocol.dialects import ERRORS_AS_STATUS, FINAL, Dialect, StreamDial
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
 from guard.protocol.messages import remove_own_names, with_output
 from guard.protocol.wire import REPLY_LIMITS, STREAM_REPLY, check_message
+from guard.sidecar.decisions.checking import Prepared
 from guard.sidecar.decisions.routes import Request, Route
 from guard.sidecar.inference.annotations import edit_reply
 from guard.sidecar.inference.calls import Context, RefusedError
@@ -48,6 +49,9 @@ class _Sent:
         counted: Whether its outcome was counted; where there is a check, the check counts it.
         images: The check that knows which images are forwarded, until they are.
         data: The request as it was sent, until it is forwarded.
+        preparing: What is known of its images when it is done, where the embeddings come from the reply.
+        kept: Bytes of what is prepared, until it is answered.
+        mixed: Whether another request of the stream has the same id, so that a reply may belong to either.
     """
 
     request: Request
@@ -59,6 +63,9 @@ class _Sent:
     counted: bool = False
     images: Check | None = None
     data: bytes = b""
+    preparing: asyncio.Future[Prepared] | None = None
+    kept: int = 0
+    mixed: bool = False
 
     @property
     def id(self) -> str:
@@ -116,6 +123,14 @@ class ScreenedStream:
         """Count the requests that get no reply because the stream has ended."""
         for sent in self._sent:
             self._count(sent, reason)
+            self._free(sent)
+
+    def _free(self, sent: _Sent) -> None:
+        """Drop what is known of the images of a request, because nothing more depends on it."""
+        if sent.preparing is not None:
+            sent.preparing.cancel()
+        self._context.forget(sent.kept)
+        sent.preparing, sent.kept = None, 0
 
     def _count(self, sent: _Sent, reason: Reason) -> None:
         """Count a request as unchecked, unless it is counted already or its check counts it."""
@@ -160,8 +175,9 @@ class ScreenedStream:
             self._room.release()
             self._context.forget(size)
 
-        if isinstance(sent, _Sent) and sent.check is not None:
-            sent.check.add_done_callback(release)
+        running = None if not isinstance(sent, _Sent) else sent.check or sent.preparing
+        if running is not None:
+            running.add_done_callback(release)
         else:
             release(None)
 
@@ -173,7 +189,7 @@ class ScreenedStream:
         except RefusedError as error:
             screener.observe(Outcome.unchecked(error.reason or Reason.ERROR), screener.models.unknown, 1, started)
             return error
-        message, route, check, images = request.message, request.route, None, None
+        message, route, check, images, preparing = request.message, request.route, None, None, None
         self.route = route
         known = await self._outcome_of_other_model(message) or screener.outcome_without_check(request)
         if known is not None:
@@ -182,7 +198,9 @@ class ScreenedStream:
             check.set_result(known)
         elif route.embeds:
             images = Check(request)
-            check = screener.start_check(request, images.outcome)
+            check = screener.start_check(request, images.outcome())
+        else:
+            images, preparing = screener.start_preparation(request)
         return _Sent(
             Request(_without_contents(message), b"", route, request.trace_id),
             hide=output_to_hide(request) if known is None else None,
@@ -190,6 +208,7 @@ class ScreenedStream:
             since=started,
             images=images,
             data=request.data,
+            preparing=preparing,
         )
 
     async def _outcome_of_other_model(self, message: ModelInferRequest) -> Outcome | None:
@@ -217,15 +236,30 @@ class ScreenedStream:
                 await self._answer(sent, error, outcome)
                 return
         data, made = sent.data, 0
-        if sent.images is not None and sent.check is not None:
-            data = await sent.images.data(sent.check)
+        running = sent.check or sent.preparing
+        if sent.images is not None and running is not None:
+            try:
+                data = await sent.images.data(running)
+            except RefusedError as error:
+                outcome = Outcome.unchecked(error.reason or Reason.ERROR)
+                self._count(sent, error.reason or Reason.ERROR)
+                await self._answer(sent, error, outcome)
+                return
             made = 0 if data is sent.data else len(data)
             self._context.hold(made)
+        if sent.images is not None and sent.preparing is not None:
+            kept = self._screener.prepared_bytes(sent.request, len(data))
+            self._context.hold(kept)
+            sent.kept = kept
         # It may be many megabytes, and is not needed until the reply.
         sent.data, sent.images = b"", None
         if not self._replies_unread:
             if len(self._sent) == _REMEMBERED:
                 self._count(self._sent[0], Reason.REPLY_UNMATCHED)
+                self._free(self._sent[0])
+            for other in self._sent:
+                if sent.id and other.id == sent.id and not other.answered:
+                    other.mixed = sent.mixed = True
             self._sent.append(sent)
         if sent.hide is not None:
             self._hidden.add(sent.hide)
@@ -318,8 +352,9 @@ class ScreenedStream:
             # An error, or only the mark that ends several replies: there is no answer to check.
             if found and isinstance(reply.message, ModelStreamInferResponse) and reply.message.error_message:
                 self._count(found[0], Reason.UPSTREAM_FAILED)
+                self._free(found[0])
             return bytes(reply.message.SerializeToString())
-        outcome = await self._outcome(response, found)
+        outcome = await self._outcome(response, found, dialect)
         request = max((sent.request for sent in found), key=_strictness, default=None) or self._stray(response)
         outcome = confirm(outcome, response, request)
         if response is not None:
@@ -363,19 +398,26 @@ class ScreenedStream:
         found = open_ones or named
         return found if self._several_replies else found[:1]
 
-    async def _outcome(self, response: ModelInferResponse | None, found: list[_Sent]) -> Outcome:
+    async def _outcome(
+        self, response: ModelInferResponse | None, found: list[_Sent], dialect: Dialect | None
+    ) -> Outcome:
         checks = [sent.check for sent in found if sent.check is not None]
         if checks:
             return max([await check for check in checks], key=lambda outcome: outcome.severity)
         started, requests = perf_counter(), [sent.request for sent in found]
         images = {count_images(request.message, request.route.settings.input_tensor) for request in requests}
         if len(images) == 1 and len({request.route.checker for request in requests}) == 1:
-            outcome = await self._screener.check_reply(response, requests[0])
+            # An embedding of one image must not be joined with what the reference model answers to another.
+            single = len(found) == 1 and (not found[0].mixed or dialect is Dialect.MLSERVER)
+            preparing = found[0].preparing if single else None
+            outcome = await self._screener.check_reply(response, requests[0], preparing)
             route = requests[0].route
         else:
             outcome, route = Outcome.unchecked(Reason.REPLY_UNMATCHED), self._stray(response).route
         if found:
             found[0].counted = True
+            if found[0].answered:
+                self._free(found[0])
         self._screener.observe(outcome, route, max(images, default=1), started)
         return outcome
 

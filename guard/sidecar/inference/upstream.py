@@ -142,21 +142,14 @@ class UpstreamService(InferenceService):
             reply, response, trailing = await self._ask(data, request, context)
             return _finish(reply, response, request, known, trailing)
         if not request.route.embeds:
-            hide = output_to_hide(request)
-            data = data if hide is None else with_output(data, hide)
-            reply, response, trailing = await self._ask(data, request, context)
-            if not request.route.settings.background:
-                outcome = await screener.check_reply(response, request)
-                return _finish(reply, response, request, outcome, trailing, hide)
-            screener.start_check(request, screener.check_reply(response, request))
-            return (_without_own_names(reply) if hide is None else _without(reply, hide)), None, trailing
+            return await self._infer_by_reply(request, context)
         check = Check(request)
         if request.route.settings.background and screener.models.is_current(request):
             # Nothing depends on the outcome, so the reply does not wait for it.
-            screener.start_check(request, check.outcome)
+            screener.start_check(request, check.outcome())
             reply, trailing = await self._proxy.unary(_INFER, data, context)
             return _without_own_names(reply), None, trailing
-        assumed, running = request.route, asyncio.ensure_future(check.outcome)
+        assumed, running = request.route, asyncio.ensure_future(check.outcome())
         try:
             data = await check.data(running)
             context.hold(len(data) if data is not request.data else 0)
@@ -165,11 +158,36 @@ class UpstreamService(InferenceService):
                 # Another version answered than the one that was assumed; it got what the first one was checked with.
                 running.cancel()
                 request.message = parse_request(data)
-                again = Check(request).outcome if route.embeds else screener.check_reply(response, request)
+                again = (
+                    Check(request).outcome() if route.embeds else screener.check_reply(response, request, None, data)
+                )
                 running = asyncio.ensure_future(again)
             return _finish(reply, response, request, await running, trailing)
         finally:
             running.cancel()
+
+    async def _infer_by_reply(self, request: Request, context: Context) -> tuple[bytes, Outcome | None, Metadata]:
+        """Forward a request, and screen it by the embeddings in the reply.
+
+        Its images are read only for a second opinion; then the server gets the pixels that the reference model gets.
+        """
+        screener, data, hide = self._screener, request.data, output_to_hide(request)
+        check, preparing = screener.start_preparation(request)
+        checking: asyncio.Future[Outcome] | None = None
+        try:
+            if check is not None:
+                data = await check.data(preparing)
+                context.hold((len(data) if data is not request.data else 0) + screener.prepared_bytes(request))
+            asked = data if hide is None else with_output(data, hide)
+            reply, response, trailing = await self._ask(asked, request, context)
+            outcome = screener.check_reply(response, request, preparing, data)
+            if not request.route.settings.background:
+                return _finish(reply, response, request, await outcome, trailing, hide)
+            checking = screener.start_check(request, outcome)
+            return (_without_own_names(reply) if hide is None else _without(reply, hide)), None, trailing
+        finally:
+            if checking is None:
+                preparing.cancel()
 
     async def _ask(
         self, data: bytes, request: Request, context: Context

@@ -11,12 +11,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from guard import __version__
 from guard.evidence import Drop
 from guard.profiles import Profile
-from guard.screening import Alarm, Detector
+from guard.screening import DENSITY, DIVERGENCE, MATCH, RESIDUAL, Alarm, matched
 from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import Decision, FailurePolicy, Mode, Outcome, Reason
 from guard.sidecar.telemetry import logs
 
-STAGES = ("decode", "inference", "screening")
+STAGES = ("decode", "inference", "screening", "second opinion")
+OPINION_RESULTS = ("agrees", "differs", "not_near", "not_drawn", "failed")
+"""Whether the reference model gives an image the same class as the model, or why it was not asked or did not answer."""
+SCORE_KINDS = (DENSITY, MATCH, DIVERGENCE, RESIDUAL)
+"""Kinds of scores that may decide about an image."""
 STATE_KINDS = ("monitor", "sample", "evidence", "lock")
 """What a damaged file of the state was."""
 UNKNOWN = "(unknown)"
@@ -65,6 +69,15 @@ class Metrics:
         )
         self.flagged = self._counter(
             "guard_flagged_trigger", "Flagged images, by the trigger that they match.", *_MODEL, "trigger"
+        )
+        self.deciding = self._counter(
+            "guard_flagged_score", "Flagged images, by the kind of the score that decided.", *_MODEL, "score"
+        )
+        self.second_opinions = self._counter(
+            "guard_second_opinions",
+            "Images, by whether the reference model gives them the same class, or why it gives none.",
+            *_MODEL,
+            "result",
         )
         self.second_looks = self._counter(
             "guard_second_looks", "Second looks at flagged images, by outcome.", *_MODEL, "outcome"
@@ -169,14 +182,23 @@ class ModelMetrics:
         self._active_alarms: set[tuple[str, str]] = set()
         if name == UNKNOWN:
             return
+        self._deciding = {kind: all_.deciding.labels(*self._name, kind) for kind in SCORE_KINDS}
+        self._opinions = {result: all_.second_opinions.labels(*self._name, result) for result in OPINION_RESULTS}
         self._scores = all_.scores.labels(*self._name)
         self._p_values = all_.p_values.labels(*self._name)
         self._alarms = {kind: all_.alarms.labels(*self._name, kind) for kind in ("attack", "drift")}
         self._reloads, self._failures = all_.reloads.labels(*self._name), all_.reload_failures.labels(*self._name)
         self._stale = all_.stale.labels(*self._name)
 
-    def describe(self, profile: Profile, detector: Detector) -> None:
-        """Expose what the model is screened with; called at the start and after its profile was reloaded."""
+    def describe(self, profile: Profile, alpha: float, threshold: float, second_opinion: str) -> None:
+        """Expose what the model is screened with; called at the start and after its profile was reloaded.
+
+        Args:
+            profile: Its profile.
+            alpha: p-value up to which an image is flagged.
+            threshold: Score above which an image is flagged.
+            second_opinion: Which requests get a second opinion, see `ModelSettings.opinions`.
+        """
         document = profile.document
         self._all.model.labels(*self._name).info(
             {
@@ -184,10 +206,11 @@ class ModelMetrics:
                 "verdict": document.vetting.verdict.outcome,
                 "mode": self._mode,
                 "failure_policy": self._on_failure,
+                "second_opinion": second_opinion,
             }
         )
-        self._all.alpha.labels(*self._name).set(detector.alpha)
-        self._all.threshold.labels(*self._name).set(detector.threshold.value)
+        self._all.alpha.labels(*self._name).set(alpha)
+        self._all.threshold.labels(*self._name).set(threshold)
         if document.calibration is not None:
             self._all.reference.labels(*self._name).set(document.calibration.reference)
         found = {trigger.id for trigger in document.triggers}
@@ -235,8 +258,15 @@ class ModelMetrics:
             self._scores.observe(max(0.0, float(score)), exemplar)
         for row in np.flatnonzero(outcome.flags):
             # The profile that named the trigger may have been replaced meanwhile.
-            if matched := self._triggers.get(outcome.triggers[row]):
-                matched.inc()
+            if outcome.decided_by:
+                self._deciding[_kind(outcome.decided_by[row])].inc()
+            if counter := self._triggers.get(outcome.triggers[row]):
+                counter.inc()
+
+    def second_opinions(self, result: str, images: int) -> None:
+        """Count images by what came of a second opinion on them, one of `OPINION_RESULTS`."""
+        if images:
+            self._opinions[result].inc(images)
 
     def p_values(self, values: NDArray[np.float64]) -> None:
         """Count the p-values of images, shape [N]."""
@@ -271,6 +301,11 @@ class ModelMetrics:
         self._active_alarms = now_active
         for alarm in raised:
             self._alarms[alarm.kind].inc()
+
+
+def _kind(name: str) -> str:
+    """The kind of a score, one of `SCORE_KINDS`: triggers are counted elsewhere."""
+    return MATCH if matched(name) else name
 
 
 def _exemplar() -> dict[str, str] | None:

@@ -62,6 +62,7 @@ def test_a_sidecar_that_could_serve_is_code_0_and_nothing_is_written(
         "profile",
         "model",
         "digest",
+        "reference",
         "calibration",
         "screening",
         "memory",

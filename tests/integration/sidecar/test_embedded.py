@@ -177,7 +177,11 @@ def test_typed_contents_are_answered_in_kind(client: Client, clean: Floats) -> N
     request = infer_request(clean[:2], raw_input_contents=[])
     request.inputs[0].contents.fp32_contents.extend(clean[:2].ravel().tolist())
     typed = client.infer(request)
-    assert typed.outputs == raw.outputs == ["logits", "label", "guard_decision", "guard_score", "guard_p_value"]
+    assert (
+        typed.outputs
+        == raw.outputs
+        == ["logits", "label", "guard_decision", "guard_score", "guard_p_value", "guard_decided_by"]
+    )
     assert not typed.response.raw_output_contents
     logits = np.frombuffer(raw.response.raw_output_contents[0], np.float32)
     np.testing.assert_allclose(typed.response.outputs[0].contents.fp32_contents, logits, atol=1e-5)

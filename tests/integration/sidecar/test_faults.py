@@ -43,16 +43,16 @@ FAULTY = """
 import os, pathlib
 from guard.screening import Detector
 
-score, folder = Detector.score, pathlib.Path(os.environ["FAULTS"])
+judge, folder = Detector.judge, pathlib.Path(os.environ["FAULTS"])
 
-def faulty(self, embeddings):
+def faulty(self, scores):
     if (folder / "raise").exists():
         raise ZeroDivisionError("broken on purpose")
     if (folder / "block").exists():
         (folder / "gate").read_bytes()
-    return score(self, embeddings)
+    return judge(self, scores)
 
-Detector.score = faulty
+Detector.judge = faulty
 """
 """Loaded by the sidecar's interpreter as it starts: screening that fails, or that waits for somebody at the gate."""
 

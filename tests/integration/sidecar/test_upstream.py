@@ -189,7 +189,7 @@ def test_its_own_tower_tags_replies(client: Client, upstream: Upstream, clean: F
 
 def test_its_own_tower_decides_each_row_of_a_batch(client: Client, upstream: Upstream, clean: Floats) -> None:
     reply = client.infer(infer_request(clean[:3]))
-    assert reply.outputs == ["logits", "guard_decision", "guard_score", "guard_p_value"]
+    assert reply.outputs == ["logits", "guard_decision", "guard_score", "guard_p_value", "guard_decided_by"]
     assert (
         ModelInferResponse.FromString(upstream.logits(infer_request(clean[:3]).SerializeToString())).outputs[0]
         == reply.response.outputs[0]

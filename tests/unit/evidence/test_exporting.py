@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from guard.errors import MissingDependencyError, UsageError
 from guard.evidence import Record, export
+from guard.evidence.records import NUMBERS
 
 Make = Callable[..., Record]
 
@@ -37,7 +38,7 @@ def from_csv(path: Path) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = list(csv.DictReader(file))
     for row in rows:
         row |= {name: json.loads(row[name]) for name in ("scores", "thresholds")}
-        for name, kind in (("id", int), ("image", int), ("p_value", float), ("alpha", float)):
+        for name, kind in (("id", int), ("image", int), *((number, float) for number in NUMBERS)):
             row[name] = kind(row[name]) if row[name] else None
     return rows
 

@@ -149,12 +149,41 @@ def other_columns(path: Path, fill: Fill) -> None:
     connection.close()
 
 
+def of_release_0_1(path: Path, fill: Fill, record: Make) -> None:
+    """A log as release 0.1.0 wrote it, with one record."""
+    fill(record("old", trigger="patch-1"))
+    connection = sqlite3.connect(path)
+    for name in ("decided_by", "reference"):
+        connection.execute(f"ALTER TABLE records DROP COLUMN {name}")
+    connection.execute("PRAGMA user_version = 1")
+    connection.close()
+
+
+def test_a_log_of_an_older_guard_is_read_as_it_is_and_brought_up_to_date_by_a_writer(
+    path: Path, fill: Fill, record: Make
+) -> None:
+    of_release_0_1(path, fill, record)
+    opened = EvidenceLog(path)
+    (old,) = opened.records()
+    assert (old.request_id, old.trigger, old.decided_by, old.reference) == ("old", "patch-1", "", "")
+    assert opened.count(RecordFilter(decided_by="divergence")) == 0
+    assert opened.count(RecordFilter(trigger="patch-1")) == 1
+    EvidenceWriter.check(path)
+    fill(record("new", decided_by="divergence", reference="dog"))
+    # A reader that was there before goes on.
+    assert [each.request_id for each in opened.records()] == ["new", "old"]
+    new, old = EvidenceLog(path).records()
+    assert (new.decided_by, new.reference, old.decided_by, old.reference) == ("divergence", "dog", "", "")
+    assert EvidenceLog(path).count(RecordFilter(decided_by="divergence")) == 1
+    assert not list(path.parent.glob("*.damaged-*"))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (damaged, "is damaged, or is not an evidence log"),
         (foreign, "is not an evidence log"),
-        (newer, "has schema 99, this guard knows 1; read it with a newer guard"),
+        (newer, "has schema 99, this guard knows 2; read it with a newer guard"),
         (other_columns, "is damaged, or is not an evidence log"),
         (lambda path, _: path.write_text("a,b,c\n" * 1000), "is damaged, or is not an evidence log"),
         (lambda path, _: path.touch(), "is not an evidence log"),

@@ -48,7 +48,7 @@ def test_the_page_reads_the_numbers_out(record: Make) -> None:
     text = Reader(page).text
     assert "Flagged: a clean request looks like this at most once in 2,001." in text
     assert "one clean request in about 1,000 is flagged" in text
-    assert "it matches patch-1 best, which leads to “dog”; the model answered “dog”" in text
+    assert "it matches patch-1, which leads to “dog”; the model answered “dog”" in text
     assert "Second look: confirmed: with it undone the answer changes." in text
 
 

@@ -9,10 +9,11 @@ import torch
 from pydantic import TypeAdapter
 
 from guard import report
+from guard.classifiers import Classifier
 from guard.profiles import Document, NearestText, Profile
 from guard.triggers import FAMILIES, Additive, InvertibleTrigger, Patch
 from guard.vetting import ClassStatistic, FamilyResult, ReferenceModel
-from tests.conftest import SIZE
+from tests.conftest import SIZE, tiny_model
 
 
 def render(profile: Profile, images: torch.Tensor) -> str:
@@ -216,3 +217,21 @@ def test_an_example_of_every_family_shows_something(family: type[InvertibleTrigg
     assert drawn.mask.max() > 0
     assert (drawn.change != 128).any()
     assert ((drawn.change > 128) <= (drawn.stamped > drawn.clean)).all()
+
+
+def test_it_says_which_reference_model_gives_second_opinions(
+    profile: Profile, classifier: Classifier, images: torch.Tensor
+) -> None:
+    other = tiny_model(seed=1)
+    base = Classifier(
+        other, classifier.config, classifier.tokenizer, classifier.preprocessing, classifier.classes,
+        source="the <b>base", device=classifier.device,
+    )  # fmt: skip
+    assert "second opinion" not in render(profile, images)
+    asking = profile.calibrate(classifier, images, 0.02, reference=base)
+    calibration = asking.document.calibration
+    assert calibration is not None
+    assert calibration.second_opinion is not None
+    text = " ".join(render(asking, images).split())
+    assert "of the reference model the &lt;b&gt;base (base), which gives the same answer as this model to" in text
+    assert f"{100 * calibration.second_opinion.agreement:.0f}&nbsp;%" in text

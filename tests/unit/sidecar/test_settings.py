@@ -405,3 +405,36 @@ def test_alpha_is_below_one() -> None:
 def test_several_processes_cannot_share_a_unix_socket() -> None:
     assert Settings.load(None, processes=2, listen="0.0.0.0:8001", **MINIMUM).processes == 2
     assert "--listen needs HOST:PORT" in refused(**MINIMUM, processes=2, listen="unix:/run/guard.sock")
+
+
+@pytest.mark.parametrize(
+    ("given", "embedded", "upstream"),
+    [
+        (None, "near", "all"),
+        ("all", "all", "all"),
+        ("near", "near", "near"),
+        ("off", "off", "off"),
+        ("0.25", "0.25", "0.25"),
+        (0.25, "0.25", "0.25"),
+        (1, "all", "all"),
+        ("1.0", "all", "all"),
+    ],
+)
+def test_who_gets_a_second_opinion_depends_on_where_guard_runs_unless_it_is_set(
+    given: object, embedded: str, upstream: str, tmp_path: Path
+) -> None:
+    settings = Settings.load(None, profile=tmp_path, model=tmp_path, second_opinion=given).served[0]
+    assert (settings.opinions(embedded=True), settings.opinions(embedded=False)) == (embedded, upstream)
+
+
+@pytest.mark.parametrize("given", ["some", "0", "1.5", "-0.1", "nan", "inf", "", "ALL", True, [1]])
+def test_a_second_opinion_is_one_of_three_words_or_a_share(given: object, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none of all, near, off, and no share in \(0, 1\]"):
+        Settings.load(None, profile=tmp_path, model=tmp_path, second_opinion=given)
+
+
+def test_chance_decides_nothing_that_is_blocked(tmp_path: Path) -> None:
+    given = {"profile": tmp_path, "model": tmp_path, "mode": "block"}
+    with pytest.raises(UsageError, match="a share as --second-opinion needs shadow or tag mode"):
+        Settings.load(None, second_opinion="0.5", **given)
+    assert Settings.load(None, second_opinion="near", **given).second_opinion == "near"

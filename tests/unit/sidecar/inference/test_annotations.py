@@ -17,6 +17,8 @@ def outcome(rows: int) -> Outcome:
         flags=flags,
         p_values=np.where(flags, 0.001, 0.5),
         alpha=0.01,
+        decided_by=("k-distance",) * (rows - 1) + ("match patch-1",),
+        answers=("",) * rows,
         triggers=("",) * (rows - 1) + ("patch-1",),
     )
 
@@ -31,9 +33,11 @@ def reply(*, raw: bool) -> ModelInferResponse:
 def test_a_batch_is_annotated_in_the_form_that_the_reply_has(raw: bool) -> None:  # noqa: FBT001
     response = reply(raw=raw)
     annotate(response, outcome(3), Mode.TAG)
-    assert [output.name for output in response.outputs] == ["logits", "guard_decision", "guard_score", "guard_p_value"]
-    assert len(response.raw_output_contents) == (4 if raw else 0)
-    assert [output.HasField("contents") for output in response.outputs] == [not raw] * 4
+    assert [output.name for output in response.outputs] == [
+        "logits", "guard_decision", "guard_score", "guard_p_value", "guard_decided_by",
+    ]  # fmt: skip
+    assert len(response.raw_output_contents) == (5 if raw else 0)
+    assert [output.HasField("contents") for output in response.outputs] == [not raw] * 5
     np.testing.assert_array_equal(float_output(response, "logits"), LOGITS)
     np.testing.assert_array_equal(float_output(response, "guard_score"), np.array([1, 1, 9], np.float32))
 
@@ -45,7 +49,7 @@ def test_classes_in_place_of_logits_stay_as_they_are() -> None:
     before = response.raw_output_contents[0], response.outputs[0].SerializeToString()
     annotate(response, outcome(3), Mode.TAG)
     assert (response.raw_output_contents[0], response.outputs[0].SerializeToString()) == before
-    assert len(response.raw_output_contents) == len(response.outputs) == 4
+    assert len(response.raw_output_contents) == len(response.outputs) == 5
 
 
 def test_where_raw_contents_and_outputs_differ_in_number_nothing_is_added_to_either() -> None:
