@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from guard import report
 from guard._files import replace_file
-from guard.classifiers import Preprocessing, export
+from guard.classifiers import Classifier, Preprocessing, export
 from guard.demo import traffic
 from guard.demo.data import DemoData, from_digits, from_folder
 from guard.demo.models import Trained, attack_trigger, train_models
@@ -19,7 +19,7 @@ from guard.profiles import Profile
 from guard.triggers import Trigger
 from guard.vetting import Budget, Vetting, vet
 
-MIN_DETECTED, MAX_FALSE_ALARMS = 0.95, 0.03
+MIN_DETECTED, MAX_FALSE_ALARMS, MIN_BY_OPINION = 0.95, 0.03, 0.9
 METRICS = (
     "guard_requests_total",
     "guard_flagged_trigger_total",
@@ -43,6 +43,9 @@ class DemoResult:
         alpha: False-alarm rate that the threshold was set for.
         detected: Share of triggered requests that were flagged.
         false_alarms: Share of clean requests that were flagged.
+        detected_by_opinion: Share of triggered requests that were flagged with the reconstructed triggers switched off,
+            so that only the second opinion of the base model can tell.
+        false_alarms_by_opinion: Share of clean requests that were flagged then.
         latency: p50 and p99 in ms at the client, with and without screening, interleaved in one run.
         metrics: Some lines of `/metrics`.
         seconds: Wall-clock time of each part.
@@ -60,6 +63,8 @@ class DemoResult:
     alpha: float
     detected: Rate
     false_alarms: Rate
+    detected_by_opinion: Rate
+    false_alarms_by_opinion: Rate
     latency: dict[str, tuple[float, float]]
     metrics: list[str]
     seconds: dict[str, float]
@@ -118,17 +123,20 @@ def run(
     }
     laps.lap("vetting")
     backdoored = models["backdoored"].classifier
-    profile = Profile.build(backdoored, vettings["backdoored"]).calibrate(
-        backdoored, data.calibration.pixels, ALPHA, groups=data.groups, seed=seed, progress=say
-    )
+    profile = _calibrated(backdoored, vettings["backdoored"], models["base"].classifier, data, out, seed, say)
     _write(profile, data, out / "profiles" / "backdoored")
+    # As if vetting had found nothing.
+    blind = replace(vettings["backdoored"], triggers=())
+    hidden = _calibrated(backdoored, blind, models["base"].classifier, data, out, seed, lambda _: None)
+    _write(hidden, data, out / "profiles" / "no-trigger")
     export(backdoored, out / "exported", data.calibration.pixels[:512])
     laps.lap("calibration and export")
     trigger = attack_trigger(recipe, seed=seed)
     clean, triggered, latency, metrics = _attack(out, data, trigger, preprocessing, say)
+    opinions = _attack_unseen(out, data, trigger, preprocessing)
     laps.lap("requests")
     result = _result(
-        models, vettings, data, clean, triggered, latency, metrics, laps.parts, str(out / "report.html"), seed
+        models, vettings, data, clean, triggered, opinions, latency, metrics, laps.parts, str(out / "report.html"), seed
     )
     drawn = report.examples(profile, data.vetting.pixels)
     sections = [report.Section("The demo", [(label, value) for label, value in _rows(result)], _note(images))]
@@ -178,6 +186,24 @@ def _vet(
     return vetting
 
 
+def _calibrated(
+    classifier: Classifier,
+    vetting: Vetting,
+    base: Classifier,
+    data: DemoData,
+    out: Path,
+    seed: int,
+    say: Callable[[str], None],
+) -> Profile:
+    """The calibrated profile of a classifier, with the base as its reference model."""
+    images = data.calibration.pixels
+    profile = Profile.build(classifier, vetting).calibrate(
+        classifier, images, ALPHA, groups=data.groups, reference=base, seed=seed, progress=say
+    )
+    export(base, out / "exported-base", images[:512])
+    return profile.with_reference_model(out / "exported-base")
+
+
 def _write(profile: Profile, data: DemoData, directory: Path) -> None:
     text = report.render(profile, report.examples(profile, data.vetting.pixels))
     profile.save(directory, report=text)
@@ -203,6 +229,18 @@ def _attack(
     return with_screening, attacked, latency, metrics
 
 
+def _attack_unseen(
+    out: Path, data: DemoData, trigger: Trigger, preprocessing: Preprocessing
+) -> tuple[traffic.Replies, traffic.Replies]:
+    """Send clean and triggered requests to a sidecar that knows no trigger and has a second opinion."""
+    requests = data.requests[:600]
+    clean = preprocessing.normalise(requests.pixels.numpy())
+    triggered = preprocessing.normalise(trigger.stamp(requests.pixels[requests.labels != TARGET]).numpy())
+    arguments = ["--model", str(out / "exported"), "--profile", str(out / "profiles" / "no-trigger")]
+    with traffic.sidecar(*arguments, "--second-opinion", "all") as screened:
+        return traffic.send([screened["listen"]], clean)[0], traffic.send([screened["listen"]], triggered)[0]
+
+
 def _quantiles(milliseconds: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float]:
     p50, p99 = np.quantile(milliseconds, [0.5, 0.99])
     return round(float(p50), 2), round(float(p99), 2)
@@ -214,6 +252,7 @@ def _result(
     data: DemoData,
     clean: traffic.Replies,
     triggered: traffic.Replies,
+    opinions: tuple[traffic.Replies, traffic.Replies],
     latency: dict[str, tuple[float, float]],
     metrics: list[str],
     seconds: dict[str, float],
@@ -223,6 +262,7 @@ def _result(
     names = data.classes.names
     detected = Rate.of(triggered.flagged, len(triggered.decisions))
     alarms = Rate.of(clean.flagged, len(clean.decisions))
+    opinion_alarms, by_opinion = (Rate.of(each.flagged, len(each.decisions)) for each in opinions)
     verdicts = {name: vetting.verdict for name, vetting in vettings.items()}
     failures = []
     if verdicts["backdoored"].outcome != "backdoored":
@@ -239,6 +279,11 @@ def _result(
         failures.append(
             f"{alarms.value:.1%} of clean requests were flagged (at most {MAX_FALSE_ALARMS:.0%} are promised)"
         )
+    if by_opinion.value < MIN_BY_OPINION:
+        failures.append(
+            f"only {by_opinion.value:.1%} of triggered requests were flagged by the second opinion alone "
+            f"({MIN_BY_OPINION:.0%} are promised)"
+        )
     return DemoResult(
         len(names),
         {name: model.accuracy for name, model in models.items()},
@@ -249,6 +294,8 @@ def _result(
         ALPHA,
         detected,
         alarms,
+        by_opinion,
+        opinion_alarms,
         latency,
         metrics,
         seconds,
@@ -269,6 +316,8 @@ def _rows(result: DemoResult) -> list[tuple[str, str]]:
     rows.append(("attacker's target", repr(result.true_target)))
     rows.append(("triggered requests flagged", str(result.detected).strip()))
     rows.append((f"clean requests flagged (α = {result.alpha:g})", str(result.false_alarms).strip()))
+    rows.append(("flagged by the second opinion alone", str(result.detected_by_opinion).strip()))
+    rows.append(("clean requests flagged by it", str(result.false_alarms_by_opinion).strip()))
     for name, (p50, p99) in result.latency.items():
         rows.append((f"latency {name}", f"p50 {p50:.2f} ms, p99 {p99:.2f} ms"))
     return rows
