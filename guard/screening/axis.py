@@ -1,4 +1,4 @@
-"""The axis of the traffic: find a direction along which requests cluster, without a trigger or a reference model. numpy.
+"""The axis of the traffic: a direction along which requests cluster, found without a trigger or a reference model.
 
 A backdoor moves whatever carries the trigger to one place. Among all requests that is little, among the requests
 predicted as the target it is much, and there the triggered ones lie in one direction from the mean of the class.
@@ -7,7 +7,7 @@ predicted as the target it is much, and there the triggered ones lie in one dire
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import Any, NamedTuple, Self
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from guard.screening.monitor import upper_rate
 from guard.screening.neighbours import Embeddings
+from guard.screening.screen import Scores, Tail
 from guard.screening.whitening import oas
 
 Floats = NDArray[np.float32]
@@ -23,10 +24,12 @@ Classes = NDArray[np.int64]
 
 AXIS = "axis"
 """How the names of axes, of the scores along them and of the alarm's stream begin."""
-MIN_AXIS = 400
-"""Number of calibration images that the search for an axis needs: its tail is fitted to a twentieth of them."""
+MIN_AXIS = 200
+"""Number of calibration images that the search for an axis needs: its tail is fitted to a tenth of them."""
 MIN_OF_CLASS = 5
 """Number of images of the bank that a class needs for a mean of its own; requests of other classes are not watched."""
+AXIS_WEIGHT = 0.5
+"""Share of the false alarms that the scores along axes may cause together, before the other scores' shares."""
 MAX_AXES = 4
 """Most axes that one monitor finds; then a person must look."""
 MAX_BANK = 2048
@@ -41,16 +44,18 @@ _DUPLICATE = 0.97
 _RADII = (0.8, 0.65, 0.5)
 _MIN_MEMBERS = 3
 _RADII_REFINED = (0.8, 0.7, 0.6, 0.5, 0.4)
-_TAIL = 0.05
+_TAIL = 0.1
 """Share of the calibration images that the tail along an axis is fitted to."""
 _LEVELS = (0.0001, 0.0003, 0.001)
 _STAKES = (0.003, 0.01, 0.03, 0.08)
 _MEMBER = 0.01
 """Rate of clean images beyond which a request counts as one that formed an axis."""
 _EVENTS = 64
+_FEW_CLASSES, _WITHIN = 2, 0.75
+"""An attack leads to few classes: so many must hold this share of the events. Those of drift are spread over many."""
 _FIRST = 6
 """Rows of a class from which a candidate is chosen."""
-_GAPS = ((32, 2), (64, 4), (math.inf, 16))
+_GAPS = ((64, 1), (128, 4), (math.inf, 8))
 """Up to so many rows, a candidate is chosen again after so many others."""
 _MIN_OTHERS = 200
 
@@ -173,7 +178,54 @@ def along(axes: Sequence[Axis], reference: AxisReference, residuals: Floats, cla
     return values
 
 
-class Tail(NamedTuple):
+class AxisScores:
+    """The scores along axes: the cosine with each, −1 for requests that are not predicted as its target.
+
+    They join the other scores under the one rule of `Screen`: each is brought to the common scale by a `Tail` that is
+    fitted to the bank, and the largest decides. An axis does not depend on the images that set the threshold, so that a
+    conformal threshold over all scores stays exact.
+
+    Args:
+        axes: The axes: those of a profile, and those that a monitor found.
+        reference: What the traffic is compared with.
+
+    Attributes:
+        axes: As given.
+        clean: Largest surprise along any axis of the images that set the threshold, float32, shape [n].
+    """
+
+    def __init__(self, axes: Sequence[Axis], reference: AxisReference) -> None:
+        self.axes = tuple(axes)
+        self._reference = reference
+        weight = AXIS_WEIGHT / max(1, len(self.axes))
+        self._tails = [Tail.fit(reference.bank @ axis.direction(reference), weight) for axis in self.axes]
+        self.clean = self._surprises(along(self.axes, reference, reference.clean, reference.clean_classes)).max(axis=0)
+
+    def _surprises(self, cosines: Floats) -> Floats:
+        return np.array([tail.surprise(row) for tail, row in zip(self._tails, cosines, strict=True)])
+
+    def add(self, scores: Scores, triggers: int) -> Scores:
+        """Let the axes decide with the other scores; see `Scores`.
+
+        Args:
+            scores: The other scores, with embeddings.
+            triggers: Number of triggers that the scores refer to; axes are counted after them.
+        """
+        residuals = self._reference.residuals(scores.embeddings, scores.classes)
+        cosines = along(self.axes, self._reference, residuals, scores.classes)
+        surprises = self._surprises(cosines)
+        largest, which = surprises.max(axis=0), surprises.argmax(axis=0)
+        decides = largest > scores.values
+        return replace(
+            scores,
+            values=np.maximum(scores.values, largest),
+            parts={**scores.parts, **dict(zip((axis.name for axis in self.axes), cosines, strict=True))},
+            triggers=np.where(decides, triggers + which, scores.triggers),
+            deciding=np.where(decides, len(scores.parts) + which, scores.deciding),
+        )
+
+
+class TailBound(NamedTuple):
     """An upper bound of how often a clean request lies as far along a direction.
 
     Beyond `start` it falls exponentially by `scale`; at `start` it is `rate`.
@@ -190,7 +242,7 @@ class Tail(NamedTuple):
         return self.rate * math.exp(-(cosine - self.start) / self.scale)
 
 
-def fit_tail(cosines: Floats, delta: float) -> Tail:
+def fit_tail(cosines: Floats, delta: float) -> TailBound:
     """Fit a tail to the cosines of clean images with a direction that does not depend on them.
 
     Both its rate and its scale are upper confidence bounds, delta / 2 each: a Beta quantile (`upper_rate`) and, for the
@@ -205,7 +257,7 @@ def fit_tail(cosines: Floats, delta: float) -> Tail:
     part = 1 / (9 * (rank - 1))
     shrunk = (1 - part + NormalDist().inv_cdf(delta / 2) * math.sqrt(part)) ** 3
     scale = max(float((largest[1:] - start).mean()), 1e-6) / max(shrunk, 0.05)
-    return Tail(start, scale, upper_rate(size, rank, delta / 2))
+    return TailBound(start, scale, upper_rate(size, rank, delta / 2))
 
 
 @dataclass(eq=False)
@@ -226,7 +278,7 @@ class Window:
     seen: int = 0
     since: int = 0
     candidate: Floats | None = None
-    tails: tuple[Tail, ...] = ()
+    tails: tuple[TailBound, ...] = ()
 
     @property
     def count(self) -> int:
@@ -327,12 +379,15 @@ class AxisMonitor:
     one image that come again and again form a cluster too, and no embedding tells them from an attack; a request with a
     cosine above 0.97 to an earlier one in the window does not count.
 
+    *Attack or drift.* A bet that is won while the events are spread over more than two classes raises no alarm: that is
+    drift, or content that comes again in many variants. So an attack on many classes at once is not found.
+
     *After an alarm* the axis is the mean of the requests that formed it. Requests along it are explained: they neither
     form another axis nor are events.
 
     Memory: `MAX_ROWS` + `OTHERS` + `MAX_BANK` + n rows of D float32, twice the first at most while windows grow. Beyond
     `MAX_ROWS` the class that was not seen for longest is forgotten. Time per request: D² for the residual, `WINDOW` · D
-    for copies, and on average (WINDOW² + n) · D / 16 for the candidates.
+    for copies, and on average (WINDOW² + n) · D / 8 for the candidates.
 
     A monitor must be used by one thread at a time.
 
@@ -426,7 +481,16 @@ class AxisMonitor:
         if window.due():
             self._choose(k, window)
         self._forget()
-        return None if found is None else self._alarm(k, window, *found)
+        return None if found is None or not self._concentrated(found[0]) else self._alarm(k, window, *found)
+
+    def _since(self, after: int) -> list[int]:
+        """The classes of the events among the latest requests."""
+        return [k for number, k in self.events if number > self.observed - after]
+
+    def _concentrated(self, after: int) -> bool:
+        classes = self._since(after)
+        largest = sorted(map(classes.count, set(classes)))[-_FEW_CLASSES:]
+        return sum(largest) >= _WITHIN * len(classes)
 
     def _forget(self) -> None:
         while self._stored > MAX_ROWS and len(self.windows) > 1:
@@ -451,7 +515,7 @@ class AxisMonitor:
         if direction is None:
             raise RuntimeError("a bet was won without a direction to bet on")
         offset = np.linalg.solve(self.reference.matrix.T.astype(np.float64), direction.astype(np.float64))
-        counted = [event for number, event in self.events if number > self.observed - after]
+        counted = self._since(after)
         axis = Axis(
             f"{AXIS}-{len(self.known) + len(self.axes) + 1}",
             (offset / np.linalg.norm(offset)).astype(np.float32),
