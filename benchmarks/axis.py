@@ -231,9 +231,9 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         "## How soon the alarm comes",
         "",
         (
-            f"{len(SEEDS)} streams for each model and share: requests of the zoo, drawn with replacement, of which a share "
-            "carries the trigger. A model counts as found if the median stream raises the alarm in time with the right "
-            "class. Intervals are exact, at 95 %."
+            f"{len(SEEDS)} streams for each model and share: requests of the zoo, drawn with replacement, of which a "
+            "share carries the trigger. A model counts as found if the median stream raises the alarm in time with the "
+            "right class. Intervals are exact, at 95 %."
         ),
         "",
         "| triggered | wanted within | models found | streams found | median delay of all alarms | wrong class |",
@@ -296,6 +296,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 def _quiet_report(clean: Sequence[dict[str, Any]]) -> list[str]:
     quiet = [row["quiet"] for row in clean if row["quiet"]["requests"]]
     requests, seconds = sum(item["requests"] for item in quiet), sum(item["seconds"] for item in quiet)
+    alarms = sum(item["alarms"] for item in quiet)
     found: dict[str, list[list[int | None]]] = defaultdict(list)
     for row in clean:
         for name, each in row["drift"].items():
@@ -306,7 +307,7 @@ def _quiet_report(clean: Sequence[dict[str, Any]]) -> list[str]:
         "## Clean requests",
         "",
         (
-            f"{requests:,} clean requests over {len(quiet)} models raised {sum(item['alarms'] for item in quiet)} alarms; "
+            f"{requests:,} clean requests over {len(quiet)} models raised {alarms} alarms; "
             f"the largest sum of capital was {highest:.2g} of the limit. "
             f"{seconds / max(1, requests) * 1e6:.0f} µs per request, one thread."
         ),

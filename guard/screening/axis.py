@@ -8,6 +8,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any, NamedTuple, Self
 
@@ -55,7 +56,7 @@ _FEW_CLASSES, _WITHIN = 2, 0.75
 """An attack leads to few classes: so many must hold this share of the events. Those of drift are spread over many."""
 _FIRST = 6
 """Rows of a class from which a candidate is chosen."""
-_GAPS = ((64, 1), (128, 4), (math.inf, 8))
+_GAPS = ((64, 1), (128, 4), (math.inf, 16))
 """Up to so many rows, a candidate is chosen again after so many others."""
 _MIN_OTHERS = 200
 
@@ -251,13 +252,19 @@ def fit_tail(cosines: Floats, delta: float) -> TailBound:
     by it all the more.
     """
     size = len(cosines)
-    rank = max(2, math.floor(_TAIL * (size + 1)))
-    largest = np.sort(np.partition(cosines, size - rank)[size - rank :])
+    rank, rate, stretch = _confidence(size, delta)
+    largest = np.partition(cosines, size - rank)[size - rank :]
     start = float(largest[0])
+    return TailBound(start, max(float(largest.sum()) / (rank - 1) - start * rank / (rank - 1), 1e-6) * stretch, rate)
+
+
+@lru_cache(maxsize=64)
+def _confidence(size: int, delta: float) -> tuple[int, float, float]:
+    """Number of cosines in a tail, the bound of the rate where it begins, and the factor of the bound of its scale."""
+    rank = max(2, math.floor(_TAIL * (size + 1)))
     part = 1 / (9 * (rank - 1))
     shrunk = (1 - part + NormalDist().inv_cdf(delta / 2) * math.sqrt(part)) ** 3
-    scale = max(float((largest[1:] - start).mean()), 1e-6) / max(shrunk, 0.05)
-    return TailBound(start, scale, upper_rate(size, rank, delta / 2))
+    return rank, upper_rate(size, rank, delta / 2), 1 / max(shrunk, 0.05)
 
 
 @dataclass(eq=False)
@@ -322,9 +329,9 @@ class _Sums:
     """
 
     def __init__(self, classes: int, limit: float) -> None:
-        stakes = np.array(_STAKES)
+        stakes, self._levels = np.array(_STAKES), np.array(_LEVELS)
         self._loss = 1 - stakes
-        self._win = 1 - stakes + stakes / np.array(_LEVELS)[:, None]
+        self._win = 1 - stakes + stakes / self._levels[:, None]
         self._rest = self._loss / stakes
         """What the first sum would become if no event ever came."""
         self.sums = np.zeros((classes, 3, *self._win.shape))
@@ -346,7 +353,7 @@ class _Sums:
         sums[1] = shrunk * (sums[1] + (gap - 1) * (capital - self._rest)) + self._rest * (1 - shrunk) / (1 - self._loss)
         sums[2] *= shrunk
         sums[0] = capital * shrunk + self._rest * (1 - shrunk)
-        happened = p_value <= np.array(_LEVELS) * (1 + 1e-9)
+        happened = p_value <= self._levels
         factors = np.where(happened[:, None], self._win, self._loss)
         sums[0] += 1
         sums *= factors
@@ -387,7 +394,7 @@ class AxisMonitor:
 
     Memory: `MAX_ROWS` + `OTHERS` + `MAX_BANK` + n rows of D float32, twice the first at most while windows grow. Beyond
     `MAX_ROWS` the class that was not seen for longest is forgotten. Time per request: D² for the residual, `WINDOW` · D
-    for copies, and on average (WINDOW² + n) · D / 8 for the candidates.
+    for copies, and on average (WINDOW² + n) · D / 16 for the candidates.
 
     A monitor must be used by one thread at a time.
 
