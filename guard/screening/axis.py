@@ -51,6 +51,9 @@ _LEVELS = (0.0001, 0.0003, 0.001)
 _STAKES = (0.003, 0.01, 0.03, 0.08)
 _MEMBER = 0.01
 """Rate of clean images beyond which a request counts as one that formed an axis."""
+_HEAVIER, _LEAST = 2.0, 0.1
+"""A class may be so many times as common along a direction as among all requests. Its share is bounded from below, since
+what is assumed about rare classes could not be checked."""
 _EVENTS = 64
 _FEW_CLASSES, _WITHIN = 2, 0.75
 """An attack leads to few classes: so many must hold this share of the events. Those of drift are spread over many."""
@@ -278,6 +281,7 @@ class Window:
         since: Number of rows that were added since a candidate was last chosen.
         candidate: The direction that fresh requests are tested along; None if there is no cluster.
         tails: Its tails; a request must be in all of them.
+        share: Bound of the share that the class may have of the requests along a direction.
     """
 
     rows: Floats
@@ -286,6 +290,7 @@ class Window:
     since: int = 0
     candidate: Floats | None = None
     tails: tuple[TailBound, ...] = ()
+    share: float = 1.0
 
     @property
     def count(self) -> int:
@@ -314,11 +319,11 @@ class Window:
         return self.seen >= _FIRST and self.since >= next(gap for upto, gap in _GAPS if self.seen <= upto)
 
     def p_value(self, row: Floats) -> float:
-        """How often, at most, clean requests lie as far along the candidate as this row."""
+        """How often, at most, clean requests are of the class and lie as far along the candidate as this row."""
         if self.candidate is None:
             return 1.0
         cosine = float(row @ self.candidate)
-        return min(1.0, max(tail.p_value(cosine) for tail in self.tails))
+        return min(1.0, self.share * max(tail.p_value(cosine) for tail in self.tails))
 
 
 class _Sums:
@@ -377,12 +382,14 @@ class AxisMonitor:
     comparison with the bank's images of the class (the largest likelihood ratio over a few radii), and then the mean of
     those. It depends on earlier traffic alone, not on the images that set the threshold.
 
-    *Test.* So these images say how often a fresh clean request lies as far along it: at most p, the bound of
-    `fit_tail`. As drift moves requests of all classes, p is also at least the bound from the tail of the latest
-    requests of other classes. Whether a request is predicted as the class and has p ≤ τ is an event; for each class an
+    *Test.* So these images say how often a fresh clean request lies as far along it, at most: the bound of `fit_tail`.
+    As drift moves requests of all classes, the bound from the latest requests of other classes counts where it is
+    larger. Multiplied with twice the share of the class in calibration or traffic, it is p: there are too few images of
+    one class for a tail of its own, and so the tail of a class is taken to be at most twice as heavy as that of all.
+    Whether a request is predicted as the class and has p ≤ τ is an event; for each class an
     e-detector, as in `Monitor`, bets that events are more than a share τ of all requests. As long as the bounds hold,
     clean requests raise one alarm in `run_length` requests on average at most, however the directions were chosen
-    before. For each direction the bound fails with probability `delta` if tails are as `fit_tail` says. Near-copies of
+    before. For each direction the bound fails with probability `delta` if tails are as assumed. Near-copies of
     one image that come again and again form a cluster too, and no embedding tells them from an attack; a request with a
     cosine above 0.97 to an earlier one in the window does not count.
 
@@ -462,8 +469,8 @@ class AxisMonitor:
         axes = (*self.known, *self.axes)
         if not axes:
             return np.zeros(len(residuals), bool)
-        starts = np.array([[self._start(axis)] for axis in axes])
-        found: NDArray[np.bool_] = (along(axes, self.reference, residuals, classes) > starts).any(axis=0)
+        cosines = along(axes, self.reference, residuals, classes)
+        found: NDArray[np.bool_] = np.any(cosines > np.array([[self._start(axis)] for axis in axes]), axis=0)
         return found
 
     def _start(self, axis: Axis) -> float:
@@ -514,6 +521,14 @@ class AxisMonitor:
         others = self.recent[(self.recent_classes >= 0) & (self.recent_classes != k)]
         if len(others) >= _MIN_OTHERS:
             window.tails += (fit_tail(others @ direction, 0.5),)
+        window.share = self._share(k)
+
+    def _share(self, k: int) -> float:
+        """Bound of the share that a class may have of the requests along a direction, in [`_LEAST`, 1]."""
+        shares = [_upper_share(self.reference.clean_classes, k)]
+        if self.observed >= OTHERS:
+            shares.append(_upper_share(self.recent_classes, k))
+        return min(1.0, max(_LEAST, _HEAVIER * max(shares)))
 
     def _alarm(self, k: int, window: Window, after: int, share: float) -> "AxisAlarm":
         """Make an axis of the requests of a class whose bet has reached its limit."""
@@ -521,11 +536,12 @@ class AxisMonitor:
         direction = window.filled[members].mean(0) if members.sum() >= _MIN_MEMBERS else window.candidate
         if direction is None:
             raise RuntimeError("a bet was won without a direction to bet on")
-        offset = np.linalg.solve(self.reference.matrix.T.astype(np.float64), direction.astype(np.float64))
+        matrix = self.reference.matrix.T.astype(np.float64)
+        offset = np.linalg.lstsq(matrix, direction.astype(np.float64), rcond=None)[0]
         counted = self._since(after)
         axis = Axis(
             f"{AXIS}-{len(self.known) + len(self.axes) + 1}",
-            (offset / np.linalg.norm(offset)).astype(np.float32),
+            (offset / max(float(np.linalg.norm(offset)), 1e-12)).astype(np.float32),
             k,
             self.observed,
             min(after, self.observed),
@@ -586,6 +602,12 @@ def densest(rows: Floats, bank: Floats) -> Floats | None:
     radii = np.array(_RADII_REFINED)[:, None]
     gain = _gain((cosines >= radii).sum(1), len(rows), (cosines_bank >= radii).sum(1), len(bank))
     return _mean(rows[cosines >= radii[int(gain.argmax()), 0]]) if gain.max() > 0 else direction
+
+
+def _upper_share(classes: Classes, k: int) -> float:
+    """The share of a class in a sample, and three standard deviations of it."""
+    count = int((classes == k).sum())
+    return (count + 3 * math.sqrt(count) + 3) / max(1, len(classes))
 
 
 def _mean(rows: Floats) -> Floats:

@@ -20,7 +20,7 @@ from guard.errors import StateError
 from guard.screening.axis import MAX_AXES, MAX_ROWS, OTHERS, WINDOW, Axis, AxisMonitor, AxisReference
 
 _FORMAT = 1
-_DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "U8": np.dtype("u1")}
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
 _SLACK = 1 + 1e-6
 _MAX_DOCUMENT = 2**22
 _UNIT = 1e-3
@@ -217,7 +217,7 @@ def _read(path: Path, file: TensorFile, name: str, shape: tuple[int, ...], dtype
     entry = file.entries[name]
     if entry.shape != shape or entry.dtype != dtype:
         raise StateError(f"{path} is damaged: {name} has shape {entry.shape} and type {entry.dtype}, not {shape}")
-    values = np.frombuffer(file.read(name), _DTYPES[dtype]).reshape(shape)
+    values: NDArray[Any] = np.frombuffer(file.read(name), _DTYPES[dtype]).reshape(shape)
     if not np.isfinite(values).all():
         raise StateError(f"{path} is damaged: {name} has a value that is not finite")
     return values

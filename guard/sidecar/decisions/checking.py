@@ -128,11 +128,15 @@ class Checker:
         sample: Reservoir | None,
     ) -> None:
         self.profile, self.model, self.metrics = profile, model, metrics
-        self._detector = detector
         self.watch = Watch(profile, detector, model, settings, metrics, shared, sample)
         self._settings, self._limits, self._workers = settings, shared.settings, shared.workers
         self.vetted = settings.clears(profile.document.vetting.verdict.outcome)
         metrics.describe(profile, detector)
+
+    @property
+    def _detector(self) -> Detector:
+        """The detector that decides now; an axis of the traffic joins its scores while it is used."""
+        return self.watch.detector
 
     @property
     def alpha(self) -> float:
@@ -324,11 +328,12 @@ class Checker:
         trouble = images.trouble or ("" if scorable.all() else "an embedding is zero or not finite")
         if not scorable.any():
             return Outcome.unchecked(Reason.INPUT_UNREADABLE, trouble)
-        rows, values, names = images.rows, images.values, self._detector.screen.triggers
+        rows, values = images.rows, images.values
         if not scorable.all():
             rows, values, embeddings = rows[scorable], values[scorable], embeddings[scorable]
         with self.metrics.stage("screening"):
             found = self._detector.score(embeddings)
+        names = self._detector.triggers  # axes are only ever added behind the others
         kept = self.watch.follow(found, rows, message, trace_id, values if seen else None)
         unread = np.ones(images.count, bool)
         unread[rows] = False
