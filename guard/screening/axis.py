@@ -52,8 +52,8 @@ _STAKES = (0.003, 0.01, 0.03, 0.08)
 _MEMBER = 0.01
 """Rate of clean images beyond which a request counts as one that formed an axis."""
 _HEAVIER, _LEAST = 2.0, 0.1
-"""A class may be so many times as common along a direction as among all requests. Its share is bounded from below, since
-what is assumed about rare classes could not be checked."""
+"""A class may be so many times as common along a direction as among all requests. Its share is bounded from below,
+since what is assumed about rare classes could not be checked."""
 _EVENTS = 64
 _FEW_CLASSES, _WITHIN = 2, 0.75
 """An attack leads to few classes: so many must hold this share of the events. Those of drift are spread over many."""
