@@ -1,8 +1,10 @@
 """`guard calibrate`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -11,7 +13,13 @@ from guard.cli.console import Console
 from guard.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
-    from guard.profiles import LeftOut
+    from torch import Tensor
+
+    from guard.classifiers import Classifier
+    from guard.profiles import LeftOut, OpinionKind, SecondOpinionRecord
+
+_PARITY_IMAGES = 512
+"""Images on which the exported reference model is compared with what it was exported from."""
 
 
 @click.command()
@@ -39,6 +47,19 @@ if TYPE_CHECKING:
     help="The model that the profile was made for, if it is no longer at the place that the profile names.",
 )
 @click.option(
+    "--base",
+    help="A trusted model of the same classes and input size, such as the checkpoint that the model was tuned from. It "
+    "gives second opinions on requests, unless --reference says otherwise.",
+)
+@click.option(
+    "--reference",
+    type=click.Choice(("base", "derived", "student", "none")),
+    help="The reference model that gives second opinions. base: that of --base. student: a small network that learns "
+    "from the model what it answers to the clean images, and costs little per request. derived: the model itself, "
+    "disturbed and taught again. none: no second opinions. By default, it is base if --base is given, and student "
+    "otherwise.",
+)
+@click.option(
     "--k",
     type=click.IntRange(min=1),
     help="Number of nearest neighbours that the density score uses. By default, it follows from the size of the banks.",
@@ -60,6 +81,8 @@ def calibrate(
     embeddings: Path | None,
     alpha: float,
     model: str | None,
+    base: str | None,
+    reference: "OpinionKind | Literal['none'] | None",
     k: int | None,
     limit: int,
     seed: int,
@@ -68,7 +91,7 @@ def calibrate(
     per_class: bool,
     as_json: bool,
 ) -> None:
-    """Build the reference banks of PROFILE and set the threshold for a false-alarm rate.
+    """Build the reference banks of PROFILE, make its reference model, and set the threshold for a false-alarm rate.
 
     The smallest possible false-alarm rate is 1 / (n + 1), where n is 40 % of the number of images, or two thirds of the
     number of embeddings.
@@ -78,38 +101,57 @@ def calibrate(
 
     if (images is None) == (embeddings is None):
         raise UsageError("give one of --images and --embeddings")
+    if (reference == "base") > (base is not None) or (base is not None and reference not in {None, "base"}):
+        raise UsageError("--reference base and --base MODEL belong together")
     console = Console(as_json=as_json)
-    stored = guard.Profile.open(profile)
-    if embeddings is not None:
-        if k is not None or model is not None:
-            raise UsageError("--k and --model need --images: with --embeddings the banks stay as they are")
-        vectors = profiles.read_embeddings(embeddings, stored.document.model.embedding)
-        calibrated = stored.recalibrate(vectors, alpha, per_class=per_class, seed=seed)
-        text = report.render(calibrated, report.examples(calibrated))
-    elif images is not None:
-        folder = guard.ImageFolder.scan(images).sample(limit, seed=seed)
-        named = model or stored.document.model.source
-        try:
-            classifier = guard.load(named, classes=stored.document.model.classes, device=device)
-        except ModelError as error:
-            if model is not None:
-                raise
-            hint = f"the profile names its model {named!r}, as it was given to guard vet; give its place with --model"
-            raise ModelError(f"{error}; {hint}") from error
-        stored.check_model(classifier.digest)
-        pixels = classifier.read(folder, console.progress)
-        calibrated = stored.calibrate(
-            classifier,
-            pixels,
-            alpha,
-            k=k,
-            per_class=per_class,
-            names=[str(file.relative_to(folder.root)) for file in folder.files],
-            seed=seed,
-            progress=console.say,
-        )
-        text = report.render(calibrated, report.examples(calibrated, pixels))
-    calibrated.save(profile, report=text)
+    # The reference model is exported here, until it is copied into the profile.
+    with TemporaryDirectory(prefix="guard-") as temporary:
+        stored = guard.Profile.open(profile)
+        if embeddings is not None:
+            if k is not None or model is not None or base is not None or reference is not None:
+                raise UsageError(
+                    "--k, --model, --base and --reference need --images: with --embeddings the banks stay as they are"
+                )
+            vectors = profiles.read_embeddings(embeddings, stored.document.model.embedding)
+            calibrated = stored.recalibrate(vectors, alpha, per_class=per_class, seed=seed)
+            text = report.render(calibrated, report.examples(calibrated))
+        elif images is not None:
+            folder = guard.ImageFolder.scan(images).sample(limit, seed=seed)
+            named = model or stored.document.model.source
+            try:
+                classifier = guard.load(named, classes=stored.document.model.classes, device=device)
+            except ModelError as error:
+                if model is not None:
+                    raise
+                hint = (
+                    f"the profile names its model {named!r}, as it was given to guard vet; give its place with --model"
+                )
+                raise ModelError(f"{error}; {hint}") from error
+            stored.check_model(classifier.digest)
+            pixels = classifier.read(folder, console.progress)
+            kind = _kind(reference, base, len(pixels), console)
+            other = None
+            if kind is not None:
+                learned = stored.bank_images(pixels, seed=seed)
+                other = _reference_model(classifier, kind, base, learned, seed, console)
+            calibrated = stored.calibrate(
+                classifier,
+                pixels,
+                alpha,
+                k=k,
+                per_class=per_class,
+                names=[str(file.relative_to(folder.root)) for file in folder.files],
+                reference=other,
+                kind=kind or "base",
+                seed=seed,
+                progress=console.say,
+            )
+            text = report.render(calibrated, report.examples(calibrated, pixels))
+            if other is not None:
+                console.say("exporting the reference model")
+                guard.export(other, Path(temporary) / "reference", pixels[:_PARITY_IMAGES])
+                calibrated = calibrated.with_reference_model(Path(temporary) / "reference")
+        calibrated.save(profile, report=text)
     record = calibrated.document.calibration
     if record is None:
         raise AssertionError("calibration leaves a record")
@@ -117,7 +159,8 @@ def calibrate(
     console.result(
         record,
         f"scores: {', '.join(record.tails)}; k = {record.k}, {record.reference} images in each bank\n"
-        f"threshold: {record.threshold.value:.4f} for alpha = {alpha:g}, from {record.threshold.size} clean scores\n"
+        + _opinion(record.second_opinion)
+        + f"threshold: {record.threshold.value:.4f} for alpha = {alpha:g}, from {record.threshold.size} clean scores\n"
         f"false alarms on {record.held_out} held-out images: {record.false_alarms} ({rate:.2%})\n"
         + _left_out(record.left_out)
         + f"profile: {profile}",
@@ -129,3 +172,38 @@ def _left_out(items: Sequence["LeftOut"]) -> str:
         return ""
     names = ", ".join(item.image for item in items[:5]) + (", …" if len(items) > 5 else "")
     return f"left out because they seem to carry a trigger: {len(items)} images ({names}); the report lists them\n"
+
+
+def _opinion(record: "SecondOpinionRecord | None") -> str:
+    if record is None:
+        return "second opinion: none\n"
+    return f"second opinion: {record.source}, which gives the same answer to {record.agreement:.1%} of clean images\n"
+
+
+def _kind(
+    wanted: "OpinionKind | Literal['none'] | None", base: str | None, count: int, console: Console
+) -> "OpinionKind | None":
+    """The kind of reference model to use; None for none."""
+    from guard.classifiers.exporting import MIN_PARITY_IMAGES
+
+    if wanted == "none":
+        return None
+    if wanted is None and base is None and count < MIN_PARITY_IMAGES:
+        console.say(f"no reference model is made: it needs at least {MIN_PARITY_IMAGES} images, there are {count}")
+        return None
+    return wanted or ("base" if base else "student")
+
+
+def _reference_model(
+    classifier: "Classifier", kind: "OpinionKind", base: str | None, images: "Tensor", seed: int, console: Console
+) -> "Classifier":
+    """Load or make the reference model; one that is made learns from the images of the banks alone."""
+    import guard
+    from guard.vetting import OPINION_REFERENCE, StudentSettings, derive_reference, teach_student
+
+    if base is not None:
+        return guard.load(base, classes=classifier.classes, device=str(classifier.device))
+    if kind == "student":
+        return teach_student(classifier, images, StudentSettings(seed=seed), progress=console.progress)
+    settings = replace(OPINION_REFERENCE, seed=seed)
+    return derive_reference(classifier, images, settings, augment=True, progress=console.progress)[0]

@@ -24,7 +24,7 @@ MATCH = "match"
 DENSITY_WEIGHT = 0.1
 """Share of the false alarms that the density score may cause where there are triggers to match. On the zoo `small` of
 seed 0 this costs no detection, and density is the only defence against a trigger that vetting did not find."""
-OPINION_WEIGHTS = {DIVERGENCE: 0.5, RESIDUAL: 0.25}
+OPINION_WEIGHTS = {DIVERGENCE: 0.6, RESIDUAL: 0.1}
 """Shares of the false alarms that the scores of a second opinion may cause; the others share what is left, in the same
 proportion as without a second opinion."""
 NEAR = 0.3

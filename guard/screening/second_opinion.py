@@ -22,8 +22,8 @@ DIVERGENCE = "divergence"
 RESIDUAL = "residual"
 """Name of the score that compares the embeddings."""
 OPINIONS = (DIVERGENCE, RESIDUAL)
-_FLOOR = 1e-4
-"""Added to a divergence before its logarithm is taken, in nats: below it, two answers are the same for our purpose."""
+_TEMPERATURE = 2.0
+"""Both distributions are softened by it: a model trained with a large logit scale is sure of nearly everything."""
 _RIDGES = tuple(10.0**power for power in range(-6, 2))
 """Candidates for the ridge of the map, relative to the mean variance of the reference model's embeddings."""
 
@@ -69,9 +69,10 @@ class SecondOpinion:
 
     Two scores, which see different attacks:
 
-    - the *divergence* KL(suspect ‖ reference) of the predicted distributions, as a logarithm of nats. It is large where
-      the suspect is sure of a class that the reference model finds unlikely. BDetCLIP (Niu et al., 2024) and others
-      compare predictions of one model under several prompts; here two models answer to one prompt set;
+    - the *divergence* of the predicted distributions, softened by a temperature of 2: Jeffreys's, that is
+      KL(suspect ‖ reference) + KL(reference ‖ suspect). It is large where each of the two is sure of a class that the
+      other finds unlikely; where one of them is unsure, clean images make them differ as well. BDetCLIP (Niu et al.,
+      2024) and others compare predictions of one model under several prompts; here two models answer to one prompt set;
     - the *residual*: the length of f(x) − A·r(x), whitened by its covariance over clean images, where f and r are the
       embeddings of the two models and A is the linear map between them. It also sees a trigger that moves both models
       towards the attacker's class, such as a patch that was optimised on the clean model, because it need not move them
@@ -154,11 +155,11 @@ class SecondOpinion:
         return len(self.centre), self.head.shape[1]
 
     def divergence(self, embeddings: Embeddings, answers: ReferenceAnswers) -> NDArray[np.float32]:
-        """log(KL(suspect ‖ reference) + 10⁻⁴), in nats, shape [N]; the logarithm because the tail of KL is heavy."""
-        ours, theirs = _log_softmax(self.scale * embeddings @ self.head), _log_softmax(answers.logits)
-        nats = (np.exp(ours) * (ours - theirs)).sum(axis=1)
-        found: NDArray[np.float32] = np.log(np.maximum(nats, 0) + _FLOOR).astype(np.float32)
-        return found
+        """Jeffreys's divergence of the two softened distributions, in nats, at least 0; shape [N]."""
+        ours = _log_softmax(self.scale / _TEMPERATURE * (embeddings @ self.head))
+        theirs = _log_softmax(answers.logits / _TEMPERATURE)
+        found: NDArray[np.float64] = ((np.exp(ours) - np.exp(theirs)) * (ours - theirs)).sum(axis=1)
+        return found.astype(np.float32)
 
     def residual(self, embeddings: Embeddings, answers: ReferenceAnswers) -> NDArray[np.float32]:
         """Length of the whitened residual, shape [N]; about √D for clean images."""

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from guard.vetting.inspection import Inspector
     from guard.vetting.inversion import Effect, Reconstruction, effect, reconstruct
     from guard.vetting.lead import Lead
-    from guard.vetting.reference import derive_reference
+    from guard.vetting.reference import OPINION_REFERENCE, StudentSettings, derive_reference, teach_student
 
 __all__ = [
     "BUDGETS",
+    "OPINION_REFERENCE",
     "Budget",
     "Check",
     "ClassStatistic",
@@ -52,6 +53,7 @@ __all__ = [
     "Reconstruction",
     "ReferenceModel",
     "SearchSettings",
+    "StudentSettings",
     "Verdict",
     "Vetting",
     "derive_reference",
@@ -59,6 +61,7 @@ __all__ = [
     "judge",
     "outliers",
     "reconstruct",
+    "teach_student",
     "vet",
 ]
 
@@ -68,7 +71,7 @@ __getattr__ = lazy(
         **dict.fromkeys(("Effect", "Reconstruction", "effect", "reconstruct"), "inversion"),
         "Inspector": "inspection",
         "Lead": "lead",
-        "derive_reference": "reference",
+        **dict.fromkeys(("OPINION_REFERENCE", "StudentSettings", "derive_reference", "teach_student"), "reference"),
         "vet": "examination",
     },
 )
