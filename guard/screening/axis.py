@@ -342,7 +342,8 @@ class _Sums:
         self.sums = np.zeros((classes, 3, *self._win.shape))
         self.last = np.zeros(classes, np.int64)
         """Number of requests up to which the sums of a class are complete."""
-        self.limit = limit * self._win.size
+        # Above what the sums become without any event.
+        self.limit = max(limit * self._win.size, 2 * float(self._rest.sum()) * len(_LEVELS))
 
     def observe(self, k: int, p_value: float, number: int) -> tuple[int, float] | None:
         """Process a request of a class, the `number`-th of all.
@@ -364,7 +365,7 @@ class _Sums:
         sums *= factors
         sums[1] += sums[0]
         sums[2] += sums[0] * happened[:, None]
-        if float(sums[0].sum()) < self.limit:
+        if not happened.any() or float(sums[0].sum()) < self.limit:
             return None
         capitals, images, events = sums.sum(axis=2)
         level = int(capitals.argmax())
@@ -492,10 +493,12 @@ class AxisMonitor:
             self.events.append((self.observed, k))
         found = self.bets.observe(k, p_value, self.observed)
         self._stored += window.add(row, tag)
+        if found is not None and self._concentrated(found[0]):
+            return self._alarm(k, window, *found)
         if window.due():
             self._choose(k, window)
         self._forget()
-        return None if found is None or not self._concentrated(found[0]) else self._alarm(k, window, *found)
+        return None
 
     def _since(self, after: int) -> list[int]:
         """The classes of the events among the latest requests."""

@@ -147,24 +147,25 @@ def restore(monitor: AxisMonitor, path: Path) -> None:
         start += window.count
 
 
-def read_axes(path: Path, classes: int, width: int) -> list[Axis]:
-    """The axes in a stored state, whatever calibration it was stored for.
+def read_axes(path: Path, reference: AxisReference) -> list[Axis]:
+    """The axes in a stored state.
 
     Args:
         path: The file.
-        classes: Number of classes of the model.
-        width: Length D of its embeddings.
+        reference: What the traffic is compared with in the profile of the model. Other images may set the threshold.
 
     Raises:
-        StateError: The file is missing or damaged, or belongs to another kind of model.
+        StateError: The file is missing or damaged, or was stored for another model or other banks.
     """
     with open_tensors(path, StateError) as file:
         state = _document(path, file)
+        if state.settings.get("space") != _space(reference):
+            raise StateError(f"{path} was saved for another model, or before the banks of the profile were made anew")
         if "offsets" not in file.entries:
             raise StateError(f"{path} is damaged: it has no tensor 'offsets'")
-        found = _read(path, file, "offsets", (len(state.axes), width), "F32")
+        found = _read(path, file, "offsets", (len(state.axes), len(reference.matrix)), "F32")
     try:
-        _check_axes(state.axes, found, classes, state.observed)
+        _check_axes(state.axes, found, len(reference.centres), state.observed)
     except ValueError as error:
         raise StateError(f"{path} is damaged: {error}") from error
     return _axes(state.axes, found)
@@ -179,14 +180,19 @@ def _settings(monitor: AxisMonitor) -> dict[str, Any]:
         "format": _FORMAT,
         "run_length": monitor.run_length,
         "delta": monitor.delta,
-        "reference": _digest(monitor.reference),
+        "space": _space(monitor.reference),
+        "clean": _digest(monitor.reference.clean, monitor.reference.clean_classes),
         "known": [axis.name for axis in monitor.known],
     }
 
 
-def _digest(reference: AxisReference) -> str:
+def _space(reference: AxisReference) -> str:
+    return _digest(reference.centres, reference.matrix, reference.bank)
+
+
+def _digest(*arrays: NDArray[Any]) -> str:
     digest = hashlib.sha256()
-    for values in (reference.centres, reference.matrix, reference.bank, reference.clean, reference.clean_classes):
+    for values in arrays:
         digest.update(np.ascontiguousarray(values).data)
     return digest.hexdigest()
 
@@ -248,7 +254,7 @@ def _check(monitor: AxisMonitor, state: _State, tensors: Mapping[str, NDArray[An
         raise ValueError("it counts requests that were not seen")
     if (
         sums.min() < 0
-        or capital.sum(axis=(1, 2)).max() >= monitor.bets.limit
+        or capital.sum(axis=(1, 2)).max() >= 2 * monitor.bets.limit
         or (images > state.observed * capital * _SLACK).any()
         or (events > images * _SLACK).any()
     ):

@@ -185,7 +185,7 @@ def test_a_restart_goes_on_where_it_was(reference: AxisReference, tmp_path: Path
     assert [axis.target for axis in found] == [axis.target for axis in expected] == [TARGET]
     assert abs(found[0].observed - expected[0].observed) < 100
     axis_state.write(tmp_path / "axis", axis_state.dump(second))
-    (stored,) = axis_state.read_axes(tmp_path / "axis", CLASSES, WIDTH)
+    (stored,) = axis_state.read_axes(tmp_path / "axis", reference)
     np.testing.assert_array_equal(stored.offset, found[0].offset)
     third = AxisMonitor(reference)
     axis_state.restore(third, tmp_path / "axis")
@@ -198,6 +198,8 @@ def test_the_state_of_another_calibration_is_not_continued(reference: AxisRefere
     for monitor in (AxisMonitor(other), AxisMonitor(reference, run_length=1e6)):
         with pytest.raises(StateError, match="another calibration or other settings"):
             axis_state.restore(monitor, tmp_path / "axis")
+    with pytest.raises(StateError, match="another model"):
+        axis_state.read_axes(tmp_path / "axis", AxisReference.fit(clean(1000, 3), clean(1000, 1), HEAD))
 
 
 def damaged(name: str, data: bytes) -> bytes:
