@@ -168,10 +168,12 @@ class Detector:
         rows = []
         for row, k in enumerate(scores.classes.tolist()):
             observed = {name: float(values[row]) for name, values in found.items() if not np.isnan(values[row])}
-            observed[DRIFT] = observed[DENSITY]
+            # What lies along an axis is explained, and no event for drift.
+            explained = scores.triggers[row] >= len(self.screen.triggers)
+            observed[DRIFT] = 1.0 if explained else observed[DENSITY]
             if k in self._of_class:
                 density = scores.parts[DENSITY][row : row + 1]
-                observed[drift_of(k)] = float(p_values(self._of_class[k], density)[0])
+                observed[drift_of(k)] = 1.0 if explained else float(p_values(self._of_class[k], density)[0])
             rows.append({name: value for name, value in observed.items() if name in self._watched})
         return rows
 

@@ -68,7 +68,7 @@ def served(profile: Profile, tmp_path: Path) -> Path:
 @contextmanager
 def watching(served: Path, state: Path) -> Iterator[tuple[Watch, Metrics]]:
     settings = Settings.load(None, model=served, profile=served, state_dir=state)
-    metrics, profile, own = Metrics(), Profile.open(served), settings.models[0]
+    metrics, profile, own = Metrics(), Profile.open(served), settings.served[0]
     shared = Shared(settings, Workers(1, 1), Recorder(settings, metrics))
     watch = Watch(profile, profile.detector(), None, own, metrics.of(own), shared, None)
     try:
