@@ -55,9 +55,8 @@ _HEAVIER, _LEAST = 2.0, 0.1
 """A class may be so many times as common along a direction as among all requests. Its share is bounded from below,
 since what is assumed about rare classes could not be checked."""
 _EVENTS = 64
-_WITHIN, _WITHIN_TWO = 0.7, 0.9
-"""An attack leads to few classes: one must hold this share of the events, or two evenly the other. Those of drift are
-spread over many."""
+_FEW_CLASSES, _WITHIN = 2, 0.75
+"""An attack leads to few classes: so many must hold this share of the events. Those of drift are spread over many."""
 _FIRST = 6
 """Rows of a class from which a candidate is chosen."""
 _GAPS = ((64, 1), (128, 4), (math.inf, 16))
@@ -366,15 +365,13 @@ class _Sums:
         sums *= factors
         sums[1] += sums[0]
         sums[2] += sums[0] * happened[:, None]
-        total = float(sums[0].sum())
-        if total < self.limit:
-            return None
-        sums *= self.limit / total  # the bet is won; it stays so until an alarm is raised
-        if not happened.any():
+        if not happened.any() or float(sums[0].sum()) < self.limit:
             return None
         capitals, images, events = sums.sum(axis=2)
         level = int(capitals.argmax())
-        return max(1, round(float(images[level] / capitals[level]))), float(events[level] / images[level])
+        found = max(1, round(float(images[level] / capitals[level]))), float(events[level] / images[level])
+        sums[:] = 0
+        return found
 
 
 class AxisMonitor:
@@ -397,8 +394,9 @@ class AxisMonitor:
     one image that come again and again form a cluster too, and no embedding tells them from an attack; a request with a
     cosine above 0.97 to an earlier one in the window does not count.
 
-    *Attack or drift.* A bet that is won raises no alarm while the events are spread over many classes: that is drift,
-    or content that comes again in many variants. So an attack on three classes at once is not found.
+    *Attack or drift.* A bet that is won raises no alarm if the events are spread over more than two classes, and
+    begins anew: that is drift, or content that comes again in many variants. So an attack on many classes at once is
+    not found.
 
     *After an alarm* the axis is the mean of the requests that formed it. Requests along it are explained: they neither
     form another axis nor are events.
@@ -496,8 +494,7 @@ class AxisMonitor:
             self.events.append((self.observed, k))
         found = self.bets.observe(k, p_value, self.observed)
         self._stored += window.add(row, tag)
-        if found is not None and self._concentrated(k, found[0]):
-            self.bets.sums[k] = 0
+        if found is not None and self._concentrated(found[0]):
             return self._alarm(k, window, *found)
         if window.due():
             self._choose(k, window)
@@ -508,13 +505,11 @@ class AxisMonitor:
         """The classes of the events among the latest requests."""
         return [k for number, k in self.events if number > self.observed - after]
 
-    def _concentrated(self, k: int, after: int) -> bool:
-        """Whether the events among the latest requests lead to this class, or to it and one other evenly."""
+    def _concentrated(self, after: int) -> bool:
+        """Whether the events among the latest requests lead to few classes."""
         classes = self._since(after)
-        counts = sorted((classes.count(each) for each in set(classes) - {k}), reverse=True)
-        mine, second = classes.count(k), counts[0] if counts else 0
-        alone = mine >= _WITHIN * len(classes)
-        return alone or (mine <= 2 * second and second <= 2 * mine and mine + second >= _WITHIN_TWO * len(classes))
+        largest = sorted(map(classes.count, set(classes)))[-_FEW_CLASSES:]
+        return sum(largest) >= _WITHIN * len(classes)
 
     def _forget(self) -> None:
         while self._stored > MAX_ROWS and len(self.windows) > 1:
