@@ -22,6 +22,8 @@ from guard.screening.axis import MAX_AXES, MAX_ROWS, OTHERS, WINDOW, Axis, AxisM
 _FORMAT = 1
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
 _SLACK = 1 + 1e-6
+_MOST = 1e30
+"""More capital than any run length allows."""
 _MAX_DOCUMENT = 2**22
 _UNIT = 1e-3
 """How far the length of a stored unit vector may be from 1."""
@@ -136,7 +138,10 @@ def restore(monitor: AxisMonitor, path: Path) -> None:
         raise StateError(f"{path} is damaged: {error}") from error
     monitor.observed = state.observed
     monitor.axes = _axes(state.axes, tensors["offsets"])
-    monitor.bets.sums[:], monitor.bets.last[:] = tensors["sums"], tensors["last"]
+    capital = tensors["sums"][:, 0].sum(axis=(1, 2), keepdims=True)[:, None]
+    # The run length may have been longer; what is over the limit of this one only just reaches it.
+    monitor.bets.sums[:] = tensors["sums"] * np.minimum(1.0, monitor.bets.limit / np.maximum(capital, 1e-12))
+    monitor.bets.last[:] = tensors["last"]
     monitor.recent[:], monitor.recent_classes[:] = tensors["recent"], tensors["recent_classes"]
     monitor.events.clear()
     monitor.events.extend(state.events)
@@ -178,7 +183,6 @@ def _axes(stored: list[StoredAxis], offsets: NDArray[np.float32]) -> list[Axis]:
 def _settings(monitor: AxisMonitor) -> dict[str, Any]:
     return {
         "format": _FORMAT,
-        "run_length": monitor.run_length,
         "delta": monitor.delta,
         "space": _space(monitor.reference),
         "clean": _digest(monitor.reference.clean, monitor.reference.clean_classes),
@@ -254,7 +258,7 @@ def _check(monitor: AxisMonitor, state: _State, tensors: Mapping[str, NDArray[An
         raise ValueError("it counts requests that were not seen")
     if (
         sums.min() < 0
-        or capital.sum(axis=(1, 2)).max() >= 2 * monitor.bets.limit
+        or capital.sum(axis=(1, 2)).max() > _MOST
         or (images > state.observed * capital * _SLACK).any()
         or (events > images * _SLACK).any()
     ):

@@ -195,9 +195,9 @@ def test_a_restart_goes_on_where_it_was(reference: AxisReference, tmp_path: Path
 def test_the_state_of_another_calibration_is_not_continued(reference: AxisReference, tmp_path: Path) -> None:
     axis_state.write(tmp_path / "axis", axis_state.dump(AxisMonitor(reference)))
     other = AxisReference.fit(clean(1000, 0), clean(1000, 2), HEAD)
-    for monitor in (AxisMonitor(other), AxisMonitor(reference, run_length=1e6)):
-        with pytest.raises(StateError, match="another calibration or other settings"):
-            axis_state.restore(monitor, tmp_path / "axis")
+    with pytest.raises(StateError, match="another calibration or other settings"):
+        axis_state.restore(AxisMonitor(other), tmp_path / "axis")
+    axis_state.restore(AxisMonitor(reference, run_length=1e6), tmp_path / "axis")  # whose axes are as true
     with pytest.raises(StateError, match="another model"):
         axis_state.read_axes(tmp_path / "axis", AxisReference.fit(clean(1000, 3), clean(1000, 1), HEAD))
 
