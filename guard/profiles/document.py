@@ -215,6 +215,7 @@ class Document:
         triggers: The reconstructed triggers.
         calibration: How the detector was calibrated; None before calibration.
         files: SHA-256 of each other file of the profile but the report.
+        axes: The axes of the traffic that were adopted.
     """
 
     schema: int

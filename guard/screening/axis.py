@@ -51,9 +51,6 @@ _LEVELS = (0.0001, 0.0003, 0.001)
 _STAKES = (0.003, 0.01, 0.03, 0.08)
 _MEMBER = 0.01
 """Rate of clean images beyond which a request counts as one that formed an axis."""
-_HEAVIER, _LEAST = 2.0, 0.1
-"""A class may be so many times as common along a direction as among all requests. Its share is bounded from below,
-since what is assumed about rare classes could not be checked."""
 _EVENTS = 64
 _FEW_CLASSES, _WITHIN = 2, 0.75
 """An attack leads to few classes: so many must hold this share of the events. Those of drift are spread over many."""
@@ -281,7 +278,6 @@ class Window:
         since: Number of rows that were added since a candidate was last chosen.
         candidate: The direction that fresh requests are tested along; None if there is no cluster.
         tails: Its tails; a request must be in all of them.
-        share: Bound of the share that the class may have of the requests along a direction.
     """
 
     rows: Floats
@@ -290,7 +286,6 @@ class Window:
     since: int = 0
     candidate: Floats | None = None
     tails: tuple[TailBound, ...] = ()
-    share: float = 1.0
 
     @property
     def count(self) -> int:
@@ -323,7 +318,7 @@ class Window:
         if self.candidate is None:
             return 1.0
         cosine = float(row @ self.candidate)
-        return min(1.0, self.share * max(tail.p_value(cosine) for tail in self.tails))
+        return min(1.0, max(tail.p_value(cosine) for tail in self.tails))
 
 
 class _Sums:
@@ -385,9 +380,8 @@ class AxisMonitor:
 
     *Test.* So these images say how often a fresh clean request lies as far along it, at most: the bound of `fit_tail`.
     As drift moves requests of all classes, the bound from the latest requests of other classes counts where it is
-    larger. Multiplied with twice the share of the class in calibration or traffic, it is p: there are too few images of
-    one class for a tail of its own, and so the tail of a class is taken to be at most twice as heavy as that of all.
-    Whether a request is predicted as the class and has p ≤ τ is an event; for each class an
+    larger: p. There are too few images of one class for a tail of its own, so p is of requests of any class, although
+    only those of one class count. Whether a request is predicted as the class and has p ≤ τ is an event; for each class an
     e-detector, as in `Monitor`, bets that events are more than a share τ of all requests. As long as the bounds hold,
     clean requests raise one alarm in `run_length` requests on average at most, however the directions were chosen
     before. For each direction the bound fails with probability `delta` if tails are as assumed. Near-copies of
@@ -417,6 +411,11 @@ class AxisMonitor:
         reference: As given.
         observed: Number of requests that were seen.
         axes: Axes that were found, oldest first.
+        bets: The sums of the bets on each class.
+        windows: The latest distinct requests of each class, in the order in which classes were last seen.
+        recent: Residuals of the latest requests of all classes, shape [`OTHERS`, D], in no order.
+        recent_classes: The class of each of these, −1 for a row that is not filled; shape [`OTHERS`].
+        events: Number and class of the latest unusual requests.
 
     Raises:
         ValueError: There are fewer than `MIN_AXIS` images that set the threshold, or an argument is out of range.
@@ -526,14 +525,6 @@ class AxisMonitor:
         others = self.recent[(self.recent_classes >= 0) & (self.recent_classes != k)]
         if len(others) >= _MIN_OTHERS:
             window.tails += (fit_tail(others @ direction, 0.5),)
-        window.share = self._share(k)
-
-    def _share(self, k: int) -> float:
-        """Bound of the share that a class may have of the requests along a direction, in [`_LEAST`, 1]."""
-        shares = [_upper_share(self.reference.clean_classes, k)]
-        if self.observed >= OTHERS:
-            shares.append(_upper_share(self.recent_classes, k))
-        return min(1.0, max(_LEAST, _HEAVIER * max(shares)))
 
     def _alarm(self, k: int, window: Window, after: int, share: float) -> "AxisAlarm":
         """Make an axis of the requests of a class whose bet has reached its limit."""
@@ -607,12 +598,6 @@ def densest(rows: Floats, bank: Floats) -> Floats | None:
     radii = np.array(_RADII_REFINED)[:, None]
     gain = _gain((cosines >= radii).sum(1), len(rows), (cosines_bank >= radii).sum(1), len(bank))
     return _mean(rows[cosines >= radii[int(gain.argmax()), 0]]) if gain.max() > 0 else direction
-
-
-def _upper_share(classes: Classes, k: int) -> float:
-    """The share of a class in a sample, and three standard deviations of it."""
-    count = int((classes == k).sum())
-    return (count + 3 * math.sqrt(count) + 3) / max(1, len(classes))
 
 
 def _mean(rows: Floats) -> Floats:
