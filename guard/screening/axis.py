@@ -381,9 +381,9 @@ class AxisMonitor:
     *Test.* So these images say how often a fresh clean request lies as far along it, at most: the bound of `fit_tail`.
     As drift moves requests of all classes, the bound from the latest requests of other classes counts where it is
     larger: p. There are too few images of one class for a tail of its own, so p is of requests of any class, although
-    only those of one class count. Whether a request is predicted as the class and has p ≤ τ is an event; for each class an
-    e-detector, as in `Monitor`, bets that events are more than a share τ of all requests. As long as the bounds hold,
-    clean requests raise one alarm in `run_length` requests on average at most, however the directions were chosen
+    only those of one class count. Whether a request is predicted as the class and has p ≤ τ is an event; for each class
+    an e-detector, as in `Monitor`, bets that events are more than a share τ of all requests. As long as the bounds
+    hold, clean requests raise one alarm in `run_length` requests on average at most, however the directions were chosen
     before. For each direction the bound fails with probability `delta` if tails are as assumed. Near-copies of
     one image that come again and again form a cluster too, and no embedding tells them from an attack; a request with a
     cosine above 0.97 to an earlier one in the window does not count.
