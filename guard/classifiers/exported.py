@@ -1,17 +1,17 @@
 """The exported form of a classifier: an ONNX file, and a manifest that describes it. Imports without torch."""
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
 from guard._cpus import usable_cpus
-from guard._documents import read_bytes, read_document
+from guard._documents import read_bytes
 from guard._types import Floats
 from guard.classifiers.classes import ClassList
-from guard.classifiers.digest import canonical, sha256
+from guard.classifiers.digest import sha256
 from guard.classifiers.graph import check_graph
+from guard.classifiers.manifest import MANIFEST_FILE, MODEL_FILE, read_manifest
 from guard.classifiers.preprocessing import Preprocessing
 from guard.errors import ModelError, first_line
 
@@ -19,37 +19,8 @@ _FATAL = 4
 """Errors come as exceptions; lines of ONNX Runtime's own on standard error would break the form of a log."""
 onnxruntime.set_default_logger_severity(_FATAL)
 
-MODEL_FILE = "model.onnx"
-MANIFEST_FILE = "classifier.json"
-SCHEMA = 1
-_MAX_MANIFEST_BYTES = 64 * 2**20
 MAX_MODEL_BYTES = 2**31 - 1
 """ONNX files hold at most 2 GiB in one protobuf; external data, which can point anywhere, is not accepted."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The content of `classifier.json`, which describes an exported classifier.
-
-    Attributes:
-        schema: Version of the file format.
-        classifier: Root digest of the classifier that was exported.
-        model_sha256: SHA-256 of `model.onnx`.
-        embedding: Length of an embedding.
-        preprocessing: The transform from an image to the model's input.
-        classes: Class names and templates.
-    """
-
-    schema: int
-    classifier: str
-    model_sha256: str
-    embedding: int
-    preprocessing: Preprocessing
-    classes: ClassList
-
-    def to_json(self) -> bytes:
-        """The bytes of `classifier.json`."""
-        return canonical(asdict(self)) + b"\n"
 
 
 class ExportedClassifier:
@@ -110,19 +81,6 @@ class ExportedClassifier:
         """
         embeddings, logits = self._session.run(["embedding", "logits"], {"image": inputs})
         return embeddings, logits
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Read `classifier.json`.
-
-    Raises:
-        ModelError: The file is missing or damaged, or of another schema.
-    """
-    missing = f"{path.parent} is not an exported classifier: it has no {path.name}; make one with guard export"
-    manifest = read_document(path, Manifest, _MAX_MANIFEST_BYTES, ModelError, missing=missing)
-    if manifest.schema != SCHEMA:
-        raise ModelError(f"{path} has schema {manifest.schema}, this guard reads {SCHEMA}; export the model again")
-    return manifest
 
 
 def _session(path: Path, expected: str, *, threads: int, gpu: bool) -> Any:  # noqa: ANN401 - onnxruntime has no types

@@ -12,7 +12,8 @@ from torch import Tensor
 from guard._files import replace_directory
 from guard.classifiers.classifier import Classifier
 from guard.classifiers.digest import sha256
-from guard.classifiers.exported import MANIFEST_FILE, MODEL_FILE, SCHEMA, ExportedClassifier, Manifest
+from guard.classifiers.exported import ExportedClassifier
+from guard.classifiers.manifest import MANIFEST_FILE, MODEL_FILE, SCHEMA, Manifest
 from guard.errors import ExportError, ImageError, first_line
 
 MIN_PARITY_IMAGES = 256

@@ -1,5 +1,6 @@
 """`guard calibrate`."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,14 @@ import click
 
 from guard.cli import options
 from guard.cli.console import Console
-from guard.errors import ModelError, UsageError
+from guard.errors import ModelError, StateError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from guard.classifiers import Classifier
-    from guard.profiles import LeftOut, OpinionKind, SecondOpinionRecord
+    from guard.profiles import LeftOut, OpinionKind, Profile, SecondOpinionRecord
+    from guard.screening import Axis
 
 _PARITY_IMAGES = 512
 """Images on which the exported reference model is compared with what it was exported from."""
@@ -72,6 +74,15 @@ _PARITY_IMAGES = 512
     is_flag=True,
     help="Keep the false-alarm rate for each predicted class that has enough images, and not only over all classes.",
 )
+@click.option(
+    "--adopt-axis",
+    "adopted",
+    metavar="PATH[:NAME]",
+    help="Make an axis of the traffic that a sidecar found a score of the profile, as a reconstructed trigger is: the "
+    "folder of the sidecar's state or a file axis-*.safetensors in it, and the name of the axis if not all are meant. "
+    "Look at the requests that formed it first (guard log --trigger NAME). Without --images and --embeddings, only the "
+    "threshold is set anew.",
+)
 @options.seed
 @options.device
 @options.as_json
@@ -85,6 +96,7 @@ def calibrate(
     reference: "OpinionKind | Literal['none'] | None",
     k: int | None,
     limit: int,
+    adopted: str | None,
     seed: int,
     device: str | None,
     *,
@@ -99,14 +111,16 @@ def calibrate(
     import guard
     from guard import profiles, report
 
-    if (images is None) == (embeddings is None):
+    if (images is None) == (embeddings is None) and (images is not None or adopted is None):
         raise UsageError("give one of --images and --embeddings")
     if (reference == "base") > (base is not None) or (base is not None and reference not in {None, "base"}):
         raise UsageError("--reference base and --base MODEL belong together")
     console = Console(as_json=as_json)
     # The reference model is exported here, until it is copied into the profile.
     with TemporaryDirectory(prefix="guard-") as temporary:
-        stored = guard.Profile.open(profile)
+        calibrated = stored = guard.Profile.open(profile)
+        if adopted is not None:
+            calibrated = stored = stored.adopt(_axes(adopted, stored))
         if embeddings is not None:
             if k is not None or model is not None or base is not None or reference is not None:
                 raise UsageError(
@@ -151,20 +165,50 @@ def calibrate(
                 console.say("exporting the reference model")
                 guard.export(other, Path(temporary) / "reference", pixels[:_PARITY_IMAGES])
                 calibrated = calibrated.with_reference_model(Path(temporary) / "reference")
+        else:
+            text = report.render(calibrated, report.examples(calibrated))
         calibrated.save(profile, report=text)
     record = calibrated.document.calibration
     if record is None:
         raise AssertionError("calibration leaves a record")
     rate = record.false_alarms / max(1, record.held_out)
+    scores, threshold = (*record.tails, *(axis.name for axis in calibrated.document.axes)), record.threshold
     console.result(
         record,
-        f"scores: {', '.join(record.tails)}; k = {record.k}, {record.reference} images in each bank\n"
+        f"scores: {', '.join(scores)}; k = {record.k}, {record.reference} images in each bank\n"
         + _opinion(record.second_opinion)
-        + f"threshold: {record.threshold.value:.4f} for alpha = {alpha:g}, from {record.threshold.size} clean scores\n"
+        + f"threshold: {threshold.value:.4f} for alpha = {threshold.alpha:g}, from {threshold.size} clean scores\n"
         f"false alarms on {record.held_out} held-out images: {record.false_alarms} ({rate:.2%})\n"
         + _left_out(record.left_out)
         + f"profile: {profile}",
     )
+
+
+def _axes(where: str, profile: "Profile") -> list["Axis"]:
+    """The axes that a person has confirmed.
+
+    Raises:
+        UsageError: There are none.
+        StateError: The named file cannot be used.
+    """
+    from guard.screening import axis_state
+
+    found = re.fullmatch(r"(.+):(axis-[0-9]+)", where)
+    path, name = (Path(found[1]), found[2]) if found else (Path(where), None)
+    reference = None if profile.reference is None else profile.reference.axis
+    if reference is None:
+        raise UsageError("the profile knows no axes; calibrate it with images once")
+    axes: list[Axis] = []
+    for file in sorted(path.glob("axis-*.safetensors")) if path.is_dir() else [path]:
+        try:
+            axes += axis_state.read_axes(file, reference)
+        except StateError:
+            if not path.is_dir():  # the folder may be shared with other models
+                raise
+    chosen = [axis for axis in axes if name in {None, axis.name}]
+    if not chosen:
+        raise UsageError(f"{path} holds no axis{f' {name}' if name else ''} of the model of this profile")
+    return chosen
 
 
 def _left_out(items: Sequence["LeftOut"]) -> str:

@@ -242,8 +242,7 @@ class _ModelChecks:
         """Whether the profile has a reference model, and whether it is in use."""
         if self._profile is None:
             return None
-        embedded = self._sidecar.embedded
-        self._opinions = read_opinions(self._profile, self.settings, embedded=embedded, threads=self._sidecar.threads)
+        self._opinions = read_opinions(self._profile, self.settings, threads=self._sidecar.threads)
         calibration = self._profile.document.calibration
         record = None if calibration is None else calibration.second_opinion
         if record is None or not has_reference_model(self._profile):

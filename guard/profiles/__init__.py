@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from guard._lazy import lazy
 from guard.profiles.document import (
+    AxisRecord,
     CalibrationRecord,
     Document,
     LeftOut,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "REPORT_FILE",
+    "AxisRecord",
     "CalibrationRecord",
     "Document",
     "LeftOut",

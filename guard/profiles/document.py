@@ -7,7 +7,7 @@ from typing import Literal
 from guard._types import Floats
 from guard.classifiers.classes import ClassList
 from guard.classifiers.preprocessing import Preprocessing
-from guard.screening import Banks, Scores, Tail, Threshold
+from guard.screening import Axis, AxisReference, Banks, Scores, Tail, Threshold
 from guard.vetting.results import Check, FamilyResult, ReferenceModel, Verdict
 
 SCHEMA = 5
@@ -178,6 +178,31 @@ class CalibrationRecord:
 
 
 @dataclass(frozen=True)
+class AxisRecord:
+    """An axis of the traffic that a person confirmed (`guard.screening.Axis`); `axis.safetensors` has its direction.
+
+    Attributes:
+        name: Name of the axis in metrics, evidence and replies.
+        target: Index of the class that requests along it are predicted as.
+        observed: Number of requests that the monitor had seen when it raised the alarm.
+        after: Number of requests that came since the cluster began, as estimated; at least 1.
+        share: Share of these that lay along the axis.
+        bound: The largest share that clean images explained.
+        within: Share of the unusual requests that led to the target.
+        adopted: Time at which it was adopted: RFC 3339, UTC.
+    """
+
+    name: str
+    target: int
+    observed: int
+    after: int
+    share: float
+    bound: float
+    within: float
+    adopted: str
+
+
+@dataclass(frozen=True)
 class Document:
     """The contents of `profile.json`.
 
@@ -190,6 +215,7 @@ class Document:
         triggers: The reconstructed triggers.
         calibration: How the detector was calibrated; None before calibration.
         files: SHA-256 of each other file of the profile but the report.
+        axes: The axes of the traffic that were adopted.
     """
 
     schema: int
@@ -200,6 +226,7 @@ class Document:
     triggers: tuple[TriggerRecord, ...]
     calibration: CalibrationRecord | None
     files: Mapping[str, str]
+    axes: tuple[AxisRecord, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +236,12 @@ class Reference:
     Attributes:
         banks: Embeddings of clean images, without a trigger and with each trigger.
         clean: Scores of clean images that are in no bank.
+        axis: What the traffic is compared with to find an axis (in `axis.safetensors`); None in a profile that an older
+            guard calibrated.
+        axes: The adopted axes.
     """
 
     banks: Banks
     clean: Scores
+    axis: AxisReference | None = None
+    axes: tuple[Axis, ...] = ()

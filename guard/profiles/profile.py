@@ -6,6 +6,7 @@ and loading its triggers need torch, which is imported there.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from guard.classifiers.digest import ClassifierDigest
 from guard.errors import ProfileError
 from guard.profiles import storage
 from guard.profiles.document import (
+    AxisRecord,
     CalibrationRecord,
     Document,
     LeftOut,
@@ -25,7 +27,19 @@ from guard.profiles.document import (
     SecondOpinionRecord,
     TriggerTensors,
 )
-from guard.screening import Banks, Detector, ReferenceAnswers, Screen, SearchMethod, calibration, default_k
+from guard.screening import (
+    AXIS,
+    Axis,
+    AxisReference,
+    AxisScores,
+    Banks,
+    Detector,
+    ReferenceAnswers,
+    Screen,
+    SearchMethod,
+    calibration,
+    default_k,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +47,9 @@ if TYPE_CHECKING:
     from guard.classifiers import Classifier, ExportedClassifier
     from guard.triggers import Trigger
     from guard.vetting import Vetting
+
+_SAME = 0.9
+"""Cosine from which two axes with one target are the same."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +188,11 @@ class Profile:
             opinion = SecondOpinionRecord(
                 kind, reference.source, reference.digest.root, reference.head.shape[-1], scale, banks.near, 0.0
             )
-        return self._calibrated(banks, embeddings, parts, alpha, per_class, seed, called, left_out, answers, opinion)
+        kept = np.array([row not in carrying for row in range(len(bank))])
+        axis = AxisReference.fit(embeddings[bank][kept], embeddings[:0], head)
+        return self._calibrated(
+            banks, axis, embeddings, parts, alpha, per_class, seed, called, left_out, answers, opinion
+        )
 
     @staticmethod
     def bank_images(images: "Tensor", *, groups: NDArray[np.int64] | None = None, seed: int = 0) -> "Tensor":
@@ -231,11 +252,48 @@ class Profile:
         parts = calibration.split_without_banks(len(embeddings), seed)
         called = [str(row) for row in range(len(embeddings))]
         left_out = tuple(item for item in self.document.calibration.left_out if item.part == "bank")
-        return self._calibrated(self.reference.banks, embeddings, parts, alpha, per_class, seed, called, left_out)
+        banks, axis = self.reference.banks, self.reference.axis
+        return self._calibrated(banks, axis, embeddings, parts, alpha, per_class, seed, called, left_out)
+
+    def adopt(self, axes: Sequence[Axis]) -> "Profile":
+        """Make axes of the traffic scores of the profile, as reconstructed triggers are, and set the threshold anew.
+
+        A person must have looked at the requests that formed them. An axis that the profile has already, with the same
+        target and nearly the same direction, is not adopted again. The counted false alarms stay those of the last
+        calibration.
+
+        Args:
+            axes: Axes that a monitor found for this model.
+
+        Returns:
+            The profile with more axes; later calibrations keep them.
+
+        Raises:
+            ProfileError: The profile was not calibrated, or by a guard that knew no axes.
+        """
+        reference, calibrated = self.reference, self.document.calibration
+        if reference is None or calibrated is None or reference.axis is None:
+            raise ProfileError("the profile has nothing to compare an axis with; calibrate it with images once")
+        records, kept = list(self.document.axes), list(reference.axes)
+        for axis in axes:
+            if any(known.target == axis.target and float(known.offset @ axis.offset) > _SAME for known in kept):
+                continue
+            name = f"{AXIS}-{len(kept) + 1}"
+            kept.append(replace(axis, name=name))
+            figures = (axis.target, axis.observed, axis.after, axis.share, axis.bound, axis.within)
+            records.append(AxisRecord(name, *figures, datetime.now(UTC).isoformat(timespec="seconds")))
+        found = replace(
+            self,
+            document=replace(self.document, axes=tuple(records)),
+            reference=replace(reference, axes=tuple(kept)),
+        )
+        record = replace(calibrated, threshold=found.detector().threshold)
+        return replace(found, document=replace(found.document, calibration=record))
 
     def _calibrated(
         self,
         banks: Banks,
+        axis: AxisReference | None,
         embeddings: Floats,
         parts: calibration.Split,
         alpha: float,
@@ -274,7 +332,18 @@ class Profile:
             opinion,
         )
         document = replace(self.document, calibration=record)
-        return replace(self, document=document, reference=Reference(banks, found.clean), reference_model=None)
+        reference = Reference(banks, found.clean)
+        if axis is not None:
+            behind = np.array([row not in found.left_out for row in range(len(parts.threshold))])
+            axis = axis.with_clean(embeddings[parts.threshold][behind], banks.head)
+            reference = replace(reference, axis=axis, axes=self.reference.axes if self.reference else ())
+        calibrated = replace(self, document=document, reference=reference, reference_model=None)
+        if not reference.axes:
+            return calibrated
+        detector, held_out = calibrated.detector(), parts.held_out
+        flags = detector.score(embeddings[held_out], None if answers is None else answers[held_out]).flags
+        record = replace(record, threshold=detector.threshold, false_alarms=int(flags.sum()))
+        return replace(calibrated, document=replace(document, calibration=record))
 
     def load_triggers(self) -> "dict[str, Trigger]":
         """The reconstructed triggers as transformations of images, by id.
@@ -338,7 +407,15 @@ class Profile:
         record = self.document.calibration
         screen = Screen(self.reference.banks, method=method)
         rate = record.threshold.alpha if alpha is None else alpha
-        return Detector(screen, self.reference.clean, rate, per_class=record.per_class, near_only=near_only)
+        axes, axis = self.reference.axes, self.reference.axis
+        return Detector(
+            screen,
+            self.reference.clean,
+            rate,
+            per_class=record.per_class,
+            near_only=near_only,
+            axes=AxisScores(axes, axis) if axes and axis is not None else None,
+        )
 
     def class_name(self, index: int) -> str:
         """Name of the class with this index."""

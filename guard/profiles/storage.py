@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,17 +16,32 @@ from guard._documents import open_regular, read_bytes, read_object, validated
 from guard._files import check_replaceable, replace_directory
 from guard._safetensors import parse_header
 from guard._types import Floats
-from guard.classifiers import ExportedClassifier
 from guard.classifiers.digest import PARTS, ClassifierDigest, sha256
-from guard.classifiers.exported import MANIFEST_FILE, MODEL_FILE, read_manifest
+from guard.classifiers.manifest import MANIFEST_FILE, MODEL_FILE, read_manifest
 from guard.errors import ProfileError, UsageError
 from guard.profiles.document import SCHEMA, CalibrationRecord, Document, Reference, TriggerTensors
-from guard.screening import DENSITY, OPINIONS, Banks, Scores, Screen, SecondOpinion, Whitening, check_alpha, match
+from guard.screening import (
+    DENSITY,
+    OPINIONS,
+    Axis,
+    AxisReference,
+    Banks,
+    Scores,
+    Screen,
+    SecondOpinion,
+    Whitening,
+    check_alpha,
+    match,
+)
 from guard.triggers import FORMS, check_tensors
+
+if TYPE_CHECKING:
+    from guard.classifiers import ExportedClassifier
 
 DOCUMENT_FILE = "profile.json"
 TRIGGERS_FILE = "triggers.safetensors"
 REFERENCE_FILE = "reference.safetensors"
+AXIS_FILE = "axis.safetensors"
 REFERENCE_MODEL = "reference-model"
 """Name of the folder of the exported reference model in the folder of a profile."""
 REPORT_FILE = "report.html"
@@ -80,6 +95,8 @@ def write(
     }  # fmt: skip
     if reference is not None:
         files[REFERENCE_FILE] = save_tensors(_reference_tensors(reference))
+        if reference.axis is not None:
+            files[AXIS_FILE] = save_tensors(_axis_tensors(reference.axis, reference.axes))
     digests = {name: sha256(data) for name, data in files.items()}
     if reference_model is not None:
         check_reference_model(document, reference_model)
@@ -120,8 +137,8 @@ def check_reference_model(document: Document, directory: Path) -> None:
 
 
 def load_reference_model(
-    document: Document, directory: Path, *, threads: int = 0, loaded: ExportedClassifier | None = None
-) -> ExportedClassifier:
+    document: Document, directory: Path, *, threads: int = 0, loaded: "ExportedClassifier | None" = None
+) -> "ExportedClassifier":
     """Load the reference model of a profile, after a check that its files are those that the profile names.
 
     Args:
@@ -141,6 +158,8 @@ def load_reference_model(
     if loaded is not None and loaded.manifest == read_manifest(directory / MANIFEST_FILE):
         model = loaded
     else:
+        from guard.classifiers import ExportedClassifier
+
         model = ExportedClassifier(directory, threads=threads)
     record = document.calibration.second_opinion if document.calibration else None
     if model.classes.names != document.model.classes.names or (
@@ -175,6 +194,10 @@ def read(directory: Path) -> tuple[Document, TriggerTensors, Reference | None, P
                 ) from error
     calibration = document.calibration
     reference = _read_reference(directory / REFERENCE_FILE, document, calibration) if calibration else None
+    if reference is not None and AXIS_FILE in document.files:
+        reference = _with_axes(directory / AXIS_FILE, document, reference)
+    elif document.axes:
+        raise ProfileError(f"{directory / DOCUMENT_FILE} is damaged: it names axes, and no {AXIS_FILE}")
     held = any(name.startswith(f"{REFERENCE_MODEL}/") for name in document.files)
     return document, triggers, reference, directory / REFERENCE_MODEL if held else None
 
@@ -232,6 +255,11 @@ def _check_document(document: Document, path: Path) -> None:
         raise ProfileError(f"{path} is damaged: a target is not one of the {classes} classes")
     if len({trigger.id for trigger in document.triggers}) != len(document.triggers):
         raise ProfileError(f"{path} is damaged: two triggers have the same id")
+    names = [axis.name for axis in document.axes]
+    if len(set(names)) < len(names) or set(names) & {trigger.id for trigger in document.triggers}:
+        raise ProfileError(f"{path} is damaged: two axes have the same name")
+    if any(not 0 <= axis.target < classes for axis in document.axes):
+        raise ProfileError(f"{path} is damaged: the target of an axis is not one of the {classes} classes")
     calibration = document.calibration
     if calibration and calibration.k < 1:
         raise ProfileError(f"{path} is damaged: k = {calibration.k} is not positive")
@@ -260,6 +288,49 @@ def _reference_tensors(reference: Reference) -> dict[str, NDArray[Any]]:
     if (opinion := banks.opinion) is not None:
         tensors |= {_OPINION + name: getattr(opinion, name) for name in _opinion_forms(0, 0)}
     return {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+
+
+def _axis_tensors(axis: AxisReference, axes: tuple[Axis, ...]) -> dict[str, NDArray[Any]]:
+    # The classes of the clean images are those of their scores.
+    tensors = {name: getattr(axis, name) for name in ("centres", "matrix", "bank", "bank_classes", "clean")}
+    tensors["offsets"] = np.array([each.offset for each in axes], np.float32).reshape(len(axes), len(axis.matrix))
+    return {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+
+
+def _with_axes(path: Path, document: Document, reference: Reference) -> Reference:
+    """The reference with what the traffic is compared with, and with the adopted axes."""
+    tensors = _views(path, _contents(path, document))
+    width, classes = document.model.embedding, len(document.model.classes.names)
+    size = len(tensors["bank"]) if "bank" in tensors and tensors["bank"].ndim else 0
+    floats, integers = np.dtype(np.float32), np.dtype(np.int64)
+    forms = {
+        "centres": ((classes, width), floats),
+        "matrix": ((width, width), floats),
+        "bank": ((size, width), floats),
+        "bank_classes": ((size,), integers),
+        "clean": ((len(reference.clean.values), width), floats),
+        "offsets": ((len(document.axes), width), floats),
+    }
+    if set(tensors) != set(forms):
+        raise ProfileError(f"{path} is damaged: it has the tensors {sorted(tensors)}, not {sorted(forms)}")
+    for name, (shape, dtype) in forms.items():
+        if tensors[name].shape != shape or tensors[name].dtype != dtype:
+            raise ProfileError(f"{path} is damaged: {name} has shape {tensors[name].shape}, not {shape}")
+        if dtype == floats and not np.isfinite(tensors[name]).all():
+            raise ProfileError(f"{path} is damaged: {name} has a value that is not finite")
+    labels = tensors["bank_classes"]
+    if size == 0 or labels.min() < 0 or labels.max() >= classes:
+        raise ProfileError(f"{path} is damaged: bank_classes has an index that is out of range")
+    if not np.linalg.norm(tensors["offsets"], axis=1).all():
+        raise ProfileError(f"{path} is damaged: an axis has no direction")
+    axis = AxisReference(
+        tensors["centres"], tensors["matrix"], tensors["bank"], labels, tensors["clean"], reference.clean.classes
+    )
+    axes = tuple(
+        Axis(item.name, offset, item.target, item.observed, item.after, item.share, item.bound, item.within)
+        for item, offset in zip(document.axes, tensors["offsets"], strict=True)
+    )
+    return replace(reference, axis=axis, axes=axes)
 
 
 def _opinion_forms(reference: int, width: int) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,6 @@
 """Score requests and decide, at a false-alarm rate that the operator chose: numpy, and ONNX Runtime to search banks."""
 
+from guard.screening.axis import AXIS, MIN_AXIS, Axis, AxisAlarm, AxisMonitor, AxisReference, AxisScores
 from guard.screening.conformal import Conformal, Threshold, check_alpha, smallest_alpha, threshold
 from guard.screening.detector import Detector, Judgement
 from guard.screening.monitor import Alarm, Monitor, WatchedScore
@@ -9,13 +10,20 @@ from guard.screening.second_opinion import DIVERGENCE, OPINIONS, RESIDUAL, Refer
 from guard.screening.whitening import Whitening
 
 __all__ = [
+    "AXIS",
     "DENSITY",
     "DIVERGENCE",
     "MATCH",
     "MAX_K",
+    "MIN_AXIS",
     "OPINIONS",
     "RESIDUAL",
     "Alarm",
+    "Axis",
+    "AxisAlarm",
+    "AxisMonitor",
+    "AxisReference",
+    "AxisScores",
     "Banks",
     "Conformal",
     "Detector",

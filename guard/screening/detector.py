@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from guard.screening.axis import AxisScores
 from guard.screening.conformal import Conformal, Threshold, p_values, threshold
 from guard.screening.monitor import WatchedScore
 from guard.screening.neighbours import Embeddings
-from guard.screening.screen import DENSITY, Scores, Screen, match
+from guard.screening.screen import DENSITY, Scores, Screen, match, matched
 from guard.screening.second_opinion import OPINIONS, ReferenceAnswers
 
 MIN_ATTACK, MIN_DRIFT = 99, 99
@@ -49,8 +50,10 @@ class Detector:
         alpha: False-alarm rate, in (0, 1).
         per_class: Whether the rate must apply to each predicted class, not only to all requests together.
         near_only: Whether only requests that `Screen.near` picks get a second opinion.
+        axes: The scores along axes, which join the others; None for none.
 
     Attributes:
+        axes: As given.
         size: Number of clean scores.
         near_only: As given.
         threshold: Threshold on the score of a request with a second opinion, if the screen has one, for classes that
@@ -62,12 +65,22 @@ class Detector:
     """
 
     def __init__(
-        self, screen: Screen, clean: Scores, alpha: float, *, per_class: bool = False, near_only: bool = False
+        self,
+        screen: Screen,
+        clean: Scores,
+        alpha: float,
+        *,
+        per_class: bool = False,
+        near_only: bool = False,
+        axes: AxisScores | None = None,
     ) -> None:
         self.screen, self.alpha, self.per_class, self.near_only = screen, alpha, per_class, near_only
+        self._clean, self.axes = clean, axes
         self.size = len(clean.values)
         alone = screen.alone(clean)
         values = np.where(screen.near(clean), clean.values, alone) if near_only else clean.values
+        if axes is not None:
+            values, alone = np.maximum(values, axes.clean), np.maximum(alone, axes.clean)
         self.threshold: Threshold = threshold(values, alpha)
         self.threshold_alone: Threshold = self.threshold if near_only else threshold(alone, alpha)
         classes = clean.classes if per_class else None
@@ -78,6 +91,20 @@ class Detector:
         counts = np.bincount(clean.classes) if len(clean.classes) else np.zeros(0, int)
         self._of_class = {int(k): np.sort(density[clean.classes == k]) for k in np.flatnonzero(counts >= MIN_DRIFT)}
         self._watched = {stream.name for stream in self.streams()}
+
+    def along(self, axes: AxisScores) -> "Detector":
+        """The same detector with the scores along other axes."""
+        kept = {"per_class": self.per_class, "near_only": self.near_only}
+        return Detector(self.screen, self._clean, self.alpha, **kept, axes=axes)
+
+    @property
+    def triggers(self) -> tuple[str, ...]:
+        """What `Scores.triggers` of a judgement refers to: ids of the reconstructed triggers, then names of axes."""
+        return (*self.screen.triggers, *(axis.name for axis in (self.axes.axes if self.axes else ())))
+
+    def trigger_of(self, score: str) -> str:
+        """The trigger or axis that the score of this name compares requests with; "" if it is another score."""
+        return score if self.axes and score in {axis.name for axis in self.axes.axes} else matched(score)
 
     @property
     def own_threshold(self) -> tuple[int, ...]:
@@ -106,6 +133,8 @@ class Detector:
 
         With `near_only`, each request that `Screen.near` picks must have got its second opinion.
         """
+        if self.axes is not None:
+            scores = self.axes.add(scores, len(self.screen.triggers))
         classes, asked = scores.classes if self.per_class else None, scores.asked
         found = self._alone.p_values(scores.values, classes)
         if asked.any() and not self.near_only:
@@ -115,10 +144,12 @@ class Detector:
     def part_p_values(self, scores: Scores) -> Mapping[str, NDArray[np.float64]]:
         """The uncorrected p-values of each score by name, shape [N] each: what a monitor bets on.
 
-        NaN where a request has no such score.
+        NaN where a request has no such score. Those along axes are left out: an axis has a test of its own.
         """
         found = {}
         for name, values in scores.parts.items():
+            if name not in self._parts:
+                continue
             found[name] = np.where(np.isnan(values), np.nan, p_values(self._parts[name], values))
         return found
 
@@ -141,10 +172,12 @@ class Detector:
         rows = []
         for row, k in enumerate(scores.classes.tolist()):
             observed = {name: float(values[row]) for name, values in found.items() if not np.isnan(values[row])}
-            observed[DRIFT] = observed[DENSITY]
+            # What lies along an axis is explained, and no event for drift.
+            explained = scores.triggers[row] >= len(self.screen.triggers)
+            observed[DRIFT] = 1.0 if explained else observed[DENSITY]
             if k in self._of_class:
                 density = scores.parts[DENSITY][row : row + 1]
-                observed[drift_of(k)] = float(p_values(self._of_class[k], density)[0])
+                observed[drift_of(k)] = 1.0 if explained else float(p_values(self._of_class[k], density)[0])
             rows.append({name: value for name, value in observed.items() if name in self._watched})
         return rows
 

@@ -286,7 +286,7 @@ class _Detector:
         self.levels = [rank / (stream.size + 1) for rank in ranks]
         # p-values are multiples of 1 / (size + 1); the tolerance keeps their rounding on the right side.
         self._cuts = [level * (1 + 1e-6) for level in self.levels]
-        self.bounds = [_upper_rate(stream.size, rank, delta) for rank in ranks]
+        self.bounds = [upper_rate(stream.size, rank, delta) for rank in ranks]
         stakes = np.array(_STAKES[stream.kind])
         event = 1 - stakes + stakes / np.array(self.bounds)[:, None]
         # Row i is for a p-value above the first i levels, which is an event at the others.
@@ -380,7 +380,7 @@ def _ranks(stream: WatchedScore) -> list[int]:
     return ranks
 
 
-def _upper_rate(size: int, rank: int, delta: float) -> float:
+def upper_rate(size: int, rank: int, delta: float) -> float:
     """The (1 − delta) quantile of Beta(rank, size + 1 − rank), 1 ≤ rank ≤ size.
 
     P(Beta > r) is P(Binomial(size, r) ≤ rank − 1), a finite sum. Its logarithm is concave and falls in r, so that every

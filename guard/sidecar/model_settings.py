@@ -152,8 +152,7 @@ class ModelSettings(BaseModel):
         description="Which requests a reference model answers too, so that they are compared with its answers: all; "
         "near, for the images that other scores put near the threshold; a share in (0, 1] of all requests, drawn at "
         "random; or off. The profile must have a reference model, which guard calibrate gives it. By default, it is "
-        "near where guard serves the model itself, all beside an --upstream server, and off if the profile has no "
-        "reference model.",
+        "all, and off if the profile has no reference model.",
         examples=["near"],
         json_schema_extra=metavar("all|near|SHARE|off"),
     )
@@ -197,18 +196,14 @@ class ModelSettings(BaseModel):
             return self.failure_policy
         return FailurePolicy.OPEN if self.mode is Mode.SHADOW else FailurePolicy.CLOSED
 
-    def opinions(self, *, embedded: bool) -> str:
+    @property
+    def opinions(self) -> str:
         """Which requests get a second opinion: one of `OPINION_CHOICES`, or a share below 1, with the default applied.
 
-        Where guard serves the model itself, a request waits for the second forward pass, so only the requests wait
-        that need it. Beside an upstream server the pass runs while that server works.
-
-        Args:
-            embedded: Whether guard serves the model itself.
+        The default is all: few triggered requests of photographs lie near the threshold of the other scores
+        (docs/serving.md), so that `near` saves passes and misses attacks.
         """
-        if self.second_opinion is not None:
-            return self.second_opinion
-        return "near" if embedded else "all"
+        return self.second_opinion or "all"
 
     @property
     def background(self) -> bool:

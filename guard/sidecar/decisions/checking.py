@@ -17,7 +17,7 @@ from guard.classifiers import ExportedClassifier
 from guard.errors import RequestError
 from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.protocol.messages import parse_request
-from guard.screening import DIVERGENCE, OPINIONS, RESIDUAL, Judgement, ReferenceAnswers, Scores, matched
+from guard.screening import DIVERGENCE, OPINIONS, RESIDUAL, Detector, Judgement, ReferenceAnswers, Scores
 from guard.sidecar.decisions.images import Claims, Images, Reader
 from guard.sidecar.decisions.loading import Loaded
 from guard.sidecar.decisions.opinions import Answered
@@ -164,7 +164,6 @@ class Checker:
         self, loaded: Loaded, settings: ModelSettings, metrics: ModelMetrics, shared: Shared, sample: Reservoir | None
     ) -> None:
         self.profile, self.model, self.opinions, self.metrics = loaded.profile, loaded.model, loaded.opinions, metrics
-        self._detector = loaded.detector
         self.watch = Watch(
             loaded.profile, loaded.detector, loaded.model, settings, metrics, shared, sample,
             asks=loaded.opinions is not None,
@@ -175,6 +174,11 @@ class Checker:
         self.vetted = settings.clears(loaded.profile.document.vetting.verdict.outcome)
         rule = "off" if loaded.opinions is None else loaded.opinions.rule
         metrics.describe(loaded.profile, loaded.detector.alpha, self.watch.threshold, rule)
+
+    @property
+    def _detector(self) -> Detector:
+        """The detector that decides now; an axis of the traffic joins its scores while it is used."""
+        return self.watch.detector
 
     @property
     def alpha(self) -> float:
@@ -579,7 +583,7 @@ class Checker:
             p_values=of_all(found.p_values, np.nan),
             alpha=self._detector.alpha,
             decided_by=texts(scores.decided_by),
-            triggers=texts([matched(name) for name in scores.decided_by]),
+            triggers=texts([self._detector.trigger_of(name) for name in scores.decided_by]),
             answers=texts(names),
             divergences=parts.get(DIVERGENCE),
             residuals=parts.get(RESIDUAL),

@@ -32,7 +32,6 @@ def load(
     model: ExportedClassifier | None = None,
     reference: ExportedClassifier | None = None,
     *,
-    embedded: bool,
     threads: int = 0,
 ) -> Loaded:
     """Read what a model is screened with, and make sure that it belongs together.
@@ -41,7 +40,6 @@ def load(
         settings: Settings of the model.
         model: The exported classifier, if it is loaded already.
         reference: A reference model that is loaded already; it is used again if it is that of the profile.
-        embedded: Whether guard serves the model itself.
         threads: Threads that one forward pass uses, see `ExportedClassifier`.
 
     Raises:
@@ -55,7 +53,7 @@ def load(
         model = ExportedClassifier(settings.model, threads=threads)
     if model is not None:
         match(profile, model, settings)
-    opinions = read_opinions(profile, settings, reference, embedded=embedded, threads=threads)
+    opinions = read_opinions(profile, settings, reference, threads=threads)
     return Loaded(profile, make_detector(profile, settings, opinions), model, opinions)
 
 
@@ -94,7 +92,6 @@ def read_opinions(
     settings: ModelSettings,
     reference: ExportedClassifier | None = None,
     *,
-    embedded: bool,
     threads: int = 0,
 ) -> SecondOpinions | None:
     """The second opinions that the settings ask for; the arguments are those of `load`.
@@ -104,7 +101,7 @@ def read_opinions(
             lies in its place.
         ModelError: A file of the reference model is missing or damaged.
     """
-    rule = settings.opinions(embedded=embedded)
+    rule = settings.opinions
     if rule == "off":
         return None
     if not has_reference_model(profile):

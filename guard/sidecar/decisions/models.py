@@ -168,7 +168,7 @@ class Models:
     ) -> Loaded:
         """Read the files of a model; see `load`."""
         own = self._shared.settings
-        return load(settings, model, reference, embedded=own.upstream is None, threads=own.forward_threads)
+        return load(settings, model, reference, threads=own.forward_threads)
 
     def _replace(self, served: Served, stamps: tuple[FolderStamp, FolderStamp]) -> None:
         """Read the files of a model and replace its checker."""

@@ -142,7 +142,7 @@ def _opened(path: Path) -> int:
 
 def _sweep(folder: Path) -> None:
     """Delete what a sidecar that was killed while it saved has left: files that never took their place."""
-    for pattern in (".monitor-*", ".traffic-*"):
+    for pattern in (".monitor-*", ".axis-*", ".traffic-*"):
         for path in folder.glob(pattern):
             with suppress(OSError):
                 path.unlink()

@@ -7,7 +7,9 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +21,20 @@ from guard.errors import EmbeddingsError, GuardError, ProfileError, StateError
 from guard.evidence import Record, thumbnail
 from guard.profiles import Profile
 from guard.protocol.inference_pb2 import ModelInferRequest
-from guard.screening import Alarm, Detector, Judgement, Monitor, Scores, matched
+from guard.screening import (
+    MIN_AXIS,
+    Alarm,
+    Axis,
+    AxisAlarm,
+    AxisMonitor,
+    AxisScores,
+    Detector,
+    Judgement,
+    Monitor,
+    Scores,
+    axis_state,
+    matched,
+)
 from guard.screening.monitor import write_state
 from guard.screening.second_look import SecondLook, SecondLookResult
 from guard.sidecar.decisions.evidence import Recorder
@@ -35,6 +50,24 @@ from guard.triggers import StoredTrigger
 log = logging.getLogger(__name__)
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?P<trace>(?!0{32})[0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class _Tag(NamedTuple):
+    """By what an image that formed an axis is known again.
+
+    Attributes:
+        request_id: Id of the request, as the client gave it, or "".
+        trace_id: Id of the trace that the request belongs to, or "".
+        image: Number of the image in the request.
+        time: When it was decided about.
+        p_value: Its p-value.
+    """
+
+    request_id: str
+    trace_id: str
+    image: int
+    time: datetime
+    p_value: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,20 +133,63 @@ class Watch:
         *,
         asks: bool = False,
     ) -> None:
-        self._profile, self._detector, self._model, self._asks = profile, detector, model, asks
+        self._profile, self._model, self._asks = profile, model, asks
+        self._base = self._detector = detector
         self._settings, self._metrics, self._shared = settings, metrics, shared
         self._targets = {record.id: profile.class_name(record.target) for record in profile.document.triggers}
+        self._targets |= {axis.name: profile.class_name(axis.target) for axis in profile.document.axes}
         self._lock = threading.Lock()
         streams = detector.streams()
         # Each process sees a share of the images; together they must raise no more false alarms than one process would.
         run_length = shared.settings.run_length * shared.settings.processes
         self._monitor = Monitor(streams, run_length=run_length) if streams else None
+        self._axes = self._make_axis_monitor(run_length)
         self.sample = sample
         self._second_look = self._make_second_look() if settings.second_looks and model is not None else None
         self._state_file = shared.state_file(f"monitor-{self._calibration_id()}", ".json")
+        self._axis_file = shared.state_file(f"axis-{self._calibration_id()}", ".safetensors")
         self._sample_file = shared.state_file(f"traffic-{settings.label}", ".npy")
         self._continue_monitor()
+        self._continue_axes()
         self._continue_sample()
+
+    def _make_axis_monitor(self, run_length: float) -> AxisMonitor | None:
+        """What looks for axes of the traffic; None if the profile has too few images to compare it with."""
+        reference = self._profile.reference
+        if reference is None or reference.axis is None or len(reference.axis.clean) < MIN_AXIS:
+            return None
+        return AxisMonitor(reference.axis, known=reference.axes, run_length=run_length)
+
+    def _continue_axes(self) -> None:
+        """Go on from the stored state of the axes, if there is one; what cannot be used is moved aside."""
+        if self._axes is None or self._axis_file is None or not os.path.lexists(self._axis_file):
+            return
+        try:
+            axis_state.restore(self._axes, self._axis_file)
+        except StateError as error:
+            if self._shared.read_only:
+                raise
+            set_aside(self._axis_file, "monitor", error, self._metrics.state_damaged)
+        self._use_axes()
+        self._metrics.alarms(self._active(), ())
+
+    def _use_axes(self) -> None:
+        """Flag single requests along the axes that were found, besides those of the profile."""
+        if self._axes is None or not self._axes.axes:
+            return
+        axes = (*self._axes.known, *self._axes.axes)
+        self._targets = {**self._targets, **{axis.name: self._profile.class_name(axis.target) for axis in axes}}
+        self._detector = self._base.along(AxisScores(axes, self._axes.reference))
+
+    @property
+    def detector(self) -> Detector:
+        """The detector that decides now: that of the profile, with the axes that the traffic has shown."""
+        return self._detector
+
+    def _active(self) -> tuple[Alarm, ...]:
+        """The active alarms: those of the monitor, and one for each axis that was found."""
+        active = () if self._monitor is None else self._monitor.active
+        return active if self._axes is None else (*active, *map(_alarm_of, self._axes.axes))
 
     def _continue_monitor(self) -> None:
         """Go on from the stored state of the monitor, if there is one; what cannot be used is moved aside."""
@@ -125,7 +201,7 @@ class Watch:
             if self._shared.read_only:
                 raise
             set_aside(self._state_file, "monitor", error, self._metrics.state_damaged)
-        self._metrics.alarms(self._monitor.active, ())
+        self._metrics.alarms(self._active(), ())
 
     def _continue_sample(self) -> None:
         """Go on with the stored sample, if this one is empty and there is one; what cannot be used is moved aside."""
@@ -179,7 +255,7 @@ class Watch:
     def alarms(self) -> tuple[Alarm, ...]:
         """The active alarms."""
         with self._lock:
-            return () if self._monitor is None else self._monitor.active
+            return self._active()
 
     def follow(
         self,
@@ -212,7 +288,7 @@ class Watch:
                 self._metrics.second_look(looks[row].outcome)
         flags = found.flags.copy()
         flags[[row for row, look in looks.items() if look.outcome == "withdrawn"]] = False
-        self._observe(found)
+        self._observe(found, rows, message, trace_id)
         if self._shared.evidence.wanted:
             for row in flagged:
                 kept = bool(flags[row])
@@ -222,22 +298,70 @@ class Watch:
         return flags
 
     def _trigger(self, found: Judgement, row: int) -> str:
-        """The trigger that a request matches, if the match to a trigger decides about it; else ""."""
-        return matched(found.scores.decided_by[row])
+        """The trigger that a request matches, or the axis that it lies along, if that decides about it; else ""."""
+        return self._detector.trigger_of(found.scores.decided_by[row])
 
-    def _observe(self, found: Judgement) -> None:
+    def _observe(self, found: Judgement, rows: NDArray[np.int64], message: ModelInferRequest, trace_id: str) -> None:
         self._metrics.p_values(found.p_values)
-        observed = self._detector.observations(found.scores)
+        observed, scores = self._detector.observations(found.scores), found.scores
+        now = datetime.now(UTC)
+        tags = [
+            _Tag(message.id, trace_id, int(number), now, float(p_value))
+            for number, p_value in zip(rows, found.p_values, strict=True)
+        ]
+        raised: list[Alarm] = []
+        shown: list[AxisAlarm] = []
         with self._lock:
             if self.sample is not None:
-                self.sample.add(found.scores.embeddings)
-            if self._monitor is None:
-                return
-            raised = [alarm for row in observed for alarm in self._monitor.observe(row)]
-            if raised or self._metrics.alarmed:
-                self._metrics.alarms(self._monitor.active, raised)
+                self.sample.add(scores.embeddings)
+            if self._monitor is not None:
+                raised = [alarm for row in observed for alarm in self._monitor.observe(row)]
+            if self._axes is not None:
+                shown = self._axes.observe(scores.embeddings, scores.classes, tags)
+            if shown:
+                self._use_axes()
+            if raised or shown or self._metrics.alarmed:
+                self._metrics.alarms(self._active(), [*raised, *(_alarm_of(alarm.axis) for alarm in shown)])
         for alarm in raised:
             log.warning("%s", self._describe(alarm))
+        for axis_alarm in shown:
+            log.warning("%s", self._describe_axis(axis_alarm))
+            self._mark(axis_alarm)
+
+    def _describe_axis(self, alarm: AxisAlarm) -> str:
+        axis = alarm.axis
+        return (
+            f"attack: {axis.name} of the traffic leads to {self._profile.class_name(axis.target)!r}: of about the last "
+            f"{axis.after} images, {axis.share:.2%} lie along it; clean images explain up to {axis.bound:.2%}. "
+            f"{axis.within:.0%} of the unusual images lead to this class, which drift does not. From now on images "
+            f"along it are flagged; look at the {len(alarm.tags)} that formed it, then confirm the axis with "
+            "guard calibrate --adopt-axis"
+        )
+
+    def _mark(self, alarm: AxisAlarm) -> None:
+        """Record the images that formed an axis; most of them passed before it was known."""
+        if not self._shared.evidence.wanted:
+            return
+        axis, document = alarm.axis, self._profile.document
+        target = self._profile.class_name(axis.target)
+        for tag in alarm.tags:
+            record = Record(
+                tag.request_id,
+                self._settings.label,
+                document.model.digest,
+                tag.image,
+                Decision.FLAG if tag.p_value <= self._detector.alpha else Decision.PASS,
+                self._settings.mode,
+                time=tag.time.isoformat(),
+                trace_id=tag.trace_id,
+                predicted=target,
+                p_value=tag.p_value,
+                alpha=self._detector.alpha,
+                trigger=axis.name,
+                target=target,
+                explanation=f"one of the images that formed {axis.name} of the traffic; decided about before it was",
+            )
+            self._shared.evidence.record(record)
 
     def _describe(self, alarm: Alarm) -> str:
         what = "attack" if alarm.kind == "attack" else "drift"
@@ -294,14 +418,22 @@ class Watch:
         # Requests wait for this lock, and must not wait for a disk.
         with self._lock:
             state = None if self._monitor is None else self._monitor.state()
+            axes = None if self._axes is None else axis_state.dump(self._axes)
             sample = None if self.sample is None else self.sample.snapshot()
         try:
+            if axes is not None and self._axis_file is not None:
+                axis_state.write(self._axis_file, axes)
             if state is not None:
                 write_state(self._state_file, state)
             if sample is not None and sample[1]:
                 store(self._sample_file, *sample, self._profile.document.model.digest)
         except (OSError, GuardError) as error:
             log.warning("the state in %s cannot be written: %s", self._state_file.parent, error)
+
+
+def _alarm_of(axis: Axis) -> Alarm:
+    """The alarm by which an axis is shown among those of the monitor; it stays active until the axis is adopted."""
+    return Alarm(axis.name, "attack", axis.observed, axis.after, axis.bound, axis.share, axis.bound, during_drift=False)
 
 
 def _scores(scores: Scores, row: int) -> dict[str, float]:

@@ -17,8 +17,10 @@ from guard.classifiers.digest import PARTS, ClassifierDigest, sha256
 from guard.errors import ProfileError, UsageError
 from guard.profiles import Profile, storage
 from guard.profiles.document import SCHEMA
+from guard.screening import Axis
 
 DOCUMENT, TRIGGERS, REFERENCE = "profile.json", "triggers.safetensors", "reference.safetensors"
+AXIS = "axis.safetensors"
 Tensors = dict[str, NDArray[Any]]
 
 
@@ -60,7 +62,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_a_profile_is_read_as_it_was_written(profile: Profile, profile_directory: Path) -> None:
     read = Profile.open(profile_directory)
     assert asdict(replace(read.document, files={})) == asdict(replace(profile.document, files={}))
-    assert set(read.document.files) == {TRIGGERS, REFERENCE}
+    assert set(read.document.files) == {TRIGGERS, REFERENCE, AXIS}
     assert read.triggers.keys() == profile.triggers.keys()
     for name, tensors in profile.triggers.items():
         assert read.triggers[name].keys() == tensors.keys()
@@ -113,7 +115,7 @@ def test_writing_what_was_read_changes_nothing(profile_directory: Path, tmp_path
     again = tmp_path / "deep" / "again"
     Profile.open(profile_directory).save(again, report="<html></html>")
     assert document(again) == document(profile_directory)
-    for file in (TRIGGERS, REFERENCE):
+    for file in (TRIGGERS, REFERENCE, AXIS):
         assert (again / file).read_bytes() == (profile_directory / file).read_bytes()
 
 
@@ -141,20 +143,20 @@ def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
     assert "there is no profile" in refused(tmp_path / "absent", DOCUMENT)
 
 
-@pytest.mark.parametrize("file", [DOCUMENT, TRIGGERS, REFERENCE])
+@pytest.mark.parametrize("file", [DOCUMENT, TRIGGERS, REFERENCE, AXIS])
 def test_a_missing_file_is_named(profile_directory: Path, file: str) -> None:
     (profile_directory / file).unlink()
     refused(profile_directory, file)
 
 
-@pytest.mark.parametrize("file", [DOCUMENT, TRIGGERS, REFERENCE])
+@pytest.mark.parametrize("file", [DOCUMENT, TRIGGERS, REFERENCE, AXIS])
 def test_a_directory_in_place_of_a_file_is_named(profile_directory: Path, file: str) -> None:
     (profile_directory / file).unlink()
     (profile_directory / file).mkdir()
     assert "cannot read" in refused(profile_directory, file)
 
 
-@pytest.mark.parametrize("file", [TRIGGERS, REFERENCE])
+@pytest.mark.parametrize("file", [TRIGGERS, REFERENCE, AXIS])
 @pytest.mark.parametrize("position", [0, 100, -1])
 def test_a_flipped_byte_is_found(profile_directory: Path, file: str, position: int) -> None:
     data = bytearray((profile_directory / file).read_bytes())
@@ -260,17 +262,17 @@ def test_any_value_of_the_document_may_be_anything_without_another_error(profile
                 assert str(profile_directory) in str(error)  # noqa: PT017 - most changes are refused, not all
 
 
-@pytest.mark.parametrize("file", [TRIGGERS, REFERENCE])
+@pytest.mark.parametrize("file", [TRIGGERS, REFERENCE, AXIS])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_tensor_that_is_not_finite_is_refused(profile_directory: Path, file: str, value: float) -> None:
     def damage(tensors: Tensors) -> None:
-        next(values for values in tensors.values() if values.dtype == np.float32).flat[0] = value
+        next(values for values in tensors.values() if values.dtype == np.float32 and values.size).flat[0] = value
 
     change_tensors(profile_directory, file, damage)
     assert re.search("not finite|must be finite", refused(profile_directory, file))
 
 
-@pytest.mark.parametrize("file", [TRIGGERS, REFERENCE])
+@pytest.mark.parametrize("file", [TRIGGERS, REFERENCE, AXIS])
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int32])
 def test_a_tensor_of_another_type_is_refused(profile_directory: Path, file: str, dtype: type[np.generic]) -> None:
     def damage(tensors: Tensors) -> None:
@@ -286,7 +288,7 @@ def safetensors(dtype: str, shape: list[int], data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
-@pytest.mark.parametrize("file", [TRIGGERS, REFERENCE])
+@pytest.mark.parametrize("file", [TRIGGERS, REFERENCE, AXIS])
 @pytest.mark.parametrize(
     "data",
     [b"", b"junk", b"\xff" * 64, safetensors("F32", [3], bytes(8)), safetensors("BF16", [2], bytes(4)),
@@ -463,3 +465,79 @@ def test_a_profile_of_release_0_1_is_read_under_todays_names(profile: Profile, p
     assert read.vetting.checks == profile.document.vetting.checks
     assert read.vetting.reference_model == profile.document.vetting.reference_model
     assert read.vetting.effort == profile.document.vetting.effort
+
+
+def axis(target: int = 1, seed: int = 0) -> Axis:
+    offset = np.random.default_rng(seed).normal(size=16).astype(np.float32)
+    return Axis("axis-1", offset / np.linalg.norm(offset), target, 900, 400, 0.02, 0.001, 0.9)
+
+
+def test_an_adopted_axis_is_a_score_of_the_profile_and_outlives_calibrations(
+    profile: Profile, classifier: Classifier, images: torch.Tensor, tmp_path: Path
+) -> None:
+    adopted = profile.adopt([axis(), replace(axis(), name="axis-2"), axis(seed=1)])
+    assert [record.name for record in adopted.document.axes] == ["axis-1", "axis-2"]
+    adopted.save(tmp_path / "adopted")
+    read = Profile.open(tmp_path / "adopted")
+    assert read.document.axes == adopted.document.axes
+    anew = read.calibrate(classifier, images, 0.02)
+    for each in (adopted, read, anew):
+        assert each.document.calibration is not None
+        detector = each.detector()
+        assert detector.triggers == ("patch-1", "axis-1", "axis-2")
+        assert detector.threshold == each.document.calibration.threshold
+    requests = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    judged, again = adopted.detector().score(requests), read.detector().score(requests)
+    np.testing.assert_array_equal(again.p_values, judged.p_values)
+    assert {"axis-1", "axis-2"} < set(judged.scores.parts)
+
+
+def test_a_profile_that_knows_no_axes_adopts_none(profile: Profile) -> None:
+    assert profile.reference is not None
+    for each in (replace(profile, reference=None), replace(profile, reference=replace(profile.reference, axis=None))):
+        with pytest.raises(ProfileError, match="calibrate it with images once"):
+            each.adopt([axis()])
+
+
+def test_a_profile_of_an_older_guard_has_no_axis(profile: Profile, tmp_path: Path) -> None:
+    assert profile.reference is not None
+    replace(profile, reference=replace(profile.reference, axis=None)).save(tmp_path / "older")
+    read = Profile.open(tmp_path / "older")
+    assert read.reference is not None
+    assert read.reference.axis is None
+    assert read.detector().triggers == ("patch-1",)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda tensors: tensors.pop("clean"), "it has the tensors"),
+        (lambda tensors: tensors.update(clean=tensors["clean"][1:]), "clean has shape"),
+        (lambda tensors: tensors.update(matrix=tensors["matrix"] * np.inf), "matrix has a value that is not finite"),
+        (lambda tensors: tensors["bank_classes"].fill(99), "bank_classes has an index that is out of range"),
+        (lambda tensors: tensors["offsets"].fill(0), "an axis has no direction"),
+    ],
+)
+def test_a_damaged_file_of_axes_is_refused(
+    damage: Callable[[Tensors], object], said: str, profile: Profile, tmp_path: Path
+) -> None:
+    profile.adopt([axis()]).save(tmp_path / "profile")
+    with np.errstate(invalid="ignore"):
+        change_tensors(tmp_path / "profile", AXIS, damage)
+    assert said in refused(tmp_path / "profile", AXIS)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda document: document["files"].pop(AXIS), "it names axes"),
+        (lambda document: document["axes"][0].update(target=99), "the target of an axis"),
+        (lambda document: document["axes"][0].update(name="patch-1"), "two axes have the same name"),
+    ],
+)
+def test_axes_that_contradict_the_rest_are_refused(
+    change: Callable[[Any], object], said: str, profile: Profile, tmp_path: Path
+) -> None:
+    profile.adopt([axis()]).save(tmp_path / "profile")
+    change_document(tmp_path / "profile", change)
+    assert said in refused(tmp_path / "profile", DOCUMENT)

@@ -38,7 +38,7 @@ def attacked(generator: np.random.Generator, count: int, share: float) -> Floats
 def test_the_bound_on_the_clean_rate_is_the_quantile_of_its_distribution(size: int, level: float) -> None:
     rank = max(1, math.floor(level * (size + 1)))
     for delta in (0.9, 0.1, 1e-3, 1e-8):
-        assert module._upper_rate(size, rank, delta) == pytest.approx(beta.isf(delta, rank, size + 1 - rank), rel=1e-9)
+        assert module.upper_rate(size, rank, delta) == pytest.approx(beta.isf(delta, rank, size + 1 - rank), rel=1e-9)
 
 
 def worst_clean(monitor: Monitor, generator: np.random.Generator) -> Iterator[Mapping[str, float]]:
