@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +16,14 @@ from guard._documents import open_regular, read_bytes, read_object, validated
 from guard._files import check_replaceable, replace_directory
 from guard._safetensors import parse_header
 from guard._types import Floats
-from guard.classifiers import ExportedClassifier
 from guard.classifiers.digest import PARTS, ClassifierDigest, sha256
-from guard.classifiers.exported import MANIFEST_FILE, MODEL_FILE, read_manifest
 from guard.errors import ProfileError, UsageError
 from guard.profiles.document import SCHEMA, CalibrationRecord, Document, Reference, TriggerTensors
 from guard.screening import DENSITY, OPINIONS, Banks, Scores, Screen, SecondOpinion, Whitening, check_alpha, match
 from guard.triggers import FORMS, check_tensors
+
+if TYPE_CHECKING:
+    from guard.classifiers import ExportedClassifier
 
 DOCUMENT_FILE = "profile.json"
 TRIGGERS_FILE = "triggers.safetensors"
@@ -37,7 +38,9 @@ _MAX_HEADER_BYTES = 16 * 2**20
 MAPPED_BYTES = 2**28
 """Size above which a file of banks is mapped into memory instead of read."""
 _STAMPED, _OPINION = "stamped.", "opinion."
-_MODEL_FILES = (MANIFEST_FILE, MODEL_FILE)
+_MANIFEST, _MODEL = "classifier.json", "model.onnx"
+"""Names of the files of an exported model. Their own module loads ONNX Runtime, which reading a profile needs not."""
+_MODEL_FILES = (_MANIFEST, _MODEL)
 _MAX_MODEL_BYTES = 2**31
 _WHITENING, _BANK, _CLEAN = ("mean", "matrix", "head"), "reference", ("values", "parts", "triggers", "classes")
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
@@ -114,14 +117,16 @@ def check_reference_model(document: Document, directory: Path) -> None:
     record = None if document.calibration is None else document.calibration.second_opinion
     if record is None:
         raise ProfileError("the profile was calibrated without a reference model")
-    manifest = read_manifest(directory / MANIFEST_FILE)
+    from guard.classifiers.exported import read_manifest
+
+    manifest = read_manifest(directory / _MANIFEST)
     if manifest.classifier != record.digest:
         raise ProfileError(f"{directory} is the export of another model than the reference model of the profile")
 
 
 def load_reference_model(
-    document: Document, directory: Path, *, threads: int = 0, loaded: ExportedClassifier | None = None
-) -> ExportedClassifier:
+    document: Document, directory: Path, *, threads: int = 0, loaded: "ExportedClassifier | None" = None
+) -> "ExportedClassifier":
     """Load the reference model of a profile, after a check that its files are those that the profile names.
 
     Args:
@@ -134,11 +139,14 @@ def load_reference_model(
         ProfileError: The reference model is another one than that of the profile, or does not fit it.
         ModelError: A file is missing or damaged.
     """
+    from guard.classifiers import ExportedClassifier
+    from guard.classifiers.exported import read_manifest
+
     check_reference_model(document, directory)
-    digest = document.files.get(f"{REFERENCE_MODEL}/{MANIFEST_FILE}")
-    if digest is not None and _file_digest(directory / MANIFEST_FILE) != digest:
-        raise ProfileError(f"{directory / MANIFEST_FILE} is damaged: its SHA-256 is not the one in {DOCUMENT_FILE}")
-    if loaded is not None and loaded.manifest == read_manifest(directory / MANIFEST_FILE):
+    digest = document.files.get(f"{REFERENCE_MODEL}/{_MANIFEST}")
+    if digest is not None and _file_digest(directory / _MANIFEST) != digest:
+        raise ProfileError(f"{directory / _MANIFEST} is damaged: its SHA-256 is not the one in {DOCUMENT_FILE}")
+    if loaded is not None and loaded.manifest == read_manifest(directory / _MANIFEST):
         model = loaded
     else:
         model = ExportedClassifier(directory, threads=threads)
