@@ -170,7 +170,11 @@ def _clean(subject: Subject, count: int) -> dict[str, Any]:
         generator = np.random.default_rng(0)
         rows = np.concatenate([generator.permutation(len(pool)) for _ in range(DRIFT // len(pool) + 1)])[:DRIFT]
         axis = AxisMonitor(world.reference)
-        found = _first(lambda one, axis=axis: axis.observe(one, world.classes(one)), pool, rows)
+
+        def looked_at(one: Floats, axis: AxisMonitor = axis) -> Sequence[Any]:
+            return axis.observe(one, world.classes(one))
+
+        found = _first(looked_at, pool, rows)
         detector = world.detector(ALPHAS[0])
         monitor = Monitor(detector.streams())
         seen = detector.observations(detector.screen.score_samples(pool))

@@ -266,8 +266,10 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for name in CORRUPTIONS:
         for kind in kinds:
-            have = [row["references"][kind]["corrupted"][name] for row in rows if kind in row["references"]]
-            rates = [Rate.of(sum(each[k][0] for each in have), sum(each[k][1] for each in have)).brief for k in (0, 1)]
+            found = [row["references"][kind]["corrupted"][name] for row in rows if kind in row["references"]]
+            rates = [
+                Rate.of(sum(each[k][0] for each in found), sum(each[k][1] for each in found)).brief for k in (0, 1)
+            ]
             lines.append(f"| {name} | {kind} | {rates[0]} | {rates[1]} |")
     lines += ["", "## Each model (all, triggers hidden)", ""]
     lines.append(

@@ -127,7 +127,8 @@ def test_near_asks_about_the_images_near_the_threshold_alone(bench: Callable[...
 
 
 def test_an_answer_that_is_not_finite_leaves_its_own_image_unchecked(bench: Callable[..., Bench]) -> None:
-    made, images = bench(), random_images(8, seed=8)
+    # At random some images are flagged; these eight are not.
+    made, images = bench(), random_images(8, seed=1)
     assert made.check(images).decision is Decision.PASS
 
     def overflow(answers: ReferenceAnswers) -> None:
