@@ -23,8 +23,11 @@ RESIDUAL = "residual"
 """Name of the score that compares the embeddings."""
 OPINIONS = (DIVERGENCE, RESIDUAL)
 """Names of the scores of a second opinion."""
+"""Names of the scores of a second opinion."""
 _TEMPERATURE = 2.0
 """Both distributions are softened by it: a model trained with a large logit scale is sure of nearly everything."""
+_SAME = 1e-7
+"""Share of the variance of embeddings below which a residual is only rounding."""
 _RIDGES = tuple(10.0**power for power in range(-6, 2))
 """Candidates for the ridge of the map, relative to the mean variance of the reference model's embeddings."""
 
@@ -138,7 +141,7 @@ class SecondOpinion:
             centre.astype(np.float32),
             offset.astype(np.float32),
             matrix.astype(np.float32),
-            _whitening(residuals).astype(np.float32),
+            _whitening(residuals, float(embeddings.var(axis=0).mean())).astype(np.float32),
         )
         lengths = np.linalg.norm(residuals.astype(np.float32) @ found.whitening, axis=1).astype(np.float32)
         return found, {DIVERGENCE: found.divergence(embeddings, answers), RESIDUAL: lengths}
@@ -203,11 +206,16 @@ def _ridge(inputs: Floats, outputs: Floats) -> tuple[NDArray[np.float64], NDArra
     return best[1], best[2]
 
 
-def _whitening(residuals: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The matrix that gives residuals a covariance of one, shrunk like that of `guard.screening.whitening`."""
+def _whitening(residuals: NDArray[np.float64], spread: float) -> NDArray[np.float64]:
+    """The matrix that gives residuals a covariance of one, shrunk like that of `guard.screening.whitening`.
+
+    Args:
+        residuals: Shape [N, D].
+        spread: Mean variance of the embeddings that they are the residuals of.
+    """
     covariance = residuals.T @ residuals / len(residuals)
     scale = float(np.trace(covariance)) / len(covariance)
-    if not scale > 1e-14:
+    if not scale > _SAME * spread:
         raise ValueError("the reference model predicts every embedding of the suspect exactly: it is the same model")
     shrinkage = max(MIN_SHRINKAGE, oas(covariance, len(residuals)))
     covariance = (1 - shrinkage) * covariance + shrinkage * scale * np.eye(len(covariance))

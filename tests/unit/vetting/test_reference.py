@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from guard.classifiers import Classifier
-from guard.vetting import DerivedReferenceSettings, derive_reference
+from guard.vetting import DerivedReferenceSettings, StudentSettings, derive_reference, teach_student
+from guard.vetting.teaching import augmented
 
 SETTINGS = DerivedReferenceSettings(steps=25, batch=32)
 
@@ -64,3 +65,35 @@ def test_it_is_reproduced_by_its_seed(classifier: Classifier, images: Tensor) ->
     other, _ = derive_reference(classifier, images[:50], replace(quick, seed=1))
     assert other.digest.root != first.digest.root
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_student_learns_the_answers_and_shares_no_weight_of_the_tower(classifier: Classifier, images: Tensor) -> None:
+    before = weights(classifier)
+    untaught = teach_student(classifier, images[:200], StudentSettings(steps=1))
+    student = teach_student(classifier, images[:200], StudentSettings(steps=120))
+    assert likeness(student, classifier, images[200:300]) > likeness(untaught, classifier, images[200:300])
+    assert not set(student.model.visual.state_dict()) & set(classifier.model.visual.state_dict())
+    assert torch.equal(student.head, classifier.head)
+    assert student.classes == classifier.classes
+    after = weights(classifier)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(parameter.requires_grad for parameter in student.model.parameters())
+
+
+def test_a_student_is_the_same_for_the_same_seed_and_another_for_another(
+    classifier: Classifier, images: Tensor
+) -> None:
+    state = torch.random.get_rng_state()
+    one, same, other = (
+        teach_student(classifier, images[:100], StudentSettings(steps=3, seed=seed)).digest.root for seed in (1, 1, 2)
+    )
+    assert one == same != other
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_augmented_images_are_images(images: Tensor) -> None:
+    generator = torch.Generator().manual_seed(0)
+    changed = augmented(images[:20].float() / 255, generator)
+    assert changed.shape == images[:20].shape
+    assert 0 <= float(changed.min()) <= float(changed.max()) <= 1
+    assert not torch.equal(changed, augmented(images[:20].float() / 255, generator))
