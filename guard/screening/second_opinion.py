@@ -23,7 +23,6 @@ RESIDUAL = "residual"
 """Name of the score that compares the embeddings."""
 OPINIONS = (DIVERGENCE, RESIDUAL)
 """Names of the scores of a second opinion."""
-"""Names of the scores of a second opinion."""
 _TEMPERATURE = 2.0
 """Both distributions are softened by it: a model trained with a large logit scale is sure of nearly everything."""
 _SAME = 1e-7
