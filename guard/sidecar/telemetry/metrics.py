@@ -19,7 +19,7 @@ from guard.sidecar.telemetry import logs
 STAGES = ("decode", "inference", "screening", "second opinion")
 OPINION_RESULTS = ("agrees", "differs", "not_near", "not_drawn", "failed")
 """Whether the reference model gives an image the same class as the model, or why it was not asked or did not answer."""
-SCORE_KINDS = (DENSITY, MATCH, DIVERGENCE, RESIDUAL)
+SCORE_KINDS = (DENSITY, MATCH, DIVERGENCE, RESIDUAL, "axis")
 """Kinds of scores that may decide about an image."""
 STATE_KINDS = ("monitor", "sample", "evidence", "lock")
 """What a damaged file of the state was."""
@@ -304,8 +304,10 @@ class ModelMetrics:
 
 
 def _kind(name: str) -> str:
-    """The kind of a score, one of `SCORE_KINDS`: triggers are counted elsewhere."""
-    return MATCH if matched(name) else name
+    """The kind of a score, one of `SCORE_KINDS`: triggers are counted elsewhere, and axes have names of their own."""
+    if matched(name):
+        return MATCH
+    return name if name in SCORE_KINDS else "axis"
 
 
 def _exemplar() -> dict[str, str] | None:
