@@ -102,9 +102,22 @@ class Detector:
         """What `Scores.triggers` of a judgement refers to: ids of the reconstructed triggers, then names of axes."""
         return (*self.screen.triggers, *(axis.name for axis in (self.axes.axes if self.axes else ())))
 
-    def trigger_of(self, score: str) -> str:
-        """The trigger or axis that the score of this name compares requests with; "" if it is another score."""
-        return score if self.axes and score in {axis.name for axis in self.axes.axes} else matched(score)
+    def named(self, scores: Scores) -> tuple[str, ...]:
+        """For each request the trigger or axis that it carries, as far as the scores tell; "" for none.
+
+        It is the one whose score decides. If another score decides, such as a second opinion, it is the trigger that
+        the request matches best, provided that the match alone is as rare among clean images as alpha.
+        """
+        axes = {axis.name for axis in self.axes.axes} if self.axes else set()
+        found = self.part_p_values(scores)
+        names = []
+        for row, decided in enumerate(scores.decided_by):
+            name, best = decided if decided in axes else matched(decided), int(scores.triggers[row])
+            if not name and 0 <= best < len(self.screen.triggers):
+                candidate = self.screen.triggers[best]
+                name = candidate if found[match(candidate)][row] <= self.alpha + 1e-9 else ""
+            names.append(name)
+        return tuple(names)
 
     @property
     def own_threshold(self) -> tuple[int, ...]:

@@ -374,7 +374,7 @@ def test_memory_stays_under_the_bound_that_the_sidecar_states(
 STUCK = """
 import sys, threading
 from pathlib import Path
-import guard.sidecar.decisions.checking as checking
+import guard.sidecar.decisions.images as reading
 from guard.sidecar import Settings, serve
 
 def hang(file, **_):
@@ -382,11 +382,11 @@ def hang(file, **_):
     threading.Lock().acquire() and threading.Event().wait()
 
 if __name__ == "__main__":
-    checking.decode = hang
+    reading.decode = hang
     serve(Settings.load(None, profile=Path(sys.argv[1]), model=Path(sys.argv[2]), state_dir=Path(sys.argv[3]),
                         listen="127.0.0.1:0", metrics="127.0.0.1:0", drain_timeout=0.1, processes=int(sys.argv[4])))
 else:
-    checking.decode = hang
+    reading.decode = hang
 """
 
 

@@ -583,7 +583,7 @@ class Checker:
             p_values=of_all(found.p_values, np.nan),
             alpha=self._detector.alpha,
             decided_by=texts(scores.decided_by),
-            triggers=texts([self._detector.trigger_of(name) for name in scores.decided_by]),
+            triggers=texts(self._detector.named(scores)),
             answers=texts(names),
             divergences=parts.get(DIVERGENCE),
             residuals=parts.get(RESIDUAL),

@@ -298,8 +298,8 @@ class Watch:
         return flags
 
     def _trigger(self, found: Judgement, row: int) -> str:
-        """The trigger that a request matches, or the axis that it lies along, if that decides about it; else ""."""
-        return self._detector.trigger_of(found.scores.decided_by[row])
+        """The trigger or axis that a request carries, as far as the scores tell; else ""."""
+        return self._detector.named(found.scores)[row]
 
     def _observe(self, found: Judgement, rows: NDArray[np.int64], message: ModelInferRequest, trace_id: str) -> None:
         self._metrics.p_values(found.p_values)

@@ -52,8 +52,9 @@ def test_vet_calibrate_export_and_what_they_print(
     assert sorted(path.name for path in out.iterdir()) == ["profile.json", "report.html", "triggers.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "profile"]  # no searches left behind
 
-    calibrated = guard("calibrate", out, "--images", image_folder, "--alpha", "0.05")
+    calibrated = guard("calibrate", out, "--images", image_folder, "--alpha", "0.05", "--reference", "none")
     assert calibrated.returncode == 0, calibrated.stderr
+    assert "second opinion: none" in calibrated.stdout
     assert "for alpha = 0.05, from 120 clean scores" in calibrated.stdout
     assert (out / "reference.safetensors").exists()
 
@@ -66,7 +67,13 @@ def test_vet_calibrate_export_and_what_they_print(
     assert again.returncode == 0, again.stderr
     assert "for alpha = 0.1, from 133 clean scores" in again.stdout
     refused(guard("calibrate", out), 2, "one of --images and --embeddings")
-    assert guard("calibrate", out, "--images", image_folder, "--alpha", "0.05").returncode == 0
+    refused(guard("calibrate", out, "--images", image_folder, "--reference", "base"), 2, "--base MODEL belong together")
+    compared = guard("calibrate", out, "--images", image_folder, "--alpha", "0.05", "--base", base)
+    assert compared.returncode == 0, compared.stderr
+    assert "which gives the same answer to" in compared.stdout
+    assert (out / "reference-model" / "model.onnx").exists()
+    unknown = guard("calibrate", out, "--embeddings", tmp_path / "traffic.npy", "--alpha", "0.1")
+    refused(unknown, 4, "about which embeddings say nothing")
 
     too_strict = guard("calibrate", out, "--images", image_folder, "--alpha", "0.001")
     refused(too_strict, 2, "needs at least 999 clean images that set the threshold, there are 120")

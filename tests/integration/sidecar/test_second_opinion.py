@@ -167,12 +167,12 @@ def test_a_sidecar_decides_as_the_detector_does_and_asks_about_no_other_image(
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_by_default_it_is_asked_about_all_before_an_upstream_and_near_the_threshold_where_guard_serves(
+def test_by_default_it_is_asked_about_all_images_if_there_is_a_reference_model(
     source: str, launch: Launcher, made: Compared, upstream: InferenceServer
 ) -> None:
     arguments = source_arguments(source, upstream, made)
     with launch("--profile", made.profile, *arguments) as running:
-        assert running.announced["models"][0]["second_opinion"] == ("near" if source == "embedded" else "all")
+        assert running.announced["models"][0]["second_opinion"] == "all"
     with launch("--profile", made.plain, *arguments) as running:
         assert running.announced["models"][0]["second_opinion"] == "off"
 
@@ -510,8 +510,8 @@ def test_a_profile_without_a_reference_model_gives_none_where_it_is_asked_for(ru
 @pytest.mark.parametrize(
     ("arguments", "finding"),
     [
-        ((), "requests near the threshold; reference model base (base)"),
-        (("--second-opinion", "all"), "all requests; reference model base (base)"),
+        ((), "all requests; reference model base (base)"),
+        (("--second-opinion", "near"), "requests near the threshold; reference model base (base)"),
         (("--second-opinion", "off"), "off, though the profile has a reference model base"),
     ],
 )
