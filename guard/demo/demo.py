@@ -123,6 +123,7 @@ def run(
     }
     laps.lap("vetting")
     backdoored = models["backdoored"].classifier
+    export(models["base"].classifier, out / "exported-base", data.calibration.pixels[:512])
     profile = _calibrated(backdoored, vettings["backdoored"], models["base"].classifier, data, out, seed, say)
     _write(profile, data, out / "profiles" / "backdoored")
     # As if vetting had found nothing.
@@ -196,11 +197,9 @@ def _calibrated(
     say: Callable[[str], None],
 ) -> Profile:
     """The calibrated profile of a classifier, with the base as its reference model."""
-    images = data.calibration.pixels
     profile = Profile.build(classifier, vetting).calibrate(
-        classifier, images, ALPHA, groups=data.groups, reference=base, seed=seed, progress=say
+        classifier, data.calibration.pixels, ALPHA, groups=data.groups, reference=base, seed=seed, progress=say
     )
-    export(base, out / "exported-base", images[:512])
     return profile.with_reference_model(out / "exported-base")
 
 
