@@ -164,7 +164,7 @@ def _reference(kind: str, subject: Subject, images: torch.Tensor) -> tuple[Class
     if kind == "student":
         made = teach_student(subject.classifier, images)
     else:
-        made = derive_reference(subject.classifier, images, OPINION_REFERENCE, augment=True)[0]
+        made = derive_reference(subject.classifier, images, OPINION_REFERENCE, disturb=True)[0]
     return made, time.monotonic() - started
 
 

@@ -250,4 +250,4 @@ def _reference_model(
     if kind == "student":
         return teach_student(classifier, images, StudentSettings(seed=seed), progress=console.progress)
     settings = replace(OPINION_REFERENCE, seed=seed)
-    return derive_reference(classifier, images, settings, augment=True, progress=console.progress)[0]
+    return derive_reference(classifier, images, settings, disturb=True, progress=console.progress)[0]

@@ -13,7 +13,7 @@ from guard.vetting.budgets import DerivedReferenceSettings
 from guard.vetting.teaching import Progress, falling, one_cycle, teach
 
 OPINION_REFERENCE = DerivedReferenceSettings(noise=1.0, steps=600)
-"""How the derived reference of a second opinion is made, with augmentation. Vetting inverts triggers, for which the
+"""How the derived reference of a second opinion is made, with disturbed images. Vetting inverts triggers, for which the
 reference model must keep the suspect's geometry; for a second opinion the backdoor must be gone, which takes more noise
 and more steps."""
 _STUDENT_SIDE = 96
@@ -29,7 +29,7 @@ class StudentSettings:
         batch: Images in each step.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
-        seed: Seed for the first weights, the batches and the augmentation.
+        seed: Seed for the first weights, the batches and the disturbances.
     """
 
     steps: int = 1500
@@ -44,7 +44,7 @@ def derive_reference(
     images: Tensor,
     settings: DerivedReferenceSettings,
     *,
-    augment: bool = False,
+    disturb: bool = False,
     progress: Progress = lambda *_: None,
 ) -> tuple[Classifier, int]:
     """Return the suspect with noise in its image tower, trained again to give its own embeddings of clean images.
@@ -63,7 +63,7 @@ def derive_reference(
         classifier: The suspect; it is not changed.
         images: uint8, shape [N, 3, H, W]: clean images, unlabelled.
         settings: How the reference is made.
-        augment: Whether it learns from changed images too (`guard.vetting.teaching.augmented`).
+        disturb: Whether it learns to answer changed images as if they were unchanged (`guard.vetting.disturbances`).
         progress: Called with (what, steps done, steps in all).
 
     Returns:
@@ -86,11 +86,11 @@ def derive_reference(
         learning_rate=settings.learning_rate,
         weight_decay=0.0,
         schedule=falling,
-        augment=augment,
+        disturb=disturb,
         generator=generator,
         progress=progress,
     )
-    return reference_model, (0 if augment else len(images)) + (1 + augment) * settings.steps * settings.batch
+    return reference_model, len(images) + settings.steps * settings.batch
 
 
 def teach_student(
@@ -102,9 +102,9 @@ def teach_student(
 ) -> Classifier:
     """Return the suspect with a small convolutional network in place of its image tower, which was taught from scratch.
 
-    The student learns the suspect's embeddings of clean images under augmentation, so that it never sees what needs a
-    trigger (distillation as a defence: Neural Attention Distillation, Li et al., ICLR 2021, distils into the attacked
-    network itself; here nothing of its weights is used). Its head is the suspect's.
+    The student sees disturbed images and learns the suspect's embeddings of the undisturbed ones, so that it is never
+    taught what needs a trigger. (Neural Attention Distillation, Li et al., ICLR 2021, distils into the attacked network
+    itself; here nothing of its weights is used.) Its head is the suspect's.
 
     Args:
         classifier: The suspect; it is not changed.
@@ -133,7 +133,7 @@ def teach_student(
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         schedule=one_cycle,
-        augment=True,
+        disturb=True,
         generator=generator,
         progress=progress,
     )

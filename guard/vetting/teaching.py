@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample
 
 from guard.classifiers.classifier import Classifier
+from guard.vetting.disturbances import disturbed
 
 Progress = Callable[[str, int, int], None]
 Schedule = Callable[[float], float]
@@ -34,15 +34,17 @@ def teach(
     learning_rate: float,
     weight_decay: float,
     schedule: Schedule,
-    augment: bool,
+    disturb: bool,
     generator: torch.Generator,
     progress: Progress = lambda *_: None,
 ) -> None:
     """Train the image tower of a classifier to give the embeddings that another one gives.
 
-    The loss is 1 − cosine. With augmentation, both see the same changed image, so that any change is a right example
-    and a few hundred images go a long way; what the teacher does only under a trigger is still not taught, because no
-    such change makes one.
+    The loss is 1 − cosine. The teacher sees only the images as they are. With disturbances, the pupil sees each image
+    changed and learns the answer to the unchanged one. Two things follow: a few hundred images go a long way, and the
+    pupil unlearns to follow a trigger. The teacher's own answers to changed images would teach it to follow those
+    triggers that a change resembles: with such a pupil, screening saw 11 % of the requests that JPEG compression
+    triggers, and none of those that a colour filter triggers, instead of 95 % and more.
 
     Args:
         pupil: Its image tower is trained, in the mode (training or evaluation) that it is in; its other parts are not.
@@ -53,57 +55,26 @@ def teach(
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
         schedule: The learning rate over the steps.
-        augment: Whether images are turned, scaled, moved and recoloured (`augmented`).
+        disturb: Whether the pupil sees changed images (`guard.vetting.disturbances`).
         generator: The only source of randomness; on the CPU.
         progress: Called with (what, steps done, steps in all).
     """
     tower = pupil.model.visual
     parameters = [parameter.requires_grad_() for parameter in tower.parameters() if parameter.is_floating_point()]
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-    wanted = None if augment else teacher.embed(images)
+    wanted = teacher.embed(images).to(pupil.device)
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * schedule(step / steps)
         index = torch.randint(len(images), (batch,), generator=generator)
         pixels = images[index].float() / 255
-        if augment:
-            pixels = augmented(pixels, generator)
-        pixels = pixels.to(pupil.device)
+        if disturb:
+            pixels = disturbed(pixels, generator)
         with teacher.autocast():
-            if wanted is None:
-                with torch.no_grad():
-                    expected = teacher.encode_images(pixels)
-            else:
-                expected = wanted[index].to(pupil.device)
-            embeddings = pupil.encode_images(pixels)
-        loss = (1 - (embeddings * expected).sum(-1)).mean()
+            embeddings = pupil.encode_images(pixels.to(pupil.device))
+        loss = (1 - (embeddings * wanted[index.to(pupil.device)]).sum(-1)).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
         progress("teaching the reference model", step + 1, steps)
     tower.requires_grad_(requires_grad=False)
-
-
-def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn each image by up to 9°, scale it by up to 10 %, move it by up to 5 % of the side, and change its colours.
-
-    Contrast changes by up to 20 %, and the brightness of each channel by up to 0.1. What comes in from outside is a
-    reflection of the image.
-
-    Args:
-        images: Shape [N, 3, H, W], values in [0, 1].
-        generator: The only source of randomness.
-    """
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.rand(len(images), *shape, generator=generator) - 0.5
-
-    angle, scale = 0.3 * drawn(), 1 + 0.2 * drawn()
-    turned = torch.stack(
-        [scale * angle.cos(), -scale * angle.sin(), scale * angle.sin(), scale * angle.cos()], dim=1
-    ).reshape(-1, 2, 2)
-    # Coordinates run from −1 to 1, so that 0.1 is 5 % of the side.
-    grid = affine_grid(torch.cat([turned, 0.2 * drawn(2, 1)], dim=2), list(images.shape), align_corners=False)
-    moved = grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    recoloured = (moved - 0.5) * (1 + 0.4 * drawn(1, 1, 1)) + 0.5 + 0.2 * drawn(3, 1, 1)
-    return recoloured.clamp(0, 1)

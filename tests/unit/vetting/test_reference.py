@@ -5,7 +5,6 @@ from torch import Tensor
 
 from guard.classifiers import Classifier
 from guard.vetting import DerivedReferenceSettings, StudentSettings, derive_reference, teach_student
-from guard.vetting.teaching import augmented
 
 SETTINGS = DerivedReferenceSettings(steps=25, batch=32)
 
@@ -89,11 +88,3 @@ def test_a_student_is_the_same_for_the_same_seed_and_another_for_another(
     )
     assert one == same != other
     assert torch.equal(torch.random.get_rng_state(), state)
-
-
-def test_augmented_images_are_images(images: Tensor) -> None:
-    generator = torch.Generator().manual_seed(0)
-    changed = augmented(images[:20].float() / 255, generator)
-    assert changed.shape == images[:20].shape
-    assert 0 <= float(changed.min()) <= float(changed.max()) <= 1
-    assert not torch.equal(changed, augmented(images[:20].float() / 255, generator))
