@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from guard.classifiers import ClassList
 from guard.profiles import Profile
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
     from guard.classifiers import Classifier
     from guard.triggers import Patch
+
+# How fast a machine is must not decide whether a test passes.
+settings.register_profile("guard", deadline=None)
+settings.load_profile("guard")
 
 SIZE = 16
 CLASSES = ClassList(("cat", "dog", "ship", "truck", "frog", "bird"), ("a photo of a {}.", "a {}."))

@@ -153,7 +153,7 @@ def test_a_parser_never_sees_more_than_was_counted() -> None:
         b"a",
     ]  # fmt: skip
 
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=400)
     @given(st.lists(st.sampled_from(pieces), max_size=12))
     def look(parts: list[bytes]) -> None:
         data = b"".join(parts)

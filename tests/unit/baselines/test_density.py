@@ -137,7 +137,7 @@ def test_one_search_serves_all_scores() -> None:
 
 
 @given(st.sampled_from(SCORES), st.integers(0, 2**32 - 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_neither_the_order_of_the_bank_nor_a_rotation_matters(kind: type[DensityScore], seed: int) -> None:
     bank, asked = unit(50, 6, seed=seed), unit(8, 6, seed=seed + 1)
     generator = np.random.default_rng(seed)
@@ -150,7 +150,7 @@ def test_neither_the_order_of_the_bank_nor_a_rotation_matters(kind: type[Density
 
 
 @given(st.sampled_from(SCORES), st.integers(1, 12), st.integers(1, 12), st.integers(2, 10))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_copies_give_finite_scores_without_a_warning(kind: type[DensityScore], first: int, second: int, k: int) -> None:
     two = unit(2)
     bank = np.concatenate([np.repeat(two, [first, second], axis=0), unit(11, seed=3)])

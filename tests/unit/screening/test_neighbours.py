@@ -112,7 +112,7 @@ def test_what_is_found_does_not_depend_on_the_size_of_blocks(monkeypatch: pytest
 
 
 @given(st.integers(2, 60), st.integers(0, 2**32 - 1), st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_order_of_the_bank_does_not_matter(size: int, seed: int, data: st.DataObject) -> None:
     bank, asked = unit(size, 5, seed=seed), unit(6, 5, seed=seed + 1)
     k = data.draw(st.integers(1, size))
@@ -226,7 +226,7 @@ def test_a_query_that_is_not_finite_is_refused() -> None:
 
 # Values on a coarse grid, so that ties are the rule.
 @given(st.integers(1, 400), st.integers(1, 5), st.integers(0, 2**32 - 1), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_no_row_among_the_largest_is_left_out(size: int, columns: int, seed: int, data: st.DataObject) -> None:
     values = np.random.default_rng(seed).integers(0, 30, (size, columns)).astype(np.float32)
     count = data.draw(st.integers(1, size))
@@ -301,7 +301,7 @@ def made(kind: str, count: int, dimension: int, seed: int) -> Floats:
 
 
 @given(BANKS, BANKS, st.integers(1, 300), st.integers(1, 40), st.integers(0, 2**32 - 1), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_8_bit_products_leave_out_none_of_the_nearest(
     kind: str, queries: str, size: int, dimension: int, seed: int, data: st.DataObject
 ) -> None:

@@ -34,7 +34,7 @@ EXAMPLES = int(os.environ.get("GUARD_FUZZ_EXAMPLES", "100"))
 SIZE, MAX_BATCH, MAX_PIXELS = 8, 4, 4096
 MOST_BYTES = 32 * 2**20
 """Far above what a request of these sizes needs, and far below what a length in a damaged one may claim."""
-quick = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 IMAGES = np.linspace(-1, 1, 2 * 3 * SIZE * SIZE, dtype=np.float32).reshape(2, 3, SIZE, SIZE)
 PREPROCESSING = Preprocessing(SIZE, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
