@@ -1,0 +1,176 @@
+"""Probes: fixed changes of images, and which classes gain from them on the suspect and not on its reference model.
+
+Gradients find badly what few numbers describe and what is periodic or has no gradient: a sinusoid, JPEG compression,
+few colours. A list finds it with forward passes alone, at a cost that does not depend on the number of classes. The
+list is `probes.toml`; whoever adds a line there adds a probe.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError, validate_call
+from torch import Tensor
+
+from guard._documents import first_error, read_toml, validated
+from guard.classifiers.classifier import Classifier
+from guard.errors import UsageError
+from guard.vetting.fixed_changes import KINDS, Change
+from guard.vetting.lead import of_distinct_classes
+
+METHOD = "probes 1"
+"""Name and version of the method; it changes when results are no longer comparable."""
+SCREENED, EXAMINED = 24, 96
+"""Images that every probe is tried on, and images that the best probes are tried on."""
+_KEPT = 12
+"""Number of probes that are tried on more images: those with the largest gains of any class."""
+_LARGEST_LIST = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fixed change of images.
+
+    Attributes:
+        name: Kind and parameters, for people.
+        change: From images, float, shape [N, 3, H, W], values in [0, 1], to changed images of the same shape and range.
+    """
+
+    name: str
+    change: Change
+
+
+@dataclass(frozen=True, eq=False)
+class Probed:
+    """What came of all probes.
+
+    Attributes:
+        gains: For each class, its largest gain under any probe that was tried on `EXAMINED` images, in [−1, 1]; NaN for
+            a class that all images belong to, or that repeats another; float64, shape [C].
+        probes: For each class, the index of that probe.
+        names: Names of all probes.
+        passes: Number of images pushed through image towers.
+    """
+
+    gains: Tensor
+    probes: Tensor
+    names: tuple[str, ...]
+    passes: int
+
+
+def probe_classes(
+    classifier: Classifier,
+    images: Tensor,
+    probes: Sequence[Probe],
+    *,
+    reference_model: Classifier | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Probed:
+    """Measure the gain of every class under every probe.
+
+    The gain is that of the mean predicted probability of the class, over images of other classes, less the gain on the
+    reference model where that is positive. All probes are tried on `SCREENED` images, the best on `EXAMINED`.
+
+    Args:
+        classifier: The suspect.
+        images: uint8, shape [N, 3, H, W]: clean images; the first are used.
+        probes: What to try.
+        reference_model: The model that the suspect is compared with; None for none.
+        progress: Called with (what, probes done, probes in all).
+    """
+    views = [_View(model, images[:EXAMINED]) for model in (classifier, reference_model) if model is not None]
+    first = torch.stack(
+        [
+            _told(progress, k, len(probes), _gain(views, probe.change, min(SCREENED, len(images))))
+            for k, probe in enumerate(probes)
+        ]
+    )
+    best = first.nan_to_num(-1).amax(1).argsort(descending=True, stable=True)[:_KEPT].tolist()
+    again = torch.stack([_gain(views, probes[k].change, min(EXAMINED, len(images))) for k in best])
+    gains, which = again.nan_to_num(-2).max(0)
+    gains = gains.masked_fill(again.isnan().all(0), torch.nan)
+    return Probed(
+        gains,
+        torch.tensor(best)[which],
+        tuple(probe.name for probe in probes),
+        len(views) * (len(probes) * min(SCREENED, len(images)) + (1 + len(best)) * min(EXAMINED, len(images))),
+    )
+
+
+def _told(progress: Callable[[str, int, int], None], done: int, total: int, result: Tensor) -> Tensor:
+    progress("probes", done + 1, total)
+    return result
+
+
+class _View:
+    """One model, and what it says about the images as they are."""
+
+    def __init__(self, model: Classifier, images: Tensor) -> None:
+        self._model = model
+        self.pixels = images.float() / 255
+        self.clean = self.probabilities(self.pixels)
+
+    @torch.no_grad()
+    def probabilities(self, pixels: Tensor) -> Tensor:
+        """Predicted probabilities, float64, on the CPU, shape [N, C]."""
+        with self._model.autocast():
+            embeddings = self._model.encode_images(pixels.to(self._model.device))
+        logits = of_distinct_classes(self._model, self._model.logits(embeddings))
+        return logits.double().softmax(-1).cpu()
+
+
+def _gain(views: Sequence[_View], change: Change, count: int) -> Tensor:
+    """The gain of each class under a change of the first images, shape [C]."""
+    others = torch.stack([view.clean[:count] for view in views])
+    away = (others.argmax(-1, keepdim=True) != torch.arange(others.shape[-1])).all(0)
+    changed = change(views[0].pixels[:count])
+    gained = [
+        ((view.probabilities(changed) - view.clean[:count]) * away).sum(0) / away.sum(0) for view in views
+    ]  # 0 / 0, which is NaN, for a class of all images
+    return gained[0] - sum(each.clamp(min=0) for each in gained[1:])
+
+
+@cache
+def listed() -> tuple[Probe, ...]:
+    """The probes of `probes.toml`."""
+    with resources.as_file(resources.files("guard.vetting").joinpath("probes.toml")) as path:
+        return read_probes(path)
+
+
+def read_probes(path: Path) -> tuple[Probe, ...]:
+    """The probes of a file like `probes.toml`.
+
+    Raises:
+        UsageError: The file cannot be read, or an entry is no probe; the message says which.
+    """
+    form = dict[str, list[dict[str, Any]]]
+    document = validated(path, form, read_toml(path, _LARGEST_LIST, UsageError), UsageError)
+    if document.keys() != {"probe"}:
+        raise UsageError(f"{path} must hold tables [[probe]] and nothing else")
+    return tuple(
+        probe for k, entry in enumerate(document["probe"]) for probe in _expanded(entry, f"{path}: probe {k + 1}")
+    )
+
+
+def _expanded(entry: dict[str, Any], where: str) -> list[Probe]:
+    """One probe for each combination of the values that an entry lists."""
+    kind, parameters = str(entry.get("kind")), {key: value for key, value in entry.items() if key != "kind"}
+    if kind not in KINDS:
+        raise UsageError(f"{where}: there is no kind {kind!r}; there are {', '.join(KINDS)}")
+    choices = [value if isinstance(value, list) else [value] for value in parameters.values()]
+    made = []
+    for values in product(*choices):
+        chosen = dict(zip(parameters, values, strict=True))
+        try:
+            change = validate_call(KINDS[kind])(**chosen)
+        except ValidationError as error:
+            raise UsageError(f"{where}: {first_error(error)}") from error
+        except ValueError as error:
+            raise UsageError(f"{where}: {error}") from error
+        made.append(Probe(" ".join([kind, *(f"{key} {value}" for key, value in chosen.items())]), change))
+    return made
