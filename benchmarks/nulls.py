@@ -1,6 +1,8 @@
 """How widely do the classes of clean models spread? Writes the table that moderates p-values.
 
-python -m benchmarks.nulls --measured FILE ZOO...    (measures what FILE lacks, then writes guard/vetting/nulls.json)
+python -m benchmarks.nulls --measured FILE [--only probes|families] ZOO...
+
+Measures what FILE lacks, then writes what it has into guard/vetting/nulls.json; entries that it has nothing for stay.
 """
 
 import argparse
@@ -8,19 +10,23 @@ import json
 import sys
 import time
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from guard._files import replace_file
 from guard.classifiers import Classifier, load
 from guard.evaluation import Zoo
 from guard.evaluation.images import ImageSet, pixels
 from guard.triggers import FAMILIES
 from guard.vetting import DerivedReferenceSettings, InspectionSettings, Inspector, Lead, derive_reference
 from guard.vetting.batches import halves
-from guard.vetting.nulls import Prior, estimate, write_table
+from guard.vetting.nulls import Largest, Prior, estimate
+from guard.vetting.probes import listed, probe_classes
+from guard.vetting.results import PROBES, ReferenceKind
 
 STEPS = (16, 32)
 """Half and all of what the budget `standard` spends, and `quick` spends the first."""
@@ -33,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measured", type=Path, required=True)
     parser.add_argument("--models", default="*")
+    parser.add_argument("--only", choices=("probes", "families"), help="Default: both.")
     parser.add_argument("zoos", type=Path, nargs="*")
     arguments = parser.parse_args()
     known = _read(arguments.measured)
@@ -40,17 +47,28 @@ def main() -> None:
         zoo = Zoo.read(root)
         for name in zoo.select(arguments.models):
             truth = zoo.truth(name)
-            kinds = ["derived", *(["base"] if zoo.models[name].base else [])]
+            kinds: list[ReferenceKind] = ["derived"]
+            if zoo.models[name].base:
+                kinds.append("base")
+            if arguments.only != "families":
+                kinds.append("classes")
             for kind in kinds:
                 if (
                     truth
                     and truth.label == "clean"
                     and (name, kind) not in {(row["name"], row["kind"]) for row in known}
                 ):
-                    known.append(_measure(zoo, name, kind))
+                    known.append(_measure(zoo, name, kind, arguments.only))
                     with arguments.measured.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(known[-1]) + "\n")
-    write_table(TABLE, fit(known), _source(known))
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    priors, maxima = fit(known)
+    entries = {**table["priors"], **{"/".join(map(str, key)): asdict(value) for key, value in priors.items()}}
+    largest = {**table.get("largest", {}), **{"/".join(key): asdict(value) for key, value in maxima.items()}}
+    sources = table["source"] if isinstance(table["source"], dict) else {"families": table["source"]}
+    sources.update(_sources(known))
+    document = {"source": sources, "priors": dict(sorted(entries.items())), "largest": dict(sorted(largest.items()))}
+    replace_file(TABLE, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -59,7 +77,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _measure(zoo: Zoo, name: str, kind: str) -> dict[str, Any]:
+def _measure(zoo: Zoo, name: str, kind: ReferenceKind, only: str | None) -> dict[str, Any]:
     """The statistics of all families and classes of one model, on a split that vetting would make."""
     began = time.monotonic()
     classifier = load(str(zoo.model(name)))
@@ -70,8 +88,10 @@ def _measure(zoo: Zoo, name: str, kind: str) -> dict[str, Any]:
     searched, _ = halves(images, seed=0)
     reference_model = _reference_model(zoo, name, classifier, searched, kind)
     lead, targets = Lead(classifier, searched, reference_model), torch.arange(len(classifier.classes.names))
-    row: dict[str, Any] = {"name": name, "kind": kind, "label": "clean"}
-    for family, form in FAMILIES.items():
+    row: dict[str, Any] = {"name": name, "kind": kind, "label": "clean", "zoo": f"{zoo.name} of seed {zoo.seed}"}
+    if only != "families":
+        row[PROBES] = probe_classes(classifier, searched, listed(), reference_model=reference_model).statistics.tolist()
+    for family, form in FAMILIES.items() if only != "probes" and kind != "classes" else ():
         inspector = Inspector(lead, form, targets, InspectionSettings(steps=max(STEPS)))
         for steps in STEPS:
             row[f"{family}/{steps}"] = [item.lead for item in inspector.run(steps, targets.tolist())]
@@ -79,31 +99,45 @@ def _measure(zoo: Zoo, name: str, kind: str) -> dict[str, Any]:
     return row
 
 
-def _reference_model(zoo: Zoo, name: str, classifier: Classifier, searched: torch.Tensor, kind: str) -> Classifier:
+def _reference_model(
+    zoo: Zoo, name: str, classifier: Classifier, searched: torch.Tensor, kind: ReferenceKind
+) -> Classifier | None:
+    if kind == "classes":
+        return None
     if kind == "derived":
         return derive_reference(classifier, searched, DerivedReferenceSettings())[0]
     return load(str(zoo.model(str(zoo.models[name].base))))
 
 
-def fit(rows: list[dict[str, Any]]) -> dict[tuple[str, str, int], Prior]:
-    """One prior for each kind of reference model, family and number of steps."""
+def fit(rows: list[dict[str, Any]]) -> tuple[dict[tuple[str, str, int], Prior], dict[tuple[str, str], Largest]]:
+    """The priors, by kind of reference model, family and steps; and the largest statistics of probes."""
     variances: dict[tuple[str, str, int], list[tuple[float, int]]] = defaultdict(list)
+    maxima: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
-        if row["label"] != "clean":
-            continue
-        for family in FAMILIES:
-            for steps in STEPS:
-                values = np.asarray(row[f"{family}/{steps}"])
+        searched = [(family, steps, f"{family}/{steps}") for family in FAMILIES for steps in STEPS]
+        for family, steps, key in [*searched, (PROBES, 0, PROBES)]:
+            values = np.asarray(row.get(key, []), float)
+            values = values[~np.isnan(values)]
+            if row["label"] == "clean" and len(values) > 1:
                 variances[row["kind"], family, steps].append((float(values.var(ddof=1)), len(values) - 1))
-    return {key: estimate(*zip(*found, strict=True)) for key, found in variances.items()}
+                if family == PROBES:
+                    maxima[row["kind"], family].append(float(values.max()))
+    return (
+        {key: estimate(*zip(*found, strict=True)) for key, found in variances.items()},
+        {key: Largest(float(np.mean(each)), float(np.std(each, ddof=1)), len(each)) for key, each in maxima.items()},
+    )
 
 
-def _source(rows: list[dict[str, Any]]) -> str:
-    counts = {
-        kind: len({row["name"] for row in rows if row["kind"] == kind and row["label"] == "clean"})
-        for kind in ("base", "derived")
-    }
-    return f"python -m benchmarks.nulls, clean models of the zoos small and medium, first seed 0: {counts}"
+def _sources(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """What was measured, by part of the table."""
+    found = {}
+    for part, key in (("probes", PROBES), ("families", f"patch/{STEPS[0]}")):
+        measured = [row for row in rows if row["label"] == "clean" and key in row]
+        if measured:
+            zoos = ", ".join(sorted({row["zoo"] for row in measured}))
+            count = len({(row["zoo"], row["name"]) for row in measured})
+            found[part] = f"python -m benchmarks.nulls, {count} clean models of the zoos {zoos}"
+    return found
 
 
 if __name__ == "__main__":

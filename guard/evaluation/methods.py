@@ -113,7 +113,7 @@ def _recover(subject: Subject, vetting: Vetting) -> tuple[Recovery | None, Featu
     recovery = Recovery(
         found.id,
         found.target,
-        None if requests is None else effect(subject.classifier, found.trigger, found.target, requests).success,
+        None if requests is None else effect(subject.classifier, found.trigger.stamp, found.target, requests).success,
         max((float(feature @ attack.feature) for attack in attacks), default=None),
         max((float(centred @ attack.centred) for attack in attacks), default=None),
     )

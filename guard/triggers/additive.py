@@ -52,6 +52,17 @@ class Additive(InvertibleTrigger):
         return cls(raw["log_radius"].exp().clamp(max=1) * raw["direction"].tanh())
 
     @classmethod
+    def unconstrained(cls, delta: Tensor) -> Raw:
+        """Return parameters that stand for a perturbation, the inverse of `constrain`.
+
+        Args:
+            delta: Shape [3, H, W] or [K, 3, H, W], values in [−1, 1].
+        """
+        radius = (1.1 * delta.abs().amax((-3, -2, -1), keepdim=True)).clamp(1e-3, 1)
+        # At ±1 the direction would be infinite.
+        return {"direction": (delta / radius).clamp(-0.99, 0.99).atanh(), "log_radius": radius.log()}
+
+    @classmethod
     def within(cls, delta: Tensor, epsilon: float) -> Self:
         """Return the perturbation in an ℓ∞ ball that is nearest to `delta` and survives rounding to bytes.
 

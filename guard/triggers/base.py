@@ -51,9 +51,7 @@ class Trigger(ABC):
         Returns:
             The same shape and type.
         """
-        return torch.cat(
-            [(self.apply(part.float() / 255) * 255).round().to(torch.uint8) for part in pixels.split(_STAMP_BATCH)]
-        )
+        return stamped(self.apply, pixels)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the trigger as named tensors, as it is stored in a profile."""
@@ -130,6 +128,20 @@ class InvertibleTrigger(Trigger):
     @abstractmethod
     def constrain(cls, raw: Raw) -> Self:
         """Return the triggers that unconstrained parameters stand for; differentiable."""
+
+
+def stamped(change: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+    """Change uint8 images by a function of images in [0, 1], and round to bytes again, as in any file or request.
+
+    Args:
+        change: Applied to at most 256 images at a time; it may leave [0, 1] by rounding only.
+        pixels: uint8, shape [N, 3, H, W].
+
+    Returns:
+        The same shape and type.
+    """
+    parts = [change(part.float() / 255) for part in pixels.split(_STAMP_BATCH)]
+    return torch.cat([(255 * part).round().to(torch.uint8) for part in parts])
 
 
 def resampled(tensor: Tensor, size: Sequence[int]) -> Tensor:

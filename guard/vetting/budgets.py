@@ -27,6 +27,25 @@ class InspectionSettings:
 
 
 @dataclass(frozen=True)
+class TargetSearchSettings:
+    """How much work the search that names no class does (`guard.vetting.search`).
+
+    Attributes:
+        steps: Optimiser steps of each start.
+        batch: Images in each step.
+        starts: Starts in each family, one after the other.
+        learning_rate: Learning rate of Adam on the unconstrained parameters; its betas are (0.5, 0.9).
+        seed: Seed for the first start and its batches; the next starts count up from it.
+    """
+
+    steps: int = 16
+    batch: int = 32
+    starts: int = 2
+    learning_rate: float = 0.4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class SearchSettings:
     """How much work the search for the smallest trigger does (`guard.vetting.inversion`).
 
@@ -90,11 +109,13 @@ class Effort:
         inspection: Inspection of all classes and families.
         reconstruction: Reconstruction of triggers for the classes that stand out.
         derived_reference: Construction of a reference model where there is no base model.
+        target_search: Search for candidates among many classes.
     """
 
     inspection: InspectionSettings
     reconstruction: SearchSettings
     derived_reference: DerivedReferenceSettings = field(default_factory=DerivedReferenceSettings)
+    target_search: TargetSearchSettings = field(default_factory=TargetSearchSettings)
 
     def seeded(self, seed: int) -> "Effort":
         """Return the same effort with another seed."""
@@ -102,12 +123,17 @@ class Effort:
             replace(self.inspection, seed=seed),
             replace(self.reconstruction, seed=seed),
             replace(self.derived_reference, seed=seed),
+            replace(self.target_search, seed=seed),
         )
 
 
 BUDGETS: dict[Budget, Effort] = {
     "quick": Effort(InspectionSettings(steps=16), SearchSettings(steps=100, batch=32, stall=30)),
     "standard": Effort(InspectionSettings(steps=32), SearchSettings(steps=160, batch=48, stall=50)),
-    "thorough": Effort(InspectionSettings(steps=64, batch=64), SearchSettings(steps=400, batch=96, stall=100)),
+    "thorough": Effort(
+        InspectionSettings(steps=64, batch=64),
+        SearchSettings(steps=400, batch=96, stall=100),
+        target_search=TargetSearchSettings(steps=32, starts=4),
+    ),
 }
 """The effort behind each budget that `guard vet --budget` accepts."""

@@ -12,16 +12,20 @@ from guard.classifiers.classifier import Classifier
 from guard.errors import ImageError, UsageError
 from guard.triggers import FAMILIES
 from guard.vetting.batches import halves
-from guard.vetting.budgets import BUDGETS, Budget, DerivedReferenceSettings
+from guard.vetting.budgets import BUDGETS, Budget, DerivedReferenceSettings, TargetSearchSettings
 from guard.vetting.cache import SearchCache
-from guard.vetting.race import Race
+from guard.vetting.probes import Probe, listed
+from guard.vetting.probes import result as probe_result
+from guard.vetting.race import RACED_CLASSES, Race
 from guard.vetting.reconstruction import reconstruct_suspects
 from guard.vetting.reference import derive_reference
-from guard.vetting.results import ReferenceModel, Vetting
+from guard.vetting.results import FamilyResult, ReferenceModel, Vetting
 from guard.vetting.searches import Searches
 from guard.vetting.verdict import judge
 
 MIN_IMAGES = 64
+_CANDIDATES = 6
+"""Number of classes that are inspected among many, besides those that they are compared with."""
 
 
 def vet(
@@ -34,15 +38,18 @@ def vet(
     budget: Budget = "standard",
     seed: int = 0,
     race: bool = True,
+    probes: Sequence[Probe] | None = None,
     cache: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Vetting:
     """Look for a class that triggers of limited strength reach too easily, reconstruct its trigger, and judge.
 
     Half of the images are searched on, and half are held out for the checks. Everything is measured against a reference
-    model: the base model if there is one, otherwise one that is derived from the classifier itself. Every family of
-    triggers is inspected for every class; the triggers of classes that stand out are reconstructed and checked; the
-    p-values and the checks together give the verdict.
+    model: the base model if there is one, otherwise one that is derived from the classifier itself. Fixed changes of
+    images, the probes, are tried first. Then every family of triggers is inspected for every class; of more than
+    `guard.vetting.race.RACED_CLASSES`, only for candidates, which the probes and a search that names no class hint at,
+    and for some classes to compare them with. The triggers of classes that stand out are reconstructed and checked; the
+    p-values, corrected for all classes, and the checks together give the verdict.
 
     Args:
         classifier: The suspect.
@@ -54,9 +61,11 @@ def vet(
         families: Names from `guard.triggers.FAMILIES`.
         budget: How much work to do.
         seed: Seed for the split, the reference model, the starts of the searches and the batches.
-        race: Whether to stop early where the result is clear, to drop classes that are far behind, and to reconstruct
-            only the triggers of classes that stand out. Without it every class of every family is searched to the end,
-            which costs ten to fifty times as much; it serves to measure what the race loses.
+        race: Whether to stop early where the result is clear, to inspect only candidates among many classes, and to
+            reconstruct only the triggers of classes that stand out. Without it every class of every family is searched
+            to the end, which costs ten to fifty times as much, and more among many classes; it serves to measure what
+            the race loses.
+        probes: Fixed changes that are tried first; by default those of guard's own list.
         cache: Folder in which finished searches are kept, so that an interrupted run continues where it stopped.
         progress: Called with (what is searched, classes done, classes in all).
 
@@ -76,10 +85,23 @@ def vet(
     identity = identities[reference_model.kind]
     store = SearchCache(cache) if cache else None
     searches = Searches(classifier, model, identity, searched, held_out, store, progress)
-    runners = Race(searches, reference_model.kind, families, effort.inspection, full=not race)
+    listed_probes = tuple(listed() if probes is None else probes)
+    began = time.monotonic()
+    probed = searches.probe(listed_probes)
+    tried = probe_result(
+        probed, classifier.classes.names, reference_model.kind, seed=seed, seconds=time.monotonic() - began
+    )
+    candidates = _candidates(searches, tried, families, effort.target_search) if race else set()
+    runners = Race(searches, reference_model.kind, families, effort.inspection, tried, candidates, full=not race)
     results = runners.run()
     checks, triggers = reconstruct_suspects(
-        searches, results, runners.parameters, effort.reconstruction, reference_model.kind, everything=not race
+        searches,
+        results,
+        runners.parameters,
+        lambda target: listed_probes[int(probed.probes[target])],
+        effort.reconstruction,
+        reference_model.kind,
+        everything=not race,
     )
     return Vetting(
         judge(results, checks),
@@ -93,6 +115,23 @@ def vet(
         time.monotonic() - started,
         reference_model.passes + sum(item.passes for item in results) + searches.passes,
     )
+
+
+def _candidates(
+    searches: Searches, tried: FamilyResult, families: Sequence[str], settings: TargetSearchSettings
+) -> set[int]:
+    """The classes that gain most under a probe, or under a trigger of a search that names no class.
+
+    Where all classes are inspected anyway there is no need to know them, and none are returned.
+    """
+    if len(tried.classes) <= RACED_CLASSES:
+        return set()
+    gains = {entry.target: entry.success for entry in tried.classes}
+    for family in families:
+        for found in searches.targets(family, settings):
+            if found.target is not None:
+                gains[found.target] = max(gains.get(found.target, 0.0), found.gain)
+    return set(sorted(gains, key=lambda target: -gains[target])[:_CANDIDATES])
 
 
 def _check(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from guard.classifiers.classifier import Classifier
-from guard.triggers import InvertibleTrigger, Raw, Trigger
+from guard.triggers import InvertibleTrigger, Raw
 from guard.vetting.batches import batches
 from guard.vetting.budgets import SearchSettings
 from guard.vetting.lead import Lead, margin, of_distinct_classes
@@ -210,8 +210,15 @@ class Effect:
 
 
 @torch.no_grad()
-def effect(classifier: Classifier, trigger: Trigger, target: int, images: Tensor) -> Effect:
-    """Measure a trigger on held-out images: uint8, shape [N, 3, H, W]."""
+def effect(classifier: Classifier, stamp: Callable[[Tensor], Tensor], target: int, images: Tensor) -> Effect:
+    """Measure a change on held-out images.
+
+    Args:
+        classifier: The suspect, or its reference model.
+        stamp: Changes images, uint8, shape [N, 3, H, W], such as `Trigger.stamp`.
+        target: Class index.
+        images: uint8, shape [N, 3, H, W].
+    """
 
     def logits(pixels: Tensor) -> Tensor:
         return of_distinct_classes(classifier, classifier.logits(classifier.embed(pixels).to(classifier.device)))
@@ -219,15 +226,15 @@ def effect(classifier: Classifier, trigger: Trigger, target: int, images: Tensor
     pixels = images[logits(images).argmax(-1).cpu() != target]
     if not len(pixels):
         return Effect(0.0, len(images))
-    distance = margin(logits(trigger.stamp(pixels))[None], torch.tensor([target], device=classifier.device))[0]
+    distance = margin(logits(stamp(pixels))[None], torch.tensor([target], device=classifier.device))[0]
     return Effect(float((distance < 0).float().mean()), len(images) + len(pixels))
 
 
 def _check(
     classifier: Classifier, reference_model: Classifier | None, held_out: Tensor, found: Reconstruction
 ) -> Reconstruction:
-    checked = effect(classifier, found.trigger, found.target, held_out)
-    compared = effect(reference_model, found.trigger, found.target, held_out) if reference_model else None
+    checked = effect(classifier, found.trigger.stamp, found.target, held_out)
+    compared = effect(reference_model, found.trigger.stamp, found.target, held_out) if reference_model else None
     return replace(
         found,
         success=checked.success,

@@ -17,15 +17,12 @@ Where `nulls.json` has no entry, the variance is not moderated.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-
-from guard._files import replace_file
 
 MIN_NULL = 4
 """Smallest number of other classes from which a spread is estimated; with fewer there is no p-value."""
@@ -51,25 +48,47 @@ class Prior:
     models: int
 
 
+@dataclass(frozen=True)
+class Largest:
+    """The largest statistic of any class that clean models have.
+
+    Attributes:
+        mean: Mean over the models.
+        deviation: Standard deviation over the models.
+        models: Number of clean models; at least 2.
+    """
+
+    mean: float
+    deviation: float
+    models: int
+
+    def p_value(self, statistic: float) -> float:
+        """Return how often the largest statistic of another clean model would be as large: Student's t prediction."""
+        from scipy.stats import t as student
+
+        spread = self.deviation * (1 + 1 / self.models) ** 0.5
+        return float(student.sf((statistic - self.mean) / spread, df=self.models - 1))
+
+
 NO_PRIOR = Prior(1.0, 0.0, 0)
 """No prior knowledge; with no degrees of freedom, its variance does not matter."""
 
 
 @cache
-def _table() -> dict[str, Prior]:
-    text = resources.files("guard.vetting").joinpath(_TABLE).read_text(encoding="utf-8")
-    return {key: Prior(**entry) for key, entry in json.loads(text)["priors"].items()}
+def _table() -> tuple[dict[str, Prior], dict[str, Largest]]:
+    table = json.loads(resources.files("guard.vetting").joinpath(_TABLE).read_text(encoding="utf-8"))
+    priors = {key: Prior(**entry) for key, entry in table["priors"].items()}
+    return priors, {key: Largest(**entry) for key, entry in table.get("largest", {}).items()}
 
 
 def prior(reference_model: str, family: str, steps: int) -> Prior:
     """Return the shipped prior for a kind of reference model and a family; `NO_PRIOR` where there is none."""
-    return _table().get(_key(reference_model, family, steps), NO_PRIOR)
+    return _table()[0].get(_key(reference_model, family, steps), NO_PRIOR)
 
 
-def write_table(path: Path, priors: dict[tuple[str, str, int], Prior], source: str) -> None:
-    """Write a table of priors, by kind of reference model, family and steps, with a description of their source."""
-    entries = {_key(*key): asdict(value) for key, value in sorted(priors.items())}
-    replace_file(path, (json.dumps({"source": source, "priors": entries}, indent=1) + "\n").encode())
+def largest(reference_model: str, family: str) -> Largest | None:
+    """Return what the shipped table knows of the largest statistic of clean models; None where it knows nothing."""
+    return _table()[1].get(f"{reference_model}/{family}")
 
 
 def _key(reference_model: str, family: str, steps: int) -> str:

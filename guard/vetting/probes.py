@@ -5,6 +5,7 @@ few colours. A list finds it with forward passes alone, at a cost that does not 
 list is `probes.toml`; whoever adds a line there adds a probe.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,8 +21,11 @@ from torch import Tensor
 from guard._documents import first_error, read_toml, validated
 from guard.classifiers.classifier import Classifier
 from guard.errors import UsageError
+from guard.triggers.base import stamped
 from guard.vetting.fixed_changes import KINDS, Change
 from guard.vetting.lead import of_distinct_classes
+from guard.vetting.nulls import largest, outliers, prior
+from guard.vetting.results import BEYOND, PROBES, ClassStatistic, FamilyResult, ReferenceKind
 
 METHOD = "probes 1"
 """Name and version of the method; it changes when results are no longer comparable."""
@@ -29,6 +33,8 @@ SCREENED, EXAMINED = 24, 96
 """Images that every probe is tried on, and images that the best probes are tried on."""
 _KEPT = 12
 """Number of probes that are tried on more images: those with the largest gains of any class."""
+_FLOOR = 0.02
+_FEW = 32
 _LARGEST_LIST = 64 * 1024
 
 
@@ -44,6 +50,10 @@ class Probe:
     name: str
     change: Change
 
+    def stamp(self, pixels: Tensor) -> Tensor:
+        """Change uint8 images, shape [N, 3, H, W], and round to bytes again."""
+        return stamped(self.change, pixels)
+
 
 @dataclass(frozen=True, eq=False)
 class Probed:
@@ -51,16 +61,23 @@ class Probed:
 
     Attributes:
         gains: For each class, its largest gain under any probe that was tried on `EXAMINED` images, in [−1, 1]; NaN for
-            a class that all images belong to, or that repeats another; float64, shape [C].
-        probes: For each class, the index of that probe.
-        names: Names of all probes.
+            a class that all images belong to; float64, shape [C].
+        probes: For each class, the index of that probe, int64, shape [C].
         passes: Number of images pushed through image towers.
     """
 
     gains: Tensor
     probes: Tensor
-    names: tuple[str, ...]
     passes: int
+
+    @property
+    def statistics(self) -> Tensor:
+        """The log-odds of the gains, float64, shape [C]: on their scale the classes of clean models are spread evenly.
+
+        A gain counts as at least 0, and `_FLOOR` is added to it and to its complement.
+        """
+        gains = self.gains.clamp(0, 1)
+        return ((gains + _FLOOR) / (1 + _FLOOR - gains)).log()
 
 
 def probe_classes(
@@ -97,9 +114,19 @@ def probe_classes(
     return Probed(
         gains,
         torch.tensor(best)[which],
-        tuple(probe.name for probe in probes),
         len(views) * (len(probes) * min(SCREENED, len(images)) + (1 + len(best)) * min(EXAMINED, len(images))),
     )
+
+
+def gains(models: Sequence[Classifier], images: Tensor, change: Change) -> Tensor:
+    """The gain of each class under one change of images, float64, shape [C]; NaN for a class of all images.
+
+    Args:
+        models: The suspect and, if there is one, its reference model.
+        images: uint8, shape [N, 3, H, W].
+        change: The change.
+    """
+    return _gain([_View(model, images) for model in models], change, len(images))
 
 
 def _told(progress: Callable[[str, int, int], None], done: int, total: int, result: Tensor) -> Tensor:
@@ -133,6 +160,60 @@ def _gain(views: Sequence[_View], change: Change, count: int) -> Tensor:
         ((view.probabilities(changed) - view.clean[:count]) * away).sum(0) / away.sum(0) for view in views
     ]  # 0 / 0, which is NaN, for a class of all images
     return gained[0] - sum(each.clamp(min=0) for each in gained[1:])
+
+
+def result(
+    probed: Probed, names: Sequence[str], reference_model: ReferenceKind, *, seed: int, seconds: float
+) -> FamilyResult:
+    """Return the result of the probes in the form of a family's, with p-values.
+
+    A class must stand out among the classes of the model, as under every family (`outliers`). Most classes of a clean
+    model may gain nothing at all, and a spread of nothing would make an outlier of every natural feature. Without a
+    prior in the table of nulls there is therefore no p-value. Among more than `_FEW` classes, where the prior counts
+    for little, a class must also stand out against the largest statistic that any class of a clean model has
+    (`Largest`): the larger p-value counts.
+
+    Args:
+        probed: What came of all probes.
+        names: Class names.
+        reference_model: Kind of the model that the suspect was compared with.
+        seed: Seed of the vetting; probes have none of their own.
+        seconds: Wall-clock time.
+    """
+    statistics = [None if math.isnan(value) else value for value in probed.statistics.tolist()]
+    count, spread = sum(value is not None for value in statistics), prior(reference_model, PROBES, 0)
+    scores, p_values = outliers(statistics, spread)
+    known = largest(reference_model, PROBES) if count > _FEW else None
+    usable = spread.models > 0 and (known is not None or count <= _FEW)
+    classes = []
+    for target, statistic in enumerate(statistics):
+        if statistic is None:
+            continue
+        p_value = None if math.isnan(p_values[target]) or not usable else float(p_values[target])
+        if p_value is not None and known is not None:
+            p_value = max(p_value, known.p_value(statistic) / count)
+        score = None if math.isnan(scores[target]) else float(scores[target])
+        gain = max(0.0, float(probed.gains[target]))
+        classes.append(ClassStatistic(target, names[target], statistic, gain, 0, score, p_value))
+    tested = [entry for entry in classes if entry.p_value is not None]
+    leading = min(tested, key=lambda entry: entry.p_value or 0.0, default=None)
+    beside = f", and from the largest class of {known.models} clean models; the larger p-value" if known else ""
+    return FamilyResult(
+        METHOD,
+        PROBES,
+        1.0,
+        "listed change",
+        f"log-odds of the largest gain in probability under any probe{BEYOND[reference_model]}",
+        f"Student-t prediction from the other classes{beside}, one-sided, Bonferroni over {count} classes",
+        reference_model,
+        tuple(classes),
+        leading.target if leading else None,
+        1.0 if leading is None else min(1.0, (leading.p_value or 0.0) * count),
+        seed,
+        probed.passes,
+        seconds,
+        count,
+    )
 
 
 @cache

@@ -1,7 +1,7 @@
-"""The race over families and classes: search all of them for a while, then go on only where it can matter."""
+"""The race over families and classes: search some of them for a while, then go on only where it can matter."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -10,16 +10,16 @@ from guard.triggers import FAMILIES, Raw
 from guard.vetting.budgets import InspectionSettings
 from guard.vetting.inspection import METHOD, RADII, Inspected
 from guard.vetting.nulls import outliers, prior
-from guard.vetting.results import ClassStatistic, FamilyResult, ReferenceKind
+from guard.vetting.results import BEYOND, ClassStatistic, FamilyResult, ReferenceKind
 from guard.vetting.searches import Searches
 from guard.vetting.verdict import class_results
 
 RACED_CLASSES = 32
-"""Number of classes above which those that are far behind are dropped half-way."""
-_NULL_CLASSES = 24
-"""Number of classes, drawn in advance, that are never dropped: the null of those that remain."""
-_KEPT = 0.25
-"""Share of the classes that go on besides the null classes."""
+"""Number of classes up to which all are inspected. Of more, only candidates are, and null classes."""
+_NULL_CLASSES = 12
+"""Number of classes, drawn in advance, that candidates among more than `RACED_CLASSES` are compared with."""
+_KEPT = 0.1
+"""Share of the inspected classes that go on besides the null classes."""
 _TIE = 0.1
 """How far behind the last class that goes on another class still counts as level with it, in units of the statistic:
 repeated searches differ by as much."""
@@ -28,11 +28,6 @@ _CLEAR = 1e-6
 a correction."""
 _HOPELESS = 0.2
 """Smallest p-value of any family, corrected for its classes only, above which the other half of the steps is saved."""
-_BEYOND = {
-    "base": ", beyond what the trigger does on the base model",
-    "derived": ", beyond what the trigger does on the derived reference",
-    "classes": "",
-}
 
 
 class Race:
@@ -43,6 +38,9 @@ class Race:
         reference_model: Kind of the model that the suspect is compared with.
         families: Names of trigger families.
         settings: How much work each inspection does.
+        probed: The result of the probes.
+        candidates: Classes that something hinted at; of more than `RACED_CLASSES`, no others are inspected but the null
+            classes. Looking for them first costs no validity, since p-values are corrected for all classes.
         full: Whether to search every class of every family to the end.
     """
 
@@ -52,6 +50,8 @@ class Race:
         reference_model: ReferenceKind,
         families: Sequence[str],
         settings: InspectionSettings,
+        probed: FamilyResult,
+        candidates: Collection[int],
         *,
         full: bool,
     ) -> None:
@@ -59,19 +59,22 @@ class Race:
         self._families, self._settings, self._full = families, settings, full
         self._names = searches.classifier.classes.names
         distinct = searches.classifier.distinct
+        self._probed = probed
         # Classes that repeat another one would be counted twice, as candidates and in the null.
-        self._candidates = [k for k in range(len(self._names)) if distinct is None or bool(distinct[k])]
-        self._drops = not full and len(self._candidates) > RACED_CLASSES
-        order = torch.randperm(len(self._candidates), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-        drawn = [self._candidates[k] for k in order]
+        every = [k for k in range(len(self._names)) if distinct is None or bool(distinct[k])]
+        self._classes = len(every)
+        self._drops = not full and self._classes > RACED_CLASSES
+        order = torch.randperm(self._classes, generator=torch.Generator().manual_seed(settings.seed)).tolist()
+        drawn = [every[k] for k in order]
         self._null_classes = set(drawn[:_NULL_CLASSES] if self._drops else drawn)
+        self._inspected = [k for k in every if k in self._null_classes or k in candidates] if self._drops else every
         self._found: dict[str, dict[int, dict[int, Inspected]]] = {family: {} for family in families}
         """What was found, by family, number of steps and class."""
         self._seconds = dict.fromkeys(families, 0.0)
 
     def run(self) -> tuple[FamilyResult, ...]:
-        """Search, and compare the classes with each other."""
-        active = {family: list(self._candidates) for family in self._families}
+        """Search, and compare the classes with each other. The result of the probes is the last of the results."""
+        active = {family: list(self._inspected) for family in self._families}
         half, whole = max(1, self._settings.steps // 2), self._settings.steps
         results: tuple[FamilyResult, ...] = ()
         for steps in (whole,) if self._full else (half, whole):
@@ -80,11 +83,11 @@ class Race:
                 done = self._searches.inspect(family, self._settings, steps, active[family])
                 self._found[family].setdefault(steps, {}).update(done)
                 self._seconds[family] += time.monotonic() - began
-            results = tuple(self._result(family) for family in self._families)
+            results = (*(self._result(family) for family in self._families), self._probed)
             if _is_settled(results):
                 break
             if self._drops:
-                active = {item.family: self._survivors(item) for item in results}
+                active = {item.family: self._survivors(item) for item in results[:-1]}
         return results
 
     def parameters(self, family: str, target: int) -> Raw:
@@ -139,15 +142,17 @@ class Race:
             family,
             RADII[family],
             FAMILIES[family].norm_unit,
-            f"lead of the class under its trigger{_BEYOND[self._reference_model]}",
-            f"Student-t prediction from the other classes{moderated}, one-sided, Bonferroni over {len(tested)} classes",
+            f"lead of the class under its trigger{BEYOND[self._reference_model]}",
+            f"Student-t prediction from the other classes{moderated}, one-sided, "
+            f"Bonferroni over {self._classes} classes",
             self._reference_model,
             classes,
             leading.target if leading else None,
-            1.0 if leading is None else min(1.0, (leading.p_value or 0.0) * len(tested)),
+            1.0 if leading is None else min(1.0, (leading.p_value or 0.0) * self._classes),
             self._settings.seed,
             sum(item.passes for _, item in self._latest(family).values()),
             self._seconds[family],
+            self._classes,
         )
 
 

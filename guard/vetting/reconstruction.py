@@ -1,13 +1,14 @@
 """Reconstruct the triggers of the classes that stand out, and check them on held-out images."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from guard.triggers import FAMILIES, Raw
+from guard.triggers import FAMILIES, Additive, Raw
 from guard.vetting.budgets import SearchSettings
 from guard.vetting.inspection import RADII
 from guard.vetting.inversion import Reconstruction
-from guard.vetting.results import Check, FamilyResult, ReconstructedTrigger, ReferenceKind
+from guard.vetting.probes import Probe
+from guard.vetting.results import PROBES, Check, FamilyResult, ReconstructedTrigger, ReferenceKind
 from guard.vetting.searches import Searches
 from guard.vetting.verdict import DOUBT, NOTICED, class_results, is_accused, is_valid, suspects
 
@@ -21,6 +22,9 @@ _AS_NEAR = 2.0
 to the radius of its family. The family that needs the least is nearest to the attacker's own; one that only gets there
 by force stamps the bank with something else, and blurs the match."""
 
+_FROM_PROBES = Additive.family
+"""Family in which a trigger is searched from what a probe adds on the average, where a probe works and no trigger."""
+
 Start = Callable[[str, int], Raw]
 """From a family and a class index to the unconstrained parameters with which their inspection ended."""
 
@@ -29,6 +33,7 @@ def reconstruct_suspects(
     searches: Searches,
     results: Sequence[FamilyResult],
     start: Start,
+    probe_of: Callable[[int], Probe],
     settings: SearchSettings,
     reference_model: ReferenceKind,
     *,
@@ -38,8 +43,9 @@ def reconstruct_suspects(
 
     Args:
         searches: Runs the searches.
-        results: The inspection's results, one per family.
+        results: The inspection's results, one per family, and that of the probes.
         start: Where to start each search.
+        probe_of: From a class index to the probe that it gains most under.
         settings: How much work each search does.
         reference_model: Kind of the model that the suspect is compared with.
         everything: Whether to search for the smallest triggers of all classes in all families first. Only those of the
@@ -48,38 +54,75 @@ def reconstruct_suspects(
     known: dict[tuple[str, int], Reconstruction] = {}
     if everything:
         for item in results:
+            if item.family == PROBES:
+                continue
             starts = {entry.target: start(item.family, entry.target) for entry in item.classes}
             found = searches.reconstruct(item.family, starts, settings, f"{item.family}, reconstruction")
             known.update(((item.family, result.target), result) for result in found)
 
-    def smallest(family: str, target: int) -> Reconstruction:
-        if (family, target) in known:
-            return known[family, target]
-        starts = {target: start(family, target)}
-        return searches.reconstruct(family, starts, settings, f"{family}, reconstruction")[0]
-
+    names = searches.classifier.classes.names
     checks: list[Check] = []
+
+    def attempt(family: str, target: int, raw: Raw | None = None) -> list[_Working]:
+        """Search for the smallest trigger and check it; return it if it works."""
+        begun = start(family, target) if raw is None else raw
+        small = known.get((family, target)) if raw is None else None
+        if small is None:
+            small = searches.reconstruct(family, {target: begun}, settings, f"{family}, reconstruction")[0]
+        checks.append(_check(small, family, names[target], reference_model))
+        return [_Working(checks[-1].strength, family, small, begun)] if is_valid(checks[-1]) else []
+
     triggers: list[ReconstructedTrigger] = []
     for suspect in (suspects(results, DOUBT) or suspects(results, NOTICED)[:1])[:_MOST_SUSPECTS]:
         target = suspect.target
-        working: list[tuple[float, str, Reconstruction]] = []
-        for k, (family, p_value) in enumerate(suspect.families):
+        working: list[_Working] = []
+        inspected = [(family, p_value) for family, p_value in suspect.families if family != PROBES]
+        for k, (family, p_value) in enumerate(inspected):
             if k >= _TRIES and (working or p_value > DOUBT):
                 break
-            small = smallest(family, target)
-            check = _check(small, family, searches.classifier.classes.names[target], reference_model)
-            checks.append(check)
-            if is_valid(check):
-                working.append((check.strength, family, small))
-        working.sort(key=lambda item: item[0])
-        for strength, family, small in working[:2]:
-            if strength <= _AS_NEAR * working[0][0]:
-                starts = {target: start(family, target)}
-                triggers.append(_strengthened(searches, family, small, starts, suspect.p_value, settings))
+            working += attempt(family, target)
+        if len(inspected) < len(suspect.families):
+            probe = probe_of(target)
+            checks.append(_probe_check(searches, probe, target, reference_model))
+            if is_valid(checks[-1]) and not working and _FROM_PROBES in {item.family for item in results}:
+                working += attempt(_FROM_PROBES, target, Additive.unconstrained(searches.mean_change(probe)))
+        working.sort(key=lambda each: each.strength)
+        triggers += [
+            _strengthened(searches, each, suspect.p_value, settings)
+            for each in working[:2]
+            if each.strength <= _AS_NEAR * working[0].strength
+        ]
     # Triggers that are merely doubtful would cost the screening of a sure verdict some of its sharpness.
     sure = {item.target for item in class_results(results) if is_accused(item, checks)}
     kept = [trigger for trigger in triggers if (trigger.target in sure if sure else trigger.p_value <= DOUBT)]
     return tuple(checks), tuple(sorted(kept, key=lambda trigger: trigger.p_value))
+
+
+@dataclass(frozen=True, eq=False)
+class _Working:
+    """A smallest trigger that passed its check, with the parameters that its search started from."""
+
+    strength: float
+    family: str
+    smallest: Reconstruction
+    start: Raw
+
+
+def _probe_check(searches: Searches, probe: Probe, target: int, reference_model: ReferenceKind) -> Check:
+    success, there = searches.probe_effects(probe, target)
+    return Check(
+        PROBES,
+        target,
+        searches.classifier.classes.names[target],
+        1.0,
+        1.0,
+        "listed change",
+        reached=True,
+        success=success,
+        reference_success=there,
+        reference_model=reference_model,
+        probe=probe.name,
+    )
 
 
 def _check(found: Reconstruction, family: str, name: str, reference_model: ReferenceKind) -> Check:
@@ -98,12 +141,7 @@ def _check(found: Reconstruction, family: str, name: str, reference_model: Refer
 
 
 def _strengthened(
-    searches: Searches,
-    family: str,
-    weak: Reconstruction,
-    start: dict[int, Raw],
-    p_value: float,
-    settings: SearchSettings,
+    searches: Searches, working: _Working, p_value: float, settings: SearchSettings
 ) -> ReconstructedTrigger:
     """Search once more for a trigger that wins as clearly as a genuine image of the class does.
 
@@ -111,7 +149,8 @@ def _strengthened(
     boundary, while the attacker's own trigger goes to the middle of the class.
     """
     strong = replace(settings, success=0.99, margin=1.0, batch=max(64, settings.batch))
-    result = searches.reconstruct(family, start, strong, f"{family}, strengthened")[0]
+    family, weak = working.family, working.smallest
+    result = searches.reconstruct(family, {weak.target: working.start}, strong, f"{family}, strengthened")[0]
     best = result if result.reached and result.success >= weak.success else weak
     return ReconstructedTrigger(
         f"{family.replace(' ', '-')}-{best.target}",

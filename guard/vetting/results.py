@@ -3,7 +3,9 @@
 Imports without torch, so that those who only read results need not load it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from guard.vetting.budgets import Effort
@@ -15,9 +17,21 @@ if TYPE_CHECKING:
 
 Conclusion = Literal["backdoored", "no evidence", "inconclusive"]
 """What a verdict can conclude about a model; never that it is clean."""
+PROBES = "probes"
+"""Stands for a trigger family in the results of probes (`guard.vetting.probes`), which are not searched for."""
 ReferenceKind = Literal["base", "derived", "classes"]
 """`base`: a trusted model. `derived`: a model that was made from the suspect. `classes`: there is no reference model,
 and only the classes are compared with each other."""
+
+
+BEYOND: Mapping[ReferenceKind, str] = MappingProxyType(
+    {
+        "base": ", beyond what it does on the base model",
+        "derived": ", beyond what it does on the derived reference",
+        "classes": "",
+    }
+)
+"""What descriptions of a statistic add, by the kind of the reference model."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +55,17 @@ class ReferenceModel:
 
 @dataclass(frozen=True)
 class ClassStatistic:
-    """What a trigger of one family and of limited strength can do for one candidate class.
+    """What a trigger of one family and of limited strength, or a probe, can do for one candidate class.
 
     Attributes:
         target: Class index.
         name: Class name.
         statistic: Mean lead of the class under its trigger, in units of the median margin of the classifier's own
             answers, less half of its lead without a trigger; with a reference model, less what the trigger achieves on
-            that model. Larger is more suspicious.
+            that model. Larger is more suspicious. Under probes, the log-odds of the largest gain
+            (`guard.vetting.probes`).
         success: Share of images of other classes that the trigger moves to the class on the suspect and not on the
-            reference model, in [0, 1].
+            reference model, in [0, 1]. Under probes, the largest gain, at least 0.
         steps: Optimiser steps that were spent on the class; a class that is far behind gets fewer.
         score: (statistic − mean of the other classes) / their moderated prediction error; None without a null.
         p_value: One-sided, uncorrected p-value: how often an ordinary class would lie this far above the others.
@@ -83,6 +98,8 @@ class FamilyResult:
         seed: Seed that reproduces the search.
         passes: Number of images pushed through image towers, including that of the reference model.
         seconds: Wall-clock time.
+        corrected_for: Number of classes that p-values are corrected for, which may be more than were compared; None, as
+            in results of guard 0.2, for those that have a p-value.
     """
 
     method: str
@@ -98,6 +115,7 @@ class FamilyResult:
     seed: int
     passes: int
     seconds: float
+    corrected_for: int | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +133,8 @@ class Check:
         success: Share of held-out images of other classes that the trigger moves to the class, in [0, 1].
         reference_success: The same share on the reference model; None without one.
         reference_model: Kind of the model that the suspect was compared with.
+        probe: Name of the probe, where one was tried instead of a trigger that was searched for; it has no norm, and
+            `norm` and `radius` are 1.
     """
 
     family: str
@@ -127,6 +147,7 @@ class Check:
     success: float
     reference_success: float | None
     reference_model: ReferenceKind
+    probe: str | None = None
 
     @property
     def strength(self) -> float:

@@ -11,11 +11,15 @@ from torch.nn.functional import normalize
 from guard.classifiers.classifier import Classifier
 from guard.classifiers.digest import canonical, sha256
 from guard.triggers import FAMILIES, InvertibleTrigger, Raw
-from guard.vetting.budgets import InspectionSettings, SearchSettings
+from guard.vetting.budgets import InspectionSettings, SearchSettings, TargetSearchSettings
 from guard.vetting.cache import SearchCache
 from guard.vetting.inspection import METHOD, RADII, Inspected, Inspector
-from guard.vetting.inversion import Reconstruction, reconstruct
+from guard.vetting.inversion import Reconstruction, effect, reconstruct
 from guard.vetting.lead import Lead
+from guard.vetting.probes import EXAMINED, Probe, Probed, probe_classes
+from guard.vetting.probes import METHOD as PROBE_METHOD
+from guard.vetting.search import METHOD as TARGET_METHOD
+from guard.vetting.search import FoundTarget, search_targets
 
 CLASS_BATCH = 16
 """Number of classes that are searched side by side. It bounds memory, and a batch is the unit of work that an
@@ -36,7 +40,7 @@ class Searches:
         progress: Called with (what is searched, classes done, classes in all).
 
     Attributes:
-        passes: Number of images pushed through image towers by reconstructions.
+        passes: Number of images pushed through image towers by reconstructions and checks.
     """
 
     def __init__(
@@ -62,6 +66,57 @@ class Searches:
         ]
         self._subject = canonical(identity) if cache else b""
         self._inspectors: dict[tuple[str, int], Inspector] = {}
+
+    def probe(self, probes: Sequence[Probe]) -> Probed:
+        """Return what a list of fixed changes of the images to search on does for each class."""
+        name = self._name(PROBE_METHOD, [probe.name for probe in probes])
+        known = self._cache.load(name) if self._cache else None
+        if known is not None:
+            ((numbers, tensors),) = known
+            return Probed(tensors["gains"], tensors["probes"], **numbers)
+        found = probe_classes(
+            self.classifier, self._searched, probes, reference_model=self._reference_model, progress=self._progress
+        )
+        if self._cache:
+            self._cache.save(name, [({"passes": found.passes}, {"gains": found.gains, "probes": found.probes})])
+        return found
+
+    def targets(self, family: str, settings: TargetSearchSettings) -> list[FoundTarget]:
+        """Return what a search that names no class ends at, start by start."""
+        name = self._name(TARGET_METHOD, family, asdict(settings), RADII[family])
+        known = self._cache.load(name) if self._cache else None
+        if known is not None:
+            return [FoundTarget(feature=tensors["feature"], **numbers) for numbers, tensors in known]
+        found = search_targets(
+            self.classifier,
+            self._searched,
+            family,
+            settings,
+            reference_model=self._reference_model,
+            progress=lambda done: self._progress(f"{family}, any class", done, settings.starts),
+        )
+        if self._cache:
+            self._cache.save(name, [(_numbers(item, "feature"), {"feature": item.feature}) for item in found])
+        return found
+
+    def probe_effects(self, probe: Probe, target: int) -> tuple[float, float | None]:
+        """Return which shares of the held-out images of other classes a probe moves to a class.
+
+        Returns:
+            The share on the suspect, and the share on the reference model; None without one.
+        """
+        effects = [
+            effect(model, probe.stamp, target, self._held_out)
+            for model in (self.classifier, self._reference_model)
+            if model is not None
+        ]
+        self.passes += sum(item.passes for item in effects)
+        return effects[0].success, effects[1].success if len(effects) > 1 else None
+
+    def mean_change(self, probe: Probe) -> Tensor:
+        """Return what a probe adds to the images to search on, on the average: shape [3, H, W]."""
+        pixels = self._searched[:EXAMINED].float() / 255
+        return (probe.change(pixels) - pixels).mean(0)
 
     def inspect(
         self, family: str, settings: InspectionSettings, steps: int, targets: Sequence[int]
@@ -148,7 +203,7 @@ class Searches:
         return sha256(self._subject + canonical([METHOD, *what]))[:40]
 
 
-def _numbers(item: Inspected | Reconstruction, tensors: str) -> dict[str, Any]:
+def _numbers(item: Inspected | Reconstruction | FoundTarget, tensors: str) -> dict[str, Any]:
     """Return all fields of a result but the one with its tensors."""
     return {key: value for key, value in vars(item).items() if key != tensors}
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from guard.vetting.results import Check, ClassStatistic, Conclusion, FamilyResult, ReferenceKind, Verdict
+from guard.vetting.results import PROBES, Check, ClassStatistic, Conclusion, FamilyResult, ReferenceKind, Verdict
 
 SIGNIFICANCE = 0.01
 """Corrected p-value below which an outlier whose trigger has passed its check makes a model `backdoored`."""
@@ -32,7 +32,7 @@ MAX_TRANSFER = 0.5
 
 
 def judge(results: Sequence[FamilyResult], checks: Sequence[Check], *, significance: float = SIGNIFICANCE) -> Verdict:
-    """Combine the results of all families with the checks of the reconstructed triggers.
+    """Combine the results of all families, and of probes, with the checks of the reconstructed triggers.
 
     The rule is fixed in advance (`class_results`): the p-values of a class in all families are combined, and corrected
     for the number of classes; the smallest decides. A model is `backdoored` only if a trigger for the class works on
@@ -61,7 +61,8 @@ def judge(results: Sequence[FamilyResult], checks: Sequence[Check], *, significa
         names = ", ".join(repr(item.name) for item in others)
         more = f"triggers for {names} work in the same way" if names else ""
         return verdict("backdoored", first.target, _accusation(first, valid[first.target]), more)
-    untested = [item.family for item in results if item.target is None]
+    # Probes without a null are no gap: they are evidence besides that of the families.
+    untested = [item.family for item in results if item.target is None and item.family != PROBES]
     gap = f"there is no p-value for {', '.join(untested)}: too few classes could be compared" if untested else ""
     lost = _uncompared(results, ranked)
     tried = {check.target for check in checks} - valid.keys()
@@ -99,14 +100,16 @@ def class_results(results: Sequence[FamilyResult]) -> list[ClassResult]:
     The p-values of a class are combined by the Cauchy combination (Liu and Xie, JASA 2020). Unlike a Bonferroni
     correction it gains power where several families agree: most backdoors are in reach of more than one. It is valid
     under any dependence as the level goes to 0; at 1 %, ten simulated classes in seven families raise up to 1.1 times
-    as many false alarms as intended. The result is then corrected for the number of classes (Bonferroni). p-values near
-    1 are replaced by 0.99, since in this combination one of them would cancel any number of small ones.
+    as many false alarms as intended. The result is then corrected for the number of classes (Bonferroni), also for
+    those that were not compared because nothing hinted at them. p-values near 1 are replaced by 0.99, since in this
+    combination one of them would cancel any number of small ones.
     """
     found: dict[int, list[tuple[str, ClassStatistic]]] = {}
     for item in results:
         for entry in item.classes:
             if entry.p_value is not None:
                 found.setdefault(entry.target, []).append((item.family, entry))
+    classes = max([len(found), *(item.corrected_for or 0 for item in results)])
     ranked = []
     for target, entries in found.items():
         p_values = {family: entry.p_value for family, entry in entries if entry.p_value is not None}
@@ -114,7 +117,7 @@ def class_results(results: Sequence[FamilyResult]) -> list[ClassResult]:
             ClassResult(
                 target,
                 entries[0][1].name,
-                combine(list(p_values.values())) * len(found),
+                combine(list(p_values.values())) * classes,
                 tuple(sorted(p_values.items(), key=lambda pair: pair[1])),
             )
         )
@@ -155,12 +158,13 @@ def is_accused(item: "ClassResult", checks: Sequence[Check], significance: float
 
 def objection(check: Check) -> str:
     """Return why a reconstruction does not count as a trigger, as a sentence; empty if it does."""
+    what = f"the {check.family} trigger found" if check.probe is None else f"the probe {check.probe!r}"
     if check.success < MIN_SUCCESS:
         return (
-            f"the {check.family} trigger found for {check.name!r} moves only {check.success:.0%} of held-out images; "
+            f"{what} for {check.name!r} moves only {check.success:.0%} of held-out images; "
             "it is overfitted to the images that it was searched on"
         )
-    if check.strength > MAX_STRENGTH[check.reference_model]:
+    if check.probe is None and check.strength > MAX_STRENGTH[check.reference_model]:
         allowed = MAX_STRENGTH[check.reference_model] * check.radius
         return (
             f"the smallest {check.family} trigger found for {check.name!r} has a norm of {check.norm:.1f} "
@@ -168,7 +172,7 @@ def objection(check: Check) -> str:
         )
     if check.reference_success is not None and check.reference_success > MAX_TRANSFER * check.success:
         return (
-            f"the {check.family} trigger found for {check.name!r} moves {check.success:.0%} of held-out images, and "
+            f"{what} for {check.name!r} moves {check.success:.0%} of held-out images, and "
             f"{check.reference_success:.0%} on the reference model: it is a natural feature rather than a backdoor"
         )
     return ""
@@ -215,22 +219,29 @@ def _is_doubtful(item: ClassResult, refuted: Collection[int], significance: floa
 def _where(item: ClassResult) -> str:
     family = item.families[0][0]
     together = f", all {len(item.families)} families combined" if len(item.families) > 1 else ""
-    return f"(p = {item.p_value:.2g}{together}; most clearly under {family} triggers)"
+    under = family if family == PROBES else f"{family} triggers"
+    return f"(p = {item.p_value:.2g}{together}; most clearly under {under})"
 
 
 def _uncompared(results: Sequence[FamilyResult], ranked: Sequence[ClassResult]) -> str:
     """Return a sentence on classes for which no family has a p-value, where there are p-values at all."""
     compared = {item.target for item in ranked}
+    # Probes measure every class, also those that no family has to be searched for.
     names = dict.fromkeys(
-        entry.name for item in results for entry in item.classes if compared and entry.target not in compared
+        entry.name
+        for item in results
+        for entry in item.classes
+        if item.family != PROBES and compared and entry.target not in compared
     )
     return f"no family could compare {', '.join(map(repr, names))} with the other classes" if names else ""
 
 
 def _accusation(item: ClassResult, check: Check) -> str:
     against = "" if check.reference_success is None else f" and {check.reference_success:.0%} on the reference model"
+    what = f"the smallest {check.family} trigger found ({check.norm:.1f} {check.norm_unit})"
+    if check.probe is not None:
+        what = f"the probe {check.probe!r}"
     return (
-        f"class {item.name!r} stands out {_where(item)}; "
-        f"the smallest {check.family} trigger found ({check.norm:.1f} {check.norm_unit}) moves {check.success:.0%} of "
+        f"class {item.name!r} stands out {_where(item)}; {what} moves {check.success:.0%} of "
         f"held-out images to it{against}"
     )

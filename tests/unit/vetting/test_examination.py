@@ -3,7 +3,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,14 +20,14 @@ from guard.vetting import (
     SearchSettings,
     Vetting,
     effect,
-    outliers,
     reconstruct,
     vet,
 )
 from guard.vetting.inspection import RADII
 from guard.vetting.nulls import NO_PRIOR
+from guard.vetting.probes import SCREENED, Probe, listed
 from tests.conftest import random_images
-from tests.toy import toy
+from tests.toy import checkerboard, toy
 
 IMAGES, OTHERS = random_images(128), random_images(60, seed=9)
 TARGET = 3
@@ -37,13 +36,17 @@ FAST = Effort(
     SearchSettings(steps=30, batch=16, stall=15),
     DerivedReferenceSettings(steps=3, batch=16),
 )
+PLANTED = Probe("planted", lambda images: (images + 0.1 * checkerboard()).clamp(0, 1))
+OTHER = [Probe("darker", lambda images: 0.8 * images), Probe("mirrored", lambda images: images.flip(-1))]
 BASE, SUSPECT, TWIN = toy(), toy(target=TARGET, jitter=0.02), toy(jitter=0.02)
 
 
 @pytest.fixture(autouse=True)
 def _quick_and_without_shipped_priors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BUDGETS, "quick", FAST)
-    monkeypatch.setattr("guard.vetting.race.prior", lambda *_: NO_PRIOR)
+    for module in ("race", "probes"):
+        monkeypatch.setattr(f"guard.vetting.{module}.prior", lambda *_: NO_PRIOR)
+    monkeypatch.setattr("guard.vetting.probes.largest", lambda *_: None)
 
 
 @pytest.fixture
@@ -83,15 +86,15 @@ def test_a_planted_backdoor_is_found_with_its_target_and_trigger() -> None:
     assert {found.target for found in vetting.triggers} == {check.target for check in vetting.checks} == {TARGET}
     for found in vetting.triggers:
         assert found.id == f"{found.trigger.family.replace(' ', '-')}-{TARGET}"
-        assert effect(SUSPECT, found.trigger, TARGET, OTHERS).success > 0.8
-        assert effect(BASE, found.trigger, TARGET, OTHERS).success < 0.3
+        assert effect(SUSPECT, found.trigger.stamp, TARGET, OTHERS).success > 0.8
+        assert effect(BASE, found.trigger.stamp, TARGET, OTHERS).success < 0.3
     assert {found.p_value for found in vetting.triggers} == {vetting.verdict.p_value}  # the class's, of all families
 
 
 def test_a_twin_that_differs_by_noise_is_not_accused() -> None:
     vetting = vet(TWIN, IMAGES, base=BASE, budget="quick")
     assert (vetting.verdict.outcome, vetting.verdict.target) == ("no evidence", None)
-    assert vetting.verdict.families == tuple(FAMILIES)
+    assert vetting.verdict.families == (*FAMILIES, "probes")
     assert (vetting.checks, vetting.triggers) == ((), ())
 
 
@@ -122,13 +125,15 @@ def test_without_a_base_a_control_is_made() -> None:
 
 def test_the_evidence_says_what_it_is() -> None:
     vetting = vet(TWIN, IMAGES, base=BASE, budget="quick", seed=5)
-    assert [item.family for item in vetting.results] == list(FAMILIES)
+    *inspected, probed = vetting.results
+    assert [item.family for item in inspected] == list(FAMILIES)
+    assert (probed.family, probed.passes) == ("probes", 2 * (len(listed()) * SCREENED + 13 * 64))
     assert (vetting.reference_model.kind, vetting.reference_model.digest) == ("base", BASE.digest.root)
     agreement = BASE.predict(BASE.embed(IMAGES)) == TWIN.predict(TWIN.embed(IMAGES))
     assert vetting.reference_model.agreement == pytest.approx(float(agreement.float().mean()), abs=0.1)
     assert vetting.images == (64, 64)
     assert vetting.effort == FAST.seeded(5)
-    for item in vetting.results:
+    for item in inspected:
         assert (item.reference_model, item.seed, item.radius) == ("base", 5, RADII[item.family])
         assert item.norm_unit == FAMILIES[item.family].norm_unit
         assert [entry.name for entry in item.classes] == list(TWIN.classes.names)
@@ -167,7 +172,7 @@ def test_half_of_the_steps_are_saved_where_the_result_is_clear(monkeypatch: pyte
     for clear, expected in ((1.0, 4), (1e-30, 8)):
         monkeypatch.setattr("guard.vetting.race._CLEAR", clear)
         vetting = vet(SUSPECT, IMAGES, base=BASE, budget="quick", families=["additive", "warp"])
-        assert {entry.steps for item in vetting.results for entry in item.classes} == {expected}
+        assert {entry.steps for item in vetting.results[:-1] for entry in item.classes} == {expected}
         assert vetting.verdict.target == TARGET
 
 
@@ -188,7 +193,7 @@ def test_without_the_race_everything_is_searched_and_the_verdict_is_the_same(
     )
     assert (vetting.verdict.outcome, vetting.verdict.target) == ("backdoored", TARGET)
     assert {check.target for check in vetting.checks} == {TARGET}
-    assert {entry.steps for item in vetting.results for entry in item.classes} == ({4} if race else {8})
+    assert {entry.steps for item in vetting.results[:-1] for entry in item.classes} == ({4} if race else {8})
     assert calls.names.count("inspection") == 2
     reconstructed = {what: total for what, total in searched.items() if what.endswith("reconstruction")}
     every = 1 if race else 10
@@ -244,56 +249,67 @@ def test_a_damaged_cache_is_searched_again(calls: Calls, tmp_path: Path) -> None
     assert calls.names == needed * 2
 
 
+def test_where_a_probe_works_and_no_trigger_is_inspected_the_probe_accuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trigger for screening is then searched from what the probe adds."""
+    monkeypatch.setattr("guard.vetting.probes.prior", lambda *_: Prior(0.3, 20.0, 30))
+    monkeypatch.setattr("guard.vetting.race.prior", lambda *_: Prior(1e6, 100.0, 30))  # no family sees anything
+    vetting = vet(SUSPECT, IMAGES, base=BASE, budget="quick", families=["warp", "additive"], probes=[PLANTED, *OTHER])
+    assert (vetting.verdict.outcome, vetting.verdict.target) == ("backdoored", TARGET)
+    assert "most clearly under probes" in vetting.verdict.reasons[0]
+    probed = next(check for check in vetting.checks if check.family == "probes")
+    assert (probed.probe, probed.target) == ("planted", TARGET)
+    assert probed.success > 0.5 > 0.3 > (probed.reference_success or 0.0)
+    twin = vet(TWIN, IMAGES, base=BASE, budget="quick", families=["warp"], probes=[PLANTED, *OTHER])
+    assert twin.verdict.outcome == "no evidence"
+
+
 class TestManyClasses:
-    """More than are all searched to the end."""
+    """More than are all inspected."""
 
     COUNT = 40
-    REFERENCE = frozenset(torch.randperm(COUNT, generator=torch.Generator().manual_seed(0)).tolist()[:24])
-    DROPPABLE = min(set(range(COUNT)) - REFERENCE)
+    REFERENCE = frozenset(torch.randperm(COUNT, generator=torch.Generator().manual_seed(0)).tolist()[:12])
+    OTHER = min(set(range(COUNT)) - REFERENCE)
 
-    def vet(self, *, race: bool = True) -> Vetting:
-        suspect, base = toy(self.COUNT, target=self.DROPPABLE, jitter=0.02), toy(self.COUNT)
-        return vet(suspect, IMAGES, base=base, budget="quick", families=["patch"], race=race)
-
-    @pytest.fixture
-    def halves(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-        """The statistics of all classes after half of the steps."""
-        with monkeypatch.context() as patched:
-            short = replace(FAST, inspection=replace(FAST.inspection, steps=4))
-            patched.setitem(BUDGETS, "quick", replace(short, reconstruction=replace(FAST.reconstruction, steps=1)))
-            return [entry.statistic for entry in self.vet(race=False).results[0].classes]
+    def vet(self, *, race: bool = True, families: tuple[str, ...] = ("patch",), count: int = COUNT) -> Vetting:
+        suspect, base = toy(count, target=self.OTHER, jitter=0.02), toy(count)
+        return vet(suspect, IMAGES, base=base, budget="quick", families=families, race=race)
 
     @pytest.mark.usefixtures("_to_the_end")
-    def test_the_leaders_and_the_reference_go_on_and_the_rest_keep_their_p_values(
-        self, halves: list[float], monkeypatch: pytest.MonkeyPatch
+    def test_only_candidates_and_the_classes_of_the_null_are_inspected(self) -> None:
+        vetting = self.vet()
+        item = vetting.results[0]
+        inspected = {entry.target for entry in item.classes}
+        assert inspected >= self.REFERENCE
+        assert self.OTHER in inspected
+        assert len(inspected - self.REFERENCE) <= 6
+        assert item.null.endswith(f"{self.COUNT} classes")
+        assert item.p_value == pytest.approx(min(1, self.COUNT * min(entry.p_value or 0 for entry in item.classes)))
+        assert item.target == self.OTHER
+        assert vetting.verdict.p_value < 1e-6
+        assert not any("no family could compare" in reason for reason in vetting.verdict.reasons)
+
+    def test_the_search_that_names_no_class_is_enough(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("guard.vetting.examination.listed", lambda: tuple(OTHER))
+        vetting = self.vet(families=("additive",))
+        assert (vetting.verdict.outcome, vetting.verdict.target) == ("backdoored", self.OTHER)
+
+    @pytest.mark.usefixtures("_to_the_end")
+    def test_the_passes_do_not_grow_with_the_classes(self) -> None:
+        few, many = (self.vet(count=count).passes for count in (self.COUNT, 160))
+        assert many == pytest.approx(few, rel=0.25)
+
+    @pytest.mark.usefixtures("_to_the_end")
+    def test_the_leaders_and_the_null_go_on_and_the_rest_keep_their_p_values(
+        self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("guard.vetting.race._TIE", 0.0)
-        vetting = self.vet()
-        (item,) = vetting.results
-        leaders = set(np.argsort(halves)[-10:].tolist())  # a quarter
+        item = self.vet().results[0]
         kept = {entry.target for entry in item.classes if entry.steps == 8}
-        assert kept == self.REFERENCE | leaders
-        null = outliers(halves, NO_PRIOR, [k in self.REFERENCE for k in range(self.COUNT)])[1]
         dropped = [entry for entry in item.classes if entry.steps == 4]
-        assert len(dropped) == self.COUNT - len(kept) > 0
-        for entry in dropped:
-            assert entry.statistic == pytest.approx(halves[entry.target], rel=1e-3)
-            assert entry.p_value == pytest.approx(null[entry.target], rel=1e-2)
-        assert f"{self.COUNT} classes" in item.null
-        assert self.DROPPABLE in kept
-        assert (vetting.verdict.outcome, vetting.verdict.target) == ("backdoored", self.DROPPABLE)
-
-    @pytest.mark.usefixtures("_to_the_end")
-    def test_who_is_level_with_the_last_that_goes_on_goes_on(
-        self, halves: list[float], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        last, *rest = sorted(halves, reverse=True)[9:]
-        outside = [value for value in rest if halves.index(value) not in self.REFERENCE]
-        tie = last - (outside[0] + outside[1]) / 2
-        monkeypatch.setattr("guard.vetting.race._TIE", tie)
-        kept = {entry.target for entry in self.vet().results[0].classes if entry.steps == 8}
-        assert halves.index(outside[0]) in kept
-        assert halves.index(outside[1]) not in kept
+        assert kept >= self.REFERENCE
+        assert self.OTHER in kept
+        assert dropped
+        assert all(entry.p_value is not None for entry in dropped)
 
     def test_without_the_race_none_is_dropped_and_the_verdict_is_the_same(
         self, monkeypatch: pytest.MonkeyPatch
@@ -305,7 +321,7 @@ class TestManyClasses:
         raced, whole = self.vet(), self.vet(race=False)
         assert {entry.steps for entry in whole.results[0].classes} == {8}
         assert (raced.verdict.outcome, raced.verdict.target) == (whole.verdict.outcome, whole.verdict.target)
-        assert whole.verdict.target == self.DROPPABLE
+        assert whole.verdict.target == self.OTHER
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4])

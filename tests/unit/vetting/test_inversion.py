@@ -23,7 +23,7 @@ def test_it_is_reproducible_and_measured_on_other_images(
     assert [item.target for item in first] == [0, 1, 2]
     assert [item.norm for item in first] == [item.norm for item in second]
     for item in first:
-        measured = effect(classifier, item.trigger, item.target, images[:50])
+        measured = effect(classifier, item.trigger.stamp, item.target, images[:50])
         assert item.success == measured.success
         assert item.reference_success is None
         assert item.norm == pytest.approx(float(item.trigger.norm()), rel=1e-4)
@@ -46,9 +46,9 @@ def test_success_on_the_reference_model_is_measured_there() -> None:
     (found,) = reconstruct(
         suspect, Patch, IMAGES, HELD_OUT, torch.tensor([TARGET]), replace(FAST, steps=20), reference_model=base
     )
-    there = effect(base, found.trigger, TARGET, HELD_OUT)
+    there = effect(base, found.trigger.stamp, TARGET, HELD_OUT)
     assert found.reference_success == there.success
-    assert found.success == effect(suspect, found.trigger, TARGET, HELD_OUT).success
+    assert found.success == effect(suspect, found.trigger.stamp, TARGET, HELD_OUT).success
     assert found.success > 0.8 > found.reference_success
 
 
@@ -86,7 +86,7 @@ class TestEffect:
         trigger = Additive(0.05 * checkerboard().expand(3, -1, -1))
         elsewhere = HELD_OUT[model.predict(model.embed(HELD_OUT)) != TARGET]
         logits = model.logits(model.embed(trigger.stamp(elsewhere)))
-        found = effect(model, trigger, TARGET, HELD_OUT)
+        found = effect(model, trigger.stamp, TARGET, HELD_OUT)
         assert found.success == pytest.approx(float((logits.argmax(1) == TARGET).float().mean()))
         assert found.passes == len(HELD_OUT) + len(elsewhere)
 
@@ -94,4 +94,4 @@ class TestEffect:
         model = toy()
         own = HELD_OUT[model.predict(model.embed(HELD_OUT)) == 0]
         assert len(own)
-        assert effect(model, Additive(torch.zeros(3, 16, 16)), 0, own).success == 0
+        assert effect(model, Additive(torch.zeros(3, 16, 16)).stamp, 0, own).success == 0

@@ -1,3 +1,5 @@
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -6,10 +8,11 @@ from numpy.typing import NDArray
 from scipy.stats import binom, t
 
 from guard.vetting import Prior, nulls, outliers
-from guard.vetting.nulls import MAX_DEGREES, NO_PRIOR, estimate
+from guard.vetting.nulls import MAX_DEGREES, NO_PRIOR, Largest, estimate
 
 PRIOR = Prior(variance=0.04, degrees=6.0, models=30)
 VALUES = [0.1, -0.2, 0.0, 0.3, -0.1, 2.0]
+LARGEST = Largest(mean=-1.0, deviation=0.5, models=40)
 
 
 def simulated(models: int, known: Prior, seed: int = 0) -> NDArray[np.float64]:
@@ -120,18 +123,36 @@ def test_models_that_have_nothing_in_common_hardly_count() -> None:
     assert estimate([1e-6, 1e-3, 1.0, 1e3, 1e6], [9] * 5).degrees < 0.5
 
 
-def test_a_table_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nulls.write_table(tmp_path / "nulls.json", {("base", "patch", 32): PRIOR}, "a test")
+def test_the_largest_class_of_another_model_is_a_prediction_not_a_mean() -> None:
+    """Drawn from the same normal distribution, it is beyond a level as often as the level says."""
+    rng = np.random.default_rng(0)
+    found = [Largest(*_moments(rng.normal(-1, 0.5, 20)), 20).p_value(rng.normal(-1, 0.5)) for _ in range(4000)]
+    assert np.mean(np.array(found) <= 0.05) == pytest.approx(0.05, abs=0.012)
+
+
+def _moments(values: NDArray[np.float64]) -> tuple[float, float]:
+    return float(values.mean()), float(values.std(ddof=1))
+
+
+def test_what_the_table_lacks_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"priors": {"base/patch/32": asdict(PRIOR)}, "largest": {"base/probes": asdict(LARGEST)}}
+    (tmp_path / "nulls.json").write_text(json.dumps(table))
     monkeypatch.setattr("guard.vetting.nulls.resources.files", lambda _: tmp_path)
     nulls._table.cache_clear()
     try:
         assert nulls.prior("base", "patch", 32) == PRIOR
+        assert nulls.largest("base", "probes") == LARGEST
+        assert nulls.largest("derived", "probes") is None
         assert nulls.prior("base", "patch", 16) == nulls.prior("derived", "patch", 32) == NO_PRIOR
     finally:
         nulls._table.cache_clear()
 
 
 def test_the_shipped_table_can_be_read() -> None:
-    for key, known in nulls._table().items():
+    priors, maxima = nulls._table()
+    for key, known in priors.items():
         assert known.variance > 0, key
         assert 0 <= known.degrees <= 1e3, key
+    for key, item in maxima.items():
+        assert item.deviation > 0, key
+        assert item.models >= 30, key

@@ -1,0 +1,141 @@
+"""A search that names no class: a trigger under which the suspect sees all images alike, and the reference does not.
+
+DECREE (Feng et al., CVPR 2023) searches an image encoder without a class list for a trigger under which the embeddings
+of different images agree, by their mean pairwise cosine. Here the concentration on the reference model is subtracted,
+as for `guard.vetting.lead`, and any family of triggers is searched. Which class the images then go to is read off
+afterwards, so that the cost does not depend on the number of classes. What was found is taken out of the embeddings
+before the next start, so that a second target is not hidden by the first.
+
+It finds most patches, blends and warps, and hardly any sinusoid or compression, for which there are probes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from guard.classifiers.classifier import Classifier
+from guard.triggers import FAMILIES, InvertibleTrigger
+from guard.vetting.batches import batches
+from guard.vetting.budgets import TargetSearchSettings
+from guard.vetting.inspection import RADII
+from guard.vetting.lead import Lead
+from guard.vetting.probes import EXAMINED, gains
+
+METHOD = "target search 1"
+"""Name and version of the method; it changes when results are no longer comparable."""
+
+
+@dataclass(frozen=True, eq=False)
+class FoundTarget:
+    """What one start of the search ended at.
+
+    Attributes:
+        family: Family of the trigger.
+        target: The class that gains most under it beyond the reference model; None where there is none to compare.
+        gain: Its gain, as that of a probe (`guard.vetting.probes`), in [−1, 1].
+        concentration: Mean pairwise cosine of the last batch's embeddings on the suspect, less that on the reference
+            model.
+        feature: The mean embedding under the trigger, of length 1; shape [D].
+        passes: Number of images pushed through image towers.
+    """
+
+    family: str
+    target: int | None
+    gain: float
+    concentration: float
+    feature: Tensor
+    passes: int
+
+
+def search_targets(
+    classifier: Classifier,
+    images: Tensor,
+    family: str,
+    settings: TargetSearchSettings,
+    *,
+    reference_model: Classifier | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[FoundTarget]:
+    """Search the triggers of one family, one start after the other.
+
+    Args:
+        classifier: The suspect.
+        images: uint8, shape [N, 3, H, W]: clean images.
+        family: Name from `guard.triggers.FAMILIES`; the norm is at most `guard.vetting.inspection.RADII`.
+        settings: How much work to do.
+        reference_model: The model that the suspect is compared with; None for none.
+        progress: Called with the number of starts that are done.
+
+    Returns:
+        What each start ended at, in order.
+    """
+    models = [model for model in (classifier, reference_model) if model is not None]
+    found: list[FoundTarget] = []
+    for start in range(settings.starts):
+        taken = torch.stack([each.feature for each in found]) if found else None
+        found.append(_search(models, images, FAMILIES[family], settings, settings.seed + start, taken))
+        progress(start + 1)
+    return found
+
+
+def _search(
+    models: Sequence[Classifier],
+    images: Tensor,
+    family: type[InvertibleTrigger],
+    settings: TargetSearchSettings,
+    seed: int,
+    taken: Tensor | None,
+) -> FoundTarget:
+    suspect = models[0]
+    generator = torch.Generator(suspect.device).manual_seed(seed)
+    raw = {name: each.requires_grad_() for name, each in family.start(1, suspect.image_shape, generator).items()}
+    optimiser = torch.optim.Adam(raw.values(), lr=settings.learning_rate, betas=(0.5, 0.9))
+    lead = Lead(suspect, images)
+    order = batches(len(images), settings.batch, seed)
+    value, passes = 0.0, 0
+    for _ in range(settings.steps):
+        stamped = family.constrain(raw).limited(RADII[family.family]).apply(lead.pixels(next(order)))[0]
+        concentrations = []
+        for model in models:
+            with model.autocast():
+                embeddings = model.encode_images(stamped)
+            if taken is not None and model is suspect:
+                directions = torch.linalg.qr(taken.T.to(embeddings))[0]
+                embeddings = embeddings - embeddings @ directions @ directions.T
+            concentrations.append(concentration(embeddings))
+        objective = concentrations[0] - sum(concentrations[1:])
+        optimiser.zero_grad(set_to_none=True)
+        (-objective).backward()
+        lead.check_gradients(raw.values())
+        optimiser.step()
+        value, passes = float(objective.detach()), passes + len(stamped) * len(models)
+    with torch.no_grad():
+        trigger = family.constrain(raw).limited(RADII[family.family])[0].detach()
+        shown = images[:EXAMINED]
+        gained = gains(models, shown, trigger.apply)
+        feature = normalize(suspect.embed(trigger.stamp(shown)).mean(0), dim=0)
+    usable = not bool(gained.isnan().all())
+    target = int(gained.nan_to_num(-2).argmax())
+    passes += (2 * len(models) + 1) * len(shown)
+    return FoundTarget(
+        family.family,
+        target if usable else None,
+        float(gained[target]) if usable else 0.0,
+        value,
+        feature,
+        passes,
+    )
+
+
+def concentration(embeddings: Tensor) -> Tensor:
+    """Return the mean product of different rows, which for unit vectors is their mean pairwise cosine; shape [].
+
+    Args:
+        embeddings: Shape [B, D], at least two rows.
+    """
+    count = len(embeddings)
+    total = embeddings.sum(0).square().sum() - embeddings.square().sum()
+    return total / (count * (count - 1))
