@@ -25,7 +25,7 @@ from guard.triggers import FAMILIES
 from guard.vetting import DerivedReferenceSettings, InspectionSettings, Inspector, Lead, derive_reference
 from guard.vetting.batches import halves
 from guard.vetting.nulls import Largest, Prior, estimate
-from guard.vetting.probes import listed, probe_classes
+from guard.vetting.probes import listed_probes, probe_classes
 from guard.vetting.results import PROBES, ReferenceKind
 
 STEPS = (16, 32)
@@ -90,7 +90,9 @@ def _measure(zoo: Zoo, name: str, kind: ReferenceKind, only: str | None) -> dict
     lead, targets = Lead(classifier, searched, reference_model), torch.arange(len(classifier.classes.names))
     row: dict[str, Any] = {"name": name, "kind": kind, "label": "clean", "zoo": f"{zoo.name} of seed {zoo.seed}"}
     if only != "families":
-        row[PROBES] = probe_classes(classifier, searched, listed(), reference_model=reference_model).statistics.tolist()
+        row[PROBES] = probe_classes(
+            classifier, searched, listed_probes(), reference_model=reference_model
+        ).statistics.tolist()
     for family, form in FAMILIES.items() if only != "probes" and kind != "classes" else ():
         inspector = Inspector(lead, form, targets, InspectionSettings(steps=max(STEPS)))
         for steps in STEPS:

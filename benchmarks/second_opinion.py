@@ -35,6 +35,8 @@ from guard.vetting import OPINION_REFERENCE, Budget, derive_reference, teach_stu
 
 ALPHAS = (0.01, 0.001)
 MIXTURES = (0.3, 0.01)
+KNOWING = "agreeing"
+"""How the names of recipes begin whose attacker trains against the second opinion."""
 Embeddings = NDArray[np.float32]
 Found = list[int]
 
@@ -216,9 +218,14 @@ def _baselines(
     return found
 
 
-def report(rows: Sequence[dict[str, Any]]) -> str:
-    """The tables."""
-    kinds = [kind for kind in ("base", "derived", "student") if any(kind in row["references"] for row in rows)]
+def _kinds(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The kinds of reference models that some model was measured with."""
+    return [kind for kind in ("base", "derived", "student") if any(kind in row["references"] for row in rows)]
+
+
+def _screenings(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What screening finds, with each reference model."""
+    kinds = _kinds(rows)
     success = np.mean([row["success"] for row in rows])
     lines = [
         f"{len(rows)} backdoored models (mean attack success {success:.3f}). All triggered requests count, also those",
@@ -243,6 +250,17 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
                     cells.append((values, row["count"], entry[0][mode][1][2] / row["count"][1]))
                 what = "triggers hidden" if case == "hidden" else "with reconstructed triggers"
                 lines.append(_line(f"{kind}, {mode}, {what} (n = {len(have)})", cells))
+    return lines
+
+
+def report(rows: Sequence[dict[str, Any]]) -> str:
+    """The tables."""
+    unknowing = [row for row in rows if not row["recipe"].startswith(KNOWING)]
+    lines = []
+    if 0 < len(unknowing) < len(rows):
+        lines += ["## Without the attacker who trains against this very score", "", *_screenings(unknowing), ""]
+    lines += ["## All models", "", *_screenings(rows)]
+    kinds = _kinds(rows)
     lines += [
         "",
         "Other scores on the same models:",

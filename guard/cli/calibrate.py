@@ -24,6 +24,10 @@ _PARITY_IMAGES = 512
 """Images on which the exported reference model is compared with what it was exported from."""
 
 
+_ENOUGH_AGREEMENT = 0.9
+"""Share of clean images with the same answer below which a reference model is called weak."""
+
+
 @click.command()
 @click.argument("profile", type=options.PATH)
 @click.option(
@@ -221,7 +225,11 @@ def _left_out(items: Sequence["LeftOut"]) -> str:
 def _opinion(record: "SecondOpinionRecord | None") -> str:
     if record is None:
         return "second opinion: none\n"
-    return f"second opinion: {record.source}, which gives the same answer to {record.agreement:.1%} of clean images\n"
+    said = f"second opinion: {record.source}, which gives the same answer to {record.agreement:.1%} of clean images\n"
+    if record.agreement < _ENOUGH_AGREEMENT:
+        other = "--reference student may do better" if record.kind == "base" else "a trusted --base may do better"
+        said += f"  that is little: where the two often disagree honestly, an attack hardly shows; {other}\n"
+    return said
 
 
 def _kind(

@@ -35,6 +35,11 @@ EXIT_CODES = {"no evidence": 0, "backdoored": 1, "inconclusive": 3}
 @click.option(
     "--out", type=options.PATH, default=Path("profile"), show_default=True, help="Folder to write the profile to."
 )
+@click.option(
+    "--probes",
+    type=options.PATH,
+    help="TOML file with further fixed changes of images to try, in the form of guard/vetting/probes.toml.",
+)
 @options.budget
 @click.option(
     "--limit", type=click.IntRange(min=64), default=2000, show_default=True, help="Maximum number of images to use."
@@ -57,6 +62,7 @@ def vet(
     base: str | None,
     vocabulary: Path | None,
     out: Path,
+    probes: Path | None,
     budget: str,
     limit: int,
     cache: Path | None,
@@ -78,6 +84,7 @@ def vet(
 
     console = Console(as_json=as_json)
     profiles.check_place(out)
+    more = guard.vetting.read_probes(probes) if probes else ()
     texts = profiles.read_vocabulary(vocabulary) if vocabulary else ()
     folder = guard.ImageFolder.scan(images).sample(limit, seed=seed)
     classifier = guard.load(model, classes=classes, device=device)
@@ -90,6 +97,7 @@ def vet(
         base=reference,
         budget=budget,  # type: ignore[arg-type]  # click has checked the choice
         seed=seed,
+        probes=(*guard.vetting.listed_probes(), *more),
         cache=searches,
         progress=console.progress,
     )

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from guard.vetting.inspection import Inspector
     from guard.vetting.inversion import Effect, Reconstruction, effect, reconstruct
     from guard.vetting.lead import Lead
+    from guard.vetting.probes import Probe, listed_probes, read_probes
     from guard.vetting.reference import OPINION_REFERENCE, StudentSettings, derive_reference, teach_student
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "Inspector",
     "Lead",
     "Prior",
+    "Probe",
     "ReconstructedTrigger",
     "Reconstruction",
     "ReferenceModel",
@@ -59,7 +61,9 @@ __all__ = [
     "derive_reference",
     "effect",
     "judge",
+    "listed_probes",
     "outliers",
+    "read_probes",
     "reconstruct",
     "teach_student",
     "vet",
@@ -71,6 +75,7 @@ __getattr__ = lazy(
         **dict.fromkeys(("Effect", "Reconstruction", "effect", "reconstruct"), "inversion"),
         "Inspector": "inspection",
         "Lead": "lead",
+        **dict.fromkeys(("Probe", "listed_probes", "read_probes"), "probes"),
         **dict.fromkeys(("OPINION_REFERENCE", "StudentSettings", "derive_reference", "teach_student"), "reference"),
         "vet": "examination",
     },

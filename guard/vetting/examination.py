@@ -14,7 +14,7 @@ from guard.triggers import FAMILIES
 from guard.vetting.batches import halves
 from guard.vetting.budgets import BUDGETS, Budget, DerivedReferenceSettings, TargetSearchSettings
 from guard.vetting.cache import SearchCache
-from guard.vetting.probes import Probe, listed
+from guard.vetting.probes import Probe, listed_probes
 from guard.vetting.probes import result as probe_result
 from guard.vetting.race import RACED_CLASSES, Race
 from guard.vetting.reconstruction import reconstruct_suspects
@@ -85,9 +85,9 @@ def vet(
     identity = identities[reference_model.kind]
     store = SearchCache(cache) if cache else None
     searches = Searches(classifier, model, identity, searched, held_out, store, progress)
-    listed_probes = tuple(listed() if probes is None else probes)
+    tried_probes = tuple(listed_probes() if probes is None else probes)
     began = time.monotonic()
-    probed = searches.probe(listed_probes)
+    probed = searches.probe(tried_probes)
     tried = probe_result(
         probed, classifier.classes.names, reference_model.kind, seed=seed, seconds=time.monotonic() - began
     )
@@ -98,7 +98,7 @@ def vet(
         searches,
         results,
         runners.parameters,
-        lambda target: listed_probes[int(probed.probes[target])],
+        lambda target: tried_probes[int(probed.probes[target])],
         effort.reconstruction,
         reference_model.kind,
         everything=not race,

@@ -217,7 +217,7 @@ def result(
 
 
 @cache
-def listed() -> tuple[Probe, ...]:
+def listed_probes() -> tuple[Probe, ...]:
     """The probes of `probes.toml`."""
     with resources.as_file(resources.files("guard.vetting").joinpath("probes.toml")) as path:
         return read_probes(path)

@@ -25,7 +25,7 @@ from guard.vetting import (
 )
 from guard.vetting.inspection import RADII
 from guard.vetting.nulls import NO_PRIOR
-from guard.vetting.probes import SCREENED, Probe, listed
+from guard.vetting.probes import SCREENED, Probe, listed_probes
 from tests.conftest import random_images
 from tests.toy import checkerboard, toy
 
@@ -127,7 +127,7 @@ def test_the_evidence_says_what_it_is() -> None:
     vetting = vet(TWIN, IMAGES, base=BASE, budget="quick", seed=5)
     *inspected, probed = vetting.results
     assert [item.family for item in inspected] == list(FAMILIES)
-    assert (probed.family, probed.passes) == ("probes", 2 * (len(listed()) * SCREENED + 13 * 64))
+    assert (probed.family, probed.passes) == ("probes", 2 * (len(listed_probes()) * SCREENED + 13 * 64))
     assert (vetting.reference_model.kind, vetting.reference_model.digest) == ("base", BASE.digest.root)
     agreement = BASE.predict(BASE.embed(IMAGES)) == TWIN.predict(TWIN.embed(IMAGES))
     assert vetting.reference_model.agreement == pytest.approx(float(agreement.float().mean()), abs=0.1)
@@ -289,7 +289,7 @@ class TestManyClasses:
         assert not any("no family could compare" in reason for reason in vetting.verdict.reasons)
 
     def test_the_search_that_names_no_class_is_enough(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("guard.vetting.examination.listed", lambda: tuple(OTHER))
+        monkeypatch.setattr("guard.vetting.examination.listed_probes", lambda: tuple(OTHER))
         vetting = self.vet(families=("additive",))
         assert (vetting.verdict.outcome, vetting.verdict.target) == ("backdoored", self.OTHER)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from guard.errors import UsageError
-from guard.vetting.probes import EXAMINED, SCREENED, Probe, listed, probe_classes, read_probes
+from guard.vetting.probes import EXAMINED, SCREENED, Probe, listed_probes, probe_classes, read_probes
 from tests.conftest import random_images
 from tests.toy import checkerboard, toy
 
@@ -16,7 +16,7 @@ def planted(images: torch.Tensor) -> torch.Tensor:
     return (images + 0.1 * checkerboard()).clamp(0, 1)
 
 
-@pytest.mark.parametrize("probe", listed(), ids=lambda probe: probe.name)
+@pytest.mark.parametrize("probe", listed_probes(), ids=lambda probe: probe.name)
 @pytest.mark.parametrize("size", [(32, 32), (17, 30)])
 def test_every_listed_probe_changes_images_in_the_same_way_each_time(probe: Probe, size: tuple[int, int]) -> None:
     images = torch.rand(3, 3, *size, generator=torch.Generator().manual_seed(0))
@@ -32,11 +32,11 @@ def test_every_listed_probe_changes_images_in_the_same_way_each_time(probe: Prob
 
 
 def test_probes_have_names_of_their_own() -> None:
-    assert len({probe.name for probe in listed()}) == len(listed())
+    assert len({probe.name for probe in listed_probes()}) == len(listed_probes())
 
 
 def test_the_class_of_a_planted_change_gains_and_no_other_does() -> None:
-    probes = [*listed()[:20], Probe("planted", planted)]
+    probes = [*listed_probes()[:20], Probe("planted", planted)]
     found = probe_classes(toy(target=TARGET, jitter=0.02), IMAGES, probes, reference_model=toy())
     assert int(found.gains.argmax()) == TARGET
     assert int(found.probes[TARGET]) == 20
@@ -52,7 +52,7 @@ def test_what_moves_the_reference_model_too_is_no_gain() -> None:
 
 
 def test_the_passes_do_not_depend_on_the_classes() -> None:
-    probes, images = listed()[:15], random_images(200)
+    probes, images = listed_probes()[:15], random_images(200)
     few, many = (probe_classes(toy(classes), images, probes, reference_model=toy(classes)) for classes in (5, 40))
     assert few.passes == many.passes == 2 * (15 * SCREENED + (1 + 12) * EXAMINED)
     assert many.gains.shape == (40,)
