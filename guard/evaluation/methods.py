@@ -27,6 +27,7 @@ from guard.screening import DENSITY, threshold
 from guard.vetting import BUDGETS, Conclusion, FamilyResult, ReconstructedTrigger, Vetting, effect
 from guard.vetting.batches import halves
 from guard.vetting.inspection import METHOD
+from guard.vetting.probes import METHOD as PROBE_METHOD
 from guard.vetting.verdict import suspicion
 
 Need = Literal["base", "calibration", "requests"]
@@ -201,7 +202,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(
             "vetting-base",
-            f"{METHOD}, evaluation 9",
+            f"{METHOD}, {PROBE_METHOD}, evaluation 9",
             "models",
             frozenset({"base"}),
             uses_base=True,
@@ -210,7 +211,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "vetting-derived",
-            f"{METHOD}, evaluation 9",
+            f"{METHOD}, {PROBE_METHOD}, evaluation 9",
             "models",
             frozenset(),
             uses_base=False,
@@ -237,7 +238,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "screening",
-            f"{METHOD}, screening 3",
+            f"{METHOD}, {PROBE_METHOD}, screening 3",
             "requests",
             frozenset({"calibration", "requests"}),
             uses_base=True,
