@@ -14,6 +14,8 @@ from guard.vetting.results import ReferenceModel, Verdict
 
 Floats = NDArray[np.float32]
 
+STUDENT = "student"
+"""Stands for the small tower that guard teaches as a reference model."""
 TOWER, SIDE, WIDTH = "ViT-B-32", 224, 512
 ALPHA = 0.001
 _PARITY_IMAGES, _SCALE = 256, 100.0
@@ -148,19 +150,24 @@ def export_tower(
         directory: What `guard serve` takes.
         classes: Of its head.
         seed: Of the weights.
-        tower: Which model.
+        tower: Which model; `STUDENT` for the default one with a student in place of its image tower.
     """
     import open_clip
     import torch
 
     from guard.classifiers import export, load, save
+    from guard.vetting import StudentSettings, teach_student
 
+    student, tower = tower == STUDENT, TOWER if tower == STUDENT else tower
     torch.manual_seed(seed)
     config = {"model_cfg": open_clip.get_model_config(tower), "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
     save(weights, open_clip.create_model(tower), config, classes)
     classifier = load(str(weights), device="cpu")
     images = np.stack([image(row) for row in range(_PARITY_IMAGES)])
-    export(classifier, directory, torch.from_numpy((images * 32 + 128).clip(0, 255).astype(np.uint8)))
+    pixels = torch.from_numpy((images * 32 + 128).clip(0, 255).astype(np.uint8))
+    if student:  # what it has learned has no influence on what it costs
+        classifier = teach_student(classifier, pixels[:8], StudentSettings(steps=1, batch=8, seed=seed))
+    export(classifier, directory, pixels)
     digest = classifier.digest
     return ModelRecord(
         "random weights", digest.root, digest.parts, classes, classifier.preprocessing, classifier.head.shape[-1]

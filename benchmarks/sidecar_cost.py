@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of one block of the throughput")
     parser.add_argument("--banks", type=int, nargs="+", default=BANKS, help="rows of each of the three banks, by turns")
     parser.add_argument("--parts", default=",".join(PARTS_OF_RUN), help="which to run")
-    parser.add_argument("--reference", default=TOWER, help="open_clip's name of the reference model for `opinion`")
+    parser.add_argument("--reference", default=TOWER, help="for `opinion`: open_clip's name, or student")
     parser.add_argument("--delay", type=float, default=0.06, help="seconds of the upstream server for `opinion`")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--seed", type=int, default=0)
@@ -93,7 +93,7 @@ class Run:
         seed: Of everything random.
 
     Attributes:
-        reference: open_clip's name of the reference model.
+        reference: open_clip's name of the reference model, or `STUDENT`.
         delay: Seconds that the upstream server takes for a reply where second opinions are measured.
     """
 

@@ -1,12 +1,16 @@
 """What `guard vet` says of a model with a backdoor; the search itself is tested elsewhere."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from guard.cli import cli
+from guard.errors import UsageError
+from guard.vetting import Probe, Vetting, listed_probes
 from tests.conftest import CLASSES
 from tests.zoo import FakeVetting
 
@@ -49,3 +53,31 @@ def test_the_summary_is_for_people(model_directory: Path, image_folder: Path, tm
     assert "a backdoor of another kind would not be seen" in lines[4]
     assert "made from the model itself, which answers as the model does on 90% of images; --base" in lines[5]
     assert lines[6:] == [f"profile: {tmp_path / 'profile'}", f"report: {tmp_path / 'profile' / 'report.html'}"]
+
+
+def test_further_probes_come_after_those_of_guard(
+    model_directory: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    fake = FakeVetting("tiny")
+
+    def recorded(*arguments: Any, probes: Sequence[Probe], **named: Any) -> Vetting:
+        tried.extend(probe.name for probe in probes)
+        return fake(*arguments, **named)
+
+    monkeypatch.setattr("guard.vetting.vet", recorded)
+    (tmp_path / "probes.toml").write_text('[[probe]]\nkind = "rotation"\ndegrees = [1, 2]\n')
+    vet(model_directory, image_folder, tmp_path / "profile", "--probes", tmp_path / "probes.toml")
+    assert tried == [probe.name for probe in listed_probes()] + ["rotation degrees 1", "rotation degrees 2"]
+
+
+def test_a_file_without_probes_is_refused_before_any_work(
+    model_directory: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "probes.toml").write_text('[[probe]]\nkind = "dance"\n')
+    arguments = ["vet", model_directory, "--images", image_folder, "--out", tmp_path / "out"]
+    more = ["--probes", tmp_path / "probes.toml"]
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments + more], prog_name="guard")
+    assert isinstance(result.exception, UsageError)
+    assert "probe 1: there is no kind 'dance'" in str(result.exception)
+    assert not (tmp_path / "out").exists()
