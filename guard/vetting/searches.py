@@ -40,7 +40,7 @@ class Searches:
         progress: Called with (what is searched, classes done, classes in all).
 
     Attributes:
-        passes: Number of images pushed through image towers by reconstructions and checks.
+        passes: Number of images pushed through image towers by reconstructions, checks and searches that name no class.
     """
 
     def __init__(
@@ -85,18 +85,20 @@ class Searches:
         """Return what a search that names no class ends at, start by start."""
         name = self._name(TARGET_METHOD, family, asdict(settings), RADII[family])
         known = self._cache.load(name) if self._cache else None
-        if known is not None:
-            return [FoundTarget(feature=tensors["feature"], **numbers) for numbers, tensors in known]
-        found = search_targets(
-            self.classifier,
-            self._searched,
-            family,
-            settings,
-            reference_model=self._reference_model,
-            progress=lambda done: self._progress(f"{family}, any class", done, settings.starts),
-        )
-        if self._cache:
-            self._cache.save(name, [(_numbers(item, "feature"), {"feature": item.feature}) for item in found])
+        if known is None:
+            found = search_targets(
+                self.classifier,
+                self._searched,
+                family,
+                settings,
+                reference_model=self._reference_model,
+                progress=lambda done: self._progress(f"{family}, any class", done, settings.starts),
+            )
+            if self._cache:
+                self._cache.save(name, [(_numbers(item, "feature"), {"feature": item.feature}) for item in found])
+        else:
+            found = [FoundTarget(feature=tensors["feature"], **numbers) for numbers, tensors in known]
+        self.passes += sum(item.passes for item in found)
         return found
 
     def probe_effects(self, probe: Probe, target: int) -> tuple[float, float | None]:
