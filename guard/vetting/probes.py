@@ -8,7 +8,6 @@ list is `probes.toml`; whoever adds a line there adds a probe.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib import resources
 from itertools import product
 from pathlib import Path
@@ -61,7 +60,7 @@ class Probed:
 
     Attributes:
         gains: For each class, its largest gain under any probe that was tried on `EXAMINED` images, in [−1, 1]; NaN for
-            a class that all images belong to; float64, shape [C].
+            a class that all images belong to, or that repeats another; float64, shape [C].
         probes: For each class, the index of that probe, int64, shape [C].
         passes: Number of images pushed through image towers.
     """
@@ -110,7 +109,10 @@ def probe_classes(
     best = first.nan_to_num(-1).amax(1).argsort(descending=True, stable=True)[:_KEPT].tolist()
     again = torch.stack([_gain(views, probes[k].change, min(EXAMINED, len(images))) for k in best])
     gains, which = again.nan_to_num(-2).max(0)
-    gains = gains.masked_fill(again.isnan().all(0), torch.nan)
+    unusable = again.isnan().all(0)
+    if classifier.distinct is not None:
+        unusable |= ~classifier.distinct.cpu()
+    gains = gains.masked_fill(unusable, torch.nan)
     return Probed(
         gains,
         torch.tensor(best)[which],
@@ -216,7 +218,6 @@ def result(
     )
 
 
-@cache
 def listed_probes() -> tuple[Probe, ...]:
     """The probes of `probes.toml`."""
     with resources.as_file(resources.files("guard.vetting").joinpath("probes.toml")) as path:
