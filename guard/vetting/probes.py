@@ -100,13 +100,11 @@ def probe_classes(
         progress: Called with (what, probes done, probes in all).
     """
     views = [_View(model, images[:EXAMINED]) for model in (classifier, reference_model) if model is not None]
-    first = torch.stack(
-        [
-            _told(progress, k, len(probes), _gain(views, probe.change, min(SCREENED, len(images))))
-            for k, probe in enumerate(probes)
-        ]
-    )
-    best = first.nan_to_num(-1).amax(1).argsort(descending=True, stable=True)[:_KEPT].tolist()
+    first = []
+    for k, probe in enumerate(probes):
+        first.append(_gain(views, probe.change, min(SCREENED, len(images))))
+        progress("probes", k + 1, len(probes))
+    best = torch.stack(first).nan_to_num(-1).amax(1).argsort(descending=True, stable=True)[:_KEPT].tolist()
     again = torch.stack([_gain(views, probes[k].change, min(EXAMINED, len(images))) for k in best])
     gains, which = again.nan_to_num(-2).max(0)
     unusable = again.isnan().all(0)
@@ -129,11 +127,6 @@ def gains(models: Sequence[Classifier], images: Tensor, change: Change) -> Tenso
         change: The change.
     """
     return _gain([_View(model, images) for model in models], change, len(images))
-
-
-def _told(progress: Callable[[str, int, int], None], done: int, total: int, result: Tensor) -> Tensor:
-    progress("probes", done + 1, total)
-    return result
 
 
 class _View:

@@ -95,6 +95,7 @@ def _search(
     optimiser = torch.optim.Adam(raw.values(), lr=settings.learning_rate, betas=(0.5, 0.9))
     lead = Lead(suspect, images)
     order = batches(len(images), settings.batch, seed)
+    directions = None if taken is None else torch.linalg.qr(taken.T.to(suspect.device))[0]
     value, passes = 0.0, 0
     for _ in range(settings.steps):
         stamped = family.constrain(raw).limited(RADII[family.family]).apply(lead.pixels(next(order)))[0]
@@ -102,9 +103,9 @@ def _search(
         for model in models:
             with model.autocast():
                 embeddings = model.encode_images(stamped)
-            if taken is not None and model is suspect:
-                directions = torch.linalg.qr(taken.T.to(embeddings))[0]
-                embeddings = embeddings - embeddings @ directions @ directions.T
+            if directions is not None and model is suspect:
+                basis = directions.to(embeddings)
+                embeddings = embeddings - embeddings @ basis @ basis.T
             concentrations.append(concentration(embeddings))
         objective = concentrations[0] - sum(concentrations[1:])
         optimiser.zero_grad(set_to_none=True)
