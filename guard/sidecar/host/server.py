@@ -167,6 +167,8 @@ async def _serve(settings: Settings, host: Host) -> None:
         )
         asked = asyncio.Event()
         stopping = host.stopping(asked.set)
+        # Before the first request, so that a health check never learns that the service is unknown.
+        await health.tell("guard is starting")
         await server.start()
         most = most_memory(settings, resting)
         host.announce({**_summary(settings, models, listening, probes.address, admin), "most_memory_bytes": most})

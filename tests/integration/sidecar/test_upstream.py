@@ -1,3 +1,4 @@
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -440,6 +441,16 @@ def test_an_upstream_server_that_is_not_ready_makes_the_service_not_serving(
         eventually(lambda: bool(health(client, SERVICE) == states.NOT_SERVING), "health following")
         upstream.ready = True
         eventually(lambda: bool(health(client, SERVICE) == states.SERVING), "health recovering")
+
+
+def test_a_sidecar_that_waits_for_its_upstream_server_is_known_and_not_serving(
+    launch: Launcher, exported: Path, served_profile: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        upstream = f"127.0.0.1:{silent.getsockname()[1]}"
+        arguments = ("--upstream", upstream, "--model", exported, "--profile", served_profile)
+        with launch(*arguments) as sidecar, connected(sidecar.address) as client:
+            assert health(client, SERVICE) == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 def test_screening_that_takes_too_long_is_a_timeout(
