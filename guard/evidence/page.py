@@ -17,6 +17,7 @@ _SIDE = 160
 _MEANINGS = {
     "k-distance": ": the request is unlike clean images",
     "divergence": ": the model and the reference model predict different classes, or one is much less sure",
+    "joint": ": the request resembles a reconstructed trigger, and the model and the reference model disagree",
     "residual": ": the embeddings of the model and of the reference model differ as they do not for clean images",
 }
 """What it says of a request that one of these scores decided."""

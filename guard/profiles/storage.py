@@ -21,8 +21,6 @@ from guard.classifiers.manifest import MANIFEST_FILE, MODEL_FILE, read_manifest
 from guard.errors import ProfileError, UsageError
 from guard.profiles.document import SCHEMA, CalibrationRecord, Document, Reference, TriggerTensors
 from guard.screening import (
-    DENSITY,
-    OPINIONS,
     Axis,
     AxisReference,
     Banks,
@@ -31,7 +29,7 @@ from guard.screening import (
     SecondOpinion,
     Whitening,
     check_alpha,
-    match,
+    score_names,
 )
 from guard.triggers import FORMS, check_tensors
 
@@ -400,9 +398,11 @@ def _read_reference(path: Path, document: Document, calibration: CalibrationReco
     expected |= {_OPINION + name for name in opinions}
     if set(tensors) != expected:
         raise ProfileError(f"{path} is damaged: it has the tensors {sorted(tensors)}, not {sorted(expected)}")
-    scores = [DENSITY, *(match(name) for name in triggers), *(OPINIONS if record else ())]
+    scores = score_names(triggers, opinion=record is not None)
     if set(calibration.tails) != set(scores):
-        raise ProfileError(f"{path} is damaged: there are tails of {sorted(calibration.tails)}, not of {scores}")
+        raise ProfileError(
+            f"{path} is damaged: there are tails of {sorted(calibration.tails)}, not of {sorted(scores)}"
+        )
     size, width = tensors[_BANK].shape[0] if tensors[_BANK].ndim else 0, document.model.embedding
     count, classes = len(tensors["values"]) if tensors["values"].ndim else 0, len(document.model.classes.names)
     floats, integers = np.dtype(np.float32), np.dtype(np.int64)

@@ -5,7 +5,20 @@ from guard.screening.conformal import Conformal, Threshold, check_alpha, smalles
 from guard.screening.detector import Detector, Judgement
 from guard.screening.monitor import Alarm, Monitor, WatchedScore
 from guard.screening.neighbours import Nearest, Neighbours, SearchMethod
-from guard.screening.screen import DENSITY, MATCH, MAX_K, Banks, Scores, Screen, Tail, default_k, match, matched
+from guard.screening.screen import (
+    DENSITY,
+    JOINT,
+    MATCH,
+    MAX_K,
+    Banks,
+    Scores,
+    Screen,
+    Tail,
+    default_k,
+    match,
+    matched,
+    score_names,
+)
 from guard.screening.second_opinion import DIVERGENCE, OPINIONS, RESIDUAL, ReferenceAnswers, SecondOpinion
 from guard.screening.whitening import Whitening
 
@@ -13,6 +26,7 @@ __all__ = [
     "AXIS",
     "DENSITY",
     "DIVERGENCE",
+    "JOINT",
     "MATCH",
     "MAX_K",
     "MIN_AXIS",
@@ -44,6 +58,7 @@ __all__ = [
     "default_k",
     "match",
     "matched",
+    "score_names",
     "smallest_alpha",
     "threshold",
 ]

@@ -24,9 +24,12 @@ MATCH = "match"
 DENSITY_WEIGHT = 0.1
 """Share of the false alarms that the density score may cause where there are triggers to match. On the zoo `small` of
 seed 0 this costs no detection, and density is the only defence against a trigger that vetting did not find."""
-OPINION_WEIGHTS = {DIVERGENCE: 0.45, RESIDUAL: 0.25}
-"""Shares of the false alarms that the scores of a second opinion may cause; the others share what is left, in the same
-proportion as without a second opinion."""
+JOINT = "joint"
+"""Name of the score for match and divergence together."""
+ALONE_WEIGHT, RESIDUAL_WEIGHT, DIVERGENCE_WEIGHT = 0.1, 0.1, 0.05
+"""Shares of the false alarms, with a second opinion, of the scores that need none (in the same proportion as without
+one), of the residual, and of the divergence where there are triggers. The joint score has the rest; where there are no
+triggers, the divergence has it."""
 NEAR = 0.3
 """Share of clean images whose other scores are near enough to a threshold for a second opinion, where only those get
 one."""
@@ -150,10 +153,13 @@ class Banks:
             tails = {name: Tail.fit(values, weights[name]) for name, values in scores.items()}
             return cls(whitening, head, reference, moved, k, tails)
         opinion, own_opinion = SecondOpinion.fit(clean, answers, head, scale)
-        rest = 1 - sum(OPINION_WEIGHTS.values())
-        tails = {name: Tail.fit(values, rest * weights[name]) for name, values in scores.items()}
+        rest = 1 - ALONE_WEIGHT - RESIDUAL_WEIGHT
+        tails = {name: Tail.fit(values, ALONE_WEIGHT * weights[name]) for name, values in scores.items()}
         surprises = np.max([tails[name].surprise(values) for name, values in scores.items()], axis=0)
-        tails |= {name: Tail.fit(values, OPINION_WEIGHTS[name]) for name, values in own_opinion.items()}
+        opinions = {DIVERGENCE: DIVERGENCE_WEIGHT if moved else rest, RESIDUAL: RESIDUAL_WEIGHT}
+        tails |= {name: Tail.fit(own_opinion[name], weight) for name, weight in opinions.items()}
+        if moved:
+            tails[JOINT] = Tail.fit(_joint(tails, scores | own_opinion), rest - DIVERGENCE_WEIGHT)
         return cls(whitening, head, reference, moved, k, tails, opinion, float(np.quantile(surprises, 1 - NEAR)))
 
 
@@ -163,6 +169,24 @@ def _weights(triggers: Collection[str]) -> dict[str, float]:
         return {DENSITY: 1.0}
     share = (1 - DENSITY_WEIGHT) / len(triggers)
     return {DENSITY: DENSITY_WEIGHT, **{match(name): share for name in triggers}}
+
+
+def _joint(tails: Mapping[str, Tail], parts: Mapping[str, NDArray[np.floating]]) -> NDArray[np.float32]:
+    """How far the best match and the divergence are in their tails, added; shape [N], NaN without a second opinion."""
+    matches = np.max([tails[name].pure(values) for name, values in parts.items() if matched(name)], axis=0)
+    found: NDArray[np.float32] = np.maximum(matches, 0) + np.maximum(tails[DIVERGENCE].pure(parts[DIVERGENCE]), 0)
+    return found
+
+
+def score_names(triggers: Collection[str], *, opinion: bool) -> tuple[str, ...]:
+    """Names of all scores in their order: those that need no second opinion come first.
+
+    Args:
+        triggers: Ids of the triggers.
+        opinion: Whether there is a second opinion.
+    """
+    joint = (JOINT,) if triggers else ()
+    return (DENSITY, *map(match, triggers), *((*OPINIONS, *joint) if opinion else ()))
 
 
 def predict(embeddings: Embeddings, head: Embeddings) -> NDArray[np.int64]:
@@ -255,6 +279,9 @@ class Screen:
       detects the attacks whose trigger vetting reconstructed, in whatever family.
     - *divergence* and *residual*, for requests that a reference model answered too: how far the two models are apart
       (`guard.screening.second_opinion`). They need no trigger.
+    - *joint*, where there are triggers and a second opinion: match and divergence added, each as far as it is in its
+      tail. A clean request is seldom unusual in both; a triggered one mostly is. So where neither suffices by itself,
+      both together often do.
 
     Each score is brought to one scale by its `Tail`, and the largest decides. The rule is fixed by the banks, before
     any calibration image is seen, so that a conformal threshold on it is exact.
@@ -277,8 +304,8 @@ class Screen:
         self._neighbours = Neighbours(banks.reference, *banks.stamped.values(), method=method)
         self.triggers = tuple(banks.stamped)
         self.opinion = banks.opinion
-        self._alone = (DENSITY, *map(match, self.triggers))
-        self.names = (*self._alone, *(OPINIONS if banks.opinion is not None else ()))
+        self._alone = score_names(self.triggers, opinion=False)
+        self.names = score_names(self.triggers, opinion=banks.opinion is not None)
         if set(banks.tails) != set(self.names):
             raise ValueError(f"tails are of {sorted(banks.tails)}, not of {sorted(self.names)}")
         if self._neighbours.size < banks.k:
@@ -342,6 +369,8 @@ class Screen:
             whole = parts.get(name, np.full(len(scores.values), np.nan, np.float32)).copy()
             whole[rows] = values
             parts[name] = whole
+        if JOINT in self.names:
+            parts[JOINT] = _joint(self._banks.tails, parts)
         classes[rows] = answers.logits.argmax(axis=1)
         surprises = np.nan_to_num(self._surprises(parts), nan=-np.inf)
         values, deciding = surprises.max(axis=0), surprises.argmax(axis=0)

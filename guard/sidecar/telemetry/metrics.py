@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from guard import __version__
 from guard.evidence import Drop
 from guard.profiles import Profile
-from guard.screening import DENSITY, DIVERGENCE, MATCH, RESIDUAL, Alarm, matched
+from guard.screening import DENSITY, DIVERGENCE, JOINT, MATCH, RESIDUAL, Alarm, matched
 from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import Decision, FailurePolicy, Mode, Outcome, Reason
 from guard.sidecar.telemetry import logs
@@ -19,7 +19,7 @@ from guard.sidecar.telemetry import logs
 STAGES = ("decode", "inference", "screening", "second opinion")
 OPINION_RESULTS = ("agrees", "differs", "not_near", "not_drawn", "failed")
 """Whether the reference model gives an image the same class as the model, or why it was not asked or did not answer."""
-SCORE_KINDS = (DENSITY, MATCH, DIVERGENCE, RESIDUAL, "axis")
+SCORE_KINDS = (DENSITY, MATCH, DIVERGENCE, RESIDUAL, JOINT, "axis")
 """Kinds of scores that may decide about an image."""
 STATE_KINDS = ("monitor", "sample", "evidence", "lock")
 """What a damaged file of the state was."""

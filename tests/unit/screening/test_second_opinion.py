@@ -11,12 +11,14 @@ from guard.errors import RequestError
 from guard.screening import (
     DENSITY,
     DIVERGENCE,
+    JOINT,
     RESIDUAL,
     Banks,
     Detector,
     ReferenceAnswers,
     Screen,
     SecondOpinion,
+    match,
 )
 
 Floats = NDArray[np.float32]
@@ -86,6 +88,22 @@ def test_what_no_other_score_sees_is_flagged(screen: Screen) -> None:
     assert found.flags.mean() > 0.95
     assert set(found.scores.decided_by) <= {DIVERGENCE, RESIDUAL}
     assert (found.scores.answers != found.scores.classes).all()
+
+
+def test_what_match_and_divergence_only_suspect_is_flagged_by_both_together() -> None:
+    clean, answers = world(600, 1)
+    generator = np.random.default_rng(3)
+    direction = generator.normal(size=DIMENSION) / np.sqrt(DIMENSION)
+    banks = Banks.fit(clean, {"patch-0": unit(clean + 0.4 * direction)}, HEAD, k=4, answers=answers, scale=SCALE)
+    judging = detector(Screen(banks))
+    ours = unit(world(1000, 10)[0] + 0.2 * direction)
+    logits = SCALE * ours @ HEAD + 1.5 * generator.normal(size=(len(ours), CLASSES))
+    found = judging.score(ours, ReferenceAnswers(unit(ours @ MAP), logits.astype(np.float32)))
+    alone = judging.part_p_values(found.scores)
+    best = max((alone[name] <= judging.alpha).mean() for name in (match("patch-0"), DIVERGENCE))
+    assert found.flags.mean() > best + 0.05
+    assert found.scores.decided_by.count(JOINT) > 0.9 * len(ours)
+    assert judging.score(*world(4000, 12)).flags.mean() < 0.02
 
 
 @pytest.mark.parametrize("near_only", [False, True])
