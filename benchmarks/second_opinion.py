@@ -166,7 +166,7 @@ def _reference(kind: str, subject: Subject, images: torch.Tensor) -> tuple[Class
     if kind == "student":
         made = teach_student(subject.classifier, images)
     else:
-        made = derive_reference(subject.classifier, images, OPINION_REFERENCE, disturb=True)[0]
+        made = derive_reference(subject.classifier, images, OPINION_REFERENCE)[0]
     return made, time.monotonic() - started
 
 

@@ -3,6 +3,7 @@
 Every error names the file, says in one sentence what is wrong, and is of the class that the caller asks for.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -11,9 +12,11 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -33,10 +36,29 @@ _WITHOUT_VALUE = {"missing", "extra_forbidden", "unexpected_keyword_argument", "
 """Kinds of errors whose message does not become clearer by the value that was given."""
 
 
+_opened: ContextVar[dict[Path, str] | None] = ContextVar("_opened", default=None)
+"""What `recording` fills, while it records."""
+
+
+@contextmanager
+def recording() -> Iterator[dict[Path, str]]:
+    """Record the SHA-256 of every regular file that is opened while the block runs, by its path.
+
+    Each file is hashed by the descriptor that it is then read from, and must not have changed when it is closed: what
+    is recorded is what was used, whatever the name leads to later. A file that is opened twice must be the same twice.
+    """
+    found: dict[Path, str] = {}
+    token = _opened.set(found)
+    try:
+        yield found
+    finally:
+        _opened.reset(token)
+
+
 @contextmanager
 def open_regular(
     path: Path, limit: int, error: type[GuardError], *, missing: str | None = None
-) -> Iterator[tuple[BinaryIO, int]]:
+) -> Iterator[tuple[BufferedReader, int]]:
     """A regular file that is open for reading, and its size in bytes.
 
     Args:
@@ -64,9 +86,25 @@ def open_regular(
                 raise error(f"cannot read {path}: it is not a regular file")
             if status.st_size > limit:
                 raise error(f"{path} is larger than {limit} bytes")
+            _record(path, file, error)
             yield file, status.st_size
+            if _opened.get() is not None and _state(os.fstat(file.fileno())) != _state(status):
+                raise error(f"cannot read {path}: it changed while it was read")
     except OSError as cause:
         raise error(f"cannot read {path}: {cause.strerror or cause}") from cause
+
+
+def _record(path: Path, file: BufferedReader, error: type[GuardError]) -> None:
+    found = _opened.get()
+    if found is not None:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        if found.setdefault(path, digest) != digest:
+            raise error(f"{path} changed between two reads")
+
+
+def _state(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def read_bytes(path: Path, limit: int, error: type[GuardError], *, missing: str | None = None) -> bytes:

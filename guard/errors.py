@@ -8,6 +8,8 @@
     ├── ImageError                4   an image or a folder of images cannot be used
     ├── ClassListError            4   a list of classes or templates cannot be used
     ├── ProfileError              4   a profile is missing, damaged, or of another model
+    ├── CertificateError          4   a certificate, a key or a trust policy cannot be used
+    │   └── RefusedError              1   … because the trust policy refuses the model
     ├── EmbeddingsError           4   a file of embeddings cannot be used
     ├── EvidenceError             4   an evidence log is missing or cannot be used
     │   └── DamagedLogError           … because it is damaged, of another schema, or no evidence log
@@ -21,6 +23,7 @@ what to do about it.
 """
 
 __all__ = [
+    "CertificateError",
     "ClassListError",
     "DamagedLogError",
     "EmbeddingsError",
@@ -31,6 +34,7 @@ __all__ = [
     "MissingDependencyError",
     "ModelError",
     "ProfileError",
+    "RefusedError",
     "RequestError",
     "StateError",
     "UsageError",
@@ -72,6 +76,16 @@ class ClassListError(GuardError):
 
 class ProfileError(GuardError):
     """A profile is missing, damaged, of a newer schema, or belongs to another model."""
+
+
+class CertificateError(GuardError):
+    """A certificate, a key or a trust policy is missing, damaged, or of a kind that guard does not accept."""
+
+
+class RefusedError(CertificateError):
+    """The trust policy refuses a model; the message names the rule that decided."""
+
+    exit_code = 1
 
 
 class EmbeddingsError(GuardError):

@@ -74,7 +74,7 @@ def export(classifier: Classifier, directory: Path | str, images: Tensor) -> Exp
     try:
         with replace_directory(directory, marker=MANIFEST_FILE) as temporary:
             _write(classifier, temporary)
-            parity = _parity(classifier, ExportedClassifier(temporary, gpu=False), images)
+            parity = compare(classifier, ExportedClassifier(temporary, gpu=False), images)
             # Written so that a difference that is no number is not below the tolerance.
             if not (parity.max_difference <= TOLERANCE and parity.agreement >= 1):
                 raise ExportError(
@@ -119,7 +119,17 @@ def _write(classifier: Classifier, directory: Path) -> None:
     (directory / MANIFEST_FILE).write_bytes(manifest.to_json())
 
 
-def _parity(classifier: Classifier, exported: ExportedClassifier, images: Tensor) -> ExportParity:
+def compare(classifier: Classifier, exported: ExportedClassifier, images: Tensor) -> ExportParity:
+    """Compare an export with the model that it was made from.
+
+    Args:
+        classifier: The model.
+        exported: Its export.
+        images: uint8, shape [N, 3, H, W], at their resolution.
+
+    Raises:
+        ExportError: The export computes a number that is not finite.
+    """
     expected = classifier.embed(images)
     parts = [exported.run(exported.preprocessing.normalise(part.numpy())) for part in images.split(64)]
     embeddings = np.concatenate([part[0] for part in parts])

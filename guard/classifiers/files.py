@@ -8,6 +8,12 @@ from guard.errors import ModelError
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 CLASSES_FILE = "classes.json"
+OPEN_CLIP_FILES = (CONFIG_FILE, WEIGHTS_FILE, CLASSES_FILE, "tokenizer*.json", "special_tokens_map.json")
+HUGGING_FACE_FILES = (
+    "config.json", "model*.safetensors", "model.safetensors.index.json", "*processor_config.json", CLASSES_FILE,
+    "tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json",
+)  # fmt: skip
+"""Patterns of the names of files that are read from a folder of open_clip, and from one of a `CLIPModel`."""
 MAX_LAYERS, MAX_SIZE = 256, 2**20
 """Largest number of layers, and largest value of any other number, in the configuration of a tower."""
 MAX_CONTEXT, MAX_PATCHES = 4096, 128

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from guard._safetensors import open_tensors
 from guard.classifiers.classes import ClassList
-from guard.classifiers.files import CLASSES_FILE, CONFIG_FILE, WEIGHTS_FILE
+from guard.classifiers.files import CONFIG_FILE, HUGGING_FACE_FILES, OPEN_CLIP_FILES, WEIGHTS_FILE
 from guard.classifiers.open_clip import import_open_clip, load_open_clip, load_weights_file
 from guard.errors import ModelError
 
@@ -13,11 +13,6 @@ if TYPE_CHECKING:
     from guard.classifiers.classifier import Classifier
 
 HUB_PREFIX = "hf-hub:"
-_OPEN_CLIP_FILES = [CONFIG_FILE, WEIGHTS_FILE, CLASSES_FILE, "tokenizer*.json", "special_tokens_map.json"]
-_HUGGING_FACE_FILES = [
-    "config.json", "model*.safetensors", "model.safetensors.index.json", "*processor_config.json", CLASSES_FILE,
-    "tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json",
-]  # fmt: skip
 
 
 def load(model: str, *, classes: Path | str | ClassList | None = None, device: str | None = None) -> "Classifier":
@@ -62,8 +57,8 @@ def _download(tag: str) -> Path:
     repository, _, revision = tag.partition("@")
     try:
         # Many repositories contain both forms; the second is fetched only if the first is missing.
-        for patterns in (_OPEN_CLIP_FILES, _HUGGING_FACE_FILES):
-            directory = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+        for patterns in (OPEN_CLIP_FILES, HUGGING_FACE_FILES):
+            directory = Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
             if (directory / CONFIG_FILE).is_file():
                 break
     except Exception as error:  # the hub client raises dozens of types, all of which mean that the fetch failed

@@ -8,6 +8,7 @@ from guard import __version__
 from guard.cli import beginning  # noqa: F401 - before what takes time to load
 from guard.cli.attack import attack
 from guard.cli.calibrate import calibrate
+from guard.cli.certify import certify
 from guard.cli.demo import demo
 from guard.cli.doctor import doctor
 from guard.cli.evaluate import evaluate
@@ -15,6 +16,7 @@ from guard.cli.export import export
 from guard.cli.log import log
 from guard.cli.serve import serve
 from guard.cli.triggers import triggers
+from guard.cli.verify import verify
 from guard.cli.vet import vet
 from guard.errors import GuardError, UsageError
 
@@ -34,7 +36,7 @@ def cli() -> None:
     """
 
 
-for command in (vet, calibrate, export, serve, log, triggers, attack, evaluate, doctor, demo):
+for command in (vet, calibrate, export, certify, verify, serve, log, triggers, attack, evaluate, doctor, demo):
     cli.add_command(command)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from guard.cli import options
+from guard.cli import certified, options
 from guard.cli.console import Console
 from guard.errors import ModelError, StateError, UsageError
 
@@ -87,6 +87,7 @@ _ENOUGH_AGREEMENT = 0.9
     "Look at the requests that formed it first (guard log --trigger NAME). Without --images and --embeddings, only the "
     "threshold is set anew.",
 )
+@certified.asked
 @options.seed
 @options.device
 @options.as_json
@@ -103,6 +104,9 @@ def calibrate(
     adopted: str | None,
     seed: int,
     device: str | None,
+    certificate: Path | None,
+    trust: tuple[Path, ...],
+    policy: tuple[Path, ...],
     *,
     per_class: bool,
     as_json: bool,
@@ -137,7 +141,9 @@ def calibrate(
             folder = guard.ImageFolder.scan(images).sample(limit, seed=seed)
             named = model or stored.document.model.source
             try:
-                classifier = guard.load(named, classes=stored.document.model.classes, device=device)
+                shown = certificate or profile / "certificate.json"
+                classes = stored.document.model.classes
+                classifier = certified.load(named, classes, device, console, shown, trust, policy)
             except ModelError as error:
                 if model is not None:
                     raise
@@ -258,4 +264,4 @@ def _reference_model(
     if kind == "student":
         return teach_student(classifier, images, StudentSettings(seed=seed), progress=console.progress)
     settings = replace(OPINION_REFERENCE, seed=seed)
-    return derive_reference(classifier, images, settings, disturb=True, progress=console.progress)[0]
+    return derive_reference(classifier, images, settings, progress=console.progress)[0]

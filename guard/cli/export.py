@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from guard.cli import options
+from guard.cli import certified, options
 from guard.cli.console import Console
 from guard.errors import UsageError
 
@@ -29,6 +29,7 @@ from guard.errors import UsageError
 @click.option(
     "--limit", type=click.IntRange(min=256), default=1000, show_default=True, help="Maximum number of images to use."
 )
+@certified.asked
 @options.seed
 @options.device
 @options.as_json
@@ -41,6 +42,9 @@ def export(
     limit: int,
     seed: int,
     device: str | None,
+    certificate: Path | None,
+    trust: tuple[Path, ...],
+    policy: tuple[Path, ...],
     *,
     as_json: bool,
 ) -> None:
@@ -55,8 +59,11 @@ def export(
     import guard
 
     console = Console(as_json=as_json)
+    if (trust or policy) and certificate is None:
+        raise UsageError("--trust and --policy need the --certificate of the model")
+    asked = certificate or Path(), trust, policy
     if form == "hugging-face":
-        classifier = guard.load(model, classes=classes, device=device)
+        classifier = certified.load(model, classes, device, console, *asked)
         from guard.classifiers import save_hugging_face
 
         save_hugging_face(out, classifier)
@@ -65,7 +72,7 @@ def export(
     if images is None:
         raise UsageError("--format onnx needs --images for its parity check")
     folder = guard.ImageFolder.scan(images).sample(limit, seed=seed)
-    classifier = guard.load(model, classes=classes, device=device)
+    classifier = certified.load(model, classes, device, console, *asked)
     pixels = classifier.read(folder, console.progress)
     parity = guard.export(classifier, out, pixels)
     console.result(

@@ -2,9 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from guard.errors import UsageError
+
+if TYPE_CHECKING:
+    from guard.certificates import Policy
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -29,6 +34,48 @@ classes = click.option(
     "By default, it is the classes.json beside the weights. The word everyday stands for a list of common objects, for "
     "a CLIP model without classes of its own.",
 )
+
+
+def trust(command: Command) -> Command:
+    """The options `--trust` and `--policy`."""
+    for option in (
+        click.option(
+            "--policy",
+            type=PATH,
+            multiple=True,
+            help="TOML file of a trust policy (docs/certificates.md). Of several, each must accept the model.",
+        ),
+        click.option(
+            "--trust",
+            type=PATH,
+            multiple=True,
+            help="PEM file of a public key. A certificate that one of these keys signed is accepted if its verdict is "
+            '"no evidence".',
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def policies(
+    trust: tuple[Path, ...], policy: tuple[Path, ...], model_signing: Path | None = None
+) -> "tuple[Policy, ...]":
+    """The policies that these options ask for.
+
+    Raises:
+        UsageError: They ask for none.
+        CertificateError: A key or a policy cannot be used.
+    """
+    from guard.certificates import Policy
+
+    found = [Policy.read(path) for path in policy]
+    if trust:
+        found.append(Policy.trusting(trust, model_signing=model_signing))
+    elif model_signing is not None:
+        raise UsageError("--oms-key needs --trust; a policy names such a key itself")
+    if not found:
+        raise UsageError("say whom to trust: give --trust KEY.pub or --policy FILE")
+    return tuple(found)
 
 
 def images(purpose: str) -> Callable[[Command], Command]:

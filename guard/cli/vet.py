@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from guard.cli import options
+from guard.cli import certified, gates, options
 from guard.cli.console import Console
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ EXIT_CODES = {"no evidence": 0, "backdoored": 1, "inconclusive": 3}
 )
 @options.seed
 @options.device
+@certified.asked
+@gates.outputs
 @options.as_json
 @click.pass_context
 def vet(
@@ -68,6 +70,11 @@ def vet(
     cache: Path | None,
     seed: int,
     device: str | None,
+    certificate: Path | None,
+    trust: tuple[Path, ...],
+    policy: tuple[Path, ...],
+    sarif: Path | None,
+    junit: Path | None,
     *,
     as_json: bool,
 ) -> None:
@@ -87,7 +94,8 @@ def vet(
     more = guard.vetting.read_probes(probes) if probes else ()
     texts = profiles.read_vocabulary(vocabulary) if vocabulary else ()
     folder = guard.ImageFolder.scan(images).sample(limit, seed=seed)
-    classifier = guard.load(model, classes=classes, device=device)
+    shown = certificate or out / "certificate.json"
+    classifier = certified.load(model, classes, device, console, shown, trust, policy)
     reference = guard.load(base, classes=classes, device=device) if base else None
     pixels = classifier.read(folder, console.progress)
     searches = cache or out.with_name(f".{out.name}.searches")
@@ -107,6 +115,7 @@ def vet(
         shutil.rmtree(searches, ignore_errors=True)
     document = profile.document.vetting
     console.say(f"{document.passes} image passes in {document.seconds:.0f} s on {document.device}")
+    gates.write(sarif, junit, gates.of_verdict(vetting.verdict, model))
     console.result(profile.document, summary(profile, out))
     ctx.exit(EXIT_CODES[vetting.verdict.outcome])
 

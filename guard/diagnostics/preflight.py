@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import grpc
 from google.protobuf.message import DecodeError
 
+from guard.certificates import CERTIFICATE_FILE, files_of_model, files_of_profile, verify
 from guard.classifiers import ExportedClassifier
 from guard.diagnostics.findings import Finding, Status
 from guard.errors import DamagedLogError, GuardError, ProfileError, StateError
 from guard.evidence import EVIDENCE_FILE
 from guard.protocol import SERVICE
 from guard.protocol.inference_pb2 import ServerReadyRequest, ServerReadyResponse
+from guard.sidecar.decisions.certification import read_policies
 from guard.sidecar.decisions.checking import Checker
 from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.loading import (
@@ -94,7 +96,7 @@ class _Checks:
     """The checks of a sidecar: each says what it found, returns None if there is nothing to look at, or raises."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._recorder: Recorder | None = None
         self.sidecar_metrics = Metrics()
 
@@ -103,32 +105,32 @@ class _Checks:
         """What the models have in common, in each process; empty if the folder for state cannot be used."""
         if self._recorder is None:
             return ()
-        workers = Workers(self._settings.workers, self._settings.max_queued)
-        several = self._settings.processes > 1
+        workers = Workers(self.settings.workers, self.settings.max_queued)
+        several = self.settings.processes > 1
         return tuple(
-            Shared(self._settings, workers, self._recorder, process if several else None, read_only=True)
-            for process in range(self._settings.processes)
+            Shared(self.settings, workers, self._recorder, process if several else None, read_only=True)
+            for process in range(self.settings.processes)
         )
 
     @property
     def threads(self) -> int:
         """Threads that one forward pass uses."""
-        return self._settings.forward_threads
+        return self.settings.forward_threads
 
     @property
     def embedded(self) -> bool:
         """Whether guard serves the models itself."""
-        return self._settings.upstream is None
+        return self.settings.upstream is None
 
     def loop(self) -> str:
-        return "asyncio" if loop_factory(self._settings.event_loop) is None else "uvloop"
+        return "asyncio" if loop_factory(self.settings.event_loop) is None else "uvloop"
 
     def state(self) -> str | None:
-        folder = self._settings.state_dir
-        recorder = Recorder(self._settings.model_copy(update={"state_dir": None}), self.sidecar_metrics)
+        folder = self.settings.state_dir
+        recorder = Recorder(self.settings.model_copy(update={"state_dir": None}), self.sidecar_metrics)
         if folder is not None:
             try:
-                Recorder(self._settings, self.sidecar_metrics, read_only=True)
+                Recorder(self.settings, self.sidecar_metrics, read_only=True)
             except DamagedLogError as error:
                 self._recorder = recorder
                 raise _DoubtError(f"{error}; {_BEGUN_ANEW}") from error
@@ -139,14 +141,14 @@ class _Checks:
         return f"{folder} can be written, {log}"
 
     def lock(self) -> str | None:
-        folder = self._settings.state_dir
+        folder = self.settings.state_dir
         if folder is None:
             return None
         check_unused(folder)
         return f"no sidecar uses {folder}"
 
     def tls(self) -> str | None:
-        settings = self._settings
+        settings = self.settings
         if server_certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca) is None:
             return None
         who = "clients need a certificate" if settings.tls_client_ca else "clients need no certificate"
@@ -154,30 +156,30 @@ class _Checks:
 
     def memory(self) -> str:
         """The bound that follows from the settings; the models are in memory by now."""
-        most = most_memory(self._settings, resident_bytes())
+        most = most_memory(self.settings, resident_bytes())
         return (
             f"at most {most / 2**20:,.0f} MiB in each process, besides what the models, and the reference models for "
-            f"second opinions, take for forward passes of {self._settings.max_batch} images"
+            f"second opinions, take for forward passes of {self.settings.max_batch} images"
         )
 
     def listen(self) -> str:
-        check_free(self._settings.listen)
-        return f"{self._settings.listen} is free"
+        check_free(self.settings.listen)
+        return f"{self.settings.listen} is free"
 
     def metrics(self) -> str:
-        check_free(self._settings.metrics)
-        return f"{self._settings.metrics} is free"
+        check_free(self.settings.metrics)
+        return f"{self.settings.metrics} is free"
 
     def admin(self) -> str | None:
-        for address in self._settings.admin_addresses:
+        for address in self.settings.admin_addresses:
             check_free(address)
-        return None if self._settings.admin is None else f"{', '.join(self._settings.admin_addresses)} is free"
+        return None if self.settings.admin is None else f"{', '.join(self.settings.admin_addresses)} is free"
 
     def upstream(self) -> str | None:
-        address = self._settings.upstream
+        address = self.settings.upstream
         if address is None:
             return None
-        with open_channel(upstream_endpoint(self._settings)) as channel:
+        with open_channel(upstream_endpoint(self.settings)) as channel:
             ask = channel.unary_unary(f"/{SERVICE}/ServerReady")
             try:
                 reply = ask(ServerReadyRequest().SerializeToString(), timeout=UPSTREAM_SECONDS)
@@ -209,6 +211,7 @@ class _ModelChecks:
             ("model", self.model),
             ("digest", self.digest),
             ("reference", self.reference),
+            ("certificate", self.certificate),
             ("calibration", self.calibration),
             ("screening", self.screening),
         )
@@ -255,6 +258,22 @@ class _ModelChecks:
         rule = self._opinions.rule
         who = {"all": "all requests", "near": "requests near the threshold"}.get(rule, f"a share of {rule} of requests")
         return f"{who}; {about}"
+
+    def certificate(self) -> str | None:
+        """Whether the trust policies accept the certificate of the model."""
+        own, profile = self._sidecar.settings, self.settings.profile
+        if self._profile is None or profile is None:
+            return None
+        policies = read_policies(own)
+        if not policies:
+            return "not checked: the settings name neither trust nor policy"
+        files = files_of_profile(profile) | (files_of_model(self.settings.model)[1] if self.settings.model else {})
+        admission = verify(profile / CERTIFICATE_FILE, files, policies, str(self.settings.model or profile))
+        if own.require_certified and self.settings.on_failure is FailurePolicy.CLOSED:
+            admission.demand()
+        if not admission.admitted:
+            raise _DoubtError(str(admission))
+        return str(admission)
 
     def calibration(self) -> str | None:
         if self._profile is None:

@@ -28,6 +28,7 @@ from guard.vetting import BUDGETS, Conclusion, FamilyResult, ReconstructedTrigge
 from guard.vetting.batches import halves
 from guard.vetting.inspection import METHOD
 from guard.vetting.probes import METHOD as PROBE_METHOD
+from guard.vetting.reference import METHOD as REFERENCE_METHOD
 from guard.vetting.verdict import suspicion
 
 Need = Literal["base", "calibration", "requests"]
@@ -202,7 +203,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(
             "vetting-base",
-            f"{METHOD}, {PROBE_METHOD}, evaluation 9",
+            f"{METHOD}, {PROBE_METHOD}, {REFERENCE_METHOD}, evaluation 9",
             "models",
             frozenset({"base"}),
             uses_base=True,
@@ -211,7 +212,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "vetting-derived",
-            f"{METHOD}, {PROBE_METHOD}, evaluation 9",
+            f"{METHOD}, {PROBE_METHOD}, {REFERENCE_METHOD}, evaluation 9",
             "models",
             frozenset(),
             uses_base=False,
@@ -238,7 +239,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "screening",
-            f"{METHOD}, {PROBE_METHOD}, screening 3",
+            f"{METHOD}, {PROBE_METHOD}, screening 4",
             "requests",
             frozenset({"calibration", "requests"}),
             uses_base=True,

@@ -40,6 +40,8 @@ DOCUMENT_FILE = "profile.json"
 TRIGGERS_FILE = "triggers.safetensors"
 REFERENCE_FILE = "reference.safetensors"
 AXIS_FILE = "axis.safetensors"
+CONTENTS = (DOCUMENT_FILE, TRIGGERS_FILE, REFERENCE_FILE, AXIS_FILE)
+"""The files of a profile that are read, besides its reference model."""
 REFERENCE_MODEL = "reference-model"
 """Name of the folder of the exported reference model in the folder of a profile."""
 REPORT_FILE = "report.html"
@@ -47,8 +49,6 @@ REPORT_FILE = "report.html"
 _MAX_DOCUMENT_BYTES = 256 * 2**20
 _MAX_TENSOR_BYTES = 8 * 2**30
 _MAX_HEADER_BYTES = 16 * 2**20
-MAPPED_BYTES = 2**28
-"""Size above which a file of banks is mapped into memory instead of read."""
 _STAMPED, _OPINION = "stamped.", "opinion."
 _MODEL_FILES = (MANIFEST_FILE, MODEL_FILE)
 _MAX_MODEL_BYTES = 2**31
@@ -344,17 +344,14 @@ def _opinion_forms(reference: int, width: int) -> dict[str, tuple[int, ...]]:
 def _contents(path: Path, document: Document) -> NDArray[np.uint8]:
     """The bytes of a file, after a check that it is the one that the document names.
 
-    The file is read into memory, so that what was checked is what is used, whatever happens to the file later. Only
-    files larger than `MAPPED_BYTES` are mapped instead: whoever writes into a mapped file under a running sidecar
-    changes the data that it uses, and whoever truncates it crashes the sidecar. guard replaces files by a rename, which
-    does neither.
+    The file is read into memory, so that what was checked is what is used, whatever happens to the file later.
     """
     missing = f"cannot read {path}: there is no such file; the profile is incomplete"
     with open_regular(path, _MAX_TENSOR_BYTES, ProfileError, missing=missing) as (file, size):
-        if size > MAPPED_BYTES:
-            data: NDArray[np.uint8] = np.memmap(file, np.uint8, "r")
-        else:
-            data = np.frombuffer(file.read(size), np.uint8)
+        data = np.empty(size, np.uint8)
+        if file.readinto(data.data) != size:
+            raise ProfileError(f"cannot read {path}: it changed while it was read")
+    data.flags.writeable = False
     if hashlib.sha256(data.data).hexdigest() != document.files.get(path.name):
         raise ProfileError(f"{path} is damaged, or of another profile: its SHA-256 is not the one in {DOCUMENT_FILE}")
     return data

@@ -32,13 +32,16 @@ def metavar(text: str) -> JsonDict:
     return {"metavar": text}
 
 
-def _split(value: object) -> object:
+def split(value: Any) -> Any:  # noqa: ANN401 - whatever a source contains; pydantic judges the result
     """The parts of a text with commas, which is the form of a list in an option or an environment variable."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-Names = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=256)], ...], NoDecode, BeforeValidator(_split)]
+Names = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=256)], ...], NoDecode, BeforeValidator(split)]
 """A list of names: an array in the file, and one text with commas elsewhere."""
+
+Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(split)]
+"""A list of files, in the same forms."""
 
 
 class ModelSettings(BaseModel):

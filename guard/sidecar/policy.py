@@ -47,6 +47,7 @@ class Reason(StrEnum):
     EMBEDDING_MISSING = "embedding_missing"
     ERROR = "error"
     INPUT_UNREADABLE = "input_unreadable"
+    MODEL_NOT_CERTIFIED = "model_not_certified"
     MODEL_NOT_VETTED = "model_not_vetted"
     MODEL_UNKNOWN = "model_unknown"
     NOT_SAMPLED = "not_sampled"
@@ -68,6 +69,10 @@ _CLOSED: dict[Reason, tuple[grpc.StatusCode, str]] = {
     ),
     Reason.ERROR: (grpc.StatusCode.UNAVAILABLE, "the request could not be checked: internal error"),
     Reason.INPUT_UNREADABLE: (grpc.StatusCode.INVALID_ARGUMENT, "the input could not be checked"),
+    Reason.MODEL_NOT_CERTIFIED: (
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "this model has no certificate that is accepted",
+    ),
     Reason.MODEL_NOT_VETTED: (
         grpc.StatusCode.FAILED_PRECONDITION,
         "the vetting of this model did not end with the verdict `no evidence`",

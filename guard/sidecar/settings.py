@@ -7,6 +7,7 @@ file. After a change here, run scripts/generate_docs.py.
 
 import os
 import re
+from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -24,7 +25,7 @@ from guard._cpus import usable_cpus
 from guard._documents import first_error, read_toml
 from guard.errors import UsageError
 from guard.sidecar.addresses import is_loopback, socket_path, split_address
-from guard.sidecar.model_settings import OPINION_CHOICES, RENAMED, ModelSettings, Names, metavar
+from guard.sidecar.model_settings import OPINION_CHOICES, RENAMED, ModelSettings, Names, Paths, metavar, split
 from guard.sidecar.policy import Mode
 
 ENVIRONMENT_PREFIX: Final = "GUARD_"
@@ -34,6 +35,8 @@ OWN_VERSION: Final = "1"
 _config: ContextVar[dict[str, Any]] = ContextVar("_config")
 """The configuration file's contents, while `Settings.load` runs."""
 _MAX_CONFIG_BYTES = 16 * 2**20
+_GUARDED = ("policy", "trust", "require_certified", "failure_policy", "models")
+"""Settings by which certificates are judged, and that decide what happens without one."""
 
 
 class Settings(ModelSettings, BaseSettings):
@@ -138,6 +141,38 @@ class Settings(ModelSettings, BaseSettings):
         description="PEM file of the certificate authorities of clients. If it is given, a client without a "
         "certificate from one of these authorities is rejected.",
         examples=["/tls/ca.crt"],
+    )
+    policy: Paths = Field(
+        default=(),
+        description="TOML files of trust policies, each of which must accept the certificate of every model. Policies "
+        "that the options, the environment and the file name are all asked.",
+        examples=[["/etc/guard/policy.toml"]],
+        json_schema_extra=metavar("FILE,…"),
+    )
+    trust: Paths = Field(
+        default=(),
+        description="PEM files of public keys. A certificate is accepted if one of these keys signed it and "
+        'its verdict is "no evidence".',
+        examples=[["/etc/guard/vetting.pub"]],
+        json_schema_extra=metavar("FILE,…"),
+    )
+    require_certified: bool = Field(
+        default=False,
+        description="Whether requests can pass only to models whose certificates --trust and --policy accept. With the "
+        "failure policy closed, guard does not start with another model; with open, requests to it are served as "
+        "unchecked. If the configuration file requires it, neither options nor the environment can weaken that.",
+    )
+    certificate_interval: float = Field(
+        default=300.0,
+        gt=0,
+        description="Seconds after which the certificates are checked again: they expire, and policies change.",
+        json_schema_extra=metavar("SECONDS"),
+    )
+    certificate_warning_days: float = Field(
+        default=14.0,
+        ge=0,
+        description="Number of days before a certificate expires at which a warning is logged.",
+        json_schema_extra=metavar("DAYS"),
     )
     metrics: str = Field(
         default="127.0.0.1:8002",
@@ -414,6 +449,12 @@ class Settings(ModelSettings, BaseSettings):
             )
 
     @model_validator(mode="after")
+    def _somebody_is_trusted(self) -> Self:
+        if self.require_certified and not (self.policy or self.trust):
+            raise ValueError("--require-certified needs --trust or --policy, which say whose certificates are accepted")
+        return self
+
+    @model_validator(mode="after")
     def _a_message_fits(self) -> Self:
         if self.inflight_bytes < self.max_message_bytes:
             raise ValueError(
@@ -519,15 +560,56 @@ class Settings(ModelSettings, BaseSettings):
         for old, new in RENAMED.items():
             if (variable := f"{ENVIRONMENT_PREFIX}{old}".upper()) in variables:
                 raise UsageError(f"{variable} is now called {ENVIRONMENT_PREFIX}{new.upper()}")
+        given = {key: value for key, value in command_line.items() if value is not None}
         token = _config.set(table)
         try:
-            return cls(**{key: value for key, value in command_line.items() if value is not None})
+            _only_stricter(table, given)
+            return cls(**given)
         except ValidationError as error:
             raise UsageError(first_error(error)) from error
         except SettingsError as error:
             raise UsageError(f"GUARD_MODELS is not valid JSON: {error.__cause__}") from error
         finally:
             _config.reset(token)
+
+
+def _only_stricter(table: Mapping[str, Any], given: dict[str, Any]) -> None:
+    """Let options and environment make the rules for certificates stricter than the configuration file, never weaker.
+
+    Policies of all sources are asked. What would replace a rule of the file is refused, where the file requires
+    certified models: whoever may set variables of a container need not be who decides which models it serves.
+
+    Args:
+        table: The contents of the file.
+        given: The options; `policy` is completed.
+
+    Raises:
+        UsageError: An option or a variable contradicts the file.
+    """
+    variables = {name: os.environ.get(f"{ENVIRONMENT_PREFIX}{name.upper()}") for name in _GUARDED}
+    named = [split(each) for each in (given.get("policy"), variables["policy"], table.get("policy")) if each]
+    if named:
+        given["policy"] = tuple(dict.fromkeys(str(path) for paths in named for path in paths))
+    if table.get("require_certified") is not True:
+        return
+    # Otherwise another mode would bring another default.
+    stated = table.get("failure_policy", "open" if table.get("mode") == Mode.SHADOW else "closed")
+    for name in _GUARDED:
+        own = stated if name == "failure_policy" else table.get(name, ())
+        for value, source in ((given.get(name), "an option"), (variables[name], "the environment")):
+            if name == "policy" or value in (None, "") or _same(value, own):
+                continue
+            raise UsageError(f"the configuration file requires certified models, so {source} must not change {name}")
+    given.setdefault("failure_policy", stated)
+
+
+def _same(value: object, stated: object) -> bool:
+    """Whether a value of an option or a variable says what the file states."""
+    if isinstance(stated, bool):
+        return str(value).lower() in ({"true", "1", "yes", "on"} if stated else {"false", "0", "no", "off"})
+    if isinstance(stated, list | tuple):
+        return [str(part) for part in split(value)] == [str(part) for part in stated]
+    return str(value) == str(stated)
 
 
 def _merged(top: dict[str, Any], entry: ModelSettings) -> ModelSettings:

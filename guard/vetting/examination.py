@@ -18,6 +18,7 @@ from guard.vetting.probes import Probe, listed_probes
 from guard.vetting.probes import result as probe_result
 from guard.vetting.race import RACED_CLASSES, Race
 from guard.vetting.reconstruction import reconstruct_suspects
+from guard.vetting.reference import METHOD as REFERENCE_METHOD
 from guard.vetting.reference import derive_reference
 from guard.vetting.results import FamilyResult, ReferenceModel, Vetting
 from guard.vetting.searches import Searches
@@ -81,7 +82,8 @@ def vet(
     settings = effort.derived_reference if derive else None
     model, reference_model = _reference_model(classifier, base, searched, held_out, settings)
     # A derived reference is identified by how it is made: on a GPU its weights differ in the last bits between runs.
-    identities = {"base": reference_model.digest, "derived": asdict(effort.derived_reference), "classes": None}
+    made = [REFERENCE_METHOD, asdict(effort.derived_reference)]
+    identities = {"base": reference_model.digest, "derived": made, "classes": None}
     identity = identities[reference_model.kind]
     store = SearchCache(cache) if cache else None
     searches = Searches(classifier, model, identity, searched, held_out, store, progress)

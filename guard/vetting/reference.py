@@ -12,8 +12,10 @@ from guard.classifiers.classifier import Classifier
 from guard.vetting.budgets import DerivedReferenceSettings
 from guard.vetting.teaching import Progress, falling, one_cycle, teach
 
+METHOD = "derived reference 2"
+"""Name and version of the method; it changes when results are no longer comparable."""
 OPINION_REFERENCE = DerivedReferenceSettings(noise=1.0, steps=600)
-"""How the derived reference of a second opinion is made, with disturbed images. Vetting inverts triggers, for which the
+"""How the derived reference of a second opinion is made. Vetting inverts triggers, for which the
 reference model must keep the suspect's geometry; for a second opinion the backdoor must be gone, which takes more noise
 and more steps."""
 _STUDENT_SIDE = 96
@@ -44,7 +46,6 @@ def derive_reference(
     images: Tensor,
     settings: DerivedReferenceSettings,
     *,
-    disturb: bool = False,
     progress: Progress = lambda *_: None,
 ) -> tuple[Classifier, int]:
     """Return the suspect with noise in its image tower, trained again to give its own embeddings of clean images.
@@ -63,7 +64,6 @@ def derive_reference(
         classifier: The suspect; it is not changed.
         images: uint8, shape [N, 3, H, W]: clean images, unlabelled.
         settings: How the reference is made.
-        disturb: Whether it learns to answer changed images as if they were unchanged (`guard.vetting.disturbances`).
         progress: Called with (what, steps done, steps in all).
 
     Returns:
@@ -86,7 +86,6 @@ def derive_reference(
         learning_rate=settings.learning_rate,
         weight_decay=0.0,
         schedule=falling,
-        disturb=disturb,
         generator=generator,
         progress=progress,
     )
@@ -133,7 +132,6 @@ def teach_student(
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         schedule=one_cycle,
-        disturb=True,
         generator=generator,
         progress=progress,
     )

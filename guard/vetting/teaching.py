@@ -34,17 +34,16 @@ def teach(
     learning_rate: float,
     weight_decay: float,
     schedule: Schedule,
-    disturb: bool,
     generator: torch.Generator,
     progress: Progress = lambda *_: None,
 ) -> None:
     """Train the image tower of a classifier to give the embeddings that another one gives.
 
-    The loss is 1 − cosine. The teacher sees only the images as they are. With disturbances, the pupil sees each image
-    changed and learns the answer to the unchanged one. Two things follow: a few hundred images go a long way, and the
-    pupil unlearns to follow a trigger. The teacher's own answers to changed images would teach it to follow those
-    triggers that a change resembles: with such a pupil, screening saw 11 % of the requests that JPEG compression
-    triggers, and none of those that a colour filter triggers, instead of 95 % and more.
+    The loss is 1 − cosine. The teacher sees only the images as they are. The pupil sees each image changed
+    (`guard.vetting.disturbances`) and learns the answer to the unchanged one. Two things follow: a few hundred images
+    go a long way, and the pupil unlearns to follow a trigger. The teacher's own answers to changed images would teach
+    it to follow those triggers that a change resembles: with such a pupil, screening saw 11 % of the requests that JPEG
+    compression triggers, and none of those that a colour filter triggers, instead of 95 % and more.
 
     Args:
         pupil: Its image tower is trained, in the mode (training or evaluation) that it is in; its other parts are not.
@@ -55,7 +54,6 @@ def teach(
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
         schedule: The learning rate over the steps.
-        disturb: Whether the pupil sees changed images (`guard.vetting.disturbances`).
         generator: The only source of randomness; on the CPU.
         progress: Called with (what, steps done, steps in all).
     """
@@ -67,9 +65,7 @@ def teach(
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * schedule(step / steps)
         index = torch.randint(len(images), (batch,), generator=generator)
-        pixels = images[index].float() / 255
-        if disturb:
-            pixels = disturbed(pixels, generator)
+        pixels = disturbed(images[index].float() / 255, generator)
         with teacher.autocast():
             embeddings = pupil.encode_images(pixels.to(pupil.device))
         loss = (1 - (embeddings * wanted[index.to(pupil.device)]).sum(-1)).mean()

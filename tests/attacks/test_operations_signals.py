@@ -144,7 +144,7 @@ class Untouched:
 async def test_sigterm_right_after_sighup_is_not_lost(turns: int) -> None:
     """The waiting for both must not take the end of one for the end of the other."""
     asked = asyncio.Event()
-    watching = asyncio.ensure_future(_keep_fresh(Untouched(), None, asked))  # type: ignore[arg-type]
+    watching = asyncio.ensure_future(_keep_fresh(Untouched(), None, asked, 60.0))  # type: ignore[arg-type]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     asked.set()

@@ -23,7 +23,8 @@ FLOORS = (
     ("classifiers",),
     ("screening", "vetting"),
     ("baselines",),
-    ("certificates", "profiles"),
+    ("profiles",),
+    ("certificates",),
     ("report",),
     ("evidence",),
     # The sidecar stands beside the attacks, since what trains is never loaded where requests are served.

@@ -18,6 +18,7 @@ from guard.errors import RequestError
 from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.protocol.messages import parse_request
 from guard.screening import DIVERGENCE, OPINIONS, RESIDUAL, Detector, Judgement, ReferenceAnswers, Scores
+from guard.sidecar.decisions.certification import Certification
 from guard.sidecar.decisions.images import Claims, Images, Reader
 from guard.sidecar.decisions.loading import Loaded
 from guard.sidecar.decisions.opinions import Answered
@@ -157,7 +158,7 @@ class Checker:
         opinions: Asks the reference model; None without second opinions.
         metrics: As given.
         watch: What is done with the decisions besides answering.
-        vetted: Whether requests may pass: the verdict on the model is good enough for the operator.
+        certification: The decision about the model's certificate; None if the settings name no policy.
     """
 
     def __init__(
@@ -171,9 +172,30 @@ class Checker:
         self._settings, self._limits, self._workers = settings, shared.settings, shared.workers
         own = loaded.profile.document.model if loaded.model is None else loaded.model
         self._reader = Reader(own.preprocessing, settings, shared.settings)
-        self.vetted = settings.clears(loaded.profile.document.vetting.verdict.outcome)
+        self._vetted = settings.clears(loaded.profile.document.vetting.verdict.outcome)
         rule = "off" if loaded.opinions is None else loaded.opinions.rule
+        self.certify(loaded.certification)
         metrics.describe(loaded.profile, loaded.detector.alpha, self.watch.threshold, rule)
+
+    def certify(self, certification: Certification | None) -> None:
+        """Take another decision about the certificate, of the same model and profile."""
+        self.certification = certification
+        if certification is not None:
+            self.metrics.certified(certification.admission)
+
+    def recertify(self) -> None:
+        """Decide again about the certificate."""
+        if self.certification is not None:
+            self.certification.renew()
+            self.metrics.certified(self.certification.admission)
+
+    @property
+    def barred(self) -> Reason | None:
+        """Why no request may pass to this model, whatever it carries; None if requests may."""
+        certification = self.certification
+        if self._limits.require_certified and (certification is None or not certification.admission.admitted):
+            return Reason.MODEL_NOT_CERTIFIED
+        return None if self._vetted else Reason.MODEL_NOT_VETTED
 
     @property
     def _detector(self) -> Detector:
@@ -566,7 +588,7 @@ class Checker:
             return tuple(every.get(row, "") for row in range(count))
 
         flags = of_all(kept, 0)
-        reason, detail = None if self.vetted else Reason.MODEL_NOT_VETTED, ""
+        reason, detail = self.barred, ""
         if reason is None and failed is not None:
             reason, detail = failed.reason, failed.detail
         elif reason is None and unread.any():

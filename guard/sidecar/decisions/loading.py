@@ -1,13 +1,20 @@
 """Reading of what a model is screened with: its profile, the exported classifier and the reference model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from guard._documents import recording
+from guard.certificates.subjects import EXPORTED, REFERENCE_MODEL_PART, named, profile_files
 from guard.classifiers import ExportedClassifier
 from guard.errors import ProfileError
 from guard.profiles import Profile
 from guard.screening import Detector
+from guard.sidecar.decisions.certification import Certification
 from guard.sidecar.decisions.opinions import SecondOpinions
 from guard.sidecar.model_settings import ModelSettings
+from guard.sidecar.policy import FailurePolicy
+from guard.sidecar.settings import Settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,36 +32,56 @@ class Loaded:
     detector: Detector
     model: ExportedClassifier | None = None
     opinions: SecondOpinions | None = None
+    certification: Certification | None = None
 
 
 def load(
     settings: ModelSettings,
+    own: Settings,
     model: ExportedClassifier | None = None,
-    reference: ExportedClassifier | None = None,
-    *,
-    threads: int = 0,
+    old: Loaded | None = None,
 ) -> Loaded:
     """Read what a model is screened with, and make sure that it belongs together.
 
     Args:
         settings: Settings of the model.
+        own: Settings of the sidecar.
         model: The exported classifier, if it is loaded already.
-        reference: A reference model that is loaded already; it is used again if it is that of the profile.
-        threads: Threads that one forward pass uses, see `ExportedClassifier`.
+        old: What was loaded before; its reference model is used again if it is that of the profile.
 
     Raises:
         ProfileError: The profile is missing, damaged, not calibrated, of another model, or has no reference model where
             the settings need one.
         ModelError: An exported model is missing or damaged.
         UsageError: The calibration does not support the alpha of the settings.
+        RefusedError: The settings require a certificate, and the failure policy is closed, and no policy accepts it.
     """
-    profile = read_profile(settings)
-    if model is None and settings.model is not None:
-        model = ExportedClassifier(settings.model, threads=threads)
-    if model is not None:
-        match(profile, model, settings)
-    opinions = read_opinions(profile, settings, reference, threads=threads)
-    return Loaded(profile, make_detector(profile, settings, opinions), model, opinions)
+    threads, kept = own.forward_threads, model
+    reference = None if old is None or old.opinions is None else old.opinions.model
+    with recording() as opened:
+        profile = read_profile(settings)
+        if model is None and settings.model is not None:
+            model = ExportedClassifier(settings.model, threads=threads)
+        if model is not None:
+            match(profile, model, settings)
+        opinions = read_opinions(profile, settings, reference, threads=threads)
+    certification = None
+    if own.policy or own.trust:
+        again = {EXPORTED} if kept is not None else set()
+        if opinions is not None and opinions.model is reference:
+            again.add(REFERENCE_MODEL_PART)
+        known = {} if old is None or old.certification is None else old.certification.files
+        files = {name: digest for name, digest in known.items() if name.partition("/")[0] in again}
+        certification = Certification(own, settings, files | _files(opened, settings))
+        if own.require_certified and settings.on_failure is FailurePolicy.CLOSED:
+            certification.admission.demand()
+    return Loaded(profile, make_detector(profile, settings, opinions), model, opinions, certification)
+
+
+def _files(opened: Mapping[Path, str], settings: ModelSettings) -> dict[str, str]:
+    """The files that were opened, by name of subject."""
+    found = {} if settings.profile is None else profile_files(opened, settings.profile)
+    return found if settings.model is None else found | named(opened, settings.model, EXPORTED)
 
 
 def read_profile(settings: ModelSettings) -> Profile:

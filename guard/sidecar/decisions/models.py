@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 from guard._files import file_stamp
-from guard.classifiers import ExportedClassifier
 from guard.errors import GuardError
 from guard.profiles.storage import REFERENCE_MODEL
 from guard.sidecar.decisions.checking import Checker
@@ -17,6 +16,7 @@ from guard.sidecar.decisions.reservoir import Reservoir
 from guard.sidecar.decisions.routes import Request, Route
 from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.model_settings import ModelSettings
+from guard.sidecar.policy import Reason
 from guard.sidecar.settings import OWN_VERSION
 from guard.sidecar.telemetry.metrics import Metrics, ModelMetrics
 
@@ -34,7 +34,8 @@ class Served:
         version: The version of the model; "" if it has none.
         checker: The checker in use; it is replaced as a whole.
         stamps: Stamps of the folders of the profile and of the exported model when they were last examined.
-        loaded: Stamp of the folder of the exported model when the one in use was loaded.
+        loaded: What the checker was made from.
+        model_stamp: Stamp of the folder of the exported model when the one in use was loaded.
         since: When the profile in use was read.
         stale: Whether the files on disk could not be used, so that older ones stay in use.
     """
@@ -43,7 +44,8 @@ class Served:
     version: str
     checker: Checker
     stamps: tuple[FolderStamp, FolderStamp]
-    loaded: FolderStamp
+    loaded: Loaded
+    model_stamp: FolderStamp
     since: datetime = field(default_factory=lambda: datetime.now(UTC))
     stale: bool = False
 
@@ -147,6 +149,19 @@ class Models:
                 served.checker.metrics.reloaded(taken=False)
             served.stamps, served.stale = stamps, not taken
 
+    def recertify(self) -> None:
+        """Decide again about the certificates: they expire, and policies change."""
+        for served in self.served:
+            served.checker.recertify()
+
+    @property
+    def trouble(self) -> str | None:
+        """Why requests are refused whatever they carry; None if all models are served."""
+        for served in self.served:
+            if (barred := served.route.barred) is not None and barred.reason is Reason.MODEL_NOT_CERTIFIED:
+                return f"the model {served.settings.label} has no certificate that is accepted"
+        return None
+
     def save(self) -> None:
         """Save the states of the monitors and the samples of the traffic, if there is a folder for them."""
         for served in self.served:
@@ -155,29 +170,21 @@ class Models:
     def _load(self, settings: ModelSettings, version: str, metrics: ModelMetrics) -> Served:
         # The stamps are taken before reading, so that files that change meanwhile are read again.
         stamps = _stamps(settings)
-        loaded, size = self._read(settings), self._shared.settings.keep_embeddings
+        loaded, size = load(settings, self._shared.settings), self._shared.settings.keep_embeddings
         sample = Reservoir(size, loaded.detector.screen.dimension) if size else None
         checker = Checker(loaded, settings, metrics, self._shared, sample)
-        return Served(settings, version, checker, stamps, stamps[1])
-
-    def _read(
-        self,
-        settings: ModelSettings,
-        model: ExportedClassifier | None = None,
-        reference: ExportedClassifier | None = None,
-    ) -> Loaded:
-        """Read the files of a model; see `load`."""
-        own = self._shared.settings
-        return load(settings, model, reference, threads=own.forward_threads)
+        return Served(settings, version, checker, stamps, loaded, stamps[1])
 
     def _replace(self, served: Served, stamps: tuple[FolderStamp, FolderStamp]) -> None:
         """Read the files of a model and replace its checker."""
         old, settings = served.checker, served.settings
-        kept = old.model if stamps[1] == served.loaded else None
-        loaded = self._read(settings, kept, None if old.opinions is None else old.opinions.model)
+        kept = old.model if stamps[1] == served.model_stamp else None
+        loaded = load(settings, self._shared.settings, kept, served.loaded)
         profile = loaded.profile
         if loaded.model is old.model and profile.document == old.profile.document:
             # Only a certificate or a report beside the profile is new, or the old files are back: the monitor goes on.
+            old.certify(loaded.certification)
+            served.loaded = loaded
             old.metrics.reloaded(taken=True)
             return
         sample = old.watch.sample
@@ -187,7 +194,7 @@ class Models:
         # Save the state of the old monitor, before the new one looks for it.
         old.watch.save()
         served.checker = Checker(loaded, settings, old.metrics, self._shared, sample)
-        served.loaded, served.since = stamps[1], datetime.now(UTC)
+        served.loaded, served.model_stamp, served.since = loaded, stamps[1], datetime.now(UTC)
         old.metrics.reloaded(taken=True)
         verdict = profile.document.vetting.verdict.outcome
         log.info("changed files of %s were read and are in use; verdict: %s", settings.label, verdict)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.sidecar.decisions.checking import Checker
 from guard.sidecar.model_settings import ModelSettings
-from guard.sidecar.policy import Outcome, Reason, refusal
+from guard.sidecar.policy import Outcome, refusal
 from guard.sidecar.telemetry.metrics import ModelMetrics
 
 
@@ -29,11 +29,11 @@ class Route:
         return self.checker is not None and self.settings.embedding_output is None
 
     @property
-    def unvetted(self) -> Outcome | None:
-        """The outcome of every request if the verdict on the model is such that none is served; None otherwise."""
-        if self.checker is None or self.checker.vetted:
+    def barred(self) -> Outcome | None:
+        """The outcome of every request if the model is such that none is served; None otherwise."""
+        if self.checker is None or self.checker.barred is None:
             return None
-        outcome = Outcome.unchecked(Reason.MODEL_NOT_VETTED)
+        outcome = Outcome.unchecked(self.checker.barred)
         return outcome if refusal(outcome, self.settings.mode, self.settings.on_failure) else None
 
 

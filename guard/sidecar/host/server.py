@@ -177,8 +177,8 @@ async def _serve(settings: Settings, host: Host) -> None:
         watchers = [
             asyncio.ensure_future(watcher)
             for watcher in (
-                _keep_ready(service, limited, settings.upstream, health),
-                _keep_fresh(models, certificates, asked),
+                _keep_ready(service, limited, models, settings.upstream, health),
+                _keep_fresh(models, certificates, asked, settings.certificate_interval),
                 limited.watch(),
                 probed.watch(),
             )
@@ -335,11 +335,13 @@ async def _drain(
     return bool(done)
 
 
-async def _keep_ready(service: InferenceService, limited: Limited, upstream: str | None, health: Health) -> None:
+async def _keep_ready(
+    service: InferenceService, limited: Limited, models: Models, upstream: str | None, health: Health
+) -> None:
     """Keep the reported health up to date."""
     known = False
     while True:
-        reason = limited.trouble
+        reason = limited.trouble or models.trouble
         if not await service.ready():
             reason = f"the upstream server {upstream} is not ready"
         if reason != health.reason:
@@ -352,9 +354,9 @@ async def _keep_ready(service: InferenceService, limited: Limited, upstream: str
         await asyncio.sleep(WATCH_SECONDS)
 
 
-async def _keep_fresh(models: Models, certificates: Certificates | None, asked: asyncio.Event) -> None:
-    """Load files that change on disk, all of them when that is asked for, and save the state at intervals."""
-    last_save = perf_counter()
+async def _keep_fresh(models: Models, certificates: Certificates | None, asked: asyncio.Event, interval: float) -> None:
+    """Load files that change on disk, all of them when that is asked for; check certificates and save the state."""
+    last_save = last_check = perf_counter()
     while True:
         with suppress(TimeoutError):
             async with asyncio.timeout(WATCH_SECONDS):  # `wait_for` would sometimes lose a cancellation
@@ -366,6 +368,9 @@ async def _keep_fresh(models: Models, certificates: Certificates | None, asked: 
         if certificates is not None:
             await asyncio.to_thread(certificates.refresh, again=again)
         await models.refresh(again=again)
+        if again or perf_counter() - last_check >= interval:
+            await asyncio.to_thread(models.recertify)
+            last_check = perf_counter()
         if perf_counter() - last_save >= SAVE_SECONDS:
             await asyncio.to_thread(models.save)
             last_save = perf_counter()

@@ -74,8 +74,8 @@ class EmbeddedService(InferenceService):
                 "guard: a tensor lies in shared memory, which this server does not have",
                 reason=Reason.SHARED_MEMORY,
             )
-        if request.route.unvetted is not None:
-            enforce(request.route.unvetted, request.route)
+        if request.route.barred is not None:
+            enforce(request.route.barred, request.route)
         wanted = self._wanted(message)
         try:
             result = await checker.infer(message, request.trace_id)

@@ -94,8 +94,8 @@ class Screener:
             return Outcome.unchecked(Reason.MODEL_UNKNOWN)
         if uses_shared_memory(request.message):
             return Outcome.unchecked(Reason.SHARED_MEMORY)
-        if request.route.unvetted is not None:
-            return request.route.unvetted
+        if request.route.barred is not None:
+            return request.route.barred
         if request.route.embeds and self.settings.screening:
             try:
                 request.route.checker.find_images(request.message)

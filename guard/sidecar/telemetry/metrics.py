@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from guard import __version__
+from guard.certificates import Admission
 from guard.evidence import Drop
 from guard.profiles import Profile
 from guard.screening import DENSITY, DIVERGENCE, JOINT, MATCH, RESIDUAL, Alarm, matched
@@ -118,6 +119,12 @@ class Metrics:
         self.stale = self._gauge(
             "guard_profile_stale", "1 while the profile on disk cannot be used and an older one stays in use.", *_MODEL
         )
+        self.certified = self._gauge(
+            "guard_model_certified", "1 if the trust policies accept the certificate of the model, else 0.", *_MODEL
+        )
+        self.certificate_expiry = self._gauge(
+            "guard_certificate_expiry_timestamp_seconds", "When the certificate of the model expires.", *_MODEL
+        )
         # All series are created at the start, here and below, so that a count of none is exposed as 0.
         self._refused.labels("RESOURCE_EXHAUSTED")
         for drop in Drop:
@@ -217,6 +224,12 @@ class ModelMetrics:
         for gone in self._triggers.keys() - found:
             self._all.flagged.remove(*self._name, gone)
         self._triggers = {trigger: self._all.flagged.labels(*self._name, trigger) for trigger in found}
+
+    def certified(self, admission: Admission) -> None:
+        """Expose the decision about the model's certificate."""
+        self._all.certified.labels(*self._name).set(int(admission.admitted))
+        if admission.expires is not None:
+            self._all.certificate_expiry.labels(*self._name).set(admission.expires.timestamp())
 
     def reloaded(self, *, taken: bool) -> None:
         """Count a changed profile.

@@ -15,7 +15,7 @@ from safetensors.numpy import load, save
 from guard.classifiers import Classifier
 from guard.classifiers.digest import PARTS, ClassifierDigest, sha256
 from guard.errors import ProfileError, UsageError
-from guard.profiles import Profile, storage
+from guard.profiles import Profile
 from guard.profiles.document import SCHEMA
 from guard.screening import Axis
 
@@ -82,15 +82,6 @@ def test_a_profile_is_read_as_it_was_written(profile: Profile, profile_directory
     requests = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
     judged, again = profile.detector().score(requests), read.detector().score(requests)
     np.testing.assert_array_equal(again.p_values, judged.p_values)
-
-
-def test_a_large_bank_is_mapped_and_not_copied(profile_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "MAPPED_BYTES", 0)
-    reference = Profile.open(profile_directory).reference
-    assert reference is not None
-    for bank in (reference.banks.reference, *reference.banks.stamped.values()):
-        assert isinstance(bank, np.memmap)
-        assert not bank.flags.writeable
 
 
 def test_a_bank_outlives_its_file(profile_directory: Path) -> None:

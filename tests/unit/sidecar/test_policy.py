@@ -14,6 +14,7 @@ CODES = {
     Reason.EMBEDDING_MISSING: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.ERROR: grpc.StatusCode.UNAVAILABLE,
     Reason.INPUT_UNREADABLE: grpc.StatusCode.INVALID_ARGUMENT,
+    Reason.MODEL_NOT_CERTIFIED: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.MODEL_NOT_VETTED: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.MODEL_UNKNOWN: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.NOT_SAMPLED: None,

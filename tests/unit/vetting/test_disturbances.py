@@ -54,7 +54,7 @@ def test_a_pupil_learns_the_answers_to_undisturbed_images(classifier: Classifier
     pupil = teach_student(classifier, images[:50], StudentSettings(steps=1))
     teach(
         pupil, teacher, images[:50], steps=5, batch=16, learning_rate=1e-3, weight_decay=0.0, schedule=falling,
-        disturb=True, generator=seeded(),
+        generator=seeded(),
     )  # fmt: skip
     seen = torch.cat(asked)
     assert len(seen) == 50
