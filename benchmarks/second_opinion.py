@@ -5,7 +5,8 @@ python -m benchmarks.second_opinion ZOO --measured FILE [--models PATTERN] [--re
 
 For each backdoored model. Triggers are hidden: screening has density and the second opinion alone. With `--vetting`,
 the triggers that vetting reconstructs against the base are added in a second pass. Each model is a line of FILE, and is
-not measured again. Then benchmarks/results/second-opinion-NAME.md is written.
+not measured again. Then benchmarks/results/second-opinion-NAME.md is written; with `--vetting`,
+second-opinion-together-NAME.md.
 """
 
 import argparse
@@ -67,7 +68,8 @@ def main() -> None:
     vetted = f" --vetting {arguments.vetting}" if arguments.vetting else ""
     command = f"python -m benchmarks.second_opinion {zoo.name}{vetted}"
     command += f" --models '{arguments.models}'" if arguments.models != "*" else ""
-    name = f"second-opinion-{zoo.name}{f'-{zoo.seed}' if zoo.seed else ''}.md"
+    case = "together-" if arguments.vetting else ""
+    name = f"second-opinion-{case}{zoo.name}{f'-{zoo.seed}' if zoo.seed else ''}.md"
     title = f"Second opinions on the zoo {zoo.name} of seed {zoo.seed}"
     note = f"{arguments.note}\n\n" if arguments.note else ""
     (RESULTS / name).write_text(heading(title, command) + note + report(rows), encoding="utf-8")

@@ -63,6 +63,7 @@ def test_a_sidecar_that_could_serve_is_code_0_and_nothing_is_written(
         "model",
         "digest",
         "reference",
+        "certificate",
         "calibration",
         "screening",
         "memory",
