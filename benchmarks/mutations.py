@@ -12,7 +12,9 @@ refused with an error that guard raises on purpose, or be accepted and then hold
 - configurations: a model whose embeddings and head are finite;
 - requests: what is forwarded has one input, with the images that guard reads in it;
 - replies of a stream: what counts as no answer has no output in any dialect;
-- state: a start goes on with it or without it, and loses nothing new.
+- state: a start goes on with it or without it, and loses nothing new;
+- certificates, signatures of models and certified files: nothing is admitted but what was signed, byte for byte;
+- trust policies: none admits what somebody else signed.
 
 Anything else counts: another exception is a crash, what does not hold is a wrong accept. Each kind runs in a process of
 its own, so that the end of a process is a crash that is counted too.
@@ -23,6 +25,7 @@ import io
 import json
 import logging
 import random
+import shlex
 import shutil
 import sys
 import tempfile
@@ -32,6 +35,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -40,6 +44,8 @@ import numpy as np
 import onnx
 import open_clip
 import torch
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, derive_private_key
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.message import DecodeError
 from PIL import Image
 from safetensors.torch import load as load_tensors
@@ -47,6 +53,8 @@ from safetensors.torch import save as save_tensors
 
 from benchmarks._record import RESULTS, heading
 from guard._safetensors import open_tensors
+from guard.certificates import PREDICATE_TYPE, Envelope, Policy, PrivateKey, Statement, files_of_model, verify
+from guard.certificates.model_signing import check_bundle, write_bundle
 from guard.classifiers import ClassList, ExportedClassifier, Preprocessing, decode, encode, export, load, save
 from guard.classifiers.digest import sha256
 from guard.classifiers.headers import read_headers
@@ -165,10 +173,12 @@ def main() -> None:
     found = [f"- {name}: {text}" for name, item in outcomes.items() for text in item.crashes + item.wrong]
     text = heading(
         f"Mutated files, seed {given.seed}",
-        f"python -m benchmarks.mutations --count {given.count} --seed {given.seed}",
+        f"python -m benchmarks.mutations --count {given.count} --seed {given.seed}"
+        + ("" if len(given.kinds) == len(KINDS) else f" --kinds {shlex.join(given.kinds)}"),
     )
     lines = ["| kind | mutations | refused | accepted | wrong accepts | crashes | slowest (s) |", "| --- " * 7 + "|"]
-    (RESULTS / "mutations.md").write_text(text + "\n".join([*lines, *rows, "", *found]).rstrip() + "\n", "utf-8")
+    name = "mutations.md" if len(given.kinds) == len(KINDS) else f"mutations-{given.kinds[0].split()[0]}.md"
+    (RESULTS / name).write_text(text + "\n".join([*lines, *rows, "", *found]).rstrip() + "\n", "utf-8")
     sys.exit(bool(found))
 
 
@@ -595,6 +605,161 @@ def _state(kind: StateKind) -> Callable[[Artefacts, Path], Kind]:
     return make
 
 
+def _key(name: str) -> PrivateKey:
+    """A key that is the same in every process."""
+    if name.startswith("P-256"):
+        return PrivateKey(derive_private_key(int(sha256(name.encode()), 16) >> 1, SECP256R1()))
+    return PrivateKey(Ed25519PrivateKey.from_private_bytes(bytes.fromhex(sha256(name.encode()))))
+
+
+def _trusting(*keys: PrivateKey) -> Policy:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for key in keys:
+            paths.append(Path(folder) / key.public.id)
+            paths[-1].write_bytes(key.public.to_pem())
+        return Policy.trusting(paths)
+
+
+def _statement(artefacts: Artefacts) -> tuple[bytes, dict[str, str]]:
+    """A statement about the files of the model, and the digests of these."""
+    files = files_of_model(artefacts.model)[1] | files_of_model(artefacts.exported)[1]
+    digest = "ab" * 32
+    statement = Statement.model_validate_json(
+        json.dumps(
+            {
+                "_type": "https://in-toto.io/Statement/v1",
+                "subject": [{"name": name, "digest": {"sha256": files[name]}} for name in sorted(files)],
+                "predicateType": PREDICATE_TYPE,
+                "predicate": {
+                    "verdict": {
+                        "outcome": "no evidence", "target": None, "pValue": 0.5, "significance": 0.01, "reasons": [],
+                    },
+                    "vetter": {"id": "benchmark", "version": "1"},
+                    "model": {"source": "model", "digest": digest, "parts": {"weights": digest}},
+                    "scope": {
+                        "families": ["patch"], "budget": "quick", "classes": 6, "promptSet": digest,
+                        "imagesSearched": 100, "imagesHeldOut": 100,
+                        "referenceModel": "base", "referenceDigest": digest, "effort": {},
+                    },
+                    "methods": [],
+                    "evaluation": {"threshold": 0.01, "value": 0.5, "passed": True, "sampleSize": 200},
+                    "power": None, "triggers": [], "screening": None, "parity": None, "environment": {},
+                    "vettedAt": "2026-01-01T00:00:00Z", "certifiedAt": "2026-01-01T00:00:00Z",
+                    "expiresAt": "2036-01-01T00:00:00Z",
+                },
+            }
+        )
+    )  # fmt: skip
+    return statement.to_json(), files
+
+
+_TIME = datetime(2026, 6, 1, tzinfo=UTC)
+
+
+def _certificates(artefacts: Artefacts, _: Path) -> Kind:
+    payload, files = _statement(artefacts)
+    trusted = [_key("Ed25519"), _key("P-256")]
+    policy, keys = _trusting(*trusted), [key.public for key in trusted]
+    samples = [Envelope.sign(payload, [key]).to_json() for key in trusted]
+    samples.append(Envelope.sign(payload, trusted).to_json())
+    stranger = Envelope.sign(payload, [_key("stranger")]).to_json()
+
+    def check(data: bytes) -> None:
+        verify(data, files, [policy], "model", now=_TIME).demand()
+        envelope = Envelope.from_json(data, "certificate")
+        if envelope.payload != payload or not envelope.signers(keys):
+            raise WrongAcceptError("a certificate that nobody signed")
+
+    return Kind((*samples, stranger), check, _reshape_json)
+
+
+def _policies(artefacts: Artefacts, folder: Path) -> Kind:
+    payload, files = _statement(artefacts)
+    own, stranger = _key("Ed25519"), _key("stranger")
+    pem = own.public.to_pem().decode()
+    rules = (
+        'threshold = 1\nverdicts = ["no evidence"]\nminimum_budget = "quick"\nfamilies = ["patch"]\n',
+        'maximum_age_days = 365\nminimum_version = "0.1"\nreference_models = ["base"]\nonly_listed_sources = false\n',
+        "",
+    )
+    more = (
+        f'[[revoked]]\ndigest = "{"0" * 64}"\nreason = "x"\n',
+        '[[sources]]\nprefix = "/models"\nminimum_budget = "quick"\n',
+        "",
+    )
+    key = f'[[keys]]\nname = "own"\npem = """\n{pem}"""\n'
+    samples = [f"{first}{key}{last}".encode() for first in rules for last in more]
+    path = folder / "policy.toml"
+    good, bad = (Envelope.sign(payload, [each]).to_json() for each in (own, stranger))
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        policy = Policy.read(path)
+        for certificate, expected in ((good, None), (bad, False), (b"", False)):
+            admitted = verify(certificate, files, [policy], "/models/a", now=_TIME).admitted
+            if expected is not None and admitted is not expected:
+                raise WrongAcceptError("a policy that admits what nobody signed who is trusted")
+        changed_files = {**files, "model/classes.json": "0" * 64}
+        if verify(good, changed_files, [policy], "/models/a", now=_TIME).admitted:
+            raise WrongAcceptError("a policy that admits a changed file")
+
+    def reshape(data: bytes, source: random.Random) -> bytes:
+        """Take away, repeat or move a line."""
+        lines = data.split(b"\n")
+        at = source.randrange(len(lines))
+        line = lines.pop(at)
+        for _ in range(source.randrange(3)):
+            lines.insert(source.randrange(len(lines) + 1), line)
+        return b"\n".join(lines)
+
+    return Kind(samples, check, reshape)
+
+
+def _bundles(artefacts: Artefacts, folder: Path) -> Kind:
+    model = Path(shutil.copytree(artefacts.model, folder / "model"))
+    key, path = _key("P-256"), folder / "model.sig"
+    write_bundle(model, path, key)
+    sample = path.read_bytes()
+    known = json.loads(sample)["dsseEnvelope"]["payload"]
+    opened = [name.partition("/")[2] for name in files_of_model(model)[1]]
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        check_bundle(model, path, key.public, opened)
+        if json.loads(data)["dsseEnvelope"]["payload"].replace("-", "+").replace("_", "/") != known:
+            raise WrongAcceptError("a bundle that nobody signed")
+
+    return Kind((sample,), check, _reshape_json)
+
+
+def _certified_files(artefacts: Artefacts, folder: Path) -> Kind:
+    payload, files = _statement(artefacts)
+    key = _key("Ed25519")
+    certificate, policy = Envelope.sign(payload, [key]).to_json(), _trusting(key)
+    parts = {part: Path(shutil.copytree(place, folder / part)) for part, place in vars(artefacts).items()}
+    names = sorted(files)
+    # A sample begins with the number of its file.
+    samples = [bytes([k]) + (folder / name).read_bytes() for k, name in enumerate(names)]
+
+    def check(data: bytes) -> None:
+        name = names[data[0] % len(names)] if data else names[0]
+        path, whole = folder / name, samples[names.index(name)][1:]
+        path.write_bytes(data[1:])
+        try:
+            found = {digest: value for place in parts.values() for digest, value in files_of_model(place)[1].items()}
+            verify(certificate, found, [policy], "model", now=_TIME).demand()
+        finally:
+            path.write_bytes(whole)
+        if data[1:] != whole:
+            raise WrongAcceptError("a file that is not the one that was certified")
+
+    def reshape(data: bytes, source: random.Random) -> bytes:
+        return data[:1] + data[1:][::-1] if source.random() < 0.5 else data[:1]
+
+    return Kind(samples, check, reshape)
+
+
 KINDS: dict[str, Callable[[Artefacts, Path], Kind]] = {
     "images": _images,
     "onnx": _onnx,
@@ -603,6 +768,10 @@ KINDS: dict[str, Callable[[Artefacts, Path], Kind]] = {
     "configurations": _configurations,
     "requests": _requests,
     "replies of a stream": _replies,
+    "certificates": _certificates,
+    "trust policies": _policies,
+    "signatures of models": _bundles,
+    "certified files": _certified_files,
     **{kind.name: _state(kind) for kind in STATE_KINDS},
 }
 """What is mutated: a function that makes a kind from whole files, with a folder for its own use."""
