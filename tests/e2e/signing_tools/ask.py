@@ -11,11 +11,11 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 from google.protobuf.json_format import Parse
-from in_toto_attestation.v1.statement import Statement
-from in_toto_attestation.v1.statement_pb2 import Statement as Message
-from securesystemslib.dsse import Envelope
-from securesystemslib.exceptions import VerificationError
-from securesystemslib.signer import CryptoSigner, SSlibKey
+from in_toto_attestation.v1.statement import Statement  # type: ignore[import-not-found]
+from in_toto_attestation.v1.statement_pb2 import Statement as Message  # type: ignore[import-not-found]
+from securesystemslib.dsse import Envelope  # type: ignore[import-not-found]
+from securesystemslib.exceptions import VerificationError  # type: ignore[import-not-found]
+from securesystemslib.signer import CryptoSigner, SSlibKey  # type: ignore[import-not-found]
 
 TYPE = "application/vnd.in-toto+json"
 
