@@ -9,8 +9,10 @@ import numpy as np
 
 from guard import report
 from guard._files import replace_file
+from guard.certificates import Admission
 from guard.classifiers import Classifier, Preprocessing, export
 from guard.demo import traffic
+from guard.demo.certificates import TAMPERED, admissions
 from guard.demo.data import DemoData, from_digits, from_folder
 from guard.demo.models import Trained, attack_trigger, train_models
 from guard.demo.recipes import ALPHA, DIGITS, FOLDER, TARGET
@@ -46,6 +48,7 @@ class DemoResult:
         detected_by_opinion: Share of triggered requests that were flagged with the reconstructed triggers switched off,
             so that only the second opinion of the base model can tell.
         false_alarms_by_opinion: Share of clean requests that were flagged then.
+        admissions: What a trust policy says of the certified models, and of a copy that was tampered with.
         latency: p50 and p99 in ms at the client, with and without screening, interleaved in one run.
         metrics: Some lines of `/metrics`.
         seconds: Wall-clock time of each part.
@@ -65,6 +68,7 @@ class DemoResult:
     false_alarms: Rate
     detected_by_opinion: Rate
     false_alarms_by_opinion: Rate
+    admissions: dict[str, str]
     latency: dict[str, tuple[float, float]]
     metrics: list[str]
     seconds: dict[str, float]
@@ -132,13 +136,16 @@ def run(
     _write(hidden, data, out / "profiles" / "no-trigger")
     export(backdoored, out / "exported", data.calibration.pixels[:512])
     laps.lap("calibration and export")
+    admitted = admissions(out, seed=seed)
+    laps.lap("certificates")
     trigger = attack_trigger(recipe, seed=seed)
     clean, triggered, latency, metrics = _attack(out, data, trigger, preprocessing, say)
     opinions = _attack_unseen(out, data, trigger, preprocessing)
     laps.lap("requests")
     result = _result(
-        models, vettings, data, clean, triggered, opinions, latency, metrics, laps.parts, str(out / "report.html"), seed
-    )
+        models, vettings, data, clean, triggered, opinions, admitted, latency, metrics, laps.parts,
+        str(out / "report.html"), seed,
+    )  # fmt: skip
     drawn = report.examples(profile, data.vetting.pixels)
     sections = [report.Section("The demo", [(label, value) for label, value in _rows(result)], _note(images))]
     text = report.render(
@@ -252,6 +259,7 @@ def _result(
     clean: traffic.Replies,
     triggered: traffic.Replies,
     opinions: tuple[traffic.Replies, traffic.Replies],
+    admitted: dict[str, Admission],
     latency: dict[str, tuple[float, float]],
     metrics: list[str],
     seconds: dict[str, float],
@@ -283,6 +291,12 @@ def _result(
             f"only {by_opinion.value:.1%} of triggered requests were flagged by the second opinion alone "
             f"({MIN_BY_OPINION:.0%} are promised)"
         )
+    wanted = {"clean-twin": verdicts["clean-twin"].outcome == "no evidence", "backdoored": False, TAMPERED: False}
+    failures += [
+        f"the trust policy {'admits' if admitted[name].admitted else 'refuses'} the {name}"
+        for name, expected in wanted.items()
+        if admitted[name].admitted is not expected
+    ]
     return DemoResult(
         len(names),
         {name: model.accuracy for name, model in models.items()},
@@ -295,6 +309,7 @@ def _result(
         alarms,
         by_opinion,
         opinion_alarms,
+        {name: "admitted" if each.admitted else f"refused ({each.rule})" for name, each in admitted.items()},
         latency,
         metrics,
         seconds,
@@ -312,6 +327,7 @@ def _rows(result: DemoResult) -> list[tuple[str, str]]:
     for name, outcome in result.verdicts.items():
         target = result.targets[name]
         rows.append((f"verdict on {name}", f"{outcome}{f', target {target!r}' if target else ''}"))
+    rows += [(f"certificate: {name}", decision) for name, decision in result.admissions.items()]
     rows.append(("attacker's target", repr(result.true_target)))
     rows.append(("triggered requests flagged", str(result.detected).strip()))
     rows.append((f"clean requests flagged (α = {result.alpha:g})", str(result.false_alarms).strip()))
