@@ -2,7 +2,7 @@
 
 python -m benchmarks.certification [--demo FOLDER] [--bytes 1000000000] [--rounds 5]
 
-FOLDER is one that `guard demo --out` wrote. Hashing and the plain loop take turns, and the ratio of their medians counts.
+FOLDER is one that `guard demo --out` wrote. Hashing and the plain loop take turns; the ratio of their medians counts.
 """
 
 import argparse

@@ -293,6 +293,13 @@ class Policy:
         return _policy(form, keys, str(path), signing)
 
     @property
+    def revoked(self) -> Mapping[str, str]:
+        """Digests that are revoked, with the reasons."""
+        return {
+            digest: why for rule in self.rules if isinstance(rule, NotRevoked) for digest, why in rule.revoked.items()
+        }
+
+    @property
     def model_signing_keys(self) -> tuple[PublicKey, ...]:
         """The keys that must have signed the model in the form of OpenSSF model signing."""
         return tuple(rule.key for rule in self.rules if isinstance(rule, ModelSigned))
