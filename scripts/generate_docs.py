@@ -1,4 +1,7 @@
-"""Write what the code itself documents: docs/cli.md from the program's help, deploy/guard.toml from the settings.
+"""Write what the code itself documents.
+
+docs/cli.md is made from the program's help, deploy/guard.toml from the settings, docs/metrics.md from the registry, and
+rules and dashboard from scripts/generate_monitoring.py.
 
 python scripts/generate_docs.py
 """
@@ -7,6 +10,7 @@ import json
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from click.testing import CliRunner
 from pydantic.fields import FieldInfo
@@ -14,6 +18,8 @@ from pydantic.fields import FieldInfo
 from guard.cli import cli
 from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.settings import Settings
+from guard.sidecar.telemetry.metrics import Metrics
+from scripts.generate_monitoring import dashboard, rules
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 100
@@ -25,6 +31,21 @@ COMMANDS = """\
 # The commands
 
 Every command takes `--help`; this page is the help of all of them. It is written by `scripts/generate_docs.py`.
+"""
+
+METRICS = """\
+# Metrics
+
+What a sidecar exposes at `/metrics`; this page is made from the registry, by `scripts/generate_docs.py`. Counters end
+in `_total`, and gauges that only carry labels in `_info`. `model` and `version` are names of the configuration;
+`version` is empty where it names none, and PromQL takes an empty label for a missing one: group by `version`, and never
+match `version=""`. With several `--processes` each series has a label `process`.
+
+[serving.md](serving.md#what-the-people-on-call-look-at) says what to look at,
+[the alerts](../deploy/prometheus/guard.rules.yml) and [their runbooks](runbooks) what to do.
+
+| metric | type | labels | |
+| --- | --- | --- | --- |
 """
 
 HEADER = """\
@@ -63,6 +84,27 @@ def commands() -> str:
     return "\n".join(parts)
 
 
+def families() -> list[tuple[str, str, tuple[str, ...], str]]:
+    """Name as it is exposed, type, labels and description of every metric of a sidecar."""
+    endings = {"counter": "_total", "info": "_info"}
+    collectors: dict[int, Any] = {id(each): each for each in Metrics().registry._names_to_collectors.values()}  # noqa: SLF001
+    found = []
+    for each in collectors.values():
+        (family, *_) = each.describe()
+        labels = tuple(getattr(each, "_labelnames", ()))
+        found.append((family.name + endings.get(family.type, ""), family.type, labels, family.documentation))
+    return sorted(found)
+
+
+def metrics() -> str:
+    """docs/metrics.md."""
+    rows = [
+        f"| `{name}` | {kind} | {', '.join(f'`{label}`' for label in labels)} | {text} |"
+        for name, kind, labels, text in families()
+    ]
+    return METRICS + "\n".join(rows) + "\n"
+
+
 def configuration() -> str:
     """deploy/guard.toml: each setting with its description, and its default or an example."""
     parts = [HEADER, *(_setting(name, field) for name, field in Settings.model_fields.items() if name != "models")]
@@ -95,8 +137,15 @@ def _listed(names: list[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-DOCUMENTS = {ROOT / "docs" / "cli.md": commands, ROOT / "deploy" / "guard.toml": configuration}
+DOCUMENTS = {
+    ROOT / "docs" / "cli.md": commands,
+    ROOT / "docs" / "metrics.md": metrics,
+    ROOT / "deploy" / "guard.toml": configuration,
+    ROOT / "deploy" / "prometheus" / "guard.rules.yml": rules,
+    ROOT / "deploy" / "grafana" / "guard.json": dashboard,
+}
 
 if __name__ == "__main__":
     for path, text in DOCUMENTS.items():
+        path.parent.mkdir(exist_ok=True)
         path.write_text(text(), encoding="utf-8")

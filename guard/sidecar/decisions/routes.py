@@ -47,9 +47,11 @@ class Request:
         route: How it is screened. The route is found by the name and version in the request, and corrected by the
             version in the reply if the request names none. It stays the same if the profile is replaced meanwhile.
         trace_id: The id of the trace that the request belongs to, or "".
+        upstream_seconds: Seconds that the upstream server took for it; None if it was not asked.
     """
 
     message: ModelInferRequest
     data: bytes
     route: Route
     trace_id: str = ""
+    upstream_seconds: float | None = None

@@ -136,6 +136,7 @@ def _work(worker: Worker, *, settings: Settings) -> None:
 
 async def _serve(settings: Settings, host: Host) -> None:
     metrics = Metrics()
+    metrics.most_active.set(settings.max_concurrent)
     async with AsyncExitStack() as stack:
         role: Role = "alone" if host.index is None else "worker"
         stack.enter_context(hold(settings.state_dir, role, metrics.state_damaged))
@@ -177,7 +178,7 @@ async def _serve(settings: Settings, host: Host) -> None:
         watchers = [
             asyncio.ensure_future(watcher)
             for watcher in (
-                _keep_ready(service, limited, models, settings.upstream, health),
+                _keep_ready(service, limited, models, metrics, settings.upstream, health),
                 _keep_fresh(models, certificates, asked, settings.certificate_interval),
                 limited.watch(),
                 probed.watch(),
@@ -336,13 +337,20 @@ async def _drain(
 
 
 async def _keep_ready(
-    service: InferenceService, limited: Limited, models: Models, upstream: str | None, health: Health
+    service: InferenceService,
+    limited: Limited,
+    models: Models,
+    metrics: Metrics,
+    upstream: str | None,
+    health: Health,
 ) -> None:
     """Keep the reported health up to date."""
     known = False
     while True:
-        reason = limited.trouble or models.trouble
-        if not await service.ready():
+        reason, answers = limited.trouble or models.trouble, await service.ready()
+        if upstream is not None:
+            metrics.upstream_up.labels(upstream).set(int(answers))
+        if not answers:
             reason = f"the upstream server {upstream} is not ready"
         if reason != health.reason:
             await health.tell(reason)

@@ -84,6 +84,8 @@ class InferenceService(ABC):
             self._screener.metrics.active.dec()
             if outcome is not None:
                 self._screener.observe(outcome, self._route(request), images, started)
+            if request is not None and request.upstream_seconds is not None:
+                request.route.metrics.upstream(request.upstream_seconds, perf_counter() - started)
         return reply
 
     def _route(self, request: Request | None) -> Route:

@@ -147,7 +147,7 @@ class UpstreamService(InferenceService):
         if request.route.settings.background and screener.models.is_current(request):
             # Nothing depends on the outcome, so the reply does not wait for it.
             screener.start_check(request, check.outcome())
-            reply, trailing = await self._proxy.unary(_INFER, data, context)
+            reply, trailing = await self._timed(data, request, context)
             return _without_own_names(reply), None, trailing
         assumed, running = request.route, asyncio.ensure_future(check.outcome())
         try:
@@ -189,6 +189,14 @@ class UpstreamService(InferenceService):
             if checking is None:
                 preparing.cancel()
 
+    async def _timed(self, data: bytes, request: Request, context: Context) -> tuple[bytes, Metadata]:
+        """Forward a request, and measure how long the server takes, also for an error."""
+        started = perf_counter()
+        try:
+            return await self._proxy.unary(_INFER, data, context)
+        finally:
+            request.upstream_seconds = perf_counter() - started
+
     async def _ask(
         self, data: bytes, request: Request, context: Context
     ) -> tuple[bytes, ModelInferResponse | None, Metadata]:
@@ -197,7 +205,7 @@ class UpstreamService(InferenceService):
         Returns:
             The reply as bytes; the parsed reply, or None if it cannot be read whole; the trailing metadata.
         """
-        reply, trailing = await self._proxy.unary(_INFER, data, context)
+        reply, trailing = await self._timed(data, request, context)
         response = _parsed(reply)
         if response is not None:
             reply = response.SerializeToString() if remove_own_names(response) else reply

@@ -1,7 +1,10 @@
 """All metrics of a sidecar. Labels are bounded: names of models come from the configuration, never from a request."""
 
+import json
+import platform
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from time import perf_counter
 
 import numpy as np
@@ -43,14 +46,20 @@ class Metrics:
     Attributes:
         registry: The registry to expose.
         active: Number of requests in progress.
+        most_active: The most requests that are handled at a time.
+        upstream_up: 1 if the upstream server says that it is ready.
         ready: 1 if inference requests can be served.
         evidence_trouble: 1 while the evidence log cannot be written.
     """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        Info("guard_build", "Version of guard.", registry=self.registry).info({"version": __version__})
+        Info("guard_build", "Versions of guard and of what it runs on.", registry=self.registry).info(_build())
         self.active = self._gauge("guard_active_requests", "Requests in progress.")
+        self.most_active = self._gauge("guard_active_requests_limit", "Requests in progress from which on others wait.")
+        self.upstream_up = self._gauge(
+            "guard_upstream_up", "1 if the upstream server says that it is ready; absent without one.", "address"
+        )
         self.ready = self._gauge("guard_ready", "1 if inference requests can be served.")
         self.evidence_trouble = self._gauge("guard_evidence_trouble", "1 while the evidence log cannot be written.")
         self._refused = self._counter("guard_refused", "Refused requests, by gRPC status code.", "code")
@@ -71,6 +80,10 @@ class Metrics:
         self.flagged = self._counter(
             "guard_flagged_trigger", "Flagged images, by the trigger that they match.", *_MODEL, "trigger"
         )
+        self.triggers = self._gauge(
+            "guard_trigger_info", "1 for each reconstructed trigger, with the class that it leads to.",
+            *_MODEL, "trigger", "family", "target",
+        )  # fmt: skip
         self.deciding = self._counter(
             "guard_flagged_score", "Flagged images, by the kind of the score that decided.", *_MODEL, "score"
         )
@@ -93,6 +106,15 @@ class Metrics:
         )
         self.request_seconds = self._histogram(
             "guard_request_duration_seconds", "Seconds from request to reply.", _SECONDS, *_MODEL
+        )
+        self.upstream_seconds = self._histogram(
+            "guard_upstream_duration_seconds", "Seconds that the upstream server took for a request.", _SECONDS, *_MODEL
+        )
+        self.overhead_seconds = self._histogram(
+            "guard_overhead_seconds",
+            "Seconds from request to reply besides those of the upstream server; not of streams.",
+            _SECONDS,
+            *_MODEL,
         )
         self.stage_seconds = self._histogram(
             "guard_check_duration_seconds", "Seconds in each stage of a check.", _SECONDS, *_MODEL, "stage"
@@ -185,7 +207,10 @@ class ModelMetrics:
         self._unchecked = {reason: all_.unchecked.labels(*self._name, reason) for reason in Reason}
         self._stages = {stage: all_.stage_seconds.labels(*self._name, stage) for stage in STAGES}
         self._seconds = all_.request_seconds.labels(*self._name)
+        self._upstream = all_.upstream_seconds.labels(*self._name)
+        self._overhead = all_.overhead_seconds.labels(*self._name)
         self._triggers: dict[str, Counter] = {}
+        self._described: list[tuple[str, ...]] = []
         self._active_alarms: set[tuple[str, str]] = set()
         if name == UNKNOWN:
             return
@@ -221,6 +246,14 @@ class ModelMetrics:
         if document.calibration is not None:
             self._all.reference.labels(*self._name).set(document.calibration.reference)
         found = {trigger.id for trigger in document.triggers}
+        for labels in self._described:
+            self._all.triggers.remove(*labels)
+        self._described = [
+            (*self._name, trigger.id, trigger.family, profile.class_name(trigger.target))
+            for trigger in document.triggers
+        ]
+        for labels in self._described:
+            self._all.triggers.labels(*labels).set(1)
         for gone in self._triggers.keys() - found:
             self._all.flagged.remove(*self._name, gone)
         self._triggers = {trigger: self._all.flagged.labels(*self._name, trigger) for trigger in found}
@@ -276,6 +309,16 @@ class ModelMetrics:
             if counter := self._triggers.get(outcome.triggers[row]):
                 counter.inc()
 
+    def upstream(self, seconds: float, whole: float) -> None:
+        """Measure a request that was forwarded.
+
+        Args:
+            seconds: Seconds that the upstream server took.
+            whole: Seconds from request to reply.
+        """
+        self._upstream.observe(seconds)
+        self._overhead.observe(max(0.0, whole - seconds))
+
     def second_opinions(self, result: str, images: int) -> None:
         """Count images by what came of a second opinion on them, one of `OPINION_RESULTS`."""
         if images:
@@ -314,6 +357,19 @@ class ModelMetrics:
         self._active_alarms = now_active
         for alarm in raised:
             self._alarms[alarm.kind].inc()
+
+
+def _build() -> dict[str, str]:
+    """Versions, and the commit that guard was installed from, where pip recorded one (PEP 610)."""
+    found = {"version": __version__, "python": platform.python_version(), "revision": ""}
+    with suppress(metadata.PackageNotFoundError, ValueError, AttributeError):
+        origin = json.loads(metadata.distribution("clip-guard").read_text("direct_url.json") or "{}")
+        found["revision"] = str(origin.get("vcs_info", {}).get("commit_id", ""))
+    for package in ("onnxruntime-gpu", "onnxruntime"):
+        with suppress(metadata.PackageNotFoundError):
+            found["onnxruntime"] = metadata.version(package)
+            break
+    return found
 
 
 def _kind(name: str) -> str:
