@@ -65,8 +65,7 @@ def main() -> None:
     priors, maxima = fit(known)
     entries = {**table["priors"], **{"/".join(map(str, key)): asdict(value) for key, value in priors.items()}}
     largest = {**table.get("largest", {}), **{"/".join(key): asdict(value) for key, value in maxima.items()}}
-    sources = table["source"] if isinstance(table["source"], dict) else {"families": table["source"]}
-    sources.update(_sources(known))
+    sources = {**table["source"], **_sources(known)}
     document = {"source": sources, "priors": dict(sorted(entries.items())), "largest": dict(sorted(largest.items()))}
     replace_file(TABLE, (json.dumps(document, indent=1) + "\n").encode())
 
@@ -131,14 +130,16 @@ def fit(rows: list[dict[str, Any]]) -> tuple[dict[tuple[str, str, int], Prior], 
 
 
 def _sources(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """What was measured, by part of the table."""
+    """What was measured, by kind of reference model and part of the table."""
     found = {}
-    for part, key in (("probes", PROBES), ("families", f"patch/{STEPS[0]}")):
-        measured = [row for row in rows if row["label"] == "clean" and key in row]
-        if measured:
+    for kind in sorted({row["kind"] for row in rows}):
+        for part, key in (("probes", PROBES), ("families", f"patch/{STEPS[0]}")):
+            measured = [row for row in rows if row["label"] == "clean" and row["kind"] == kind and key in row]
+            if not measured:
+                continue
             zoos = ", ".join(sorted({row["zoo"] for row in measured}))
             count = len({(row["zoo"], row["name"]) for row in measured})
-            found[part] = f"python -m benchmarks.nulls, {count} clean models of the zoos {zoos}"
+            found[f"{kind}/{part}"] = f"python -m benchmarks.nulls, {count} clean models of the zoos {zoos}"
     return found
 
 
