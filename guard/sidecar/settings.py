@@ -35,6 +35,7 @@ OWN_VERSION: Final = "1"
 _config: ContextVar[dict[str, Any]] = ContextVar("_config")
 """The configuration file's contents, while `Settings.load` runs."""
 _MAX_CONFIG_BYTES = 16 * 2**20
+_STRICTEST = ("failure_policy", "closed")
 _GUARDED = ("policy", "trust", "require_certified", "failure_policy", "models")
 """Settings by which certificates are judged, and that decide what happens without one."""
 
@@ -597,7 +598,7 @@ def _only_stricter(table: Mapping[str, Any], given: dict[str, Any]) -> None:
     for name in _GUARDED:
         own = stated if name == "failure_policy" else table.get(name, ())
         for value, source in ((given.get(name), "an option"), (variables[name], "the environment")):
-            if name == "policy" or value in (None, "") or _same(value, own):
+            if name == "policy" or value in (None, "") or _same(value, own) or (name, value) == _STRICTEST:
                 continue
             raise UsageError(f"the configuration file requires certified models, so {source} must not change {name}")
     given.setdefault("failure_policy", stated)
