@@ -13,7 +13,7 @@ from guard.cli.console import Console
 from guard.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from guard.evidence import EvidenceLog, Record, RecordFilter
 
@@ -86,6 +86,15 @@ _HEAD = (
     type=options.PATH,
     help="Profile of the model, from which --show takes a picture of the trigger.",
 )
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["guard", "ocsf"]),
+    default="guard",
+    show_default=True,
+    help="Form of the records that --export FILE.jsonl and --follow --json write: guard has the fields of the log; "
+    "ocsf is a Detection Finding of the Open Cybersecurity Schema Framework, for SIEM systems.",
+)
 @options.as_json
 def log(
     path: Path,
@@ -95,6 +104,7 @@ def log(
     show: int | None,
     out: Path | None,
     profile: Path | None,
+    form: str,
     *,
     follow: bool,
     as_json: bool,
@@ -105,7 +115,7 @@ def log(
     PATH is the file of the log, or the folder that guard serve has as --state-dir. The sidecar may be running. Times
     are in UTC.
     """
-    from guard.evidence import EVIDENCE_FILE, EvidenceLog, RecordFilter, export
+    from guard.evidence import EVIDENCE_FILE, EvidenceLog, Record, RecordFilter, detection_finding, export
 
     filtered = any(value is not None for value in conditions.values())
     if show is not None and (exported is not None or limit is not None or offset or follow or filtered):
@@ -114,17 +124,21 @@ def log(
         raise UsageError("--follow cannot be combined with --export, --offset or --until")
     if show is None and (out is not None or profile is not None):
         raise UsageError("--out and --profile need --show")
+    jsonl = exported is not None and exported.suffix.lower() == ".jsonl"
+    if form == "ocsf" and not jsonl and not (follow and as_json):
+        raise UsageError("--format ocsf needs --export FILE.jsonl, or --follow with --json")
+    document = detection_finding if form == "ocsf" else Record.document
     console, wanted = Console(as_json=as_json), RecordFilter(**conditions)
     opened = EvidenceLog(path / EVIDENCE_FILE if path.is_dir() else path)
     if show is not None:
         _show(opened.get(show), out or Path(f"record-{show}.html"), profile, console)
     elif exported is not None:
-        count = export(opened.records(wanted, limit=limit, offset=offset), exported)
+        count = export(opened.records(wanted, limit=limit, offset=offset), exported, document=document)
         console.result({"exported": count, "file": str(exported)}, f"{count} records: {exported}")
     elif follow:
         # Ctrl-C is the way to end it.
         with suppress(KeyboardInterrupt):
-            _follow(opened, wanted, limit or LISTED, as_json=as_json)
+            _follow(opened, wanted, limit or LISTED, document if as_json else None)
     else:
         _list(opened, wanted, limit or LISTED, offset, console)
 
@@ -148,16 +162,17 @@ def _list(opened: "EvidenceLog", wanted: "RecordFilter", limit: int, offset: int
     console.result({"count": count, "records": [record.document() for record in records]}, text)
 
 
-def _follow(opened: "EvidenceLog", wanted: "RecordFilter", limit: int, *, as_json: bool) -> None:
-    """Print the newest records, and each further record when it is written."""
+def _follow(
+    opened: "EvidenceLog", wanted: "RecordFilter", limit: int, document: "Callable[[Record], dict[str, Any]] | None"
+) -> None:
+    """Print the newest records, and each further record when it is written: as JSON if there is a form for it."""
     records, last = list(opened.records(wanted, limit=limit))[::-1], 0
     widths = _widths(records)
-    if not as_json:
+    if document is None:
         click.echo(_line(_HEAD, widths))
     while True:
         for record in records:
-            text = json.dumps(record.document(), ensure_ascii=False) if as_json else _line(_cells(record), widths)
-            click.echo(text)
+            click.echo(json.dumps(document(record), ensure_ascii=False) if document else _line(_cells(record), widths))
             last = record.id
         if not records:
             time.sleep(_POLL_SECONDS)

@@ -7,6 +7,7 @@ and pyarrow, and loads SQLAlchemy only when a log is opened: a sidecar that keep
 from typing import TYPE_CHECKING
 
 from guard._lazy import lazy
+from guard.evidence.ocsf import detection_finding
 from guard.evidence.records import EVIDENCE_FILE, Drop, Record, RecordFilter, thumbnail
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __all__ = [
     "EvidenceWriter",
     "Record",
     "RecordFilter",
+    "detection_finding",
     "export",
     "record_page",
     "thumbnail",

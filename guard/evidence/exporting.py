@@ -5,10 +5,11 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
+from functools import partial
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from guard._files import replacing
 from guard.errors import MissingDependencyError, UsageError
@@ -22,7 +23,9 @@ Which that is depends on its settings: with `;`, a text `a;=1` becomes two cells
 """
 
 
-def export(records: Iterable[Record], path: Path) -> int:
+def export(
+    records: Iterable[Record], path: Path, *, document: Callable[[Record], dict[str, Any]] = Record.document
+) -> int:
     """Write records, without their thumbnails, to a file that appears when it is complete.
 
     The suffix decides the format: `.csv`, `.jsonl` (an object on each line) or `.parquet`. All three contain the fields
@@ -32,6 +35,7 @@ def export(records: Iterable[Record], path: Path) -> int:
     Args:
         records: The records to write; only a few are in memory at a time.
         path: The file to write; its mode is 0600, like that of the log.
+        document: Makes the object of a line of `.jsonl`, such as `detection_finding`; other formats ignore it.
 
     Returns:
         The number of records written.
@@ -41,7 +45,7 @@ def export(records: Iterable[Record], path: Path) -> int:
         MissingDependencyError: pyarrow, which Parquet needs, is not installed.
     """
     writers: dict[str, Callable[[Iterable[Record], IO[bytes]], int]] = {
-        ".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet
+        ".csv": _csv, ".jsonl": partial(_jsonl, document=document), ".parquet": _parquet
     }  # fmt: skip
     writer = writers.get(path.suffix.lower())
     if writer is None:
@@ -69,10 +73,10 @@ def _harmless(text: str) -> str:
     return _FORMULA.sub(lambda found: f"{found[1]}'{found[2]}", text)
 
 
-def _jsonl(records: Iterable[Record], file: IO[bytes]) -> int:
+def _jsonl(records: Iterable[Record], file: IO[bytes], *, document: Callable[[Record], dict[str, Any]]) -> int:
     count = 0
     for record in records:
-        file.write(json.dumps(record.document(), ensure_ascii=False).encode() + b"\n")
+        file.write(json.dumps(document(record), ensure_ascii=False).encode() + b"\n")
         count += 1
     return count
 
