@@ -54,6 +54,7 @@ from safetensors.torch import save as save_tensors
 from benchmarks._record import RESULTS, heading
 from guard._safetensors import open_tensors
 from guard.certificates import PREDICATE_TYPE, Envelope, Policy, PrivateKey, Statement, files_of_model, verify
+from guard.certificates.authorities import Authority
 from guard.certificates.model_signing import check_bundle, write_bundle
 from guard.classifiers import ClassList, ExportedClassifier, Preprocessing, decode, encode, export, load, save
 from guard.classifiers.digest import sha256
@@ -721,12 +722,14 @@ def _bundles(artefacts: Artefacts, folder: Path) -> Kind:
     key, path = _key("P-256"), folder / "model.sig"
     write_bundle(model, path, key)
     sample = path.read_bytes()
+    (folder / "key.pub").write_bytes(key.public.to_pem())
+    authority = Authority.read(folder / "key.pub")
     known = json.loads(sample)["dsseEnvelope"]["payload"]
     opened = [name.partition("/")[2] for name in files_of_model(model)[1]]
 
     def check(data: bytes) -> None:
         path.write_bytes(data)
-        check_bundle(model, path, key.public, opened)
+        check_bundle(model, path, authority, opened)
         if json.loads(data)["dsseEnvelope"]["payload"].replace("-", "+").replace("_", "/") != known:
             raise WrongAcceptError("a bundle that nobody signed")
 

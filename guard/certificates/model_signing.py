@@ -2,7 +2,7 @@
 
 A bundle lists every file of a folder with its digest. It says "these bytes", where a certificate of guard says
 "examined". It is written beside a certificate for those whose tools know it, and can be demanded besides one. Keys are
-ECDSA P-256; Sigstore's certificates and logs, which need a network, are not read.
+ECDSA; Sigstore's identities and logs, which need a network, are not read.
 
 guard refuses what the specification or its reference implementation allow, where it would leave a file unsigned that
 guard opens: lists of ignored files that hide one, empty models, names that occur twice or that are not plain, and
@@ -14,12 +14,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from guard._documents import parse_json, read_text
 from guard._files import replace_file
-from guard.certificates.envelope import IN_TOTO, MAX_BYTES, Envelope, Signature, pre_authentication
+from guard.certificates.authorities import Authority, verifies
+from guard.certificates.envelope import IN_TOTO, MAX_BYTES, Envelope, pre_authentication
 from guard.certificates.keys import PrivateKey, PublicKey
 from guard.certificates.statement import STATEMENT_TYPE
 from guard.certificates.subjects import MAX_FILES, check_names, hash_files
@@ -82,37 +84,43 @@ def write_bundle(folder: Path, file: Path, key: PrivateKey) -> None:
 
 
 def checked(
-    folder: Path, file: Path | None, keys: Iterable[PublicKey], opened: Iterable[str]
+    folder: Path, file: Path | None, authorities: Iterable[Authority], opened: Iterable[str]
 ) -> dict[str, CertificateError | None]:
-    """Whether each of some keys signed a folder: by key id, why not, or None; empty without a bundle."""
+    """Whether each of some authorities signed a folder: by id, why not, or None; empty without a bundle."""
     found: dict[str, CertificateError | None] = {}
-    for key in keys if file is not None else ():
+    for authority in authorities if file is not None else ():
         try:
-            check_bundle(folder, file, key, opened)  # type: ignore[arg-type] # without a file there are no keys
+            check_bundle(folder, file, authority, opened)  # type: ignore[arg-type] # without a file there is none
         except CertificateError as error:
-            found[key.id] = error
+            found[authority.id] = error
         else:
-            found[key.id] = None
+            found[authority.id] = None
     return found
 
 
-def check_bundle(folder: Path, file: Path, key: PublicKey, opened: Iterable[str]) -> None:
-    """Make sure that a key signed a folder as it is now.
+def check_bundle(
+    folder: Path, file: Path, authority: Authority, opened: Iterable[str], *, now: datetime | None = None
+) -> None:
+    """Make sure that an authority signed a folder as it is now.
 
     Args:
         folder: The folder of the model.
         file: The bundle.
-        key: The key that must have signed it.
+        authority: Who must have signed it.
         opened: Names of the files of the folder that guard opens, each of which must be signed.
+        now: The time, at which a chain of certificates must be in force; None for that of the clock.
 
     Raises:
-        CertificateError: The bundle is damaged or of another key, a file was changed, added, removed or renamed since,
+        CertificateError: The bundle is damaged or of somebody else, a file was changed, added, removed or renamed since,
             or it leaves out what guard opens.
     """
     try:
-        envelope = _envelope(parse_json(read_text(file, MAX_BYTES, CertificateError)))
-        if not envelope.signers([key]):
-            raise CertificateError(f"{file} was not signed by the key that the policy names")
+        envelope, material = _contents(parse_json(read_text(file, MAX_BYTES, CertificateError)))
+        key = authority.signing_key(material, now or datetime.now(UTC))
+        message = pre_authentication(envelope.payload, envelope.payload_type)
+        # A bundle names keys in ways of its signer; the key that is pinned decides.
+        if not any(verifies(key, each.value, message) for each in envelope.signatures):
+            raise CertificateError(f"{file} was not signed by the key that is pinned")
         signed, ignored = _manifest(envelope.payload)
         ignored = _acceptable(ignored, _inside(folder, file))
     except ValueError as error:
@@ -127,7 +135,8 @@ def check_bundle(folder: Path, file: Path, key: PublicKey, opened: Iterable[str]
             raise CertificateError(f"{folder / name} is not the file that {file} signs (its SHA-256 differs)")
 
 
-def _envelope(bundle: Any) -> Envelope:  # noqa: ANN401 - JSON of anybody
+def _contents(bundle: Any) -> tuple[Envelope, object]:  # noqa: ANN401 - JSON of anybody
+    """The envelope of a bundle, and what it says about its key."""
     if not isinstance(bundle, Mapping) or not isinstance(inner := bundle.get("dsseEnvelope"), Mapping):
         raise ValueError("it is not a Sigstore bundle with a DSSE envelope")  # noqa: TRY004 - JSON of anybody
     if bundle.get("mediaType") != _MEDIA_TYPE:
@@ -135,10 +144,7 @@ def _envelope(bundle: Any) -> Envelope:  # noqa: ANN401 - JSON of anybody
     envelope = Envelope.parse(dict(inner))
     if envelope.payload_type != IN_TOTO:
         raise ValueError(f"its payloadType is not {IN_TOTO}")
-    # Bundles of other signers name keys in ways of their own; the key that the policy names decides.
-    return Envelope(
-        envelope.payload, envelope.payload_type, tuple(Signature("", each.value) for each in envelope.signatures)
-    )
+    return envelope, bundle.get("verificationMaterial")
 
 
 def _manifest(payload: bytes) -> tuple[dict[str, str], list[str]]:

@@ -16,6 +16,7 @@ from packaging.version import InvalidVersion, Version
 from pydantic import BaseModel, ConfigDict, Field
 
 from guard._documents import read_toml, validated
+from guard.certificates.authorities import Authority
 from guard.certificates.keys import PublicKey
 from guard.certificates.statement import Digest, Statement, parse_time
 from guard.errors import CertificateError
@@ -39,7 +40,7 @@ class Evidence:
         files: SHA-256 of the files as they were loaded, by name of subject.
         source: Where the model comes from: a path, or a name in a registry.
         now: The time.
-        model_signatures: For the key id of each key that must have signed the model in the form of OpenSSF model
+        model_signatures: For the id of each authority that must have signed the model in the form of OpenSSF model
             signing, why its signature is refused, or None if it is good.
     """
 
@@ -221,16 +222,16 @@ class Recent:
 
 @dataclass(frozen=True)
 class ModelSigned:
-    """The model also has a good signature in the form of OpenSSF model signing, by one key."""
+    """The model also has a good signature in the form of OpenSSF model signing, by one authority."""
 
-    key: PublicKey
+    authority: Authority
     name: str = "model_signing"
 
     def objection(self, evidence: Evidence) -> str:
         """See `Rule`."""
-        if self.key.id not in evidence.model_signatures:
+        if self.authority.id not in evidence.model_signatures:
             return "no signature of the model in the form of OpenSSF model signing was given"
-        trouble = evidence.model_signatures[self.key.id]
+        trouble = evidence.model_signatures[self.authority.id]
         return "" if trouble is None else str(trouble)
 
 
@@ -258,12 +259,13 @@ class Policy:
 
         Args:
             paths: PEM files of public keys.
-            model_signing: PEM file of the key that must have signed the model in the form of OpenSSF model signing.
+            model_signing: PEM file of the key, or of the authority, that must have signed the model in the form of
+                OpenSSF model signing.
 
         Raises:
             CertificateError: A key cannot be used.
         """
-        signing = None if model_signing is None else PublicKey.read(model_signing)
+        signing = None if model_signing is None else Authority.read(model_signing)
         return _policy(_Form(), {str(path): PublicKey.read(path) for path in paths}, "--trust", signing)
 
     @classmethod
@@ -289,7 +291,7 @@ class Policy:
             )
         if len({key.der for key in keys.values()}) < form.threshold:
             raise CertificateError(f"{path} asks for {form.threshold} signatures, and trusts fewer different keys")
-        signing = None if form.model_signing_key is None else PublicKey.read(path.parent / form.model_signing_key)
+        signing = None if form.model_signing is None else Authority.read(path.parent / form.model_signing)
         return _policy(form, keys, str(path), signing)
 
     @property
@@ -300,9 +302,9 @@ class Policy:
         }
 
     @property
-    def model_signing_keys(self) -> tuple[PublicKey, ...]:
-        """The keys that must have signed the model in the form of OpenSSF model signing."""
-        return tuple(rule.key for rule in self.rules if isinstance(rule, ModelSigned))
+    def authorities(self) -> tuple[Authority, ...]:
+        """Who must have signed the model in the form of OpenSSF model signing."""
+        return tuple(rule.authority for rule in self.rules if isinstance(rule, ModelSigned))
 
     def rules_for(self, source: str) -> tuple[Rule, ...]:
         """The rules for a model of this source, in the order in which they are asked."""
@@ -376,13 +378,13 @@ class _Form(_Rules):
     threshold: Annotated[int, Field(ge=1, le=16)] = 1
     verdicts: Listed[Conclusion] | None = ("no evidence",)
     only_listed_sources: bool = False
-    model_signing_key: str | None = None
+    model_signing: str | None = None
     keys: Listed[_Key] = ()
     revoked: Listed[_Revoked] = ()
     sources: Listed[_Source] = ()
 
 
-def _policy(form: _Form, keys: Mapping[str, PublicKey], name: str, signing: PublicKey | None) -> Policy:
+def _policy(form: _Form, keys: Mapping[str, PublicKey], name: str, signing: Authority | None) -> Policy:
     revoked = {entry.digest: entry.reason for entry in form.revoked}
     rules: tuple[Rule, ...] = (
         Signed(form.threshold),

@@ -91,7 +91,7 @@ def verify(
         files: SHA-256 of what was loaded, by name of subject (`guard.certificates.subjects`).
         policies: At least one.
         source: Where the model comes from; rules can differ by it.
-        model_signatures: For the key id of each key that must have signed the model in the form of OpenSSF model
+        model_signatures: For the id of each authority that must have signed the model in the form of OpenSSF model
             signing, why its signature is refused, or None if it is good (`guard.certificates.model_signing`).
         now: The time; None for that of the clock.
     """

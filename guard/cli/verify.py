@@ -32,7 +32,11 @@ _IMAGES = 2000
     help="Signature of the model in the form of OpenSSF model signing, such as model.sig, which is asked for besides "
     "the certificate. It must be by the --oms-key, or by the one that the policy names.",
 )
-@click.option("--oms-key", type=options.PATH, help="PEM file of the public key that must have signed --oms-signature.")
+@click.option(
+    "--oms-key",
+    type=options.PATH,
+    help="PEM file of the public key, or of the certificate authority, that must have signed --oms-signature.",
+)
 @click.option(
     "--vet-on-miss",
     type=click.Choice(["quick", "standard", "thorough"]),
@@ -79,10 +83,10 @@ def verify(
     policies = options.policies(trust, policy, oms_key)
     _, files = files_of_model(model)
     opened = [name.partition("/")[2] for name in files]
-    keys = [key for each in policies for key in each.model_signing_keys]
-    if bundle is not None and not keys:
-        raise UsageError("--oms-signature needs --oms-key, or a policy with model_signing_key")
-    signatures = checked(model, bundle, keys, opened)
+    authorities = [authority for each in policies for authority in each.authorities]
+    if bundle is not None and not authorities:
+        raise UsageError("--oms-signature needs --oms-key, or a policy with model_signing")
+    signatures = checked(model, bundle, authorities, opened)
     if vet_on_miss is not None and images is not None and not (profile / CERTIFICATE_FILE).exists():
         verdict = _vet(model, files, policies, vet_on_miss, images, base, console)
         gates.write(sarif, junit, gates.of_verdict(verdict, str(model)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 
 from guard._documents import open_regular, recording
 from guard.certificates import (
@@ -20,16 +21,16 @@ from guard.certificates import (
     Envelope,
     Policy,
     PrivateKey,
-    PublicKey,
     files_of_model,
     files_of_profile,
     verify,
 )
+from guard.certificates.authorities import Authority
 from guard.certificates.envelope import IN_TOTO, pre_authentication
 from guard.certificates.model_signing import check_bundle, write_bundle
 from guard.errors import CertificateError
 from guard.profiles import Profile
-from tests.unit.certificates.conftest import NOW, certified, certified_once, keys
+from tests.unit.certificates.conftest import NOW, certified, certified_once, keys, write_key
 
 __all__ = ["certified", "certified_once", "keys"]
 
@@ -325,7 +326,7 @@ def bundle(certified: Path, keys: Path) -> Path:
 
 def check(folder: Path, keys: Path, key: str = "ec") -> None:
     opened = [name.partition("/")[2] for name in files_of_model(folder / "model")[1]]
-    check_bundle(folder / "model", folder / "model.sig", PublicKey.read(keys / f"{key}.pub"), opened)
+    check_bundle(folder / "model", folder / "model.sig", Authority.read(keys / f"{key}.pub"), opened)
 
 
 def resign(bundle: Path, keys: Path, change: Callable[[dict[str, Any]], None], *, root: bool = True) -> None:
@@ -444,7 +445,10 @@ def test_a_folder_that_changed_after_it_was_signed_is_refused(
 
 
 def test_a_bundle_of_another_key_is_refused(certified: Path, keys: Path, bundle: Path) -> None:
+    write_key(keys / "stranger.pem", generate_private_key(SECP256R1()))
     with pytest.raises(CertificateError, match="was not signed by the key"):
+        check(certified, keys, "stranger")
+    with pytest.raises(CertificateError, match="is not an ECDSA key"):
         check(certified, keys, "ed")
     bundle.write_text(bundle.read_text().replace('"mediaType"', '"mediaType": "x", "mediaType"'))
     with pytest.raises(CertificateError, match="occurs twice"):

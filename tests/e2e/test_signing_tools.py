@@ -4,12 +4,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from guard.certificates import CERTIFICATE_FILE, TEST_RESULT_FILE, Envelope, PrivateKey, PublicKey
+from guard.certificates.authorities import Authority
 from guard.certificates.model_signing import check_bundle, write_bundle
 from guard.errors import CertificateError
 from tests.e2e.environments import environment
 from tests.unit.certificates.conftest import certified, certified_once, keys
+from tests.unit.certificates.test_authorities import NOW, certificate
 
 __all__ = ["certified", "certified_once", "keys"]
 TOOLS = Path(__file__).parent / "signing_tools"
@@ -64,7 +67,24 @@ def test_guard_accepts_the_bundle_that_model_signing_writes(tools: Path, certifi
     )
     assert done.returncode == 0, done.stdout + done.stderr
     opened = ["open_clip_config.json", "open_clip_model.safetensors", "classes.json"]
-    check_bundle(model, bundle, PublicKey.read(keys / "ec.pub"), opened)
+    check_bundle(model, bundle, Authority.read(keys / "ec.pub"), opened)
     (model / "classes.json").unlink()
     with pytest.raises(CertificateError, match="is missing"):
-        check_bundle(model, bundle, PublicKey.read(keys / "ec.pub"), opened)
+        check_bundle(model, bundle, Authority.read(keys / "ec.pub"), opened)
+
+
+def test_guard_follows_the_chain_that_model_signing_writes(tools: Path, certified: Path, tmp_path: Path) -> None:
+    root = certificate("root", None, ca=True, days=3650)
+    leaf, key = certificate("leaf", root, ca=False, days=3650)
+    pem = {"leaf.pem": leaf.public_bytes(Encoding.PEM), "root.pem": root[0].public_bytes(Encoding.PEM)}
+    pem["key.pem"] = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    for name, data in pem.items():
+        (tmp_path / name).write_bytes(data)
+    model, bundle = certified / "model", certified / "model" / "model.sig"
+    done = run(
+        tools, "-m", "model_signing", "sign", "certificate", model, "--signature", bundle,
+        "--private_key", tmp_path / "key.pem", "--signing_certificate", tmp_path / "leaf.pem",
+        "--certificate_chain", tmp_path / "root.pem",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_bundle(model, bundle, Authority.read(tmp_path / "root.pem"), ["classes.json"], now=NOW)
