@@ -111,7 +111,7 @@ def check_bundle(
         now: The time, at which a chain of certificates must be in force; None for that of the clock.
 
     Raises:
-        CertificateError: The bundle is damaged or of somebody else, a file was changed, added, removed or renamed since,
+        CertificateError: The bundle is damaged or of somebody else; a file was changed, added, removed or renamed;
             or it leaves out what guard opens.
     """
     try:
