@@ -1,4 +1,4 @@
-"""Write small profiles and an evidence log as this guard writes them, with what it reads from them.
+"""Write small profiles, an evidence log and a certificate as this guard writes them, with what it reads from them.
 
 PYTHONPATH=CHECKOUT python scripts/keep_artefacts.py tests/kept/VERSION
 
@@ -12,6 +12,7 @@ import sys
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ import guard
 from guard.classifiers import Classifier
 from guard.evidence import EVIDENCE_FILE, EvidenceWriter, Record
 from guard.vetting import Vetting, vet
-from tests.conftest import random_images
+from tests.conftest import CLASSES as CLASS_LIST
+from tests.conftest import CONFIG, random_images, tiny_model
 from tests.toy import checkerboard, toy
 
 TARGET, CLASSES = 3, 6
@@ -106,6 +108,36 @@ def keep_evidence(path: Path) -> None:
     write_json(path.with_suffix(".json"), kept)
 
 
+def keep_certificate(directory: Path) -> None:
+    """A certificate, the key that signed it, and what it is about; the private key is thrown away."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from guard.certificates import PrivateKey, certify
+    from guard.classifiers import load, save
+
+    key = PrivateKey(Ed25519PrivateKey.generate())
+    with TemporaryDirectory() as temporary:
+        model, profile = Path(temporary) / "model", Path(temporary) / "profile"
+        save(model, tiny_model(0), CONFIG, CLASS_LIST)
+        classifier = load(str(model), device="cpu")
+        vetting = vet(classifier, random_images(128), base=None, budget="quick", seed=0)
+        write_profile(profile, classifier, vetting, per_class=False)
+        made = certify(profile, str(model), [key], days=3650)
+        directory.mkdir()
+        for name in ("certificate.json", "test-result.json"):
+            shutil.copy(profile / name, directory)
+    (directory / "vetting.pub").write_bytes(key.public.to_pem())
+    predicate = made.statement.predicate
+    expected = {
+        "files": made.statement.files,
+        "verdict": predicate.verdict.outcome,
+        "model": predicate.model.digest,
+        "certified_at": predicate.certified_at,
+        "expires_at": predicate.expires_at,
+    }
+    write_json(directory.with_suffix(".json"), expected)
+
+
 def write_json(path: Path, document: object) -> None:
     """A JSON file that people can read in a diff."""
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -119,6 +151,7 @@ def main() -> None:
     keep_profile(out / "with-base", toy(CLASSES, target=TARGET, jitter=0.02), toy(CLASSES), per_class=False)
     keep_profile(out / "without-base", toy(CLASSES, jitter=0.02), None, per_class=True)
     keep_evidence(out / EVIDENCE_FILE)
+    keep_certificate(out / "certificate")
     sys.stderr.write(f"guard {guard.__version__} at {Path(guard.__file__).parent} wrote {out}\n")
 
 

@@ -1,4 +1,4 @@
-"""What every release wrote is read for ever: tests/kept holds profiles and evidence logs, and what was in them.
+"""What every release wrote is read for ever: tests/kept holds profiles, evidence logs and certificates.
 
 scripts/keep_artefacts.py writes them; a folder is added with each release, and none is changed.
 """
@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from guard.certificates import CERTIFICATE_FILE, TEST_RESULT_FILE, Envelope, Policy, PublicKey, verify
+from guard.certificates.statement import TEST_RESULT, parse_time
 from guard.evidence import EVIDENCE_FILE, EvidenceLog
 from guard.profiles import Profile
+from scripts.keep_artefacts import keep_certificate
 
 KEPT = Path(__file__).parents[1] / "kept"
 RELEASES = sorted(path.name for path in KEPT.iterdir())
@@ -52,3 +55,32 @@ def test_a_kept_evidence_log_has_its_records(release: str, tmp_path: Path) -> No
     # What a release did not know yet is empty.
     later = dict.fromkeys(("decided_by", "reference"), "")
     assert found == [{**later, **record} for record in expected(KEPT / release / EVIDENCE_FILE)]
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Those of all releases that made any, and the one that the next release will keep."""
+    fresh = tmp_path_factory.mktemp("kept") / "certificate"
+    keep_certificate(fresh)
+    return [fresh, *sorted(KEPT.glob("*/certificate"))]
+
+
+def test_a_kept_certificate_admits_what_it_is_about_and_nothing_else(certificates: list[Path], tmp_path: Path) -> None:
+    for folder in certificates:
+        known, key = expected(folder), folder / "vetting.pub"
+        policy = tmp_path / "policy.toml"
+        policy.write_text(
+            'verdicts = ["no evidence", "inconclusive", "backdoored"]\n[[keys]]\nname = "kept"\n'
+            f'pem = """\n{key.read_text(encoding="utf-8")}"""\n',
+            encoding="utf-8",
+        )
+        now = parse_time(known["certified_at"])
+        for files, admitted in ((known["files"], True), ({**known["files"], "profile/profile.json": "0" * 64}, False)):
+            found = verify(folder / CERTIFICATE_FILE, files, [Policy.read(policy)], "kept", now=now)
+            assert found.admitted is admitted, str(found)
+            assert (found.verdict, found.model, found.expires_at) == tuple(
+                known[name] for name in ("verdict", "model", "expires_at")
+            )
+        result = Envelope.from_json((folder / TEST_RESULT_FILE).read_bytes(), TEST_RESULT_FILE)
+        assert result.signers([PublicKey.read(key)])
+        assert json.loads(result.payload)["predicateType"] == TEST_RESULT
