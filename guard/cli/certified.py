@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from guard._documents import recording
 from guard.cli import options
 from guard.cli.console import Console
 
@@ -45,6 +44,7 @@ def load(
 
     if not (trust or policy):
         return guard.load(model, classes=classes, device=device)
+    from guard._documents import recording
     from guard.certificates.loaded import check_loaded
 
     policies = options.policies(trust, policy)

@@ -130,7 +130,7 @@ def test_a_difference_that_is_no_number_fails_the_parity_check(
 ) -> None:
     monkeypatch.setattr(exporting, "_write", lambda *_: None)
     monkeypatch.setattr(exporting, "ExportedClassifier", lambda *_, **__: None)
-    monkeypatch.setattr(exporting, "_parity", lambda *_: exporting.ExportParity(256, difference, 1.0))
+    monkeypatch.setattr(exporting, "compare", lambda *_: exporting.ExportParity(256, difference, 1.0))
     with pytest.raises(ExportError, match="differs"):
         export(classifier, tmp_path / "out", random_images(256))
 

@@ -139,6 +139,9 @@ class Untouched:
     async def refresh(self, *, again: bool = False) -> None:
         """Do nothing."""
 
+    def recertify(self) -> None:
+        """Do nothing."""
+
 
 @pytest.mark.parametrize("turns", range(6))
 async def test_sigterm_right_after_sighup_is_not_lost(turns: int) -> None:
