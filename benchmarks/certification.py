@@ -1,6 +1,6 @@
-"""What certificates cost: hashing against the machine's plain SHA-256, certifying, verifying, and a sidecar's start.
+"""What certificates cost: hashing against the machine's plain SHA-256, and verifying.
 
-python -m benchmarks.certification [--demo FOLDER] [--bytes 1000000000] [--rounds 5]
+python -m benchmarks.certification --demo FOLDER [--bytes 1000000000] [--rounds 5]
 
 FOLDER is one that `guard demo --out` wrote. Hashing and the plain loop take turns; the ratio of their medians counts.
 """
@@ -46,11 +46,11 @@ def main() -> None:
         lines.append(f"| growth of the peak memory meanwhile | {grown / 1024:.1f} MiB | |")
     demo: Path = given.demo
     profile, model = demo / "profiles" / "clean-twin", demo / "models" / "clean-twin"
-    files = files_of_model(model)[1] | files_of_profile(profile)
+    files = files_of_model(model) | files_of_profile(profile)
     policy = Policy.trusting([demo / "demo.pub"])
 
     def check() -> None:
-        found = files_of_model(model)[1] | files_of_profile(profile)
+        found = files_of_model(model) | files_of_profile(profile)
         verify(profile / CERTIFICATE_FILE, found, [policy], "model").demand()
 
     check()
@@ -63,7 +63,9 @@ def main() -> None:
                     for name in files if name.startswith("model/")) / 2**20  # fmt: skip
     lines.append(f"| verifying the demo's model ({mebibytes:.1f} MiB), in Python | {1000 * inside:.1f} ms | |")
     lines.append(f"| `guard verify` of it | {program:.2f} s | `--help` alone: {empty:.2f} s |")
-    text = heading("What certificates cost", f"python -m benchmarks.certification --rounds {given.rounds}")
+    text = heading(
+        "What certificates cost", f"python -m benchmarks.certification --demo FOLDER --rounds {given.rounds}"
+    )
     (RESULTS / "certification.md").write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
 
 

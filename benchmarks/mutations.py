@@ -624,7 +624,7 @@ def _trusting(*keys: PrivateKey) -> Policy:
 
 def _statement(artefacts: Artefacts) -> tuple[bytes, dict[str, str]]:
     """A statement about the files of the model, and the digests of these."""
-    files = files_of_model(artefacts.model)[1] | files_of_model(artefacts.exported)[1]
+    files = files_of_model(artefacts.model) | files_of_model(artefacts.exported)
     digest = "ab" * 32
     statement = Statement.model_validate_json(
         json.dumps(
@@ -725,7 +725,7 @@ def _bundles(artefacts: Artefacts, folder: Path) -> Kind:
     (folder / "key.pub").write_bytes(key.public.to_pem())
     authority = Authority.read(folder / "key.pub")
     known = json.loads(sample)["dsseEnvelope"]["payload"]
-    opened = [name.partition("/")[2] for name in files_of_model(model)[1]]
+    opened = [name.partition("/")[2] for name in files_of_model(model)]
 
     def check(data: bytes) -> None:
         path.write_bytes(data)
@@ -750,7 +750,7 @@ def _certified_files(artefacts: Artefacts, folder: Path) -> Kind:
         path, whole = folder / name, samples[names.index(name)][1:]
         path.write_bytes(data[1:])
         try:
-            found = {digest: value for place in parts.values() for digest, value in files_of_model(place)[1].items()}
+            found = {digest: value for place in parts.values() for digest, value in files_of_model(place).items()}
             verify(certificate, found, [policy], "model", now=_TIME).demand()
         finally:
             path.write_bytes(whole)

@@ -1,6 +1,5 @@
 """Make a certificate: load again what a profile was made for, compare, and sign what vetting found."""
 
-import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,9 +36,8 @@ from guard.certificates.statement import (
 )
 from guard.certificates.subjects import (
     EXPORTED,
-    MODEL,
     check_names,
-    files_of_model,
+    files_of_loaded,
     named,
     profile_files,
 )
@@ -47,13 +45,12 @@ from guard.certificates.verification import CERTIFICATE_FILE, TEST_RESULT_FILE
 from guard.classifiers.classes import ClassList
 from guard.classifiers.digest import canonical, sha256
 from guard.classifiers.files import CLASSES_FILE
+from guard.classifiers.images import ImageFolder
 from guard.errors import CertificateError, UsageError
 from guard.profiles import Profile
 from guard.vetting.budgets import BUDGETS
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from guard.classifiers import Classifier
 
 MOST_DAYS = 3650
@@ -83,7 +80,7 @@ def certify(
     keys: Sequence[PrivateKey],
     *,
     exported: Path | None = None,
-    images: "Tensor | None" = None,
+    images: ImageFolder | None = None,
     vetter: str = "guard",
     days: float = 90,
     device: str | None = None,
@@ -100,8 +97,7 @@ def certify(
         model: The model that was vetted, as `guard.load` takes it.
         keys: At least one.
         exported: What `guard export` wrote for the model; None if guard will not serve it.
-        images: Images on which the export is compared with the model, uint8, shape [N, 3, H, W]; by default 64 of
-            noise, seeded.
+        images: Images on which the export is compared with the model; by default 64 of noise, seeded.
         vetter: Who vetted, in words of their own; a trust policy can ask for it.
         days: How long the certificate is valid.
         device: torch device.
@@ -129,13 +125,13 @@ def certify(
     progress(f"loading {model}")
     with recording() as opened:
         classifier = load(model, classes=document.model.classes, device=device)
-        folder = Path(os.path.commonpath([path.parent for path in opened]))
-        if (listed := folder / CLASSES_FILE).is_file() and ClassList.read(listed) != document.model.classes:
+        listed = next(iter(opened)).parent / CLASSES_FILE
+        if listed.is_file() and ClassList.read(listed) != document.model.classes:
             raise CertificateError(
                 f"{listed} is not the class list that the model was vetted with; put that list there, or vet again"
             )
     stored.check_model(classifier.digest)
-    files |= {**(files_of_model(folder)[1] if "::" not in model else {}), **named(opened, folder, MODEL)}
+    files |= files_of_loaded(model, opened)
     parity = None
     if exported is not None:
         progress(f"comparing {exported} with the model")
@@ -160,7 +156,7 @@ def certify(
     return Certified(statement, certificate, tuple(key.public.id for key in keys))
 
 
-def _compare(classifier: "Classifier", exported: Path, images: "Tensor | None") -> Parity:
+def _compare(classifier: "Classifier", exported: Path, images: ImageFolder | None) -> Parity:
     import torch
 
     from guard.classifiers import ExportedClassifier
@@ -169,11 +165,13 @@ def _compare(classifier: "Classifier", exported: Path, images: "Tensor | None") 
     model = ExportedClassifier(exported, gpu=False)
     if model.digest != classifier.digest.root:
         raise CertificateError(f"{exported} is the export of another model; export the one that was vetted")
-    if images is None:
+    if images is not None:
+        pixels = classifier.read(images)
+    else:
         generator = torch.Generator().manual_seed(0)
         shape = (_PARITY_IMAGES, *classifier.image_shape)
-        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    found = compare(classifier, model, images)
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    found = compare(classifier, model, pixels)
     if not found.max_difference <= TOLERANCE:
         raise CertificateError(
             f"{exported} does not compute what the model computes: embeddings differ by up to "

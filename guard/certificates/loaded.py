@@ -1,14 +1,13 @@
 """Whether a model that was just loaded is the one that a certificate is about."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from guard.certificates.policy import Policy
-from guard.certificates.subjects import MODEL, files_of_model, named
-from guard.certificates.verification import Admission, verify
+from guard.certificates.subjects import files_of_loaded
+from guard.certificates.verification import Admission, undecided, verify
 from guard.errors import CertificateError
 
 
@@ -31,12 +30,11 @@ def check_loaded(
         policies: At least one.
         now: The time; None for that of the clock.
     """
-    folder = Path(os.path.commonpath([path.parent for path in opened])) if opened else Path(source)
     try:
-        beside = {} if "::" in source else files_of_model(folder)[1]
-    except CertificateError:
-        beside = {}
-    admission = verify(certificate, {**beside, **named(opened, folder, MODEL)}, policies, source, now=now)
+        files = files_of_loaded(source, opened)
+    except CertificateError as error:
+        return replace(undecided({}, "", source, now), rule="subject", reason=str(error))
+    admission = verify(certificate, files, policies, source, now=now)
     if admission.admitted and admission.model != digest:
         reason = "the classifier that was loaded is not the one that was certified (its digest differs)"
         return replace(admission, admitted=False, rule="subject", reason=reason)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 from packaging.version import InvalidVersion, Version
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,13 +20,15 @@ from guard.certificates.authorities import Authority
 from guard.certificates.keys import PublicKey
 from guard.certificates.statement import Digest, Statement, parse_time
 from guard.errors import CertificateError
+from guard.vetting.budgets import BUDGETS, Budget
 from guard.vetting.results import Conclusion, ReferenceKind
 
 Item = TypeVar("Item")
 Listed = Annotated[tuple[Item, ...], Field(strict=False)]
 """A list of TOML, which is a list of Python and strictly no tuple."""
 _MAX_POLICY_BYTES = 1024 * 1024
-_BUDGETS = ("quick", "standard", "thorough")
+_BUDGETS = tuple(BUDGETS)
+"""From the smallest."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class InForce:
 
 
 @dataclass(frozen=True)
-class RecentEnough:
+class MaximumAge:
     """The vetting is not older than some days."""
 
     days: float
@@ -174,7 +176,7 @@ class Accepted:
 
 
 @dataclass(frozen=True)
-class Effort:
+class MinimumBudget:
     """The vetting had at least some budget."""
 
     budget: str
@@ -204,7 +206,7 @@ class Searched:
 
 
 @dataclass(frozen=True)
-class Recent:
+class MinimumVersion:
     """The vetting was made with at least some version of guard."""
 
     version: str
@@ -313,6 +315,23 @@ class Policy:
         return (*self.rules, *listed, *(rule for rules in matching for rule in rules))
 
 
+def read_policies(
+    files: Sequence[Path], keys: Sequence[Path], *, model_signing: Path | None = None
+) -> tuple[Policy, ...]:
+    """The policies that are asked for, each of which must accept a model; none if there are no files and no keys.
+
+    Args:
+        files: TOML files of policies.
+        keys: PEM files of public keys, which make a policy of their own (`Policy.trusting`).
+        model_signing: As for `Policy.trusting`.
+
+    Raises:
+        CertificateError: A policy or a key cannot be used.
+    """
+    found = [Policy.read(path) for path in files]
+    return (*found, *((Policy.trusting(keys, model_signing=model_signing),) if keys else ()))
+
+
 @dataclass(frozen=True)
 class _Listed:
     is_listed: bool
@@ -328,7 +347,7 @@ class _Rules(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     verdicts: Listed[Conclusion] | None = None
-    minimum_budget: Literal["quick", "standard", "thorough"] | None = None
+    minimum_budget: Budget | None = None
     families: Listed[str] = ()
     vetters: Listed[str] | None = None
     reference_models: Listed[ReferenceKind] | None = None
@@ -343,15 +362,15 @@ class _Rules(BaseModel):
         if self.vetters is not None:
             found.append(Accepted("vetters", self.vetters))
         if self.minimum_version is not None:
-            found.append(Recent(self.minimum_version))
+            found.append(MinimumVersion(self.minimum_version))
         if self.minimum_budget is not None:
-            found.append(Effort(self.minimum_budget))
+            found.append(MinimumBudget(self.minimum_budget))
         if self.families:
             found.append(Searched(self.families))
         if self.reference_models is not None:
             found.append(Accepted("reference_models", self.reference_models))
         if self.maximum_age_days is not None:
-            found.append(RecentEnough(self.maximum_age_days))
+            found.append(MaximumAge(self.maximum_age_days))
         return tuple(found)
 
 

@@ -1,5 +1,6 @@
 """The files that a certificate is about, by name: those of the model, of its export, and of its profile."""
 
+import os
 import unicodedata
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -90,14 +91,12 @@ def files_of_profile(profile: Path) -> dict[str, str]:
     return hash_files(profile, PROFILE, own) | hash_files(inner, REFERENCE_MODEL_PART, models)
 
 
-def files_of_model(model: Path) -> tuple[str, dict[str, str]]:
-    """Hash the files of a model that guard would open.
+def files_of_model(model: Path, opened: Mapping[Path, str] | None = None) -> dict[str, str]:
+    """The files of a model that guard would open, by name of subject.
 
     Args:
         model: A folder of open_clip, of a Hugging Face `CLIPModel`, or one that `guard export` wrote.
-
-    Returns:
-        `MODEL` or `EXPORTED`, and SHA-256 by name of subject.
+        opened: SHA-256 of files that were opened already, by path; they are not hashed again.
 
     Raises:
         CertificateError: The folder holds no model, or a file cannot be read or has a name that is not plain.
@@ -113,7 +112,23 @@ def files_of_model(model: Path) -> tuple[str, dict[str, str]]:
         part, patterns = MODEL, HUGGING_FACE_FILES
     else:
         raise CertificateError(f"{model} holds no model that guard can load")
-    return part, hash_files(model, part, sorted(path.name for path in model.iterdir() if opens(path.name, patterns)))
+    known = opened or {}
+    names = sorted(path.name for path in model.iterdir() if opens(path.name, patterns) and path not in known)
+    return hash_files(model, part, names) | named(known, model, part)
+
+
+def files_of_loaded(source: str, opened: Mapping[Path, str]) -> dict[str, str]:
+    """The files of a model that was loaded: those that were opened, and the others of its folder that guard would open.
+
+    Args:
+        source: The model, as `guard.load` takes it; beside a single file of weights nothing else counts.
+        opened: SHA-256 of the files that were opened to load it; at least one.
+
+    Raises:
+        CertificateError: A file beside them cannot be read or has a name that is not plain.
+    """
+    folder = Path(os.path.commonpath([path.parent for path in opened]))
+    return named(opened, folder, MODEL) if "::" in source else files_of_model(folder, opened)
 
 
 def opens(name: str, patterns: Iterable[str]) -> bool:

@@ -141,9 +141,8 @@ def calibrate(
             folder = guard.ImageFolder.scan(images).sample(limit, seed=seed)
             named = model or stored.document.model.source
             try:
-                shown = certificate or profile / "certificate.json"
                 classes = stored.document.model.classes
-                classifier = certified.load(named, classes, device, console, shown, trust, policy)
+                classifier = certified.load(named, classes, device, console, certificate or profile, trust, policy)
             except ModelError as error:
                 if model is not None:
                     raise

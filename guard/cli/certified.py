@@ -36,6 +36,8 @@ def load(
 ) -> "Classifier":
     """Load a model, and say whether what was loaded is certified, if somebody is trusted.
 
+    The certificate is a file, or the folder of a profile that holds one.
+
     Raises:
         ModelError: The model cannot be loaded.
         CertificateError: A key or a policy cannot be used.
@@ -45,10 +47,12 @@ def load(
     if not (trust or policy):
         return guard.load(model, classes=classes, device=device)
     from guard._documents import recording
+    from guard.certificates import CERTIFICATE_FILE
     from guard.certificates.loaded import check_loaded
 
     policies = options.policies(trust, policy)
+    file = certificate / CERTIFICATE_FILE if certificate.is_dir() else certificate
     with recording() as opened:
         classifier = guard.load(model, classes=classes, device=device)
-    console.say(f"{model}: {check_loaded(model, classifier.digest.root, opened, certificate, policies)}")
+    console.say(f"{model}: {check_loaded(model, classifier.digest.root, opened, file, policies)}")
     return classifier

@@ -79,16 +79,13 @@ def certify(
         raise UsageError("--oms-signature needs a --key of the kind ECDSA P-256")
     if oms_signature is not None and not Path(named).is_dir():
         raise UsageError("--oms-signature needs a --model that is a folder")
-    pixels = None
-    if images is not None:
-        classifier = guard.load(named, classes=guard.Profile.open(profile).document.model.classes, device="cpu")
-        pixels = classifier.read(guard.ImageFolder.scan(images).sample(_PARITY_IMAGES, seed=0), console.progress)
+    folder = None if images is None else guard.ImageFolder.scan(images).sample(_PARITY_IMAGES, seed=0)
     made = run(
         profile,
         named,
         signing,
         exported=exported,
-        images=pixels,
+        images=folder,
         vetter=vetter,
         days=days,
         device=device,

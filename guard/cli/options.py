@@ -66,16 +66,13 @@ def policies(
         UsageError: They ask for none.
         CertificateError: A key or a policy cannot be used.
     """
-    from guard.certificates import Policy
+    from guard.certificates.policy import read_policies
 
-    found = [Policy.read(path) for path in policy]
-    if trust:
-        found.append(Policy.trusting(trust, model_signing=model_signing))
-    elif model_signing is not None:
+    if model_signing is not None and not trust:
         raise UsageError("--oms-key needs --trust; a policy names such a key itself")
-    if not found:
+    if not (trust or policy):
         raise UsageError("say whom to trust: give --trust KEY.pub or --policy FILE")
-    return tuple(found)
+    return read_policies(policy, trust, model_signing=model_signing)
 
 
 def images(purpose: str) -> Callable[[Command], Command]:

@@ -81,7 +81,7 @@ def verify(
         raise UsageError("--vet-on-miss needs --images; --images and --base need --vet-on-miss")
     console = Console(as_json=as_json)
     policies = options.policies(trust, policy, oms_key)
-    _, files = files_of_model(model)
+    files = files_of_model(model)
     opened = [name.partition("/")[2] for name in files]
     authorities = [authority for each in policies for authority in each.authorities]
     if bundle is not None and not authorities:

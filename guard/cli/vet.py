@@ -94,8 +94,7 @@ def vet(
     more = guard.vetting.read_probes(probes) if probes else ()
     texts = profiles.read_vocabulary(vocabulary) if vocabulary else ()
     folder = guard.ImageFolder.scan(images).sample(limit, seed=seed)
-    shown = certificate or out / "certificate.json"
-    classifier = certified.load(model, classes, device, console, shown, trust, policy)
+    classifier = certified.load(model, classes, device, console, certificate or out, trust, policy)
     reference = guard.load(base, classes=classes, device=device) if base else None
     pixels = classifier.read(folder, console.progress)
     searches = cache or out.with_name(f".{out.name}.searches")

@@ -50,6 +50,6 @@ def admissions(out: Path, *, seed: int) -> dict[str, Admission]:
         (TAMPERED, "tampered", "clean-twin"),
     ):
         folder = out / "profiles" / profile
-        files = files_of_model(out / "models" / model)[1] | files_of_profile(folder)
+        files = files_of_model(out / "models" / model) | files_of_profile(folder)
         found[label] = verify(folder / CERTIFICATE_FILE, files, [policy], model)
     return found

@@ -8,13 +8,13 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from guard.certificates import CERTIFICATE_FILE, files_of_model, files_of_profile, verify
+from guard.certificates.policy import read_policies
 from guard.classifiers import ExportedClassifier
 from guard.diagnostics.findings import Finding, Status
 from guard.errors import DamagedLogError, GuardError, ProfileError, StateError
 from guard.evidence import EVIDENCE_FILE
 from guard.protocol import SERVICE
 from guard.protocol.inference_pb2 import ServerReadyRequest, ServerReadyResponse
-from guard.sidecar.decisions.certification import read_policies
 from guard.sidecar.decisions.checking import Checker
 from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.loading import (
@@ -264,10 +264,10 @@ class _ModelChecks:
         own, profile = self._sidecar.settings, self.settings.profile
         if self._profile is None or profile is None:
             return None
-        policies = read_policies(own)
+        policies = read_policies(own.policy, own.trust)
         if not policies:
             return "not checked: the settings name neither trust nor policy"
-        files = files_of_profile(profile) | (files_of_model(self.settings.model)[1] if self.settings.model else {})
+        files = files_of_profile(profile) | (files_of_model(self.settings.model) if self.settings.model else {})
         admission = verify(profile / CERTIFICATE_FILE, files, policies, str(self.settings.model or profile))
         if own.require_certified and self.settings.on_failure is FailurePolicy.CLOSED:
             admission.demand()

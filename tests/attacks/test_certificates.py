@@ -38,7 +38,7 @@ __all__ = ["certified", "certified_once", "keys"]
 def decide(folder: Path, keys: Path, part: str = "model") -> Admission:
     """What an init container would say."""
     try:
-        files = files_of_model(folder / part)[1] | files_of_profile(folder / "profile")
+        files = files_of_model(folder / part) | files_of_profile(folder / "profile")
     except CertificateError as error:
         return verify(b"", {}, [Policy.trusting([keys / "ed.pub"])], str(error), now=NOW)
     certificate = folder / "profile" / CERTIFICATE_FILE
@@ -325,7 +325,7 @@ def bundle(certified: Path, keys: Path) -> Path:
 
 
 def check(folder: Path, keys: Path, key: str = "ec") -> None:
-    opened = [name.partition("/")[2] for name in files_of_model(folder / "model")[1]]
+    opened = [name.partition("/")[2] for name in files_of_model(folder / "model")]
     check_bundle(folder / "model", folder / "model.sig", Authority.read(keys / f"{key}.pub"), opened)
 
 

@@ -8,8 +8,9 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from guard._documents import read_bytes
-from guard.certificates import CERTIFICATE_FILE, Admission, Policy, verify
+from guard.certificates import CERTIFICATE_FILE, Admission, verify
 from guard.certificates.envelope import MAX_BYTES
+from guard.certificates.policy import read_policies
 from guard.certificates.verification import undecided
 from guard.errors import CertificateError
 from guard.sidecar.model_settings import ModelSettings
@@ -75,9 +76,9 @@ class Certification:
     def _decide(self) -> Admission:
         source = str(self._model.model or self._model.profile)
         try:
-            policies = read_policies(self._settings)
+            policies = read_policies(self._settings.policy, self._settings.trust)
         except CertificateError as error:
-            return replace(undecided(self.files, "", source), rule="policy", reason=str(error))
+            return replace(undecided(self.files, "", source, self._clock()), rule="policy", reason=str(error))
         return verify(self._certificate, self.files, policies, source, now=self._clock())
 
     def _tell(self) -> None:
@@ -98,13 +99,3 @@ class Certification:
                 self._model.label,
                 self.admission.expires_at,
             )
-
-
-def read_policies(settings: Settings) -> tuple[Policy, ...]:
-    """The policies that the settings name, each of which must accept a model; none if they name none.
-
-    Raises:
-        CertificateError: A policy or a key cannot be used.
-    """
-    found = [Policy.read(path) for path in settings.policy]
-    return (*found, *((Policy.trusting(settings.trust),) if settings.trust else ()))

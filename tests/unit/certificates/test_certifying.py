@@ -38,7 +38,7 @@ def statement(folder: Path) -> Statement:
 @pytest.mark.parametrize("part", ["model", "exported"])
 @pytest.mark.parametrize("key", ["ed", "ec"])
 def test_what_was_certified_is_admitted(certified: Path, keys: Path, part: str, key: str) -> None:
-    _, files = files_of_model(certified / part)
+    files = files_of_model(certified / part)
     files |= files_of_profile(certified / "profile")
     policy = Policy.trusting([keys / f"{key}.pub"])
     found = verify(certified / "profile" / CERTIFICATE_FILE, files, [policy], part, now=NOW)

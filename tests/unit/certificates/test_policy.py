@@ -27,7 +27,7 @@ Write = Callable[[str], Policy]
 
 @pytest.fixture
 def decide(certified: Path) -> Decide:
-    files = files_of_model(certified / "exported")[1] | files_of_profile(certified / "profile")
+    files = files_of_model(certified / "exported") | files_of_profile(certified / "profile")
 
     def run(*policies: Policy, source: str = "/models/a/exported", now: datetime = NOW) -> Admission:
         return verify(certified / "profile" / CERTIFICATE_FILE, files, policies, source, now=now)
@@ -151,7 +151,7 @@ def test_every_policy_must_accept(decide: Decide, write: Write, keys: Path) -> N
 
 def test_taking_a_signature_away_never_admits(certified: Path, keys: Path) -> None:
     """Whatever the policy, fewer signatures are accepted at most as often."""
-    files = files_of_model(certified / "exported")[1] | files_of_profile(certified / "profile")
+    files = files_of_model(certified / "exported") | files_of_profile(certified / "profile")
     whole = Envelope.from_json((certified / "profile" / CERTIFICATE_FILE).read_bytes(), "")
     policies = [Policy.trusting([keys / name]) for name in ("ed.pub", "ec.pub", "other.pub")]
     policies.append(Policy.trusting([keys / "ed.pub", keys / "ec.pub"]))

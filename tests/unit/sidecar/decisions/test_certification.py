@@ -21,7 +21,7 @@ def test_a_certificate_is_announced_before_it_expires_and_refused_from_then_on(
 ) -> None:
     caplog.set_level(logging.INFO)
     settings = Settings(profile=certified / "profile", model=certified / "exported", trust=(keys / "ed.pub",))
-    files = files_of_model(certified / "exported")[1] | files_of_profile(certified / "profile")
+    files = files_of_model(certified / "exported") | files_of_profile(certified / "profile")
     now = NOW
 
     def clock() -> datetime:
