@@ -557,7 +557,7 @@ class Settings(ModelSettings, BaseSettings):
         """
         missing = f"there is no configuration file {config}"
         table = {} if config is None else read_toml(config, _MAX_CONFIG_BYTES, UsageError, missing=missing)
-        variables = {name.upper() for name, value in os.environ.items() if value}
+        variables = _environment()
         for old, new in RENAMED.items():
             if (variable := f"{ENVIRONMENT_PREFIX}{old}".upper()) in variables:
                 raise UsageError(f"{variable} is now called {ENVIRONMENT_PREFIX}{new.upper()}")
@@ -574,6 +574,11 @@ class Settings(ModelSettings, BaseSettings):
             _config.reset(token)
 
 
+def _environment() -> dict[str, str]:
+    """The variables that are not empty, by name in upper case: settings are read from variables in any case."""
+    return {name.upper(): value for name, value in os.environ.items() if value}
+
+
 def _only_stricter(table: Mapping[str, Any], given: dict[str, Any]) -> None:
     """Let options and environment make the rules for certificates stricter than the configuration file, never weaker.
 
@@ -587,7 +592,8 @@ def _only_stricter(table: Mapping[str, Any], given: dict[str, Any]) -> None:
     Raises:
         UsageError: An option or a variable contradicts the file.
     """
-    variables = {name: os.environ.get(f"{ENVIRONMENT_PREFIX}{name.upper()}") for name in _GUARDED}
+    environment = _environment()
+    variables = {name: environment.get(f"{ENVIRONMENT_PREFIX}{name.upper()}") for name in _GUARDED}
     named = [split(each) for each in (given.get("policy"), variables["policy"], table.get("policy")) if each]
     if named:
         given["policy"] = tuple(dict.fromkeys(str(path) for paths in named for path in paths))

@@ -1,6 +1,7 @@
 """Reading of what a model is screened with: its profile, the exported classifier and the reference model."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,10 @@ def load(
     """
     threads, kept = own.forward_threads, model
     reference = None if old is None or old.opinions is None else old.opinions.model
-    with recording() as opened:
+    certified = bool(own.policy or own.trust)
+    # Digests are taken of what is read only where a certificate is compared with them: it reads large files once more.
+    recorded: AbstractContextManager[dict[Path, str]] = recording() if certified else nullcontext({})
+    with recorded as opened:
         profile = read_profile(settings)
         if model is None and settings.model is not None:
             model = ExportedClassifier(settings.model, threads=threads)
@@ -66,7 +70,7 @@ def load(
             match(profile, model, settings)
         opinions = read_opinions(profile, settings, reference, threads=threads)
     certification = None
-    if own.policy or own.trust:
+    if certified:
         again = {EXPORTED} if kept is not None else set()
         if opinions is not None and opinions.model is reference:
             again.add(REFERENCE_MODEL_PART)

@@ -65,7 +65,9 @@ def test_policies_of_all_sources_are_asked(tmp_path: Path, monkeypatch: pytest.M
     [
         ("GUARD_REQUIRE_CERTIFIED", "false"),
         ("GUARD_TRUST", "attacker.pub"),
+        ("guard_trust", "attacker.pub"),
         ("GUARD_FAILURE_POLICY", "open"),
+        ("Guard_Failure_Policy", "open"),
         ("GUARD_MODELS", '[{"model_name": "m", "profile": "p", "failure_policy": "open"}]'),
     ],
 )
