@@ -8,10 +8,11 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-RUNBOOKS = "https://github.com/clip-guard/guard/blob/main/docs/runbooks"
+from guard.sidecar.host.dashboard import advice
+
 MODEL = "job, instance, model, version"
 """Labels by which series of one model in one sidecar are told from others."""
-NOT_A_FAULT = "disabled|not_sampled|cancelled"
+NOT_A_FAULT = "|".join(advice.NOT_A_FAULT)
 """Reasons for `unchecked` that the operator or the client asked for."""
 
 
@@ -211,7 +212,7 @@ def rules() -> str:
             "        annotations:",
             f"          summary: {json.dumps(alert.summary)}",
             f"          description: {json.dumps(alert.description)}",
-            f"          runbook_url: {RUNBOOKS}/{alert.name}.md",
+            f"          runbook_url: {advice.RUNBOOKS}/{alert.name}.md",
         ]
     return "\n".join(lines) + "\n"
 

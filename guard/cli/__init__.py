@@ -15,6 +15,7 @@ from guard.cli.evaluate import evaluate
 from guard.cli.export import export
 from guard.cli.log import log
 from guard.cli.serve import serve
+from guard.cli.top import top
 from guard.cli.triggers import triggers
 from guard.cli.verify import verify
 from guard.cli.vet import vet
@@ -36,7 +37,7 @@ def cli() -> None:
     """
 
 
-for command in (vet, calibrate, export, certify, verify, serve, log, triggers, attack, evaluate, doctor, demo):
+for command in (vet, calibrate, export, certify, verify, serve, top, log, triggers, attack, evaluate, doctor, demo):
     cli.add_command(command)
 
 

@@ -28,6 +28,7 @@ from guard.sidecar.decisions.loading import (
 from guard.sidecar.decisions.state import check_unused
 from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.decisions.workers import Workers
+from guard.sidecar.host.dashboard import Access
 from guard.sidecar.host.limits import most_memory, resident_bytes
 from guard.sidecar.inference.proxy import upstream_endpoint
 from guard.sidecar.model_settings import ModelSettings
@@ -71,6 +72,7 @@ def preflight(settings: Settings) -> tuple[Finding, ...]:
             ("tls", checks.tls),
             ("metrics", checks.metrics),
             ("admin", checks.admin),
+            ("dashboard", checks.dashboard),
             ("listen", checks.listen),
         )
         if (finding := _look(subject, check)) is not None
@@ -174,6 +176,13 @@ class _Checks:
         for address in self.settings.admin_addresses:
             check_free(address)
         return None if self.settings.admin is None else f"{', '.join(self.settings.admin_addresses)} is free"
+
+    def dashboard(self) -> str | None:
+        if self.settings.dashboard is None:
+            return None
+        check_free(self.settings.dashboard)
+        Access.of(self.settings)
+        return f"{self.settings.dashboard} is free"
 
     def upstream(self) -> str | None:
         address = self.settings.upstream

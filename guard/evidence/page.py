@@ -6,21 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from guard.errors import UsageError
+from guard.evidence.explanation import DECISIONS, explained
 from guard.evidence.records import Record
 
 if TYPE_CHECKING:
     from guard.profiles import Profile
 
 _SIGNATURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
-_DECISIONS = {"flag": "Flagged", "pass": "Passed", "unchecked": "Not checked"}
 _SIDE = 160
-_MEANINGS = {
-    "k-distance": ": the request is unlike clean images",
-    "divergence": ": the model and the reference model predict different classes, or one is much less sure",
-    "joint": ": the request resembles a reconstructed trigger, and the model and the reference model disagree",
-    "residual": ": the embeddings of the model and of the reference model differ as they do not for clean images",
-}
-"""What it says of a request that one of these scores decided."""
 
 
 @dataclass(frozen=True)
@@ -61,46 +54,12 @@ def record_page(record: Record, profile: "Profile | None" = None) -> str:
     )  # fmt: skip
     return environment.get_template("record.html.j2").render(
         record=record,
-        decision=_DECISIONS.get(record.decision, record.decision),
-        reading=_reading(record),
+        decision=DECISIONS.get(record.decision, record.decision),
+        reading=explained(record),
         bars=[_bar(name, value, record.thresholds.get(name)) for name, value in record.scores.items()],
         thumbnail=_data_uri(record.thumbnail),
         trigger=None if profile is None else _drawn(profile, record.trigger),
     )
-
-
-def _reading(record: Record) -> list[str]:
-    """Sentences that explain the record."""
-    sentences = []
-    if record.p_value:
-        sentences.append(
-            f"{_DECISIONS.get(record.decision, record.decision)}: a clean request looks like this at most once in "
-            f"{_one_in(record.p_value)}."
-        )
-    if record.alpha:
-        sentences.append(
-            f"By choice of the false-alarm rate, one clean request in about {_one_in(record.alpha)} is flagged. "
-            "A single flag is a reason to look, not a proof."
-        )
-    if record.decided_by:
-        sentences.append(f"The score {record.decided_by} decided{_MEANINGS.get(record.decided_by, '')}.")
-    if record.reference:
-        same = "also answers" if record.reference == record.predicted else "answers"
-        apart = record.scores.get("divergence", math.nan)
-        distance = f"; the predictions of the two models are {apart:.3g} nats apart" if math.isfinite(apart) else ""
-        sentences.append(f"The reference model {same} “{record.reference}”{distance}.")
-    if record.trigger:
-        answer = f"; the model answered “{record.predicted}”" if record.predicted else ""
-        leads = f", which leads to “{record.target}”{answer}" if record.target else answer
-        sentences.append(f"Of the reconstructed triggers it matches {record.trigger}{leads}.")
-    if record.second_look:
-        sentences.append(f"Second look: {record.second_look}{': ' + record.explanation if record.explanation else ''}.")
-    return sentences
-
-
-def _one_in(share: float) -> str:
-    """The N of "one in N" for a share; a log may have been tampered with, so the share may be any number."""
-    return f"{int(1 / min(max(share, 1e-9), 1.0) + 1e-9):,}"
 
 
 def _bar(name: str, value: float, threshold: float | None) -> _Bar:

@@ -55,17 +55,21 @@ class Status(_message.Message):
     def __init__(self, version: _Optional[str] = ..., process: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ready: bool = ..., reason: _Optional[str] = ..., upstream: _Optional[str] = ..., active_requests: _Optional[int] = ..., evidence_trouble: _Optional[str] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("include_pictures",)
+    INCLUDE_PICTURES_FIELD_NUMBER: _ClassVar[int]
+    include_pictures: bool
+    def __init__(self, include_pictures: bool = ...) -> None: ...
 
 class ListModelsResponse(_message.Message):
-    __slots__ = ("models",)
+    __slots__ = ("models", "unknown_models")
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_MODELS_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[Model]
-    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
+    unknown_models: Traffic
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., unknown_models: _Optional[_Union[Traffic, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "label", "digest", "verdict", "mode", "failure_policy", "alpha", "threshold", "reference_size", "calibration", "triggers", "alarms", "loaded_at", "stale", "second_opinion")
+    __slots__ = ("name", "version", "label", "digest", "verdict", "mode", "failure_policy", "alpha", "threshold", "reference_size", "calibration", "triggers", "alarms", "loaded_at", "stale", "second_opinion", "certificate", "traffic")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
@@ -82,6 +86,8 @@ class Model(_message.Message):
     LOADED_AT_FIELD_NUMBER: _ClassVar[int]
     STALE_FIELD_NUMBER: _ClassVar[int]
     SECOND_OPINION_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    TRAFFIC_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     label: str
@@ -98,7 +104,62 @@ class Model(_message.Message):
     loaded_at: _timestamp_pb2.Timestamp
     stale: bool
     second_opinion: SecondOpinion
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., label: _Optional[str] = ..., digest: _Optional[str] = ..., verdict: _Optional[_Union[Verdict, _Mapping]] = ..., mode: _Optional[_Union[Mode, str]] = ..., failure_policy: _Optional[_Union[FailurePolicy, str]] = ..., alpha: _Optional[float] = ..., threshold: _Optional[float] = ..., reference_size: _Optional[int] = ..., calibration: _Optional[_Union[Calibration, _Mapping]] = ..., triggers: _Optional[_Iterable[_Union[Trigger, _Mapping]]] = ..., alarms: _Optional[_Iterable[_Union[Alarm, _Mapping]]] = ..., loaded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., stale: bool = ..., second_opinion: _Optional[_Union[SecondOpinion, _Mapping]] = ...) -> None: ...
+    certificate: Certificate
+    traffic: Traffic
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., label: _Optional[str] = ..., digest: _Optional[str] = ..., verdict: _Optional[_Union[Verdict, _Mapping]] = ..., mode: _Optional[_Union[Mode, str]] = ..., failure_policy: _Optional[_Union[FailurePolicy, str]] = ..., alpha: _Optional[float] = ..., threshold: _Optional[float] = ..., reference_size: _Optional[int] = ..., calibration: _Optional[_Union[Calibration, _Mapping]] = ..., triggers: _Optional[_Iterable[_Union[Trigger, _Mapping]]] = ..., alarms: _Optional[_Iterable[_Union[Alarm, _Mapping]]] = ..., loaded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., stale: bool = ..., second_opinion: _Optional[_Union[SecondOpinion, _Mapping]] = ..., certificate: _Optional[_Union[Certificate, _Mapping]] = ..., traffic: _Optional[_Union[Traffic, _Mapping]] = ...) -> None: ...
+
+class Certificate(_message.Message):
+    __slots__ = ("accepted", "reason", "expires_at")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    accepted: bool
+    reason: str
+    expires_at: _timestamp_pb2.Timestamp
+    def __init__(self, accepted: bool = ..., reason: _Optional[str] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class Traffic(_message.Message):
+    __slots__ = ("requests", "images", "unchecked", "scores", "overhead_seconds")
+    class RequestsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class ImagesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class UncheckedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    UNCHECKED_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    OVERHEAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.ScalarMap[str, int]
+    images: _containers.ScalarMap[str, int]
+    unchecked: _containers.ScalarMap[str, int]
+    scores: Histogram
+    overhead_seconds: Histogram
+    def __init__(self, requests: _Optional[_Mapping[str, int]] = ..., images: _Optional[_Mapping[str, int]] = ..., unchecked: _Optional[_Mapping[str, int]] = ..., scores: _Optional[_Union[Histogram, _Mapping]] = ..., overhead_seconds: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
+
+class Histogram(_message.Message):
+    __slots__ = ("bounds", "counts")
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    bounds: _containers.RepeatedScalarFieldContainer[float]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, bounds: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SecondOpinion(_message.Message):
     __slots__ = ("requests", "kind", "digest", "agreement")
@@ -143,14 +204,18 @@ class Calibration(_message.Message):
     def __init__(self, images: _Optional[int] = ..., held_out_images: _Optional[int] = ..., held_out_false_alarms: _Optional[int] = ...) -> None: ...
 
 class Trigger(_message.Message):
-    __slots__ = ("id", "family", "target_class")
+    __slots__ = ("id", "family", "target_class", "success", "picture")
     ID_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     TARGET_CLASS_FIELD_NUMBER: _ClassVar[int]
+    SUCCESS_FIELD_NUMBER: _ClassVar[int]
+    PICTURE_FIELD_NUMBER: _ClassVar[int]
     id: str
     family: str
     target_class: str
-    def __init__(self, id: _Optional[str] = ..., family: _Optional[str] = ..., target_class: _Optional[str] = ...) -> None: ...
+    success: float
+    picture: bytes
+    def __init__(self, id: _Optional[str] = ..., family: _Optional[str] = ..., target_class: _Optional[str] = ..., success: _Optional[float] = ..., picture: _Optional[bytes] = ...) -> None: ...
 
 class Alarm(_message.Message):
     __slots__ = ("kind", "stream")
@@ -169,17 +234,19 @@ class Alarm(_message.Message):
     def __init__(self, kind: _Optional[_Union[Alarm.Kind, str]] = ..., stream: _Optional[str] = ...) -> None: ...
 
 class FollowEvidenceRequest(_message.Message):
-    __slots__ = ("models", "include_withdrawn", "include_thumbnails")
+    __slots__ = ("models", "include_withdrawn", "include_thumbnails", "recent")
     MODELS_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_WITHDRAWN_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_THUMBNAILS_FIELD_NUMBER: _ClassVar[int]
+    RECENT_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedScalarFieldContainer[str]
     include_withdrawn: bool
     include_thumbnails: bool
-    def __init__(self, models: _Optional[_Iterable[str]] = ..., include_withdrawn: bool = ..., include_thumbnails: bool = ...) -> None: ...
+    recent: int
+    def __init__(self, models: _Optional[_Iterable[str]] = ..., include_withdrawn: bool = ..., include_thumbnails: bool = ..., recent: _Optional[int] = ...) -> None: ...
 
 class Evidence(_message.Message):
-    __slots__ = ("lost", "time", "request_id", "trace_id", "model", "model_digest", "image", "decision", "mode", "predicted_class", "p_value", "alpha", "scores", "thresholds", "trigger", "target_class", "second_look", "explanation", "input_digest", "thumbnail", "decided_by", "reference_class")
+    __slots__ = ("lost", "time", "request_id", "trace_id", "model", "model_digest", "image", "decision", "mode", "predicted_class", "p_value", "alpha", "scores", "thresholds", "trigger", "target_class", "second_look", "explanation", "input_digest", "thumbnail", "decided_by", "reference_class", "record")
     class Decision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         DECISION_UNSPECIFIED: _ClassVar[Evidence.Decision]
@@ -224,6 +291,7 @@ class Evidence(_message.Message):
     THUMBNAIL_FIELD_NUMBER: _ClassVar[int]
     DECIDED_BY_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_CLASS_FIELD_NUMBER: _ClassVar[int]
+    RECORD_FIELD_NUMBER: _ClassVar[int]
     lost: int
     time: _timestamp_pb2.Timestamp
     request_id: str
@@ -246,4 +314,39 @@ class Evidence(_message.Message):
     thumbnail: bytes
     decided_by: str
     reference_class: str
-    def __init__(self, lost: _Optional[int] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., request_id: _Optional[str] = ..., trace_id: _Optional[str] = ..., model: _Optional[str] = ..., model_digest: _Optional[str] = ..., image: _Optional[int] = ..., decision: _Optional[_Union[Evidence.Decision, str]] = ..., mode: _Optional[_Union[Mode, str]] = ..., predicted_class: _Optional[str] = ..., p_value: _Optional[float] = ..., alpha: _Optional[float] = ..., scores: _Optional[_Mapping[str, float]] = ..., thresholds: _Optional[_Mapping[str, float]] = ..., trigger: _Optional[str] = ..., target_class: _Optional[str] = ..., second_look: _Optional[str] = ..., explanation: _Optional[str] = ..., input_digest: _Optional[str] = ..., thumbnail: _Optional[bytes] = ..., decided_by: _Optional[str] = ..., reference_class: _Optional[str] = ...) -> None: ...
+    record: int
+    def __init__(self, lost: _Optional[int] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., request_id: _Optional[str] = ..., trace_id: _Optional[str] = ..., model: _Optional[str] = ..., model_digest: _Optional[str] = ..., image: _Optional[int] = ..., decision: _Optional[_Union[Evidence.Decision, str]] = ..., mode: _Optional[_Union[Mode, str]] = ..., predicted_class: _Optional[str] = ..., p_value: _Optional[float] = ..., alpha: _Optional[float] = ..., scores: _Optional[_Mapping[str, float]] = ..., thresholds: _Optional[_Mapping[str, float]] = ..., trigger: _Optional[str] = ..., target_class: _Optional[str] = ..., second_look: _Optional[str] = ..., explanation: _Optional[str] = ..., input_digest: _Optional[str] = ..., thumbnail: _Optional[bytes] = ..., decided_by: _Optional[str] = ..., reference_class: _Optional[str] = ..., record: _Optional[int] = ...) -> None: ...
+
+class GetConfigurationRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Configuration(_message.Message):
+    __slots__ = ("settings",)
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    settings: _containers.RepeatedCompositeFieldContainer[Setting]
+    def __init__(self, settings: _Optional[_Iterable[_Union[Setting, _Mapping]]] = ...) -> None: ...
+
+class Setting(_message.Message):
+    __slots__ = ("model", "name", "value", "source")
+    class Source(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        SOURCE_UNSPECIFIED: _ClassVar[Setting.Source]
+        SOURCE_DEFAULT: _ClassVar[Setting.Source]
+        SOURCE_FILE: _ClassVar[Setting.Source]
+        SOURCE_ENVIRONMENT: _ClassVar[Setting.Source]
+        SOURCE_OPTION: _ClassVar[Setting.Source]
+    SOURCE_UNSPECIFIED: Setting.Source
+    SOURCE_DEFAULT: Setting.Source
+    SOURCE_FILE: Setting.Source
+    SOURCE_ENVIRONMENT: Setting.Source
+    SOURCE_OPTION: Setting.Source
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    name: str
+    value: str
+    source: Setting.Source
+    def __init__(self, model: _Optional[str] = ..., name: _Optional[str] = ..., value: _Optional[str] = ..., source: _Optional[_Union[Setting.Source, str]] = ...) -> None: ...

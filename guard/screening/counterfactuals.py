@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from guard._types import Floats
-from guard.triggers.forms import GENERATOR_SLOPE, YCRCB_TO_RGB, check_tensors
+from guard.triggers.forms import check_tensors
+from guard.triggers.numpy_apply import DISPLACEMENTS, pixels, resampled, sampled, warp_field
 
 Undo = Callable[[Floats], Floats]
 """A function from an image, shape [3, H, W], values in [0, 1], to the same image without the trigger."""
@@ -24,7 +26,8 @@ _MOST_LOST = 0.5
 """Share of the image above which a patch and its margin leave too little to fill them from."""
 _STEPS = 12
 """Steps of a fixed-point iteration; each step about halves the remaining error."""
-_TO_RGB = np.array(YCRCB_TO_RGB, np.float32)
+_DEPEND_ON_IMAGE = {"colour map", "generator"}
+"""Families whose displacement depends on the image, so that it is undone step by step."""
 
 
 def undoing(family: str, tensors: Mapping[str, Floats]) -> Undo | None:
@@ -103,7 +106,7 @@ def low_pass(images: Floats, share: float) -> Floats:
     """
     size = images.shape[-2:]
     small = (max(1, round(1 / share)), max(1, round(1 / share)))
-    return _resampled(_resampled(images, small), size)
+    return resampled(resampled(images, small), size)
 
 
 def _patch(tensors: Mapping[str, Floats]) -> Undo | None:
@@ -112,7 +115,7 @@ def _patch(tensors: Mapping[str, Floats]) -> Undo | None:
 
     def undo(image: Floats) -> Floats:
         size = image.shape[-2:]
-        mask, pattern = _resampled(tensors["mask"], size), _resampled(tensors["pattern"], size)
+        mask, pattern = resampled(tensors["mask"], size), resampled(tensors["pattern"], size)
         unblended = _unblended(image, np.minimum(mask, _OPAQUE), pattern)
         filled: Floats = fill(unblended[None], _lost(mask)[None])[0]
         return filled
@@ -127,89 +130,31 @@ def _lost(mask: Floats) -> NDArray[np.bool_]:
 def _blend(tensors: Mapping[str, Floats]) -> Undo | None:
     if tensors["alpha"].item() > _MOST_OPAQUE:
         return None
-    return lambda image: _unblended(image, tensors["alpha"], _resampled(tensors["pattern"], image.shape[-2:]))
+    return lambda image: _unblended(image, tensors["alpha"], resampled(tensors["pattern"], image.shape[-2:]))
 
 
-def _additive(tensors: Mapping[str, Floats]) -> Undo:
-    def undo(image: Floats) -> Floats:
-        delta = _resampled(tensors["delta"], image.shape[-2:])
-        return _unmoved(image, lambda _: delta, steps=1)
-
-    return undo
-
-
-def _frequency(tensors: Mapping[str, Floats]) -> Undo:
-    def undo(image: Floats) -> Floats:
-        height, width = image.shape[-2:]
-        spectrum = tensors["spectrum"]
-        side = max(1, round(float(tensors["share"]) * min(height, width)))
-        kept = min(side, spectrum.shape[-1])
-        basis = _cosines(side)[:kept]
-        wave = basis.T @ spectrum[:, :kept, :kept] @ basis * np.float32(side / spectrum.shape[-1])
-        tiled = np.tile(np.tensordot(_TO_RGB, wave, 1), (1, height // side, width // side))
-        delta = np.pad(tiled, ((0, 0), (0, height % side), (0, width % side)))
-        return _unmoved(image, lambda _: delta, steps=1)
-
-    return undo
-
-
-def _colour_map(tensors: Mapping[str, Floats]) -> Undo:
-    lattice = tensors["lattice"]
-    last = lattice.shape[-1] - 1
-
-    def displacement(image: Floats) -> Floats:
-        place = image * np.float32(last)
-        low = np.clip(np.floor(place).astype(np.int64), 0, max(last - 1, 0))
-        part = place - low
-        total = np.zeros_like(image)
-        for corner in np.ndindex(2, 2, 2):
-            red, green, blue = (np.minimum(low[c] + step, last) for c, step in enumerate(corner))
-            weight = np.prod([part[c] if step else 1 - part[c] for c, step in enumerate(corner)], axis=0)
-            total += weight * lattice[:, red, green, blue]
-        return total
-
-    return lambda image: _unmoved(image, displacement, steps=_STEPS)
-
-
-def _generator(tensors: Mapping[str, Floats]) -> Undo:
-    def displacement(image: Floats) -> Floats:
-        height, width = image.shape[-2:]
-        y, x = (np.linspace(-1, 1, side, dtype=np.float32) for side in (height, width))
-        place = np.stack((np.broadcast_to(x, (height, width)), np.broadcast_to(y[:, None], (height, width))))
-        hidden = _leaky(_convolved(np.concatenate((2 * image - 1, place)), tensors, "first", stride=2))
-        hidden = _leaky(_convolved(hidden, tensors, "second"))
-        written = _convolved(hidden, tensors, "third")
-        rows, columns = written.shape[-2:]
-        large = written.reshape(3, 2, 2, rows, columns).transpose(0, 3, 1, 4, 2).reshape(3, 2 * rows, 2 * columns)
-        delta: Floats = tensors["radius"] * np.tanh(large[:, :height, :width])
-        return delta
-
-    return lambda image: _unmoved(image, displacement, steps=_STEPS)
+def _displaced(family: str, tensors: Mapping[str, Floats]) -> Undo:
+    displacement = DISPLACEMENTS[family](tensors)
+    steps = _STEPS if family in _DEPEND_ON_IMAGE else 1
+    return lambda image: _unmoved(image, displacement, steps=steps)
 
 
 def _warp(tensors: Mapping[str, Floats]) -> Undo:
     def undo(image: Floats) -> Floats:
-        height, width = image.shape[-2:]
-        rows, columns = (_cubic(tensors["field"].shape[-1], side) for side in (height, width))
-        sides = np.array([width, height])[:, None, None]
-        along = (rows @ tensors["field"] @ columns.T * sides).astype(np.float32)
-        place = np.stack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.float32)
+        along, place = warp_field(tensors, image.shape[-2:]), pixels(image.shape[-2:])
         found = place
         for _ in range(_STEPS):
-            found = ((found + place - _sampled(along, found)) / 2).astype(np.float32)
-        return _sampled(image, found)
+            found = ((found + place - sampled(along, found)) / 2).astype(np.float32)
+        return sampled(image, found)
 
     return undo
 
 
 _UNDOINGS: dict[str, Callable[[Mapping[str, Floats]], Undo | None]] = {
     "patch": _patch,
-    "additive": _additive,
     "blend": _blend,
     "warp": _warp,
-    "frequency": _frequency,
-    "colour map": _colour_map,
-    "generator": _generator,
+    **{family: partial(_displaced, family) for family in DISPLACEMENTS},
 }
 
 
@@ -243,7 +188,7 @@ def _pull_push(sums: Floats, weights: Floats) -> Floats:
     height, width = sums.shape[-2:]
     coarse = _pull_push(_halved(sums), _halved(weights))
     size = (2 * coarse.shape[-2], 2 * coarse.shape[-1])
-    filled: Floats = np.where(weights > 0, means, _resampled(coarse, size)[..., :height, :width])
+    filled: Floats = np.where(weights > 0, means, resampled(coarse, size)[..., :height, :width])
     return filled
 
 
@@ -252,67 +197,3 @@ def _halved(values: Floats) -> Floats:
     even = np.pad(values, ((0, 0), (0, 0), (0, height % 2), (0, width % 2)))
     halved: Floats = even.reshape(*even.shape[:2], even.shape[2] // 2, 2, even.shape[3] // 2, 2).sum((3, 5))
     return halved
-
-
-def _resampled(values: Floats, size: tuple[int, ...]) -> Floats:
-    """At another resolution: bilinear, without aliasing, as torch's `interpolate` with `antialias`."""
-    if values.shape[-2:] == tuple(size):
-        return values
-    rows, columns = (_linear(drawn, side) for drawn, side in zip(values.shape[-2:], size, strict=True))
-    resampled: Floats = (rows @ values @ columns.T).astype(np.float32, copy=False)
-    return resampled
-
-
-def _linear(drawn: int, size: int) -> Floats:
-    """Weights of `drawn` values at `size` places: shape [size, drawn]."""
-    scale = drawn / size
-    distance = np.abs(np.arange(drawn) + 0.5 - scale * (np.arange(size)[:, None] + 0.5))
-    weights = np.maximum(0, 1 - distance / max(scale, 1))
-    normalised: Floats = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-    return normalised
-
-
-def _cubic(points: int, size: int) -> Floats:
-    """The same for bicubic interpolation between points that span the image, as torch's with `align_corners`."""
-    place = np.arange(size) * ((points - 1) / max(size - 1, 1))
-    first = np.floor(place).astype(np.int64) - 1
-    weights = np.zeros((size, points))
-    for step in range(4):
-        t = np.abs(place - first - step)
-        near, far = (1.25 * t - 2.25) * t * t + 1, ((-0.75 * t + 3.75) * t - 6) * t + 3
-        np.add.at(weights, (np.arange(size), np.clip(first + step, 0, points - 1)), np.where(t <= 1, near, far))
-    return weights.astype(np.float32)
-
-
-def _sampled(values: Floats, place: Floats) -> Floats:
-    """Values, shape [C, H, W], at columns and rows `place`, shape [2, H, W]: bilinear; the border repeats."""
-    height, width = values.shape[-2:]
-    column, row = np.clip(place[0], 0, width - 1), np.clip(place[1], 0, height - 1)
-    left, top = column.astype(np.int64), row.astype(np.int64)
-    right, bottom = np.minimum(left + 1, width - 1), np.minimum(top + 1, height - 1)
-    across, down = column - left, row - top
-    above = values[:, top, left] * (1 - across) + values[:, top, right] * across
-    below = values[:, bottom, left] * (1 - across) + values[:, bottom, right] * across
-    sampled: Floats = (above * (1 - down) + below * down).astype(np.float32)
-    return sampled
-
-
-def _convolved(values: Floats, tensors: Mapping[str, Floats], name: str, *, stride: int = 1) -> Floats:
-    padded = np.pad(values, ((0, 0), (1, 1), (1, 1)))
-    windows = sliding_window_view(padded, (3, 3), (1, 2))[:, ::stride, ::stride]
-    product = np.tensordot(tensors[name], windows, ((1, 2, 3), (0, 3, 4)))
-    convolved: Floats = product + tensors[f"{name}_bias"][:, None, None]
-    return convolved
-
-
-def _leaky(values: Floats) -> Floats:
-    activated: Floats = np.maximum(values, np.float32(GENERATOR_SLOPE) * values)
-    return activated
-
-
-def _cosines(side: int) -> Floats:
-    """The orthonormal DCT-II: shape [frequencies, positions]."""
-    frequency, position = np.arange(side)[:, None], np.arange(side) + 0.5
-    matrix = np.cos(math.pi / side * frequency * position) * math.sqrt(2 / side)
-    matrix[0] /= math.sqrt(2)
-    return matrix.astype(np.float32)

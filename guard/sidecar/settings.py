@@ -5,14 +5,17 @@ and names other settings as options, such as --state-dir. A field without a defa
 file. After a change here, run scripts/generate_docs.py.
 """
 
+import json
 import os
 import re
 from collections.abc import Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -38,6 +41,32 @@ _MAX_CONFIG_BYTES = 16 * 2**20
 _STRICTEST = ("failure_policy", "closed")
 _GUARDED = ("policy", "trust", "require_certified", "failure_policy", "models")
 """Settings by which certificates are judged, and that decide what happens without one."""
+
+
+class Source(StrEnum):
+    """Where the value of a setting comes from; a later one wins."""
+
+    DEFAULT = "default"
+    FILE = "file"
+    ENVIRONMENT = "environment"
+    OPTION = "option"
+
+
+@dataclass(frozen=True)
+class EffectiveSetting:
+    """A setting in effect.
+
+    Attributes:
+        model: Label of the model that it is of; "" if it is of the sidecar, or of models without a value of their own.
+        name: Its name.
+        value: Its value as JSON.
+        source: Where the value comes from.
+    """
+
+    model: str
+    name: str
+    value: str
+    source: Source
 
 
 class Settings(ModelSettings, BaseSettings):
@@ -128,8 +157,8 @@ class Settings(ModelSettings, BaseSettings):
     )
     tls_certificate: Path | None = Field(
         default=None,
-        description="PEM file of the certificate chain for --listen, and for --admin at HOST:PORT, which then accept "
-        "connections with TLS only. A renewed certificate is read without a restart.",
+        description="PEM file of the certificate chain for --listen, for --dashboard, and for --admin at HOST:PORT, "
+        "which then accept connections with TLS only. A renewed certificate is read without a restart.",
         examples=["/tls/tls.crt"],
     )
     tls_key: Path | None = Field(
@@ -188,6 +217,28 @@ class Settings(ModelSettings, BaseSettings):
         "default, the service is not offered.",
         examples=["unix:/run/guard/admin.sock"],
         json_schema_extra=metavar("ADDRESS"),
+    )
+    dashboard: str | None = Field(
+        default=None,
+        description="Address at which guard serves a page for people over HTTP: its state, its models, flagged "
+        "requests as they come, and what to do. HOST must be a loopback address unless --tls-client-ca is given, or "
+        "--dashboard-token with --tls-certificate. With several --processes, use guard top instead. By default, the "
+        "page is not served.",
+        examples=["127.0.0.1:8003"],
+        json_schema_extra=metavar("HOST:PORT"),
+    )
+    dashboard_token: Path | None = Field(
+        default=None,
+        description="File with the password of --dashboard, of at least 16 characters. Browsers ask for it; the user "
+        "name does not matter.",
+        examples=["/etc/guard/dashboard-token"],
+    )
+    dashboard_hosts: Names = Field(
+        default=(),
+        description="Host names under which browsers may open --dashboard. Requests with another name are refused, "
+        "because a hostile page could make its own name lead here; localhost and IP addresses are always accepted.",
+        examples=[["guard.example.com"]],
+        json_schema_extra=metavar("NAME,…"),
     )
     processes: int = Field(
         default=1,
@@ -400,10 +451,11 @@ class Settings(ModelSettings, BaseSettings):
             raise ValueError(f"{value!r} has port 0, at which no server can be called")
         return value
 
-    @field_validator("metrics")
+    @field_validator("metrics", "dashboard")
     @classmethod
-    def _tcp_address(cls, value: str) -> str:
-        split_address(value)
+    def _tcp_address(cls, value: str | None) -> str | None:
+        if value is not None:
+            split_address(value)
         return value
 
     @model_validator(mode="after")
@@ -494,6 +546,25 @@ class Settings(ModelSettings, BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _dashboard_is_for_operators(self) -> Self:
+        if self.dashboard is None:
+            if self.dashboard_token is not None or self.dashboard_hosts:
+                raise ValueError("--dashboard-token and --dashboard-hosts need --dashboard")
+            return self
+        if self.processes > 1:
+            raise ValueError(
+                "--dashboard shows one process; with several --processes, give --admin unix:PATH and run guard top "
+                "unix:PATH"
+            )
+        token = self.dashboard_token is not None and self.tls_certificate is not None
+        if not is_loopback(self.dashboard) and self.tls_client_ca is None and not token:
+            raise ValueError(
+                "--dashboard shows what is flagged and by which threshold, so at an address that others can reach it "
+                "needs --tls-client-ca, or --dashboard-token with --tls-certificate; or give a loopback address"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tls_is_whole(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("--tls-certificate and --tls-key must be given together")
@@ -506,6 +577,26 @@ class Settings(ModelSettings, BaseSettings):
         if self.upstream_tls is not None and self.upstream is None:
             raise ValueError("--upstream-tls encrypts the connection to an upstream server, so it needs --upstream")
         return self
+
+    _sources: Mapping[str, Source] = PrivateAttr(default_factory=dict)
+
+    @property
+    def sources(self) -> Mapping[str, Source]:
+        """Where the values of the settings come from, by name; those that are missing have their default."""
+        return self._sources
+
+    @property
+    def effective(self) -> tuple[EffectiveSetting, ...]:
+        """All settings in effect, those of the sidecar first, then what models have of their own."""
+        found = [
+            EffectiveSetting("", name, json.dumps(value), self._sources.get(name, Source.DEFAULT))
+            for name, value in self.model_dump(mode="json", exclude={"models"}).items()
+        ]
+        source = self._sources.get("models", Source.FILE)
+        for each in self.models:
+            own = each.model_dump(mode="json", exclude_unset=True)
+            found += [EffectiveSetting(each.label, name, json.dumps(value), source) for name, value in own.items()]
+        return tuple(found)
 
     @property
     def inflight_bytes(self) -> int:
@@ -565,13 +656,24 @@ class Settings(ModelSettings, BaseSettings):
         token = _config.set(table)
         try:
             _only_stricter(table, given)
-            return cls(**given)
+            settings = cls(**given)
+            settings._sources = _sources(table, given, variables)
         except ValidationError as error:
             raise UsageError(first_error(error)) from error
         except SettingsError as error:
             raise UsageError(f"GUARD_MODELS is not valid JSON: {error.__cause__}") from error
         finally:
             _config.reset(token)
+        return settings
+
+
+def _sources(table: Mapping[str, Any], given: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Source]:
+    """Where the value of each setting comes from that is not a default."""
+    named = dict.fromkeys(table, Source.FILE)
+    for name in Settings.model_fields:
+        if f"{ENVIRONMENT_PREFIX}{name}".upper() in variables:
+            named[name] = Source.ENVIRONMENT
+    return named | dict.fromkeys(given, Source.OPTION)
 
 
 def _environment() -> dict[str, str]:

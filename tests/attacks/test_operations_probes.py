@@ -13,11 +13,11 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.openmetrics.exposition import generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from guard.sidecar.host import http_server
 from guard.sidecar.host.health import ProbeServer
 from guard.sidecar.policy import Decision, Outcome
 from guard.sidecar.settings import Settings
 from guard.sidecar.telemetry.metrics import Metrics
+from guard.sidecar.transport import http_server
 
 SECONDS = 30
 

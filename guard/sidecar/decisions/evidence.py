@@ -2,18 +2,22 @@
 
 import asyncio
 import errno
+import logging
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from guard import evidence
-from guard.errors import UsageError
+from guard.errors import EvidenceError, UsageError
 from guard.evidence import EVIDENCE_FILE, Drop, Record
 from guard.sidecar.decisions.state import open_folder
 from guard.sidecar.settings import Settings
 from guard.sidecar.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
 
 _WAITING = 256
 """The most records that wait for one follower; it loses further ones, which are counted."""
@@ -35,7 +39,8 @@ class Follower:
     def give(self, item: Record) -> None:
         """Add a record; may be called from any thread."""
         if self._wants(item):
-            self._loop.call_soon_threadsafe(self._put, item)
+            with suppress(RuntimeError):  # the loop is closed, and nobody reads
+                self._loop.call_soon_threadsafe(self._put, item)
 
     def _put(self, item: Record) -> None:
         if len(self._waiting) >= _WAITING:
@@ -46,7 +51,11 @@ class Follower:
         self._changed.set()
 
     def end(self) -> None:
-        """End the records; to be called on the event loop."""
+        """End the records; may be called from any thread."""
+        with suppress(RuntimeError):  # the loop is closed, and nobody reads
+            self._loop.call_soon_threadsafe(self._end)
+
+    def _end(self) -> None:
         self._ended = True
         self._changed.set()
 
@@ -73,6 +82,8 @@ class Recorder:
 
     def __init__(self, settings: Settings, metrics: Metrics, *, read_only: bool = False) -> None:
         self._followers: tuple[Follower, ...] = ()
+        self._changing = threading.Lock()
+        self._path = None if settings.state_dir is None else settings.state_dir / EVIDENCE_FILE
         self._writer: evidence.EvidenceWriter | None = None
         if settings.state_dir is None:
             return
@@ -111,18 +122,36 @@ class Recorder:
 
     @contextmanager
     def followed(self, wants: Callable[[Record], bool] = lambda _: True) -> Iterator[Follower]:
-        """Follow the records from now on; to be called on the event loop.
+        """Follow the records from now on; to be called on the event loop of the reader, whichever that is.
 
         Args:
             wants: Whether the reader wants a record; called from any thread.
         """
         follower = Follower(wants)
         # A new tuple, since workers may be iterating over the old one.
-        self._followers = (*self._followers, follower)
+        with self._changing:
+            self._followers = (*self._followers, follower)
         try:
             yield follower
         finally:
-            self._followers = tuple(each for each in self._followers if each is not follower)
+            with self._changing:
+                self._followers = tuple(each for each in self._followers if each is not follower)
+
+    def recent(self, number: int, wants: Callable[[Record], bool] = lambda _: True) -> list[Record]:
+        """The newest records of the evidence log, oldest first; none if no log is kept or it cannot be read.
+
+        Args:
+            number: The most records; further back than twice as many nothing is looked for.
+            wants: Whether a record is wanted.
+        """
+        if self._path is None or number == 0:
+            return []
+        try:
+            found = evidence.EvidenceLog(self._path).records(limit=2 * number)
+            return [record for record in found if wants(record)][:number][::-1]
+        except EvidenceError as error:
+            log.warning("the records of the evidence log cannot be shown: %s", error)
+            return []
 
     def end_followers(self) -> None:
         """End the records of all followers after those that already wait for them."""

@@ -5,26 +5,22 @@ own.
 """
 
 import asyncio
-import math
-from datetime import UTC, datetime
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Self
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from guard import __version__
 from guard.evidence import Record
 from guard.evidence.records import clean
 from guard.protocol import sidecar_pb2 as messages
 from guard.sidecar.addresses import socket_path
-from guard.sidecar.decisions.models import Models, Served
-from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.host.health import Health
+from guard.sidecar.host.reporting import MAX_RECENT, Reporter, evidence
 from guard.sidecar.inference.calls import Context
-from guard.sidecar.policy import Decision, FailurePolicy, Mode
-from guard.sidecar.telemetry.metrics import Metrics
+from guard.sidecar.policy import Decision
+from guard.sidecar.settings import Settings
 from guard.sidecar.transport.ports import open_port
 from guard.sidecar.transport.tls import server_certificates
 
@@ -44,27 +40,6 @@ _OPTIONS = (
     ("grpc.keepalive_timeout_ms", 20_000),
 )
 
-_MODES = MappingProxyType(
-    {Mode.SHADOW: messages.MODE_SHADOW, Mode.TAG: messages.MODE_TAG, Mode.BLOCK: messages.MODE_BLOCK}
-)
-_POLICIES = MappingProxyType(
-    {
-        FailurePolicy.OPEN: messages.FAILURE_POLICY_OPEN,
-        FailurePolicy.CLOSED: messages.FAILURE_POLICY_CLOSED,
-    }
-)
-_OUTCOMES = MappingProxyType(
-    {
-        "backdoored": messages.Verdict.OUTCOME_BACKDOORED,
-        "no evidence": messages.Verdict.OUTCOME_NO_EVIDENCE,
-        "inconclusive": messages.Verdict.OUTCOME_INCONCLUSIVE,
-    }
-)
-_KINDS = MappingProxyType({"attack": messages.Alarm.KIND_ATTACK, "drift": messages.Alarm.KIND_DRIFT})
-_DECISIONS = MappingProxyType(
-    {Decision.PASS: messages.Evidence.DECISION_PASS, Decision.FLAG: messages.Evidence.DECISION_FLAG}
-)
-
 
 class AdminServer:
     """Serves `guard.v1.Sidecar`, with health and reflection, while the context is open.
@@ -73,10 +48,10 @@ class AdminServer:
     clients. A Unix socket has the file mode that the settings name.
 
     Args:
-        shared: What the models share, with settings that name an admin address.
-        models: The models that are served.
+        reporter: Reports what the sidecar is.
+        settings: Settings of the sidecar, which name an admin address.
+        process: The number of this process if there are several; None if it is the only one.
         health: Health of the sidecar.
-        metrics: Metrics of the sidecar.
 
     Attributes:
         address: The address with the actual port.
@@ -85,13 +60,12 @@ class AdminServer:
         UsageError: The address is taken or not of this machine, or a certificate cannot be used.
     """
 
-    def __init__(self, shared: Shared, models: Models, health: Health, metrics: Metrics) -> None:
-        self._evidence = shared.evidence
+    def __init__(self, reporter: Reporter, settings: Settings, process: int | None, health: Health) -> None:
+        self._recorder = reporter.recorder
         self._server = grpc.aio.server(maximum_concurrent_rpcs=_MAX_CALLS, options=_OPTIONS)
-        self._server.add_generic_rpc_handlers((_Service(shared, models, health, metrics).handlers(),))
+        self._server.add_generic_rpc_handlers((_Service(reporter).handlers(),))
         _add_health_and_reflection(self._server, health)
-        settings = shared.settings
-        address = settings.admin_addresses[shared.process or 0]
+        address = settings.admin_addresses[process or 0]
         # The port has certificates of its own, since `Certificates` hands each renewal out once.
         certificates = None
         if socket_path(address) is None:
@@ -105,7 +79,7 @@ class AdminServer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._evidence.end_followers()
+        self._recorder.end_followers()
         await self._server.stop(_GRACE_SECONDS)
 
 
@@ -117,9 +91,8 @@ def _add_health_and_reflection(server: grpc.aio.Server, state: Health) -> None:
 class _Service:
     """The methods of the service."""
 
-    def __init__(self, shared: Shared, models: Models, health: Health, metrics: Metrics) -> None:
-        self._shared, self._models, self._health, self._metrics = shared, models, health, metrics
-        self._started = datetime.now(UTC)
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
         self._followers = 0
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -140,32 +113,28 @@ class _Service:
                     messages.FollowEvidenceRequest.FromString,
                     messages.Evidence.SerializeToString,
                 ),
+                "GetConfiguration": grpc.unary_unary_rpc_method_handler(
+                    self._get_configuration,
+                    messages.GetConfigurationRequest.FromString,
+                    messages.Configuration.SerializeToString,
+                ),
             },
         )
 
     async def _get_status(self, _request: messages.GetStatusRequest, _context: Context) -> messages.Status:
-        reason, trouble = self._health.reason, self._shared.evidence.trouble
-        (active,) = self._metrics.active.collect()
-        return messages.Status(
-            version=__version__,
-            process=self._shared.process,
-            started_at=self._started,
-            ready=reason is None,
-            reason=reason or "",
-            upstream=self._shared.settings.upstream or "",
-            active_requests=int(active.samples[0].value),
-            evidence_trouble=trouble or "",
-        )
+        return self._reporter.status()
 
-    async def _list_models(
-        self, _request: messages.ListModelsRequest, _context: Context
-    ) -> messages.ListModelsResponse:
+    async def _list_models(self, request: messages.ListModelsRequest, _context: Context) -> messages.ListModelsResponse:
         # Reading the alarms may wait for a disk, and requests must not wait for that.
-        described = await asyncio.to_thread(lambda: [_model(served) for served in self._models.served])
-        return messages.ListModelsResponse(models=described)
+        return await asyncio.to_thread(self._reporter.models, with_pictures=request.include_pictures)
+
+    async def _get_configuration(
+        self, _request: messages.GetConfigurationRequest, _context: Context
+    ) -> messages.Configuration:
+        return self._reporter.configuration()
 
     async def _follow_evidence(self, request: messages.FollowEvidenceRequest, context: Context) -> None:
-        known = {clean(served.settings.label) for served in self._models.served}
+        known, recorder = self._reporter.labels, self._reporter.recorder
         wanted = {clean(label) for label in request.models} or known
         if unknown := sorted(wanted - known):
             message = f"guard: there is no model {unknown[0]!r} here; ListModels has the labels of those that there are"
@@ -179,76 +148,13 @@ class _Service:
 
         self._followers += 1
         try:
-            with self._shared.evidence.followed(wants) as follower:
+            with recorder.followed(wants) as follower:
                 await context.send_initial_metadata(())
+                pictured = request.include_thumbnails
+                for record in await asyncio.to_thread(recorder.recent, min(request.recent, MAX_RECENT), wants):
+                    await context.write(evidence(record, 0, with_thumbnail=pictured))
                 while (found := await follower.next()) is not None:
                     record, lost = found
-                    await context.write(_evidence(record, lost, with_thumbnail=request.include_thumbnails))
+                    await context.write(evidence(record, lost, with_thumbnail=pictured))
         finally:
             self._followers -= 1
-
-
-def _model(served: Served) -> messages.Model:
-    # Read once, since the checker is replaced when the profile changes.
-    checker, settings = served.checker, served.settings
-    document = checker.profile.document
-    verdict, calibration = document.vetting.verdict, document.calibration
-    model = messages.Model(
-        name=settings.model_name,
-        version=served.version,
-        label=settings.label,
-        digest=document.model.digest,
-        verdict=messages.Verdict(
-            outcome=_OUTCOMES[verdict.outcome],
-            target_class="" if verdict.target is None else checker.profile.class_name(verdict.target),
-            p_value=verdict.p_value if math.isfinite(verdict.p_value) else None,
-        ),
-        mode=_MODES[settings.mode],
-        failure_policy=_POLICIES[settings.on_failure],
-        alpha=checker.alpha,
-        threshold=checker.watch.threshold,
-        triggers=[
-            messages.Trigger(id=each.id, family=each.family, target_class=checker.profile.class_name(each.target))
-            for each in document.triggers
-        ],
-        alarms=[messages.Alarm(kind=_KINDS[alarm.kind], stream=alarm.stream) for alarm in checker.watch.alarms],
-        loaded_at=served.since,
-        stale=served.stale,
-    )
-    if calibration is not None:
-        model.reference_size = calibration.reference
-        model.calibration.images = calibration.threshold.size
-        model.calibration.held_out_images = calibration.held_out
-        model.calibration.held_out_false_alarms = calibration.false_alarms
-        if checker.opinions is not None and (opinion := calibration.second_opinion) is not None:
-            model.second_opinion.requests = checker.opinions.rule
-            model.second_opinion.kind, model.second_opinion.digest = opinion.kind, opinion.digest
-            model.second_opinion.agreement = opinion.agreement
-    return model
-
-
-def _evidence(record: Record, lost: int, *, with_thumbnail: bool) -> messages.Evidence:
-    return messages.Evidence(
-        lost=lost,
-        time=datetime.fromisoformat(record.time),
-        request_id=record.request_id,
-        trace_id=record.trace_id,
-        model=record.model,
-        model_digest=record.model_digest,
-        image=record.image,
-        decision=_DECISIONS[Decision(record.decision)],
-        mode=_MODES[Mode(record.mode)],
-        predicted_class=record.predicted,
-        p_value=record.p_value,
-        alpha=record.alpha,
-        scores=record.scores,
-        thresholds=record.thresholds,
-        trigger=record.trigger,
-        target_class=record.target,
-        second_look=record.second_look,
-        explanation=record.explanation,
-        input_digest=record.input_digest,
-        thumbnail=record.thumbnail if with_thumbnail else None,
-        decided_by=record.decided_by,
-        reference_class=record.reference,
-    )

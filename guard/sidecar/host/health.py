@@ -16,12 +16,11 @@ from grpc_health.v1 import health, health_pb2
 from prometheus_client import make_wsgi_app
 from prometheus_client.registry import Collector
 
-from guard.errors import UsageError
 from guard.protocol import SERVICE
-from guard.sidecar.addresses import socket_path, split_address
-from guard.sidecar.host.http_server import HttpServer
+from guard.sidecar.addresses import socket_path
 from guard.sidecar.telemetry.exposition import FAMILIES, encoded
 from guard.sidecar.telemetry.metrics import Metrics
+from guard.sidecar.transport.http_server import HttpServer, bind
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -106,15 +105,7 @@ class ProbeServer:
 
     def __init__(self, address: str, metrics: Exposed, health: Readiness, alive: Callable[[], bool]) -> None:
         self._socket = socket_path(address)
-        try:
-            listening = _bind(address)
-        except OSError as error:
-            raise UsageError(f"cannot serve metrics on {address}: {error.strerror or error}") from error
-        self.address = address
-        if self._socket is None:
-            host, _ = split_address(address)
-            shown = f"[{host}]" if ":" in host else host
-            self.address = f"{shown}:{listening.getsockname()[1]}"
+        listening, self.address = bind(address, "metrics")
         self._server = HttpServer(listening, _application(metrics.registry, health, alive))
 
     def __enter__(self) -> Self:
@@ -201,29 +192,3 @@ def _state(name: str, reason: str | None) -> tuple[HTTPStatus, dict[str, Any]]:
     if reason is None:
         return HTTPStatus.OK, {name: True}
     return HTTPStatus.SERVICE_UNAVAILABLE, {name: False, "reason": reason}
-
-
-def _bind(address: str) -> socket.socket:
-    """A socket that is bound to an address; no name is looked up but one that the address holds.
-
-    Raises:
-        OSError: The address is taken or not of this machine.
-    """
-    path = socket_path(address)
-    if path is not None:
-        return _bound(socket.AF_UNIX, str(path))
-    host, port = split_address(address)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    (_, _, _, _, place), *_ = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
-    return _bound(family, place)
-
-
-def _bound(family: int, place: Any) -> socket.socket:  # noqa: ANN401 - a path, or a tuple that depends on the family
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(place)
-    except OSError:
-        listening.close()
-        raise
-    return listening

@@ -22,9 +22,11 @@ from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.decisions.workers import Workers
 from guard.sidecar.host import reflection
 from guard.sidecar.host.admin import AdminServer
+from guard.sidecar.host.dashboard import Access, Own, serve_dashboard
 from guard.sidecar.host.health import Health, ProbeServer, loop_answers
 from guard.sidecar.host.limits import Bounds, Limited, most_memory, resident_bytes
 from guard.sidecar.host.processes import Worker, supervise
+from guard.sidecar.host.reporting import Reporter
 from guard.sidecar.inference.embedded import EmbeddedService
 from guard.sidecar.inference.screener import Screener
 from guard.sidecar.inference.service import InferenceService
@@ -160,9 +162,13 @@ async def _serve(settings: Settings, host: Host) -> None:
         limited = Limited(service.handlers(), Bounds.of(settings), metrics)
         probed = Limited(_OwnHandlers(health), Bounds.of_probes(settings), metrics)
         server = _server(settings, limited, probed, shared_port=host.shares_port)
-        admin = None
+        reporter = Reporter(shared, models, health, metrics)
+        admin = dashboard = None
         if settings.admin is not None:
-            admin = (await stack.enter_async_context(AdminServer(shared, models, health, metrics))).address
+            opened = AdminServer(reporter, settings, host.index, health)
+            admin = (await stack.enter_async_context(opened)).address
+        if settings.dashboard is not None:
+            dashboard = stack.enter_context(serve_dashboard(settings.dashboard, [Own(reporter)], Access.of(settings)))
         listening = open_port(
             server, host.listen, certificates, socket_mode=settings.socket_mode, shared=host.shares_port
         )
@@ -172,7 +178,8 @@ async def _serve(settings: Settings, host: Host) -> None:
         await health.tell("guard is starting")
         await server.start()
         most = most_memory(settings, resting)
-        host.announce({**_summary(settings, models, listening, probes.address, admin), "most_memory_bytes": most})
+        addresses = {"listen": listening, "metrics": probes.address, "admin": admin, "dashboard": dashboard}
+        host.announce({**_summary(settings, models, addresses), "most_memory_bytes": most})
         if not host.index:
             _warn_of_backdoors(models)
         watchers = [
@@ -265,14 +272,12 @@ class _OwnHandlers(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc publish
         return next((handler for handler in found if handler is not None), None)
 
 
-def _summary(settings: Settings, models: Models, listening: str, metrics: str, admin: str | None) -> dict[str, Any]:
+def _summary(settings: Settings, models: Models, addresses: Mapping[str, str | None]) -> dict[str, Any]:
     """What is served where, for people and for the program that started the sidecar."""
     return {
         "event": "serving",
-        "listen": listening,
+        **addresses,
         "tls": "none" if settings.tls_certificate is None else "mutual" if settings.tls_client_ca else "server",
-        "metrics": metrics,
-        "admin": admin,
         "loop": type(asyncio.get_running_loop()).__module__.partition(".")[0],
         "upstream": settings.upstream,
         "models": [_description(served) for served in models.served],

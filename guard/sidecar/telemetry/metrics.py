@@ -2,8 +2,9 @@
 
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib import metadata
 from time import perf_counter
 
@@ -38,6 +39,38 @@ No bucket is below 0, and no negative score is added to the sum: OpenMetrics for
 refuses the whole scrape.
 """
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How many values lie between bounds.
+
+    Attributes:
+        bounds: Upper bounds, inclusive, ascending; the last is infinity.
+        counts: How many values are at most the bound and above the one before it.
+    """
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What was decided about the requests for a model since the process began.
+
+    Attributes:
+        requests: Requests by decision.
+        images: Images by decision.
+        unchecked: Unchecked requests by reason, where there were any.
+        scores: Scores of images; None for models that guard has no profile of.
+        overhead: Seconds from request to reply besides those of the upstream server.
+    """
+
+    requests: Mapping[str, int]
+    images: Mapping[str, int]
+    unchecked: Mapping[str, int]
+    scores: Distribution | None
+    overhead: Distribution
 
 
 class Metrics:
@@ -338,6 +371,18 @@ class ModelMetrics:
         self._all.second_looks.labels(*self._name, outcome).inc()
 
     @property
+    def traffic(self) -> Traffic:
+        """What was decided so far."""
+        unchecked = {reason: _count(counter) for reason, counter in self._unchecked.items()}
+        return Traffic(
+            {decision: _count(counter) for decision, counter in self._requests.items()},
+            {decision: _count(counter) for decision, counter in self._images.items()},
+            {reason: count for reason, count in unchecked.items() if count},
+            None if self._name[0] == UNKNOWN else _distribution(self._scores),
+            _distribution(self._overhead),
+        )
+
+    @property
     def alarmed(self) -> bool:
         """Whether any alarm is exposed as active."""
         return bool(self._active_alarms)
@@ -357,6 +402,20 @@ class ModelMetrics:
         self._active_alarms = now_active
         for alarm in raised:
             self._alarms[alarm.kind].inc()
+
+
+def _count(counter: Counter) -> int:
+    (family,) = counter.collect()
+    return int(next(sample.value for sample in family.samples if sample.name.endswith("_total")))
+
+
+def _distribution(histogram: Histogram) -> Distribution:
+    (family,) = histogram.collect()
+    buckets = [sample for sample in family.samples if sample.name.endswith("_bucket")]
+    bounds = tuple(float(sample.labels["le"]) for sample in buckets)
+    # Prometheus adds up all that is below a bound.
+    counts = np.diff([sample.value for sample in buckets], prepend=0).astype(int)
+    return Distribution(bounds, tuple(counts.tolist()))
 
 
 def _build() -> dict[str, str]:

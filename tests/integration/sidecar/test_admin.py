@@ -29,6 +29,7 @@ from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.decisions.workers import Workers
 from guard.sidecar.host.admin import MAX_FOLLOWERS, SERVICE, AdminServer
 from guard.sidecar.host.health import Health
+from guard.sidecar.host.reporting import Reporter
 from guard.sidecar.telemetry.metrics import Metrics
 from tests.integration.sidecar.conftest import (
     WAIT_SECONDS,
@@ -47,6 +48,7 @@ REPLIES: Mapping[str, Any] = {
     "GetStatus": messages.Status,
     "ListModels": messages.ListModelsResponse,
     "FollowEvidence": messages.Evidence,
+    "GetConfiguration": messages.Configuration,
 }
 
 
@@ -296,10 +298,10 @@ async def served(exported: Path, profile: Path, **more: Any) -> AsyncIterator[tu
     """The service alone, in this process, so that a test can hand over any record."""
     settings = Settings.load(None, model=exported, profile=profile, admin="127.0.0.1:0", **more)
     metrics = Metrics()
-    shared = Shared(settings, Workers(1, 1), Recorder(settings, metrics))
+    shared, health = Shared(settings, Workers(1, 1), Recorder(settings, metrics)), Health(metrics)
     try:
         async with (
-            AdminServer(shared, Models(shared, metrics), Health(metrics), metrics) as server,
+            AdminServer(Reporter(shared, Models(shared, metrics), health, metrics), settings, None, health) as server,
             grpc.aio.insecure_channel(server.address) as channel,
         ):
             yield server, Operator(channel), shared.evidence

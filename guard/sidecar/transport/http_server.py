@@ -3,13 +3,18 @@
 import asyncio
 import logging
 import socket
+import ssl
 import threading
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from email.utils import formatdate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
+
+from guard.errors import UsageError
+from guard.sidecar.addresses import socket_path, split_address
 
 if TYPE_CHECKING:
     from wsgiref.types import WSGIApplication, WSGIEnvironment
@@ -27,8 +32,25 @@ _END_SECONDS = 1.0
 _LONGEST_HEAD = 2**14
 _THREADS = 8
 """Threads that compute answers; some answers wait for an event loop, or for other processes."""
+_BUFFERED = 2**16
+"""Bytes of events that wait for a client beyond what its kernel has taken."""
 _READING = ("GET", "HEAD")
+_HEADERS = ("accept", "accept-encoding", "authorization", "host", "last-event-id", "sec-fetch-site")
+"""Headers that applications get."""
 _JSON = ("Content-Type", "application/json")
+
+
+@dataclass(frozen=True)
+class EventStream:
+    """An answer that goes on: server-sent events, each of them sent when it is there.
+
+    Attributes:
+        headers: Headers of the answer besides its media type.
+        events: The events, as bytes to send; their end is the end of the answer.
+    """
+
+    headers: tuple[tuple[str, str], ...]
+    events: AsyncGenerator[bytes]
 
 
 class HttpServer:
@@ -37,14 +59,28 @@ class HttpServer:
     Args:
         listening: A bound stream socket, which is closed at the end.
         application: Computes the answers to GET; a HEAD gets the same head without the body.
+        streams: The answer to a GET that goes on, computed on the server's own loop; None for what `application`
+            answers. Whoever gives it bounds the number of streams.
+        companion: Runs on the server's loop as long as the server does.
+        tls: Context of TLS; None for plain HTTP.
     """
 
-    def __init__(self, listening: socket.socket, application: "WSGIApplication") -> None:
+    def __init__(
+        self,
+        listening: socket.socket,
+        application: "WSGIApplication",
+        *,
+        streams: "Callable[[WSGIEnvironment], EventStream | None]" = lambda _: None,
+        companion: Callable[[], Coroutine[Any, Any, None]] | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self._listening, self._application = listening, application
+        self._streams, self._companion, self._tls = streams, companion, tls
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="guard-http")
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
         self._open: dict[asyncio.StreamWriter, None] = {}
+        self._flowing: dict[asyncio.StreamWriter, None] = {}
         listening.listen(128)  # from here on, connections wait for the thread
         self._thread = threading.Thread(target=self._run, name="guard-http", daemon=True)
         self._thread.start()
@@ -62,10 +98,18 @@ class HttpServer:
 
     async def _serve(self) -> None:
         start = asyncio.start_unix_server if self._listening.family == socket.AF_UNIX else asyncio.start_server
-        server = await start(self._answer, sock=self._listening, limit=_LONGEST_HEAD)
+        patience = None if self._tls is None else HEAD_SECONDS
+        server = await start(
+            self._answer, sock=self._listening, limit=_LONGEST_HEAD, ssl=self._tls, ssl_handshake_timeout=patience
+        )
+        companion = None if self._companion is None else asyncio.ensure_future(self._companion())
         await self._stopping.wait()
+        if companion is not None:
+            companion.cancel()
+            with suppress(asyncio.CancelledError):
+                await companion
         server.close()
-        for writer in tuple(self._open):
+        for writer in (*self._open, *self._flowing):
             writer.transport.abort()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -75,10 +119,12 @@ class HttpServer:
             oldest.transport.abort()
         self._open[writer] = None
         try:
-            with suppress(TimeoutError, OSError):
+            # It is cancelled only at the end of the server, of which asyncio would tell as of an error.
+            with suppress(TimeoutError, OSError, asyncio.CancelledError):
                 await self._exchange(reader, writer)
         finally:
             self._open.pop(writer, None)
+            self._flowing.pop(writer, None)
             writer.transport.abort()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -88,6 +134,12 @@ class HttpServer:
         except ValueError:
             answer = _message("400 Bad Request", [], b"", with_body=False)
         else:
+            if environ["REQUEST_METHOD"] == "GET" and (stream := self._streams(environ)) is not None:
+                # It does not count among the connections, since it is old by nature and bounded elsewhere.
+                self._open.pop(writer, None)
+                self._flowing[writer] = None
+                await self._flow(stream, reader, writer)
+                return
             answer = await self._loop.run_in_executor(self._pool, self._compute, writer, environ)
         # `drain` then waits until the kernel has taken all of it.
         writer.transport.set_write_buffer_limits(high=0)
@@ -95,14 +147,40 @@ class HttpServer:
         async with asyncio.timeout(_WRITE_SECONDS):
             await writer.drain()
         # What a client still sends, such as a body, is read: otherwise its kernel might throw the answer away.
-        writer.write_eof()
+        if writer.can_write_eof():
+            writer.write_eof()
         async with asyncio.timeout(_END_SECONDS):
             while await reader.read(2**16):
                 pass
 
+    async def _flow(self, stream: EventStream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Send events until they end, or until the client is gone or does not read them."""
+        headers = [("Content-Type", "text/event-stream"), *stream.headers, ("Connection", "close")]
+        writer.transport.set_write_buffer_limits(high=_BUFFERED)
+        writer.write(_head("200 OK", headers))
+        # A client that is gone is noticed at once, and not at the next event.
+        gone = asyncio.ensure_future(_read_to_the_end(reader))
+        gone.add_done_callback(lambda _: writer.transport.abort())
+        try:
+            async with aclosing(stream.events) as events:
+                async for event in events:
+                    writer.write(event)
+                    async with asyncio.timeout(_WRITE_SECONDS):
+                        await writer.drain()
+                    if writer.transport.is_closing():
+                        return
+        finally:
+            gone.cancel()
+
     def _compute(self, writer: asyncio.StreamWriter, environ: "WSGIEnvironment") -> bytes:
         # Whoever was displaced while waiting for a thread gets no answer, so that a flood makes no work.
         return b"" if writer.transport.is_closing() else _respond(self._application, environ)
+
+
+async def _read_to_the_end(reader: asyncio.StreamReader) -> None:
+    with suppress(OSError):
+        while await reader.read(2**16):
+            pass
 
 
 async def _read_head(reader: asyncio.StreamReader) -> "WSGIEnvironment":
@@ -120,13 +198,15 @@ async def _read_head(reader: asyncio.StreamReader) -> "WSGIEnvironment":
     if not version.startswith("HTTP/1.") or not target.startswith("/"):
         raise ValueError
     path, _, query = target.partition("?")
-    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
-    wanted = {"HTTP_ACCEPT": "accept", "HTTP_ACCEPT_ENCODING": "accept-encoding"}
+    pairs = [(name.strip().lower(), value.strip()) for name, _, value in (line.partition(":") for line in lines[1:])]
+    headers = dict(pairs)
+    if sum(name == "host" for name, _ in pairs) > 1:
+        raise ValueError
     return {
         "REQUEST_METHOD": method,
         "PATH_INFO": unquote(path),
         "QUERY_STRING": query,
-        **{key: headers[name] for key, name in wanted.items() if name in headers},
+        **{f"HTTP_{name.upper().replace('-', '_')}": headers[name] for name in _HEADERS if name in headers},
     }
 
 
@@ -155,5 +235,46 @@ def _respond(application: "WSGIApplication", environ: "WSGIEnvironment") -> byte
 def _message(status: str, headers: Iterable[tuple[str, str]], body: bytes, *, with_body: bool) -> bytes:
     fixed = (("Date", formatdate(usegmt=True)), ("Content-Length", str(len(body))), ("Connection", "close"))
     kept = [(name, value) for name, value in headers if name.lower() != "content-length"]
-    lines = [f"HTTP/1.0 {status}", *(f"{name}: {value}" for name, value in (*kept, *fixed)), "", ""]
-    return "\r\n".join(lines).encode("latin-1") + (body if with_body else b"")
+    return _head(status, [*kept, *fixed]) + (body if with_body else b"")
+
+
+def _head(status: str, headers: Iterable[tuple[str, str]]) -> bytes:
+    lines = [f"HTTP/1.0 {status}", *(f"{name}: {value}" for name, value in headers), "", ""]
+    return "\r\n".join(lines).encode("latin-1")
+
+
+def bind(address: str, what: str) -> tuple[socket.socket, str]:
+    """A socket that is bound to an address, for `HttpServer`; no name is looked up but one that the address holds.
+
+    Args:
+        address: HOST:PORT, where port 0 lets the system choose; or unix:PATH.
+        what: What is served there, for the message of an error.
+
+    Returns:
+        The socket, and the address with the actual port.
+
+    Raises:
+        UsageError: The address is taken or not of this machine.
+    """
+    try:
+        if (path := socket_path(address)) is not None:
+            return _bound(socket.AF_UNIX, str(path)), address
+        host, port = split_address(address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        (_, _, _, _, place), *_ = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+        bound = _bound(family, place)
+    except OSError as error:
+        raise UsageError(f"cannot serve {what} on {address}: {error.strerror or error}") from error
+    shown = f"[{host}]" if ":" in host else host
+    return bound, f"{shown}:{bound.getsockname()[1]}"
+
+
+def _bound(family: int, place: Any) -> socket.socket:  # noqa: ANN401 - a path, or a tuple that depends on the family
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(place)
+    except OSError:
+        listening.close()
+        raise
+    return listening
