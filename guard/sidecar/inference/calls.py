@@ -4,8 +4,11 @@ from typing import TypeAlias
 
 import grpc
 
+from guard.protocol import SERVICE
 from guard.sidecar.policy import Reason
 
+INFER, STREAM = f"/{SERVICE}/ModelInfer", f"/{SERVICE}/ModelStreamInfer"
+"""Paths of the two methods whose requests are screened."""
 Context: TypeAlias = grpc.aio.ServicerContext
 Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 

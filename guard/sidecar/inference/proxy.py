@@ -1,8 +1,8 @@
 """Forwarding of calls to the upstream server: messages as bytes; metadata, deadline and status unchanged."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -10,9 +10,10 @@ from google.protobuf.message import DecodeError
 from guard.protocol import DESCRIBING_METHODS, SERVICE
 from guard.protocol.dialects import ERRORS_AS_STATUS
 from guard.protocol.inference_pb2 import ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse
-from guard.sidecar.inference.calls import Context, Metadata, RefusedError
+from guard.sidecar.inference.calls import INFER, STREAM, Context, Metadata, RefusedError
 from guard.sidecar.policy import Reason
 from guard.sidecar.settings import Settings
+from guard.sidecar.telemetry.tracing import Span, client_span
 from guard.sidecar.transport.channels import Endpoint, open_async_channel
 from guard.sidecar.transport.loops import shielded
 from guard.sidecar.transport.tls import client_credentials
@@ -150,21 +151,41 @@ class Proxy:
             RefusedError: The call ended with an error.
         """
         method = self._unary.get(path) or self._channel.unary_unary(path)
-        call = method(data, metadata=self._of_request(context), timeout=context.time_remaining())
-        try:
-            reply: bytes = await shielded(call)
-        except asyncio.CancelledError:
-            _cancel(call)
-            raise
-        except grpc.aio.AioRpcError as error:
-            raise self._refused(error) from error
+        with self.hop(path, context) as (span, metadata):
+            call = method(data, metadata=metadata, timeout=context.time_remaining())
+            code = grpc.StatusCode.CANCELLED
+            try:
+                reply: bytes = await shielded(call)
+                code = grpc.StatusCode.OK
+            except asyncio.CancelledError:
+                _cancel(call)
+                raise
+            except grpc.aio.AioRpcError as error:
+                code = error.code()
+                raise self._refused(error) from error
+            finally:
+                span.ended(code, of_client=True)
         if initial := _passed_on(await call.initial_metadata()):
             await context.send_initial_metadata(initial)
         return reply, _passed_on(await call.trailing_metadata())
 
-    def stream(self, path: str, context: Context) -> grpc.aio.StreamStreamCall:
-        """Open a call with any number of messages each way; `carry` moves the messages."""
+    @contextmanager
+    def hop(self, path: str, context: Context) -> Iterator[tuple[Span, Metadata]]:
+        """The span of a call to the upstream server, if its requests are screened, and the metadata to send.
+
+        Args:
+            path: Path of the method.
+            context: The context of the client's call.
+        """
         metadata = self._of_request(context)
+        if path not in {INFER, STREAM}:
+            yield Span(), metadata
+            return
+        with client_span(path, self._address, metadata) as found:
+            yield found
+
+    def stream(self, path: str, metadata: Metadata, context: Context) -> grpc.aio.StreamStreamCall:
+        """Open a call with any number of messages each way; `carry` moves the messages."""
         return self._channel.stream_stream(path)(metadata=metadata, timeout=context.time_remaining())
 
     async def relay(self, path: str, requests: AsyncIterator[bytes], context: Context) -> Metadata:
@@ -181,7 +202,7 @@ class Proxy:
         Raises:
             RefusedError: The call ended with an error.
         """
-        call, replies = self.stream(path, context), Replies(context)
+        call, replies = self.stream(path, self._of_request(context), context), Replies(context)
 
         async def upwards() -> None:
             async for message in requests:

@@ -11,9 +11,10 @@ import grpc
 from guard.errors import RequestError
 from guard.protocol import SERVICE
 from guard.sidecar.decisions.routes import Request, Route
-from guard.sidecar.inference.calls import Context, Metadata, RefusedError
+from guard.sidecar.inference.calls import INFER, Context, Metadata, RefusedError
 from guard.sidecar.inference.screener import Screener, count_images, enforce, malformed, tags
-from guard.sidecar.policy import Outcome, Reason
+from guard.sidecar.policy import Mode, Outcome, Reason
+from guard.sidecar.telemetry.tracing import Enforced, Span, server_span
 from guard.sidecar.transport.loops import shielded
 
 UnaryHandler = Callable[[bytes, Context], Awaitable[bytes]]
@@ -59,22 +60,28 @@ class InferenceService(ABC):
 
     async def model_infer(self, data: bytes, context: Context) -> bytes:
         """Handle `ModelInfer`: answer the request, apply the policy, count the outcome."""
+        with server_span(INFER, tuple(context.invocation_metadata() or ())) as span:
+            return await self._infer_in(span, data, context)
+
+    async def _infer_in(self, span: Span, data: bytes, context: Context) -> bytes:
         started = perf_counter()
         outcome: Outcome | None = Outcome.unchecked(Reason.ERROR)
-        request, images = None, 1
+        request, images, code = None, 1, grpc.StatusCode.INTERNAL
         self._screener.metrics.active.inc()
         try:
-            request = self._screener.parse(data, context)
+            request = self._screener.parse(data, context, span.trace_id)
             images = count_images(request.message, request.route.settings.input_tensor)
             reply, outcome, trailing = await self._answer(request, context)
             if outcome is not None:
                 enforce(outcome, request.route, trailing)
                 trailing = (*trailing, *tags(outcome, request.route))
             context.set_trailing_metadata(trailing)
+            code = grpc.StatusCode.OK
         except asyncio.CancelledError:
-            outcome = Outcome.unchecked(Reason.CANCELLED)
+            outcome, code = Outcome.unchecked(Reason.CANCELLED), grpc.StatusCode.CANCELLED
             raise
         except RefusedError as error:
+            code = error.code
             if error.reason is not None:
                 outcome = Outcome.unchecked(error.reason)
             if outcome is not None:
@@ -82,8 +89,13 @@ class InferenceService(ABC):
             raise
         finally:
             self._screener.metrics.active.dec()
+            route = self._route(request)
+            span.ended(code)
+            span.describe(model=route.settings.label if request is not None else "", mode=route.settings.mode)
             if outcome is not None:
-                self._screener.observe(outcome, self._route(request), images, started)
+                self._screener.observe(outcome, route, images, started)
+                annotated: Enforced = "none" if route.settings.mode is Mode.SHADOW else "annotated"
+                span.decided(outcome, annotated if code is grpc.StatusCode.OK else "refused")
             if request is not None and request.upstream_seconds is not None:
                 request.route.metrics.upstream(request.upstream_seconds, perf_counter() - started)
         return reply

@@ -16,14 +16,14 @@ from guard.protocol.wire import REPLY, REPLY_LIMITS, check_message
 from guard.sidecar.decisions.routes import Request
 from guard.sidecar.inference import bypass
 from guard.sidecar.inference.annotations import edit_reply
-from guard.sidecar.inference.calls import Context, Metadata, RefusedError
+from guard.sidecar.inference.calls import INFER, STREAM, Context, Metadata, RefusedError
 from guard.sidecar.inference.proxy import Proxy
 from guard.sidecar.inference.screener import Check, Screener, confirm, enforce, output_to_hide, tags
 from guard.sidecar.inference.service import InferenceService, UnaryHandler
 from guard.sidecar.inference.streaming import ScreenedStream
 from guard.sidecar.policy import Outcome, Reason
+from guard.sidecar.telemetry.tracing import Span, server_span
 
-_INFER, _STREAM = f"/{SERVICE}/ModelInfer", f"/{SERVICE}/ModelStreamInfer"
 _OWN_SERVICES = ("grpc.health.", "grpc.reflection.", "guard.")
 """Beginnings of the names of services that a sidecar answers itself, or not at all."""
 
@@ -42,8 +42,8 @@ class UpstreamService(InferenceService):
         settings = screener.settings
         self._proxy = Proxy(settings)
         self._handlers = {
-            _INFER: self.unary(self.model_infer),
-            _STREAM: self.stream(self._model_stream_infer),
+            INFER: self.unary(self.model_infer),
+            STREAM: self.stream(self._model_stream_infer),
             **{path: self.unary(method) for path, method in self.methods().items()},
         }
 
@@ -110,10 +110,39 @@ class UpstreamService(InferenceService):
         enforce(outcome, route, tags(outcome, route))
 
     async def _model_stream_infer(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        with server_span(STREAM, tuple(context.invocation_metadata() or ())) as span:
+            code = grpc.StatusCode.INTERNAL
+            try:
+                await self._stream_in(span, requests, context)
+                code = grpc.StatusCode.OK
+            except asyncio.CancelledError:
+                code = grpc.StatusCode.CANCELLED
+                raise
+            except RefusedError as error:
+                code = error.code
+                raise
+            finally:
+                span.ended(code)
+
+    async def _stream_in(self, span: Span, requests: AsyncIterator[bytes], context: Context) -> None:
+        with self._proxy.hop(STREAM, context) as (hop, metadata):
+            code = grpc.StatusCode.CANCELLED
+            try:
+                await self._screen_stream(span.trace_id, metadata, requests, context)
+                code = grpc.StatusCode.OK
+            except RefusedError as error:
+                code = error.code
+                raise
+            finally:
+                hop.ended(code, of_client=True)
+
+    async def _screen_stream(
+        self, trace: str, metadata: Metadata, requests: AsyncIterator[bytes], context: Context
+    ) -> None:
         active = self._screener.metrics.active
         active.inc()
         dialect = StreamDialect(self._screener.settings.stream_dialect, self._proxy.server_name)
-        stream = ScreenedStream(self._screener, dialect, self._proxy.stream(_STREAM, context), context)
+        stream = ScreenedStream(self._screener, dialect, self._proxy.stream(STREAM, metadata, context), context, trace)
         reason = Reason.UPSTREAM_FAILED
         try:
             trailing = await self._proxy.carry(
@@ -193,7 +222,7 @@ class UpstreamService(InferenceService):
         """Forward a request, and measure how long the server takes, also for an error."""
         started = perf_counter()
         try:
-            return await self._proxy.unary(_INFER, data, context)
+            return await self._proxy.unary(INFER, data, context)
         finally:
             request.upstream_seconds = perf_counter() - started
 

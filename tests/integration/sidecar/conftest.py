@@ -91,12 +91,18 @@ class Launcher:
         self._errors, self._count = errors, 0
 
     @contextmanager
-    def __call__(self, *arguments: str | Path) -> Iterator[Sidecar]:
-        """A sidecar that must end well: drained, with code 0, and without a traceback in its log."""
+    def __call__(self, *arguments: str | Path, through: Sequence[str] = ()) -> Iterator[Sidecar]:
+        """A sidecar that must end well: drained, with code 0, and without a traceback in its log.
+
+        Args:
+            arguments: Arguments of `guard serve`.
+            through: A program that starts it, with its own arguments.
+        """
         self._count += 1
         path = self._errors / f"{self._count}.log"
         with path.open("wb") as errors:
-            process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=errors, env=environment())
+            started = [*through, *command(*arguments)]
+            process = subprocess.Popen(started, stdout=subprocess.PIPE, stderr=errors, env=environment())
         try:
             assert process.stdout is not None
             assert select.select([process.stdout], [], [], WAIT_SECONDS)[0], "the sidecar did not start"

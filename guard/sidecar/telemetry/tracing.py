@@ -1,0 +1,163 @@
+"""Spans of requests, through the API of OpenTelemetry where that is installed (extra `otel`).
+
+guard makes spans and never configures where they go: whoever starts the sidecar does, for example with
+`opentelemetry-instrument guard serve …`. With the API alone nothing is recorded, and without it nothing is done.
+
+Names follow the semantic conventions for RPC (`rpc.*`), and the draft of those for guardrails: what guard found
+(`guard.decision`) is told apart from what it did about it (`guard.enforced`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Literal
+
+import grpc
+import numpy as np
+
+from guard import __version__
+from guard.sidecar.addresses import socket_path, split_address
+from guard.sidecar.policy import Outcome
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span as ApiSpan
+    from opentelemetry.trace import Tracer
+
+Metadata = tuple[tuple[str, str | bytes], ...]
+Enforced = Literal["refused", "annotated", "none"]
+
+_FAULTS_OF_SERVERS = {
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DATA_LOSS,
+}
+"""Codes by which the span of a server is an error; the others say that the client did something wrong."""
+
+
+class Span:
+    """A span that has begun; without the API, one that records nothing.
+
+    Args:
+        span: The span of the API; None without the API.
+    """
+
+    def __init__(self, span: "ApiSpan | None" = None) -> None:
+        self._span = span
+
+    @property
+    def trace_id(self) -> str:
+        """Id of its trace, in hexadecimal; "" if it belongs to none."""
+        if self._span is None or not (context := self._span.get_span_context()).is_valid:
+            return ""
+        return f"{context.trace_id:032x}"
+
+    def describe(self, **attributes: str | float) -> None:
+        """Add attributes `guard.*`; those that are "" are left out."""
+        if self._span is not None:
+            self._span.set_attributes({f"guard.{name}": value for name, value in attributes.items() if value != ""})
+
+    def decided(self, outcome: Outcome, enforced: Enforced) -> None:
+        """Add what guard found out about a request, and what it did about it."""
+        if self._span is None:
+            return
+        self.describe(decision=outcome.decision, enforced=enforced, reason=outcome.reason or "")
+        if outcome.flags is None or outcome.p_values is None:
+            return
+        self.describe(images=len(outcome.flags), flagged_images=int(np.sum(outcome.flags)))
+        if outcome.alpha is not None:
+            self.describe(alpha=outcome.alpha)
+        if len(known := outcome.p_values[np.isfinite(outcome.p_values)]):
+            self.describe(p_value=float(known.min()))
+        if outcome.flags.any():
+            first = int(np.argmax(outcome.flags))
+            self.describe(decided_by=outcome.decided_by[first], trigger=outcome.triggers[first])
+
+    def ended(self, code: grpc.StatusCode, *, of_client: bool = False) -> None:
+        """Add the status that the call ended with.
+
+        Args:
+            code: The status.
+            of_client: Whether the span is of a client, for whom every other status than OK is an error.
+        """
+        if self._span is None:
+            return
+        from opentelemetry.trace import StatusCode
+
+        self._span.set_attribute("rpc.response.status_code", code.name)
+        if code in _FAULTS_OF_SERVERS or (of_client and code is not grpc.StatusCode.OK):
+            self._span.set_attribute("error.type", code.name)
+            self._span.set_status(StatusCode.ERROR)
+
+
+@contextmanager
+def server_span(path: str, metadata: Metadata) -> Iterator[Span]:
+    """The span of a call that guard answers.
+
+    Args:
+        path: Path of the method.
+        metadata: The client's metadata, which may name the parent.
+    """
+    if (tracer := _tracer()) is None:
+        yield Span()
+        return
+    from opentelemetry import propagate
+    from opentelemetry.trace import SpanKind
+
+    parent = propagate.extract({key: value for key, value in metadata if isinstance(value, str)})
+    with tracer.start_as_current_span(
+        path.removeprefix("/"), parent, SpanKind.SERVER, _of_method(path), record_exception=False,
+        set_status_on_exception=False,
+    ) as span:  # fmt: skip
+        yield Span(span)
+
+
+@contextmanager
+def client_span(path: str, address: str, metadata: Metadata) -> Iterator[tuple[Span, Metadata]]:
+    """The span of a call to the upstream server, and the metadata that lead the trace there.
+
+    Args:
+        path: Path of the method.
+        address: Address of the upstream server.
+        metadata: The metadata that are passed on.
+    """
+    if (tracer := _tracer()) is None:
+        yield Span(), metadata
+        return
+    from opentelemetry import propagate
+    from opentelemetry.trace import SpanKind
+
+    attributes: dict[str, str | int] = {**_of_method(path), "server.address": address}
+    if socket_path(address) is None:
+        attributes["server.address"], attributes["server.port"] = split_address(address)
+    with tracer.start_as_current_span(
+        path.removeprefix("/"), None, SpanKind.CLIENT, attributes, record_exception=False, set_status_on_exception=False
+    ) as span:
+        carrier: dict[str, str] = {}
+        propagate.inject(carrier)
+        yield Span(span), (*((key, value) for key, value in metadata if key not in carrier), *carrier.items())
+
+
+@contextmanager
+def check_span() -> Iterator[Span]:
+    """The span of a check that no reply waits for."""
+    if (tracer := _tracer()) is None:
+        yield Span()
+        return
+    with tracer.start_as_current_span("guard check", record_exception=False) as span:
+        yield Span(span)
+
+
+@cache
+def _tracer() -> "Tracer | None":
+    try:
+        from opentelemetry import trace
+    except ModuleNotFoundError:
+        return None
+    return trace.get_tracer("guard", __version__)
+
+
+def _of_method(path: str) -> dict[str, str | int]:
+    return {"rpc.system.name": "grpc", "rpc.method": path.removeprefix("/")}
