@@ -402,7 +402,7 @@ def _panel(panel: Panel, number: int, place: dict[str, int]) -> dict[str, Any]:
 def _variable(name: str, metric: str) -> dict[str, Any]:
     query = f"label_values({metric}, {name})"
     return {
-        "name": name, "type": "query", "label": name.capitalize(), "datasource": _source(), "definition": query,
+        "name": name, "type": "query", "label": name.capitalize(), "datasource": _source(),
         "query": {"query": query, "refId": name}, "includeAll": True, "multi": True, "refresh": 2, "sort": 1,
         "current": {"text": ["All"], "value": ["$__all"]},
     }  # fmt: skip

@@ -23,7 +23,7 @@ from guard.sidecar.policy import MAX_MESSAGE, Decision, Mode, Outcome, Reason, r
 from guard.sidecar.settings import Settings
 from guard.sidecar.telemetry import logs
 from guard.sidecar.telemetry.metrics import Metrics
-from guard.sidecar.telemetry.tracing import check_span
+from guard.sidecar.telemetry.tracing import check_span, tracer
 
 LEAST_ELEMENTS = 1024
 """Elements of all BYTES inputs of a request that are taken in any case; else four times `max_batch`."""
@@ -51,6 +51,7 @@ class Screener:
         # Without a seed, so that nobody can predict which requests are checked.
         self._draw = SystemRandom().random
         self._running: set[asyncio.Task[Any]] = set()
+        tracer()  # loaded now, so that the first request does not wait for it
 
     async def close(self) -> None:
         """Wait for the checks that run in the background; those that hang are cancelled."""

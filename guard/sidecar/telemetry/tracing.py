@@ -100,14 +100,14 @@ def server_span(path: str, metadata: Metadata) -> Iterator[Span]:
         path: Path of the method.
         metadata: The client's metadata, which may name the parent.
     """
-    if (tracer := _tracer()) is None:
+    if (maker := tracer()) is None:
         yield Span()
         return
     from opentelemetry import propagate
     from opentelemetry.trace import SpanKind
 
     parent = propagate.extract({key: value for key, value in metadata if isinstance(value, str)})
-    with tracer.start_as_current_span(
+    with maker.start_as_current_span(
         path.removeprefix("/"), parent, SpanKind.SERVER, _of_method(path), record_exception=False,
         set_status_on_exception=False,
     ) as span:  # fmt: skip
@@ -123,7 +123,7 @@ def client_span(path: str, address: str, metadata: Metadata) -> Iterator[tuple[S
         address: Address of the upstream server.
         metadata: The metadata that are passed on.
     """
-    if (tracer := _tracer()) is None:
+    if (maker := tracer()) is None:
         yield Span(), metadata
         return
     from opentelemetry import propagate
@@ -132,7 +132,7 @@ def client_span(path: str, address: str, metadata: Metadata) -> Iterator[tuple[S
     attributes: dict[str, str | int] = {**_of_method(path), "server.address": address}
     if socket_path(address) is None:
         attributes["server.address"], attributes["server.port"] = split_address(address)
-    with tracer.start_as_current_span(
+    with maker.start_as_current_span(
         path.removeprefix("/"), None, SpanKind.CLIENT, attributes, record_exception=False, set_status_on_exception=False
     ) as span:
         carrier: dict[str, str] = {}
@@ -143,15 +143,16 @@ def client_span(path: str, address: str, metadata: Metadata) -> Iterator[tuple[S
 @contextmanager
 def check_span() -> Iterator[Span]:
     """The span of a check that no reply waits for."""
-    if (tracer := _tracer()) is None:
+    if (maker := tracer()) is None:
         yield Span()
         return
-    with tracer.start_as_current_span("guard check", record_exception=False) as span:
+    with maker.start_as_current_span("guard check", record_exception=False) as span:
         yield Span(span)
 
 
 @cache
-def _tracer() -> "Tracer | None":
+def tracer() -> "Tracer | None":
+    """What makes spans; None without the API. The first call imports it."""
     try:
         from opentelemetry import trace
     except ModuleNotFoundError:

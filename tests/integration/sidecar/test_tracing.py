@@ -43,7 +43,7 @@ INFER = f"{SERVICE}/ModelInfer"
 def exporter(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(tracing, "_tracer", lambda: provider.get_tracer("guard"))
+    monkeypatch.setattr(tracing, "tracer", lambda: provider.get_tracer("guard"))
     return exporter
 
 
@@ -138,7 +138,7 @@ async def test_a_check_that_no_reply_waits_for_has_a_span_of_its_own(
 async def test_nothing_is_done_without_the_api(
     monkeypatch: pytest.MonkeyPatch, exported: Path, served_profile: Path, upstream: Upstream, clean: Floats
 ) -> None:
-    monkeypatch.setattr(tracing, "_tracer", lambda: None)
+    monkeypatch.setattr(tracing, "tracer", lambda: None)
     async with served(model=exported, profile=served_profile, upstream=upstream.address) as channel:
         assert await ask(channel, clean[:1]) is grpc.StatusCode.OK
     assert dict(upstream.inferences()[0].metadata)["traceparent"] == TRACED[0][1]
