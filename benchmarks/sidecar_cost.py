@@ -105,14 +105,14 @@ class Run:
 
     def embedded(self, rows: int) -> list[str]:
         """One pass gives answer and embedding; what does the check of that add?"""
-        profile, model = self._embedded_files(rows)
+        profile, model = self.embedded_files(rows)
         with ExitStack() as stack:
             served = {
                 name: stack.enter_context(sidecar("--profile", str(profile), "--model", str(model), *more))
                 for name, more in {"with screening": (), "without": ("--no-screening",)}.items()
             }
             targets = {name: Target(line["listen"]) for name, line in served.items()}
-            messages = [_message("FP32", image(row).tobytes()) for row in range(IMAGES)]
+            messages = [message("FP32", image(row).tobytes()) for row in range(IMAGES)]
             client = Client(targets, messages, seed=self._seed)
             times = client.latency(self._requests // 2)
             rates = client.throughput(EMBEDDED_BLOCKS, self._seconds, EMBEDDED_CONCURRENCY)
@@ -185,7 +185,7 @@ class Run:
     def opinion(self, rows: int) -> list[str]:
         """What does a second opinion add where guard serves the model, and beside an upstream server?"""
         profile, model, replies = self._compared_files(rows)
-        messages = [_message("FP32", image(row).tobytes()) for row in range(IMAGES)]
+        messages = [message("FP32", image(row).tobytes()) for row in range(IMAGES)]
         with ExitStack() as stack:
             served = {
                 rule: stack.enter_context(
@@ -241,7 +241,7 @@ class Run:
 
     def _compared_files(self, rows: int) -> tuple[Path, Path, Path]:
         """A profile with a reference model, the model that it is of, and embeddings for an upstream server."""
-        _, model = self._embedded_files(rows)
+        _, model = self.embedded_files(rows)
         profile, other = self._folder / f"compared-{rows}", self._folder / "reference"
         replies = self._folder / "compared.npy"
         if self._record is None:
@@ -263,7 +263,7 @@ class Run:
         """Requests with one image, and the size of that."""
         for datatype, width in PAYLOADS.items():
             size = 3 * SIDE * SIDE * width
-            yield size, _message(datatype, np.random.default_rng(self._seed).bytes(size))
+            yield size, message(datatype, np.random.default_rng(self._seed).bytes(size))
 
     def _turns(
         self, targets: Mapping[str, Target], message: bytes, tag: Mapping[str, Any]
@@ -276,7 +276,7 @@ class Run:
 
     def cold(self, rows: int) -> list[str]:
         """From the start of the process to a 200 from /readyz."""
-        profile, model = self._embedded_files(rows)
+        profile, model = self.embedded_files(rows)
         upstream_profile, replies = self._upstream_files(rows)
         lines = [
             "## Start",
@@ -307,7 +307,7 @@ class Run:
                 )
         return [*lines, "", f"Imported by then, of what only training needs: {_imported(profile, model)}.", ""]
 
-    def _embedded_files(self, rows: int) -> tuple[Path, Path]:
+    def embedded_files(self, rows: int) -> tuple[Path, Path]:
         """A profile and the model that it is of; each made once."""
         profile, model = self._folder / f"embedded-{rows}", self._folder / "model"
         if self._record is None:
@@ -337,7 +337,8 @@ def _banks(rows: int) -> str:
     return f"Banks: 3 of {rows:,} × {WIDTH}."
 
 
-def _message(datatype: str, raw: bytes) -> bytes:
+def message(datatype: str, raw: bytes) -> bytes:
+    """A request with one image."""
     request = ModelInferRequest(model_name="classifier", id="1")
     request.inputs.add(name="image", datatype=datatype, shape=[1, 3, SIDE, SIDE])
     request.raw_input_contents.append(raw)

@@ -2,15 +2,23 @@
 
 The first process of a container gets no signal that it does not handle: a pod that is deleted while its program starts
 would run on until it is killed. And a sidecar must not end at SIGHUP, which asks it to read its files again.
+
+Libraries that compute start as many threads as the machine has processors, whatever its container may use: with a quota
+of one processor of many, each of them then waits for the others.
 """
 
 import os
 import signal
 import sys
 
+from guard._cpus import usable_cpus
+
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""Variables by which torch, numpy and what they stand on are told a number of threads, before they are loaded."""
+
 
 def begin(arguments: list[str], process: int) -> None:
-    """Set the signals, and leave out what of the environment is not meant for a sidecar.
+    """Set the signals, leave out what is not meant for a sidecar, and start no more threads than there are processors.
 
     Args:
         arguments: The words behind the program's name.
@@ -24,6 +32,9 @@ def begin(arguments: list[str], process: int) -> None:
         # Meant for other programs: prometheus_client would keep the metrics in files there, across restarts.
         for name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):
             os.environ.pop(name, None)
+    usable = usable_cpus()
+    if usable < (os.cpu_count() or 1) and not any(os.environ.get(name) for name in _THREADS):
+        os.environ.update(dict.fromkeys(_THREADS, str(usable)))
 
 
 begin(sys.argv[1:], os.getpid())

@@ -18,7 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from guard.diagnostics.findings import Finding, Status
-from guard.diagnostics.rest import speaks
+from guard.diagnostics.rest import lists_repository, speaks
 from guard.errors import UsageError
 from guard.protocol import SERVICE
 from guard.protocol.inference_pb2 import RepositoryIndexResponse
@@ -65,7 +65,7 @@ def exposures(
     if place.path is None:
         outside = [each for each in (*place.open, *others) if not _is_own(each, place.port, own)]
         found.append(_port(place, dict.fromkeys(outside), upstream))
-    found.append(_rest(place, others, rest_ports))
+    found += _rest(place, others, rest_ports)
     with open_channel(upstream) as channel:
         if not _connects(channel):
             text = f"{upstream.address} does not answer, so its models and its shared memory were not checked"
@@ -252,10 +252,26 @@ def _port(place: _Place, addresses: Iterable[str], upstream: Endpoint) -> Findin
     return Finding("grpc", Status.OK, f"nobody answers on {', '.join(places)}")
 
 
-def _rest(place: _Place, others: Collection[str], ports: Sequence[int]) -> Finding:
-    """Check whether the server offers REST besides gRPC: a sidecar does not screen REST."""
+def _rest(place: _Place, others: Collection[str], ports: Sequence[int]) -> Iterable[Finding]:
+    """Check whether the server offers REST, which a sidecar does not screen, and whether it lists its models there."""
     outside = tuple(dict.fromkeys((*place.open, *others))) if place.here else (place.host,)
-    answering = [_joined(host, port) for port in ports for host in outside if speaks(host, port)]
+    open_ = [(host, port) for port in ports for host in outside if speaks(host, port)]
+    inner = [("127.0.0.1", port) for port in ports if place.here and speaks("127.0.0.1", port)]
+    yield _rest_interface([_joined(*each) for each in open_], [_joined(*each) for each in inner], ports)
+    listing = [_joined(*each) for each in open_ if lists_repository(*each)]
+    if listing:
+        yield Finding(
+            "repository",
+            Status.WARNING,
+            f"the model repository of the upstream server answers on {', '.join(listing)}: with model control on, who "
+            "reaches it loads and unloads models past guard, which refuses such calls; restrict it (Triton: "
+            "--model-control-mode=none and --http-restricted-api=model-repository:KEY=VALUE)",
+        )
+    elif any(lists_repository(*each) for each in inner):
+        yield Finding("repository", Status.OK, "the model repository is listed on the loopback interface alone")
+
+
+def _rest_interface(answering: Sequence[str], inner: Sequence[str], ports: Sequence[int]) -> Finding:
     if answering:
         return Finding(
             "rest",
@@ -265,7 +281,6 @@ def _rest(place: _Place, others: Collection[str], ports: Sequence[int]) -> Findi
             "--allow-http=false; MLServer: MLSERVER_HOST=127.0.0.1)",
         )
     tried = f"ports {', '.join(map(str, ports))}"
-    inner = [_joined("127.0.0.1", port) for port in ports if place.here and speaks("127.0.0.1", port)]
     if inner:
         return Finding(
             "rest",

@@ -30,6 +30,7 @@ _EXTRAS = {
     "vet": "guard vet, calibrate, export",
     "demo": "guard demo",
     "ann": "guard serve --neighbours approximate",
+    "otel": "spans of requests",
     "parquet": "guard log --export FILE.parquet",
     "uvloop": "a faster event loop",
 }

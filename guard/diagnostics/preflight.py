@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import grpc
 from google.protobuf.message import DecodeError
 
+from guard._cpus import usable_cpus
 from guard.certificates import CERTIFICATE_FILE, files_of_model, files_of_profile, verify
 from guard.certificates.policy import read_policies
 from guard.classifiers import ExportedClassifier
@@ -68,6 +69,7 @@ def preflight(settings: Settings) -> tuple[Finding, ...]:
                 for subject, check in each.all()
             ),
             ("memory", checks.memory),
+            ("threads", checks.processors),
             ("upstream", checks.upstream),
             ("tls", checks.tls),
             ("metrics", checks.metrics),
@@ -163,6 +165,19 @@ class _Checks:
             f"at most {most / 2**20:,.0f} MiB in each process, besides what the models, and the reference models for "
             f"second opinions, take for forward passes of {self.settings.max_batch} images"
         )
+
+    def processors(self) -> str:
+        """The threads of forward passes, against the processors that a container leaves this process."""
+        threads, processes, usable = self.settings.forward_threads, self.settings.processes, usable_cpus()
+        text = f"a forward pass uses {threads} of {usable} usable processors"
+        if processes > 1:
+            text = f"forward passes of {processes} processes use {threads} threads each, of {usable} usable processors"
+        if threads * processes > max(usable, processes):
+            raise _DoubtError(
+                f"{text}; more threads than processors, by affinity and the quota of the container, make each wait for "
+                "the others; lower --threads"
+            )
+        return text
 
     def listen(self) -> str:
         check_free(self.settings.listen)

@@ -1,4 +1,4 @@
-"""Whether an inference server offers a REST interface at a port, found out with a few GET requests."""
+"""Whether an inference server offers a REST interface at a port, found out with a few requests that change nothing."""
 
 import json
 from collections.abc import Mapping
@@ -10,13 +10,24 @@ _SECONDS = 2.0
 _MOST_BYTES = 2**16
 
 
-def fetch(host: str, port: int, path: str) -> tuple[int, bytes] | None:
-    """Send a GET request over plain HTTP: status and beginning of the body, or None if there is no response."""
+def fetch(
+    host: str, port: int, path: str, *, method: str = "GET", body: bytes | None = None
+) -> tuple[int, bytes] | None:
+    """Send a request over plain HTTP: status and beginning of the body, or None if there is no response."""
     with closing(HTTPConnection(host, port, timeout=_SECONDS)) as connection, suppress(OSError, HTTPException):
-        connection.request("GET", path, headers={"Connection": "close"})
+        connection.request(method, path, body, headers={"Connection": "close"})
         response = connection.getresponse()
         return response.status, response.read(_MOST_BYTES)
     return None
+
+
+def lists_repository(host: str, port: int) -> bool:
+    """Whether the server at this port lists its model repository over REST, as one does that lets clients load models.
+
+    Triton and MLServer answer the question with POST; it changes nothing.
+    """
+    reply = fetch(host, port, "/v2/repository/index", method="POST", body=b"{}")
+    return reply is not None and reply[0] == 200 and isinstance(_parsed(reply[1]), list)
 
 
 def speaks(host: str, port: int) -> bool:

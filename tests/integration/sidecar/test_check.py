@@ -67,6 +67,7 @@ def test_a_sidecar_that_could_serve_is_code_0_and_nothing_is_written(
         "calibration",
         "screening",
         "memory",
+        "threads",
         "metrics",
         "listen",
     ]
@@ -214,3 +215,28 @@ def test_json_is_for_the_check(exported: Path, served_profile: Path) -> None:
     code, lines = refused_start("--model", exported, "--profile", served_profile, "--json")
     assert (code, len(lines)) == (2, 1)
     assert "--check" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "usable", "status"),
+    [
+        ({}, 4, Status.OK),
+        ({"threads": 4}, 4, Status.OK),
+        ({"threads": 5}, 4, Status.WARNING),
+        ({"processes": 2, "threads": 4}, 4, Status.WARNING),
+        ({"processes": 8}, 4, Status.OK),  # one thread each is the least
+    ],
+)
+def test_more_threads_than_the_container_has_processors_are_a_warning(
+    exported: Path,
+    served_profile: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    values: dict[str, Any],
+    usable: int,
+    status: Status,
+) -> None:
+    for module in ("guard.diagnostics.preflight", "guard.sidecar.settings"):
+        monkeypatch.setattr(f"{module}.usable_cpus", lambda: usable)
+    found = findings(model=exported, profile=served_profile, **values)["threads"]
+    assert found[0] is status
+    assert f"of {usable} usable processors" in found[1]

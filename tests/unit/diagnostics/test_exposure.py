@@ -46,6 +46,9 @@ def rest() -> Iterator[Rest]:
                 self.end_headers()
                 self.wfile.write(body)
 
+            def do_POST(self) -> None:
+                self.do_GET()
+
             def log_message(self, *_: object) -> None:
                 """Nothing."""
 
@@ -115,6 +118,17 @@ def test_rest_that_others_reach_is_a_warning(server: InferenceServer, rest: Rest
     assert found.status is Status.WARNING
     assert f"{OTHER}:{port}:" in found.detail
     assert "not screened" in found.detail
+
+
+def test_a_repository_that_others_reach_is_a_warning_of_its_own(server: InferenceServer, rest: Rest) -> None:
+    index = {"/v2/repository/index": (200, [{"name": "classifier", "state": "READY"}])}
+    for answers, host, expected in (
+        ({"/v2": (200, METADATA), **index}, "0.0.0.0", Status.WARNING),  # noqa: S104 - open on purpose
+        ({"/v2": (200, METADATA), **index}, "127.0.0.1", Status.OK),
+        ({"/v2": (200, METADATA), "/v2/repository/index": (403, {"error": "restricted"})}, "0.0.0.0", None),  # noqa: S104
+    ):
+        found = look(server.address, rest_ports=(rest(answers, host),)).get("repository")
+        assert (found and found.status) == expected
 
 
 def test_rest_on_loopback_is_not_a_warning(server: InferenceServer, rest: Rest) -> None:
