@@ -4,8 +4,8 @@ python -m benchmarks.container_cpus [--cores N] [--machine N] [--rounds N] [--ou
 
 It needs root and control groups. The programs run in a group with a CPU quota. One starts as many threads as guard
 chooses, another as many as the machine has processors: `--machine`, which may be more than this one has, to see what a
-larger one would do. They take turns. The tower is open_clip's ViT-B-32 with random weights; for vetting, its forward and
-backward passes stand.
+larger one would do. They take turns. The tower is open_clip's ViT-B-32 with random weights; for vetting, its forward
+and backward passes stand.
 """
 
 import argparse

@@ -115,10 +115,15 @@ def _running(finding: Finding, settings: "Settings") -> Finding:
     from guard.diagnostics.rest import fetch
     from guard.sidecar.addresses import split_address
 
-    if finding.exit_code and finding.subject in {"listen", "metrics", "lock"}:
+    places = {
+        "listen": settings.listen,
+        "metrics": settings.metrics,
+        "admin": settings.admin,
+        "dashboard": settings.dashboard,
+        "lock": settings.state_dir,
+    }
+    if finding.exit_code and finding.subject in places:
         status, body = fetch(*split_address(settings.metrics), "/metrics") or (0, b"")
         if status == 200 and b"guard_" in body:
-            places = {"listen": settings.listen, "metrics": settings.metrics, "lock": settings.state_dir}
-            address = places[finding.subject]
-            return Finding(finding.subject, Status.OK, f"{address} is taken by a running sidecar")
+            return Finding(finding.subject, Status.OK, f"{places[finding.subject]} is taken by a running sidecar")
     return finding

@@ -27,7 +27,7 @@ from tests.e2e.environments import environment
 from tests.integration.sidecar.conftest import Floats, Launcher, eventually, free_port
 
 HERE = Path(__file__).parent
-RUNTIME, KSERVE = HERE / "mlserver_runtime", HERE / "kserve_client"
+RUNTIME, KSERVE = HERE.parents[1] / "deploy" / "mlserver", HERE / "kserve_client"
 SECONDS = 60
 START = "from mlserver.cli import main; main()"
 VIAS = ("direct", "reading", "own tower")
@@ -319,7 +319,7 @@ def test_mlservers_own_streaming_client(
 ) -> None:  # fmt: skip
     batches = {f"{index:03}": (clean, triggered)[index % 2][index : index + 2] for index in range(8)}
     np.savez(tmp_path / "in.npz", **batches)  # type: ignore[arg-type] # as above
-    run(mlserver_python, RUNTIME / "stream.py", addresses[via], tmp_path / "in.npz", tmp_path / "out.npz")
+    run(mlserver_python, HERE / "mlserver_stream.py", addresses[via], tmp_path / "in.npz", tmp_path / "out.npz")
     found, detector = dict(np.load(tmp_path / "out.npz")), profile.detector()
     assert len(found) == 2 * len(batches)
     for name, batch in batches.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from guard.sidecar import Settings
 from scripts.generate_docs import DOCUMENTS, families
 from scripts.generate_monitoring import ALERTS, ROWS, Alert, budget_alerts, rules
 
@@ -84,3 +85,19 @@ def test_panels_do_not_overlap() -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_what_is_generated_is_up_to_date(path: Path) -> None:
     assert path.read_text(encoding="utf-8") == DOCUMENTS[path](), "run scripts/generate_docs.py"
+
+
+def test_the_rehearsal_fits_together() -> None:
+    """docs/rollout.md: the sidecar finds the server, Prometheus the sidecar, and the page is where the guide says."""
+    folder = ROOT / "deploy" / "mlserver"
+    server = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    model = json.loads((folder / "model-settings.json").read_text(encoding="utf-8"))
+    settings = Settings.load(folder / "guard.toml")
+    assert settings.upstream == f"{server['host']}:{server['grpc_port']}"
+    assert settings.served[0].model_name == model["name"]
+    assert (folder / model["parameters"]["uri"]).resolve() == ROOT / str(settings.served[0].model)
+    assert (settings.mode, settings.on_failure) == ("shadow", "open")
+    assert f"targets: [{settings.metrics}]" in (ROOT / "deploy/prometheus/prometheus.yml").read_text(encoding="utf-8")
+    guide = (ROOT / "docs" / "rollout.md").read_text(encoding="utf-8")
+    assert f"<http://{settings.dashboard}>" in guide
+    assert f"guard log {settings.state_dir}" in guide

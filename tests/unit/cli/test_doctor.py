@@ -170,6 +170,10 @@ def test_the_ports_of_a_running_sidecar_are_well_taken(
         code, found = run("--config", path)
         assert (code, found["listen"]["detail"]) == (1, f"{listen} is taken by a running sidecar")
         assert found["metrics"]["detail"] == f"{shown} is taken by a running sidecar"
+        path.write_text(
+            path.read_text().replace(f'listen = "{listen}"', f'listen = "127.0.0.1:0"\ndashboard = "{listen}"')
+        )
+        assert run("--config", path)[1]["dashboard"]["detail"] == f"{listen} is taken by a running sidecar"
         # Somebody else has the port.
         path = write(tmp_path, server.address, exported, profile_directory, listen, "127.0.0.1:0")
         code, found = run("--config", path)

@@ -1,4 +1,4 @@
-"""An MLServer runtime that serves an exported classifier; run in MLServer's environment, which has no guard."""
+"""An MLServer runtime that serves what `guard export` wrote; it runs in MLServer's environment, which has no guard."""
 
 import io
 import json
@@ -16,6 +16,7 @@ from mlserver.types import (  # type: ignore[import-not-found]
     RequestInput,
     ResponseOutput,
 )
+from mlserver.utils import get_model_uri  # type: ignore[import-not-found]
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -25,7 +26,7 @@ class Classifier(MLModel):  # type: ignore[misc]
 
     async def load(self) -> bool:
         """Read what `guard export` wrote."""
-        folder = Path(self.settings.parameters.uri)
+        folder = Path(await get_model_uri(self.settings))
         self._manifest = json.loads((folder / "classifier.json").read_bytes())
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
@@ -69,7 +70,7 @@ class Classifier(MLModel):  # type: ignore[misc]
             return np.array(tensor.data.root, np.float32).reshape(tensor.shape)
         preprocessing = self._manifest["preprocessing"]
         mean, std = (np.array(preprocessing[name], np.float32)[:, None, None] for name in ("mean", "std"))
-        # The tests send images of the model's own size.
+        # Resizing is left to the client: programs do it in different ways.
         files = [np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in tensor.data.root]
         images: NDArray[np.float32] = (
             np.stack(files).transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255) - mean
