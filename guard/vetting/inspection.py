@@ -124,17 +124,22 @@ class Inspector:
     def _step(self, active: Tensor, index: Tensor) -> None:
         lead, targets = self._lead, self._targets[active]
         trigger = self._family.constrain({name: tensor[active] for name, tensor in self._raw.items()})
-        stamped = trigger.limited(RADII[self._family.family]).apply(lead.pixels(index))
-        distance = lead.distance(stamped, index, targets)
         eligible = lead.eligible(index, targets)
         count = eligible.sum(1).clamp(min=1)
+        share = eligible / count[:, None]
+        distance, descent = lead.descend(
+            trigger.limited(RADII[self._family.family]),
+            index,
+            targets,
+            lambda part, classes, images: (part * share[classes, images]).sum(),
+        )
         led = ((HEAD_START * lead.untouched(index, targets) - distance) * eligible).sum(1) / count
         self._optimiser.zero_grad(set_to_none=True)
-        (-led.sum()).backward()
+        descent.backward()
         lead.check_gradients(self._raw.values())
         self._optimiser.step()
         whole = torch.full((len(self._targets),), torch.nan)
-        self._leads.append(whole.index_copy(0, active.cpu(), led.detach().cpu()))
-        rate = (((distance < 0) * eligible).sum(1) / count).detach().cpu()
+        self._leads.append(whole.index_copy(0, active.cpu(), led.cpu()))
+        rate = (((distance < 0) * eligible).sum(1) / count).cpu()
         self._rates.append(whole.index_copy(0, active.cpu(), rate))
         self._passes[active.cpu()] += len(index) * lead.towers

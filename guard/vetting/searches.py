@@ -65,7 +65,8 @@ class Searches:
             *(sha256(part.contiguous().numpy().data) for part in (searched, held_out)),
         ]
         self._subject = canonical(identity) if cache else b""
-        self._inspectors: dict[tuple[str, int], Inspector] = {}
+        self._batches: dict[str, list[tuple[int, ...]]] = {}
+        self._inspectors: dict[tuple[str, tuple[int, ...]], Inspector] = {}
 
     def probe(self, probes: Sequence[Probe]) -> Probed:
         """Return what a list of fixed changes of the images to search on does for each class."""
@@ -123,17 +124,24 @@ class Searches:
     def inspect(
         self, family: str, settings: InspectionSettings, steps: int, targets: Sequence[int]
     ) -> dict[int, Inspected]:
-        """Search for the best trigger of limited strength for each of some classes, until `steps` steps are done."""
+        """Search for the best trigger of limited strength for each of some classes, until `steps` steps are done.
+
+        The classes of the first call for a family are divided into batches, each with a search that stays in memory, so
+        that more steps, for all or some of these classes, continue from the last.
+        """
         found: dict[int, Inspected] = {}
         self._progress(family, 0, len(targets))
-        for start in range(0, len(self.classifier.classes.names), CLASS_BATCH):
-            part = [target for target in targets if start <= target < start + CLASS_BATCH]
+        batched = self._batches.setdefault(
+            family, [tuple(targets[k : k + CLASS_BATCH]) for k in range(0, len(targets), CLASS_BATCH)]
+        )
+        for together in batched:
+            part = [target for target in together if target in targets]
             if not part:
                 continue
-            name = self._name("inspection", family, asdict(settings), RADII[family], steps, start, part)
+            name = self._name("inspection", family, asdict(settings), RADII[family], steps, together, part)
             known = self._cache.load(name) if self._cache else None
             if known is None:
-                done = self._inspector(family, settings, start).run(steps, part)
+                done = self._inspector(family, settings, together).run(steps, part)
                 if self._cache:
                     self._cache.save(name, [(_numbers(item, "raw"), item.raw) for item in done])
             else:
@@ -142,12 +150,11 @@ class Searches:
             self._progress(family, len(found), len(targets))
         return found
 
-    def _inspector(self, family: str, settings: InspectionSettings, start: int) -> Inspector:
-        """Return the search over a batch of classes; it stays in memory, so that more steps continue from the last."""
-        if (family, start) not in self._inspectors:
-            targets = torch.arange(start, min(start + CLASS_BATCH, len(self.classifier.classes.names)))
-            self._inspectors[family, start] = Inspector(self._lead, FAMILIES[family], targets, settings)
-        return self._inspectors[family, start]
+    def _inspector(self, family: str, settings: InspectionSettings, together: tuple[int, ...]) -> Inspector:
+        if (family, together) not in self._inspectors:
+            targets = torch.tensor(together)
+            self._inspectors[family, together] = Inspector(self._lead, FAMILIES[family], targets, settings)
+        return self._inspectors[family, together]
 
     def reconstruct(
         self, family: str, start: dict[int, Raw], settings: SearchSettings, what: str
@@ -185,13 +192,11 @@ class Searches:
         self, family: str, part: Sequence[int], start: dict[int, Raw], settings: SearchSettings
     ) -> list[Reconstruction]:
         return reconstruct(
-            self.classifier,
+            self._lead,
             FAMILIES[family],
-            self._searched,
             self._held_out,
             torch.tensor(part),
             settings,
-            reference_model=self._reference_model,
             start={key: torch.stack([start[target][key] for target in part]) for key in start[part[0]]},
         )
 
