@@ -160,9 +160,9 @@ BASES: dict[str, Base] = {
             },
             "text_cfg": _text(),
         },
-        TrainingSettings(epochs=6, learning_rate=1e-3),
-        TrainingSettings(epochs=3, learning_rate=5e-4),
-        images=4_000,
+        TrainingSettings(epochs=5, batch=64, learning_rate=1e-3),
+        TrainingSettings(epochs=2, batch=64, learning_rate=5e-4),
+        images=2_500,
         pretrained=True,
     ),
 }  # fmt: skip

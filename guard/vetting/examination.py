@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,13 +14,14 @@ from guard.triggers import FAMILIES
 from guard.vetting.batches import halves
 from guard.vetting.budgets import BUDGETS, Budget, DerivedReferenceSettings, TargetSearchSettings
 from guard.vetting.cache import SearchCache
+from guard.vetting.difference import difference
 from guard.vetting.probes import Probe, listed_probes
 from guard.vetting.probes import result as probe_result
 from guard.vetting.race import RACED_CLASSES, Race
 from guard.vetting.reconstruction import reconstruct_suspects
 from guard.vetting.reference import METHOD as REFERENCE_METHOD
 from guard.vetting.reference import derive_reference
-from guard.vetting.results import FamilyResult, ReferenceModel, Vetting
+from guard.vetting.results import FamilyResult, ReferenceModel, Verdict, Vetting
 from guard.vetting.searches import Searches
 from guard.vetting.verdict import judge
 
@@ -50,7 +51,8 @@ def vet(
     images, the probes, are tried first. Then every family of triggers is inspected for every class; of more than
     `guard.vetting.race.RACED_CLASSES`, only for candidates, which the probes and a search that names no class hint at,
     and for some classes to compare them with. The triggers of classes that stand out are reconstructed and checked; the
-    p-values, corrected for all classes, and the checks together give the verdict.
+    p-values, corrected for all classes, and the checks together give the verdict. Where the suspect's weights differ
+    from those of the base as if by noise (`guard.vetting.difference`), `no evidence` becomes `inconclusive`.
 
     Args:
         classifier: The suspect.
@@ -106,7 +108,7 @@ def vet(
         everything=not race,
     )
     return Vetting(
-        judge(results, checks),
+        _doubting(judge(results, checks), classifier, base),
         results,
         checks,
         triggers,
@@ -117,6 +119,18 @@ def vet(
         time.monotonic() - started,
         reference_model.passes + sum(item.passes for item in results) + searches.passes,
     )
+
+
+def _doubting(verdict: Verdict, classifier: Classifier, base: Classifier | None) -> Verdict:
+    """Return the verdict, with `inconclusive` for `no evidence` where the suspect differs from its base as if by noise."""
+    found = difference(classifier, base) if base is not None else None
+    if verdict.outcome != "no evidence" or found is None or not found.is_noise:
+        return verdict
+    reason = (
+        f"the weights differ from those of the base by {found.size:.0%}, in a way that looks like noise and not like "
+        "fine-tuning; noise can hide how a model was changed"
+    )
+    return replace(verdict, outcome="inconclusive", reasons=(reason, *verdict.reasons))
 
 
 def _candidates(
