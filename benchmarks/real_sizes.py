@@ -2,21 +2,18 @@
 
 python -m benchmarks.real_sizes --images FOLDER --model ZOO/models/NAME --base ZOO/models/BASE [--device DEVICE]
 
-The large model has random weights, which cost as much as others. Each part of a vetting runs for a few steps in a
-process of its own, for its time per pass and its peak memory. How many passes a whole vetting makes does not depend on
-the tower: it is counted on the small MODEL, with class names made by code. Both together give the projected time.
+The large model has random weights, which cost as much as others. Each part of a vetting runs for a few steps, for its
+time per pass and the memory that it takes. How many passes a whole vetting makes does not depend on the tower: it is
+counted on the small MODEL, with class names made by code. Both together give the projected time.
 """
 
 import argparse
 import json
-import multiprocessing
 import resource
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,11 +33,13 @@ from guard.vetting.search import search_targets
 
 ARCHITECTURE = "ViT-B-32"
 CLASSES = (50, 1000)
-IMAGES = 48
+IMAGES = 32
 """Number of images that the large model is timed on."""
 EFFORT = BUDGETS["quick"]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEMPLATE = "a photo of a {}."
+PROMPTS = 64
+"""Number of prompts whose embedding is timed."""
 
 
 def names(count: int) -> tuple[str, ...]:
@@ -57,19 +56,15 @@ class Part:
 
     Attributes:
         name: What was run.
-        passes: Number of images pushed through image towers.
-        seconds: Processor and wall-clock time.
-        wall: Wall-clock time in seconds.
-        peak: Largest resident memory of the process in bytes; on a GPU, of the device.
-        beside: The same before the part ran, with both models in memory.
+        passes: Number of images pushed through image towers; of prompts pushed through the text tower.
+        seconds: Processor time; on a GPU, wall-clock time.
+        peak: Largest memory so far in bytes, of the process or, on a GPU, of the device.
     """
 
     name: str
     passes: int
     seconds: float
-    wall: float
     peak: int
-    beside: int
 
 
 def large(device: str | None, jitter: float = 0.0) -> Classifier:
@@ -93,31 +88,34 @@ def large(device: str | None, jitter: float = 0.0) -> Classifier:
     )
 
 
-def _head(suspect: Classifier, *_: Any) -> int:  # noqa: ANN401
-    return len(suspect.head)
+def _head(suspect: Classifier, *_: Any) -> int:  # noqa: ANN401 - the other arguments are those of all parts
+    with torch.no_grad():
+        for name in suspect.classes.names[:PROMPTS]:
+            suspect.encode_texts(suspect.classes.prompts(name))
+    return PROMPTS
 
 
 def _probes(suspect: Classifier, base: Classifier, images: Tensor) -> int:
-    return probe_classes(suspect, images[:24], listed_probes()[::40], reference_model=base).passes
+    return probe_classes(suspect, images[:12], listed_probes()[::80], reference_model=base).passes
 
 
 def _search(suspect: Classifier, base: Classifier, images: Tensor) -> int:
-    settings = replace(EFFORT.target_search, steps=2, starts=1)
+    settings = replace(EFFORT.target_search, steps=1, starts=1)
     return search_targets(suspect, images, "blend", settings, reference_model=base)[0].passes
 
 
 def _inspection(suspect: Classifier, base: Classifier, images: Tensor) -> int:
-    """One step of eight classes: more of them take more time, and no more memory."""
-    inspector = Inspector(Lead(suspect, images, base), FAMILIES["blend"], torch.arange(8), EFFORT.inspection)
-    return sum(item.passes for item in inspector.run(1, range(8)))
+    """One step of two classes: more of them take more time, and no more memory."""
+    inspector = Inspector(Lead(suspect, images, base), FAMILIES["blend"], torch.arange(2), EFFORT.inspection)
+    return sum(item.passes for item in inspector.run(1, range(2)))
 
 
 def _teaching(suspect: Classifier, _: Classifier, images: Tensor) -> int:
-    return derive_reference(suspect, images, replace(EFFORT.derived_reference, steps=2))[1]
+    return derive_reference(suspect, images, replace(EFFORT.derived_reference, steps=1))[1]
 
 
 PARTS: dict[str, Callable[[Classifier, Classifier, Tensor], int]] = {
-    "head (texts)": _head,
+    "prompts of the head": _head,
     "probes": _probes,
     "search that names no class": _search,
     "inspection": _inspection,
@@ -125,23 +123,28 @@ PARTS: dict[str, Callable[[Classifier, Classifier, Tensor], int]] = {
 }
 
 
-def measured(name: str, images: Path, device: str | None) -> Part:
-    """Run one part and look at time and memory; in a process of its own."""
-    torch.set_num_threads(1)
+def measured(images: Path, device: str | None) -> list[Part]:
+    """Run each part, those that take more memory later, since the largest memory of a process never falls."""
     suspect, base = large(device), large(device, jitter=0.05)
     pixels = suspect.read(ImageFolder.scan(images).sample(IMAGES, seed=0))
-    if name != "head (texts)":  # random rows cost as much as 1,000 texts do, and take no time
-        for model in (suspect, base):
-            generator = torch.Generator().manual_seed(1)
-            head = torch.randn((max(CLASSES), model.model.visual.output_dim), generator=generator)
-            model.__dict__["head"] = torch.nn.functional.normalize(head, dim=-1).to(model.device)
-    beside, began, wall = _peak(suspect.device), time.process_time(), time.monotonic()
-    passes = PARTS[name](suspect, base, pixels)
-    if suspect.device.type == "cuda":
+    for model in (suspect, base):  # in place of the embeddings of all prompts, of which a few are timed
+        generator = torch.Generator().manual_seed(1)
+        rows = torch.randn((max(CLASSES), model.model.visual.output_dim), generator=generator)
+        model.__dict__["head"] = torch.nn.functional.normalize(rows, dim=-1).to(model.device)
+    found = [Part("both models and the images in memory", 0, 0.0, _peak(suspect.device))]
+    for name, part in PARTS.items():
+        began = _clock(suspect.device)
+        passes = part(suspect, base, pixels)
+        found.append(Part(name, passes, _clock(suspect.device) - began, _peak(suspect.device)))
+        sys.stderr.write(json.dumps(asdict(found[-1])) + "\n")
+    return found
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
         torch.cuda.synchronize()
-    wall = time.monotonic() - wall
-    spent = wall if suspect.device.type == "cuda" else time.process_time() - began
-    return Part(name, passes, spent, wall, _peak(suspect.device), beside)
+        return time.monotonic()
+    return time.process_time()
 
 
 def _peak(device: torch.device) -> int:
@@ -181,12 +184,8 @@ def main() -> None:
     parser.add_argument("--small-images", type=Path, required=True, help="Images for the small model.")
     parser.add_argument("--device")
     arguments = parser.parse_args()
-    parts = []
-    for name in PARTS:
-        # A fresh process each: the largest memory of a process never falls.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            parts.append(pool.submit(partial(measured, name, arguments.images, arguments.device)).result())
-        sys.stderr.write(json.dumps(asdict(parts[-1])) + "\n")
+    torch.set_num_threads(1)
+    parts = measured(arguments.images, arguments.device)
     small = load(arguments.model)
     pixels = small.read(ImageFolder.scan(arguments.small_images).sample(1000, seed=0))
     vettings = {
@@ -203,10 +202,9 @@ def main() -> None:
 
 def report(parts: list[Part], vettings: dict[tuple[str, int], Vetting], at_once: int) -> str:
     """The tables, and the projected time."""
-    per_pass = {part.name: part.seconds / part.passes for part in parts}
+    per_pass = {part.name: part.seconds / part.passes for part in parts if part.passes}
     measured_rows = "\n".join(
-        f"| {part.name} | {part.passes:,} | {1000 * per_pass[part.name]:.0f} | {part.peak / 1e9:.1f} "
-        f"| {part.beside / 1e9:.1f} |"
+        f"| {part.name} | {part.passes:,} | {1000 * per_pass.get(part.name, 0.0):.0f} | {part.peak / 1e9:.1f} |"
         for part in parts
     )
     counted_rows = []
@@ -226,8 +224,8 @@ def report(parts: list[Part], vettings: dict[tuple[str, int], Vetting], at_once:
 a few steps on one thread. Processor time, so that other programs on the machine count little. A pass is one image
 through one tower, with the backward pass where there is one.
 
-| part | passes timed | ms a pass | peak memory, GB | of it both models and images, GB |
-| --- | --- | --- | --- | --- |
+| part | passes timed | ms a pass | peak memory so far, GB |
+| --- | --- | --- | --- |
 {measured_rows}
 
 {at_once} images go through both towers at once, with what their backward pass needs.

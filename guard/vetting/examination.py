@@ -12,7 +12,7 @@ from guard.classifiers.classifier import Classifier
 from guard.errors import ImageError, UsageError
 from guard.triggers import FAMILIES
 from guard.vetting.batches import halves
-from guard.vetting.budgets import BUDGETS, Budget, DerivedReferenceSettings, TargetSearchSettings
+from guard.vetting.budgets import BUDGETS, Budget, DerivedReferenceSettings
 from guard.vetting.cache import SearchCache
 from guard.vetting.difference import difference
 from guard.vetting.probes import Probe, listed_probes
@@ -21,7 +21,7 @@ from guard.vetting.race import RACED_CLASSES, Race
 from guard.vetting.reconstruction import reconstruct_suspects
 from guard.vetting.reference import METHOD as REFERENCE_METHOD
 from guard.vetting.reference import derive_reference
-from guard.vetting.results import FamilyResult, ReferenceModel, Verdict, Vetting
+from guard.vetting.results import FamilyResult, FoundTarget, ReferenceModel, Verdict, Vetting
 from guard.vetting.searches import Searches
 from guard.vetting.verdict import judge
 
@@ -95,7 +95,10 @@ def vet(
     tried = probe_result(
         probed, classifier.classes.names, reference_model.kind, seed=seed, seconds=time.monotonic() - began
     )
-    candidates = _candidates(searches, tried, families, effort.target_search) if race else set()
+    # Where all classes are inspected anyway there is no need to know candidates.
+    many = race and len(tried.classes) > RACED_CLASSES
+    unnamed = [each for family in families for each in searches.targets(family, effort.target_search)] if many else []
+    candidates = _candidates(tried, unnamed) if many else set()
     runners = Race(searches, reference_model.kind, families, effort.inspection, tried, candidates, full=not race)
     results = runners.run()
     checks, triggers = reconstruct_suspects(
@@ -118,11 +121,12 @@ def vet(
         str(classifier.device),
         time.monotonic() - started,
         reference_model.passes + sum(item.passes for item in results) + searches.passes,
+        tuple(unnamed),
     )
 
 
 def _doubting(verdict: Verdict, classifier: Classifier, base: Classifier | None) -> Verdict:
-    """Return the verdict, with `inconclusive` for `no evidence` where the suspect differs from its base as if by noise."""
+    """Return the verdict; `inconclusive` for `no evidence` where the suspect differs from its base as if by noise."""
     found = difference(classifier, base) if base is not None else None
     if verdict.outcome != "no evidence" or found is None or not found.is_noise:
         return verdict
@@ -133,20 +137,12 @@ def _doubting(verdict: Verdict, classifier: Classifier, base: Classifier | None)
     return replace(verdict, outcome="inconclusive", reasons=(reason, *verdict.reasons))
 
 
-def _candidates(
-    searches: Searches, tried: FamilyResult, families: Sequence[str], settings: TargetSearchSettings
-) -> set[int]:
-    """The classes that gain most under a probe, or under a trigger of a search that names no class.
-
-    Where all classes are inspected anyway there is no need to know them, and none are returned.
-    """
-    if len(tried.classes) <= RACED_CLASSES:
-        return set()
+def _candidates(tried: FamilyResult, found: Sequence[FoundTarget]) -> set[int]:
+    """Return the classes that gain most under a probe, or under a trigger of the search that names no class."""
     gains = {entry.target: entry.success for entry in tried.classes}
-    for family in families:
-        for found in searches.targets(family, settings):
-            if found.target is not None:
-                gains[found.target] = max(gains.get(found.target, 0.0), found.gain)
+    for each in found:
+        if each.target is not None:
+            gains[each.target] = max(gains.get(each.target, 0.0), each.gain)
     return set(sorted(gains, key=lambda target: -gains[target])[:_CANDIDATES])
 
 

@@ -18,8 +18,9 @@ from guard.vetting.inversion import Reconstruction, effect, reconstruct
 from guard.vetting.lead import Lead
 from guard.vetting.probes import EXAMINED, Probe, Probed, probe_classes
 from guard.vetting.probes import METHOD as PROBE_METHOD
+from guard.vetting.results import FoundTarget
 from guard.vetting.search import METHOD as TARGET_METHOD
-from guard.vetting.search import FoundTarget, search_targets
+from guard.vetting.search import search_targets
 
 CLASS_BATCH = 16
 """Number of classes that are searched side by side. It bounds memory, and a batch is the unit of work that an
