@@ -70,7 +70,7 @@ def vet(
             the race loses.
         probes: Fixed changes that are tried first; by default those of guard's own list.
         cache: Folder in which finished searches are kept, so that an interrupted run continues where it stopped.
-        progress: Called with (what is searched, classes done, classes in all).
+        progress: Called with (what is done, steps done, steps in all). A search that ends early jumps to its end.
 
     Raises:
         ImageError: There are too few images.
@@ -82,7 +82,7 @@ def vet(
     effort = BUDGETS[budget].seeded(seed)
     searched, held_out = halves(images, seed)
     settings = effort.derived_reference if derive else None
-    model, reference_model = _reference_model(classifier, base, searched, held_out, settings)
+    model, reference_model = _reference_model(classifier, base, searched, held_out, settings, progress)
     # A derived reference is identified by how it is made: on a GPU its weights differ in the last bits between runs.
     made = [REFERENCE_METHOD, asdict(effort.derived_reference)]
     identities = {"base": reference_model.digest, "derived": made, "classes": None}
@@ -172,12 +172,13 @@ def _reference_model(
     searched: Tensor,
     held_out: Tensor,
     settings: DerivedReferenceSettings | None,
+    progress: Callable[[str, int, int], None],
 ) -> tuple[Classifier | None, ReferenceModel]:
     """Return the base model, or else a derived reference if there are settings for one, or else None."""
     if base is not None:
         return base, ReferenceModel("base", base.digest.root, _agreement(classifier, base, held_out), 2 * len(held_out))
     if settings is not None:
-        model, passes = derive_reference(classifier, searched, settings)
+        model, passes = derive_reference(classifier, searched, settings, progress=progress)
         agreement = _agreement(classifier, model, held_out)
         return model, ReferenceModel("derived", None, agreement, passes + 2 * len(held_out))
     return None, ReferenceModel("classes", None, None, 0)

@@ -67,7 +67,7 @@ def reconstruct(
         settings: How much work to do.
         start: Unconstrained parameters to start from, such as those that `Inspector` found; the default is the start of
             the family.
-        progress: Called with the number of classes that have just finished.
+        progress: Called with the number of steps that are done, after each; it may end before the last.
 
     Returns:
         One reconstruction per target, in order.
@@ -120,12 +120,10 @@ class _Search:
             self.lead.check_gradients(self.raw.values())
             optimiser.step()
             stalled = (step - self.improved[active] >= settings.stall) & (self.vain[active] >= _VAIN_SUCCESSES)
-            if stalled.any():
-                progress(int(stalled.sum()))
-                active = active[~stalled]
-                if not len(active):
-                    return
-        progress(len(active))
+            progress(step + 1)
+            active = active[~stalled]
+            if not len(active):
+                return
 
     def _step(self, active: Tensor, index: Tensor, step: int) -> Tensor:
         settings, lead = self.settings, self.lead

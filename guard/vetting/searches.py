@@ -38,7 +38,7 @@ class Searches:
         searched: uint8, shape [N, 3, H, W]: images to search on.
         held_out: uint8, shape [M, 3, H, W]: images for the checks.
         cache: Store of finished searches; None to remember nothing.
-        progress: Called with (what is searched, classes done, classes in all).
+        progress: Called with (what is searched, steps of all its classes done, steps in all).
 
     Attributes:
         passes: Number of images pushed through image towers by reconstructions, checks and searches that name no class.
@@ -131,7 +131,8 @@ class Searches:
         that more steps, for all or some of these classes, continue from the last.
         """
         found: dict[int, Inspected] = {}
-        self._progress(family, 0, len(targets))
+        total = steps * len(targets)
+        self._progress(family, 0, total)
         batched = self._batches.setdefault(
             family, [tuple(targets[k : k + CLASS_BATCH]) for k in range(0, len(targets), CLASS_BATCH)]
         )
@@ -142,13 +143,14 @@ class Searches:
             name = self._name("inspection", family, asdict(settings), RADII[family], steps, together, part)
             known = self._cache.load(name) if self._cache else None
             if known is None:
-                done = self._inspector(family, settings, together).run(steps, part)
+                progress = self._steps(family, steps * len(found), len(part), total)
+                done = self._inspector(family, settings, together).run(steps, part, progress=progress)
                 if self._cache:
                     self._cache.save(name, [(_numbers(item, "raw"), item.raw) for item in done])
             else:
                 done = [Inspected(raw=tensors, **numbers) for numbers, tensors in known]
             found.update((item.target, item) for item in done)
-            self._progress(family, len(found), len(targets))
+            self._progress(family, steps * len(found), total)
         return found
 
     def _inspector(self, family: str, settings: InspectionSettings, together: tuple[int, ...]) -> Inspector:
@@ -171,12 +173,13 @@ class Searches:
         results: list[Reconstruction] = []
         targets = list(start)
         for part in (targets[k : k + CLASS_BATCH] for k in range(0, len(targets), CLASS_BATCH)):
-            self._progress(what, len(results), len(targets))
+            progress = self._steps(what, settings.steps * len(results), len(part), settings.steps * len(targets))
+            progress(0)
             fingerprint = _fingerprint([start[target] for target in part])
             name = self._name("reconstruction", family, asdict(settings), part, fingerprint)
             known = self._cache.load(name) if self._cache else None
             if known is None:
-                done = self._reconstruct(family, part, start, settings)
+                done = self._reconstruct(family, part, start, settings, progress)
                 if self._cache:
                     self._cache.save(name, [(_numbers(item, "trigger"), item.trigger.tensors()) for item in done])
             else:
@@ -185,12 +188,17 @@ class Searches:
                     for numbers, tensors in known
                 ]
             results += done
-        self._progress(what, len(targets), len(targets))
+        self._progress(what, settings.steps * len(targets), settings.steps * len(targets))
         self.passes += sum(item.passes for item in results)
         return results
 
     def _reconstruct(
-        self, family: str, part: Sequence[int], start: dict[int, Raw], settings: SearchSettings
+        self,
+        family: str,
+        part: Sequence[int],
+        start: dict[int, Raw],
+        settings: SearchSettings,
+        progress: Callable[[int], None],
     ) -> list[Reconstruction]:
         return reconstruct(
             self._lead,
@@ -199,7 +207,12 @@ class Searches:
             torch.tensor(part),
             settings,
             start={key: torch.stack([start[target][key] for target in part]) for key in start[part[0]]},
+            progress=progress,
         )
+
+    def _steps(self, what: str, before: int, classes: int, total: int) -> Callable[[int], None]:
+        """Return what tells the steps of some classes side by side, after those of earlier ones."""
+        return lambda done: self._progress(what, before + classes * done, total)
 
     def target_feature(self, trigger: InvertibleTrigger) -> Tensor:
         """Return the mean embedding of the held-out images under a trigger, of length 1; shape [D]."""

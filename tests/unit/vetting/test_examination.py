@@ -202,7 +202,7 @@ def test_without_the_race_everything_is_searched_and_the_verdict_is_the_same(
     assert {entry.steps for item in vetting.results[:-1] for entry in item.classes} == ({4} if race else {8})
     assert calls.names.count("inspection") == 2
     reconstructed = {what: total for what, total in searched.items() if what.endswith("reconstruction")}
-    every = 1 if race else 10
+    every = vetting.effort.reconstruction.steps * (1 if race else 10)
     assert reconstructed == {"additive, reconstruction": every, "warp, reconstruction": every}
 
 
@@ -348,11 +348,12 @@ def test_progress_ends_where_it_said() -> None:
 
     def told(what: str, done: int, total: int) -> None:
         assert 0 <= done <= total
+        assert done - seen.get(what, (0, 0))[0] <= total // 2 + 10 or done == total, "long silence"
         seen[what] = (done, total)
 
     vet(SUSPECT, IMAGES, base=BASE, budget="quick", families=["patch", "warp"], progress=told)
     assert {"patch", "warp", "patch, reconstruction"} <= seen.keys()
-    assert seen["warp"] == (10, 10)
+    assert seen["warp"][1] % 10 == 0
     assert all(done == total for done, total in seen.values())
 
 
