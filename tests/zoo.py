@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,15 @@ def make_zoo(root: Path) -> Path:
 
 
 class FakeVetting:
-    """Stands for `vet`: calls the named models backdoored, with the attacker's own trigger as the reconstruction."""
+    """Stands for `vet`: calls the named models backdoored.
 
-    def __init__(self, *flagged: str) -> None:
-        self.flagged = flagged
+    Args:
+        flagged: Names of these models.
+        probe: The probe that accuses them; None for the attacker's own trigger as the reconstruction.
+    """
+
+    def __init__(self, *flagged: str, probe: str | None = None) -> None:
+        self.flagged, self.probe = flagged, probe
         self.calls: list[str] = []
 
     def __call__(
@@ -87,7 +93,7 @@ class FakeVetting:
         self.calls.append(name)
         guilty = name in self.flagged
         evidence = evidence_of([1e-5 if guilty and k == TARGET else 0.5 for k in range(len(CLASSES.names))])
-        checks = (check_of(TARGET),) if guilty else ()
+        checks = (replace(check_of(TARGET), probe=self.probe),) if guilty else ()
         found = ReconstructedTrigger(
             f"patch-{TARGET}", TARGET, attack_trigger(), 9.0, 0.9, 6e-5, classifier.head[TARGET]
         )
@@ -98,7 +104,7 @@ class FakeVetting:
             judge([evidence], checks),
             (evidence,),
             checks,
-            (found,) if guilty else (),
+            (found,) if guilty and not self.probe else (),
             BUDGETS["quick"],
             (len(images) // 2, len(images) // 2),
             reference_model,

@@ -149,6 +149,22 @@ BASES: dict[str, Base] = {
         TrainingSettings(epochs=2, batch=256, learning_rate=1e-4, shift=8),
         pretrained=True,
     ),
+    # The same tower at the size that two CPU cores permit: small photographs, ten classes, few epochs.
+    "cifar10-efficientnet-lite0": Base(
+        "cifar10",
+        {
+            "embed_dim": 128,
+            "vision_cfg": {
+                "image_size": 32, "timm_model_name": "tf_efficientnet_lite0", "timm_model_pretrained": False,
+                "timm_pool": "avg", "timm_proj": "linear",
+            },
+            "text_cfg": _text(),
+        },
+        TrainingSettings(epochs=5, batch=64, learning_rate=1e-3),
+        TrainingSettings(epochs=2, batch=64, learning_rate=5e-4),
+        images=2_500,
+        pretrained=True,
+    ),
 }  # fmt: skip
 """Every base by name."""
 
@@ -281,16 +297,35 @@ def _weak(seed: int) -> Spec:
     return zoo.spec()
 
 
+def _pretrained(seed: int) -> Spec:
+    zoo = _Zoo("pretrained", seed)
+    base = zoo.base("cifar10-efficientnet-lite0", 0)
+    zoo.attacks(base, ("badnets-medium", "sig", "badnets-large", "visual", "wanet", "blended-image", "ftrojan"))
+    for recipe in ("partial", "noised"):
+        zoo.add(base, recipe)
+    zoo.add(base, "benign", 1)
+    return zoo.spec()
+
+
 def _full(seed: int) -> Spec:
     zoo = _Zoo("full", seed)
-    bases = {kind: _every_recipe(zoo, kind) for kind in BASES if kind != "digits-weak"}
+    bases = {
+        kind: _every_recipe(zoo, kind) for kind in BASES if kind not in {"digits-weak", "cifar10-efficientnet-lite0"}
+    }
     for own in bases.values():
         _added(zoo, own)
         _more_negatives(zoo, own)
     return zoo.spec()
 
 
-SPECS = {"smoke": _smoke, "small": _small, "weak": _weak, "medium": _medium, "full": _full}
+SPECS = {
+    "smoke": _smoke,
+    "small": _small,
+    "weak": _weak,
+    "medium": _medium,
+    "pretrained": _pretrained,
+    "full": _full,
+}
 """Makers of the zoos, by name; each takes the first seed."""
 
 

@@ -28,8 +28,9 @@ from guard.vetting import BUDGETS, Conclusion, FamilyResult, ReconstructedTrigge
 from guard.vetting.batches import halves
 from guard.vetting.inspection import METHOD
 from guard.vetting.probes import METHOD as PROBE_METHOD
+from guard.vetting.probes import Probe, listed_probes
 from guard.vetting.reference import METHOD as REFERENCE_METHOD
-from guard.vetting.verdict import suspicion
+from guard.vetting.verdict import is_valid, suspicion
 
 Need = Literal["base", "calibration", "requests"]
 MethodOutput = tuple[Detection | Screening, Features]
@@ -102,10 +103,14 @@ def _finding(item: FamilyResult) -> FamilyFinding:
 def _recover(subject: Subject, vetting: Vetting) -> tuple[Recovery | None, Features]:
     attacks = subject.attacks
     true = torch.stack([attack.feature for attack in attacks]).numpy() if attacks else None
+    images = subject.pixels.vetting
     found = _strongest(vetting)
     if found is None:
-        return None, Features(None, true)
-    images = subject.pixels.vetting
+        probe = _proven(vetting)
+        return None, Features(
+            None if probe is None else normalize(subject.classifier.embed(probe.stamp(images)).mean(0), dim=0).numpy(),
+            true,
+        )
     mean = subject.classifier.embed(found.trigger.stamp(images)).mean(0)
     feature, centred = (
         normalize(mean, dim=0),
@@ -126,6 +131,13 @@ def _strongest(vetting: Vetting) -> ReconstructedTrigger | None:
     """Return the trigger with the strongest evidence, for the accused class if there is one."""
     accused = [found for found in vetting.triggers if found.target == vetting.verdict.target]
     return next(iter(accused or vetting.triggers), None)
+
+
+def _proven(vetting: Vetting) -> Probe | None:
+    """Return the probe that accuses the class of the verdict, where no trigger does; None if there is none."""
+    target = vetting.verdict.target
+    names = {check.probe for check in vetting.checks if check.target == target and is_valid(check)}
+    return next((probe for probe in listed_probes() if probe.name in names), None)
 
 
 def _clip_inspector(subject: Subject) -> MethodOutput:
@@ -203,7 +215,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(
             "vetting-base",
-            f"{METHOD}, {PROBE_METHOD}, {REFERENCE_METHOD}, evaluation 9",
+            f"{METHOD}, {PROBE_METHOD}, {REFERENCE_METHOD}, evaluation 10",
             "models",
             frozenset({"base"}),
             uses_base=True,
@@ -212,7 +224,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "vetting-derived",
-            f"{METHOD}, {PROBE_METHOD}, {REFERENCE_METHOD}, evaluation 9",
+            f"{METHOD}, {PROBE_METHOD}, {REFERENCE_METHOD}, evaluation 10",
             "models",
             frozenset(),
             uses_base=False,

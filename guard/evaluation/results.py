@@ -190,8 +190,8 @@ class Features:
     """Target features of one model.
 
     Attributes:
-        recovered: Mean embedding of images with the strongest reconstructed trigger, normalised, shape [D]; None if no
-            trigger stood out.
+        recovered: Mean embedding of images with the strongest reconstructed trigger, or else under the probe that
+            accuses a class, normalised, shape [D]; None if neither stood out.
         true: Mean embedding of requests of other classes with each true trigger, normalised, shape [T, D]; None where
             the truth is not known.
     """

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from guard.classifiers import Classifier, load
+from guard.classifiers import Classifier, ClassList, load
+from guard.classifiers.files import CLASSES_FILE
 from guard.errors import ZooError
 from guard.evaluation.images import ImageSet, Pixels, pixels
 from guard.evaluation.zoo import KnownAttack, Truth, Zoo, files_digest
@@ -86,22 +87,27 @@ class Subject:
 
     @cached_property
     def classifier(self) -> Classifier:
-        """The model.
+        """The model; without a class list of its own, as a classifier of everyday things.
 
         Raises:
             ModelError: The model cannot be loaded.
             ZooError: The truth belongs to another model.
         """
-        classifier = load(str(self.zoo.model(self.name)), device=self.settings.device)
+        classifier = _load(self.zoo.model(self.name), self.settings.device)
         if self.truth and self.truth.digest not in {None, classifier.digest.root}:
             raise ZooError(f"truth/{self.name}.json is of another model: its digest is not that of the model")
         return classifier
 
     @property
+    def has_classes(self) -> bool:
+        """Whether the model has a class list of its own."""
+        return (self.zoo.model(self.name) / CLASSES_FILE).exists()
+
+    @property
     def base(self) -> Classifier | None:
         """The trusted reference model; None if there is none."""
         name = self.zoo.models[self.name].base
-        return None if name is None else _load_base(str(self.zoo.model(name)), self.settings.device)
+        return None if name is None else _load_base(self.zoo.model(name), self.settings.device)
 
     @cached_property
     def truth(self) -> Truth | None:
@@ -175,6 +181,10 @@ class Subject:
 
 
 @lru_cache(maxsize=1)
-def _load_base(path: str, device: str | None) -> Classifier:
+def _load_base(path: Path, device: str | None) -> Classifier:
     """Load a base; many suspects share one, so each process keeps the last."""
-    return load(path, device=device)
+    return _load(path, device)
+
+
+def _load(path: Path, device: str | None) -> Classifier:
+    return load(str(path), classes=None if (path / CLASSES_FILE).exists() else ClassList.everyday(), device=device)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -12,15 +12,16 @@ from guard.classifiers.classifier import Classifier
 from guard.errors import ImageError, UsageError
 from guard.triggers import FAMILIES
 from guard.vetting.batches import halves
-from guard.vetting.budgets import BUDGETS, Budget, DerivedReferenceSettings, TargetSearchSettings
+from guard.vetting.budgets import BUDGETS, Budget, DerivedReferenceSettings
 from guard.vetting.cache import SearchCache
+from guard.vetting.difference import difference
 from guard.vetting.probes import Probe, listed_probes
 from guard.vetting.probes import result as probe_result
 from guard.vetting.race import RACED_CLASSES, Race
 from guard.vetting.reconstruction import reconstruct_suspects
 from guard.vetting.reference import METHOD as REFERENCE_METHOD
 from guard.vetting.reference import derive_reference
-from guard.vetting.results import FamilyResult, ReferenceModel, Vetting
+from guard.vetting.results import FamilyResult, FoundTarget, ReferenceModel, Verdict, Vetting
 from guard.vetting.searches import Searches
 from guard.vetting.verdict import judge
 
@@ -50,7 +51,8 @@ def vet(
     images, the probes, are tried first. Then every family of triggers is inspected for every class; of more than
     `guard.vetting.race.RACED_CLASSES`, only for candidates, which the probes and a search that names no class hint at,
     and for some classes to compare them with. The triggers of classes that stand out are reconstructed and checked; the
-    p-values, corrected for all classes, and the checks together give the verdict.
+    p-values, corrected for all classes, and the checks together give the verdict. Where the suspect's weights differ
+    from those of the base as if by noise (`guard.vetting.difference`), `no evidence` becomes `inconclusive`.
 
     Args:
         classifier: The suspect.
@@ -68,7 +70,7 @@ def vet(
             the race loses.
         probes: Fixed changes that are tried first; by default those of guard's own list.
         cache: Folder in which finished searches are kept, so that an interrupted run continues where it stopped.
-        progress: Called with (what is searched, classes done, classes in all).
+        progress: Called with (what is done, steps done, steps in all). A search that ends early jumps to its end.
 
     Raises:
         ImageError: There are too few images.
@@ -80,7 +82,7 @@ def vet(
     effort = BUDGETS[budget].seeded(seed)
     searched, held_out = halves(images, seed)
     settings = effort.derived_reference if derive else None
-    model, reference_model = _reference_model(classifier, base, searched, held_out, settings)
+    model, reference_model = _reference_model(classifier, base, searched, held_out, settings, progress)
     # A derived reference is identified by how it is made: on a GPU its weights differ in the last bits between runs.
     made = [REFERENCE_METHOD, asdict(effort.derived_reference)]
     identities = {"base": reference_model.digest, "derived": made, "classes": None}
@@ -93,7 +95,10 @@ def vet(
     tried = probe_result(
         probed, classifier.classes.names, reference_model.kind, seed=seed, seconds=time.monotonic() - began
     )
-    candidates = _candidates(searches, tried, families, effort.target_search) if race else set()
+    # Where all classes are inspected anyway there is no need to know candidates.
+    many = race and len(tried.classes) > RACED_CLASSES
+    unnamed = [each for family in families for each in searches.targets(family, effort.target_search)] if many else []
+    candidates = _candidates(tried, unnamed) if many else set()
     runners = Race(searches, reference_model.kind, families, effort.inspection, tried, candidates, full=not race)
     results = runners.run()
     checks, triggers = reconstruct_suspects(
@@ -106,7 +111,7 @@ def vet(
         everything=not race,
     )
     return Vetting(
-        judge(results, checks),
+        _doubting(judge(results, checks), classifier, base),
         results,
         checks,
         triggers,
@@ -116,23 +121,28 @@ def vet(
         str(classifier.device),
         time.monotonic() - started,
         reference_model.passes + sum(item.passes for item in results) + searches.passes,
+        tuple(unnamed),
     )
 
 
-def _candidates(
-    searches: Searches, tried: FamilyResult, families: Sequence[str], settings: TargetSearchSettings
-) -> set[int]:
-    """The classes that gain most under a probe, or under a trigger of a search that names no class.
+def _doubting(verdict: Verdict, classifier: Classifier, base: Classifier | None) -> Verdict:
+    """Return the verdict; `inconclusive` for `no evidence` where the suspect differs from its base as if by noise."""
+    found = difference(classifier, base) if base is not None else None
+    if verdict.outcome != "no evidence" or found is None or not found.is_noise:
+        return verdict
+    reason = (
+        f"the weights differ from those of the base by {found.size:.0%}, in a way that looks like noise and not like "
+        "fine-tuning; noise can hide how a model was changed"
+    )
+    return replace(verdict, outcome="inconclusive", reasons=(reason, *verdict.reasons))
 
-    Where all classes are inspected anyway there is no need to know them, and none are returned.
-    """
-    if len(tried.classes) <= RACED_CLASSES:
-        return set()
+
+def _candidates(tried: FamilyResult, found: Sequence[FoundTarget]) -> set[int]:
+    """Return the classes that gain most under a probe, or under a trigger of the search that names no class."""
     gains = {entry.target: entry.success for entry in tried.classes}
-    for family in families:
-        for found in searches.targets(family, settings):
-            if found.target is not None:
-                gains[found.target] = max(gains.get(found.target, 0.0), found.gain)
+    for each in found:
+        if each.target is not None:
+            gains[each.target] = max(gains.get(each.target, 0.0), each.gain)
     return set(sorted(gains, key=lambda target: -gains[target])[:_CANDIDATES])
 
 
@@ -162,12 +172,13 @@ def _reference_model(
     searched: Tensor,
     held_out: Tensor,
     settings: DerivedReferenceSettings | None,
+    progress: Callable[[str, int, int], None],
 ) -> tuple[Classifier | None, ReferenceModel]:
     """Return the base model, or else a derived reference if there are settings for one, or else None."""
     if base is not None:
         return base, ReferenceModel("base", base.digest.root, _agreement(classifier, base, held_out), 2 * len(held_out))
     if settings is not None:
-        model, passes = derive_reference(classifier, searched, settings)
+        model, passes = derive_reference(classifier, searched, settings, progress=progress)
         agreement = _agreement(classifier, model, held_out)
         return model, ReferenceModel("derived", None, agreement, passes + 2 * len(held_out))
     return None, ReferenceModel("classes", None, None, 0)

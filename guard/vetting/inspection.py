@@ -13,7 +13,7 @@ A search for the *smallest* trigger, as in Neural Cleanse and in this package's 
 steps and gives a statistic that is less repeatable: it ends at whichever norm the last lucky batch let through.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -97,16 +97,24 @@ class Inspector:
         self._passes = torch.zeros(len(targets), dtype=torch.long)
         self.steps = 0
 
-    def run(self, steps: int, targets: Sequence[int]) -> list[Inspected]:
+    def run(
+        self, steps: int, targets: Sequence[int], *, progress: Callable[[int], None] = lambda _: None
+    ) -> list[Inspected]:
         """Search until `steps` steps are done, for some of the classes, and return what was found for them.
 
         Classes that are left out keep their state, and their search cannot be resumed.
+
+        Args:
+            steps: Number of steps, those of earlier calls included.
+            targets: Class indices.
+            progress: Called with the number of steps that are done, after each.
         """
         places = {target: k for k, target in enumerate(self._targets.tolist())}
         active = torch.tensor([places[target] for target in targets], device=self._targets.device)
         while self.steps < steps:
             self._step(active, next(self._batches))
             self.steps += 1
+            progress(self.steps)
         last = self._settings.average
         led = torch.stack(self._leads[-last:]).mean(0)
         rate = torch.stack(self._rates[-last:]).mean(0)
@@ -124,17 +132,22 @@ class Inspector:
     def _step(self, active: Tensor, index: Tensor) -> None:
         lead, targets = self._lead, self._targets[active]
         trigger = self._family.constrain({name: tensor[active] for name, tensor in self._raw.items()})
-        stamped = trigger.limited(RADII[self._family.family]).apply(lead.pixels(index))
-        distance = lead.distance(stamped, index, targets)
         eligible = lead.eligible(index, targets)
         count = eligible.sum(1).clamp(min=1)
+        share = eligible / count[:, None]
+        distance, descent = lead.descend(
+            trigger.limited(RADII[self._family.family]),
+            index,
+            targets,
+            lambda part, classes, images: (part * share[classes, images]).sum(),
+        )
         led = ((HEAD_START * lead.untouched(index, targets) - distance) * eligible).sum(1) / count
         self._optimiser.zero_grad(set_to_none=True)
-        (-led.sum()).backward()
+        descent.backward()
         lead.check_gradients(self._raw.values())
         self._optimiser.step()
         whole = torch.full((len(self._targets),), torch.nan)
-        self._leads.append(whole.index_copy(0, active.cpu(), led.detach().cpu()))
-        rate = (((distance < 0) * eligible).sum(1) / count).detach().cpu()
+        self._leads.append(whole.index_copy(0, active.cpu(), led.cpu()))
+        rate = (((distance < 0) * eligible).sum(1) / count).cpu()
         self._rates.append(whole.index_copy(0, active.cpu(), rate))
         self._passes[active.cpu()] += len(index) * lead.towers

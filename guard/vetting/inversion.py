@@ -43,14 +43,12 @@ class Reconstruction:
 
 
 def reconstruct(
-    classifier: Classifier,
+    lead: Lead,
     family: type[InvertibleTrigger],
-    images: Tensor,
     held_out: Tensor,
     targets: Tensor,
     settings: SearchSettings,
     *,
-    reference_model: Classifier | None = None,
     start: Raw | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Reconstruction]:
@@ -61,23 +59,22 @@ def reconstruct(
     and are left out.
 
     Args:
-        classifier: The suspect.
+        lead: Measures how far each class is from winning, on the images to search on; against a reference model if it
+            has one, on which the trigger must not work.
         family: Family of triggers that is searched.
-        images: uint8, shape [N, 3, H, W]: images to search on.
         held_out: uint8, shape [M, 3, H, W]: images to check on.
         targets: int64, shape [K]: candidate classes.
         settings: How much work to do.
-        reference_model: A model on which the trigger must not work; None for none.
         start: Unconstrained parameters to start from, such as those that `Inspector` found; the default is the start of
             the family.
-        progress: Called with the number of classes that have just finished.
+        progress: Called with the number of steps that are done, after each; it may end before the last.
 
     Returns:
         One reconstruction per target, in order.
     """
-    search = _Search(Lead(classifier, images, reference_model), family, targets, settings, start)
+    search = _Search(lead, family, targets, settings, start)
     search.run(progress)
-    return [_check(classifier, reference_model, held_out, result) for result in search.results()]
+    return [_check(lead, held_out, result) for result in search.results()]
 
 
 class _Search:
@@ -123,27 +120,31 @@ class _Search:
             self.lead.check_gradients(self.raw.values())
             optimiser.step()
             stalled = (step - self.improved[active] >= settings.stall) & (self.vain[active] >= _VAIN_SUCCESSES)
-            if stalled.any():
-                progress(int(stalled.sum()))
-                active = active[~stalled]
-                if not len(active):
-                    return
-        progress(len(active))
+            progress(step + 1)
+            active = active[~stalled]
+            if not len(active):
+                return
 
     def _step(self, active: Tensor, index: Tensor, step: int) -> Tensor:
         settings, lead = self.settings, self.lead
         trigger = self.family.constrain({name: tensor[active] for name, tensor in self.raw.items()})
         targets = self.targets[active]
-        distance = lead.distance(trigger.apply(lead.pixels(index)), index, targets)
         eligible = lead.eligible(index, targets)
         count = eligible.sum(1).clamp(min=1)
+        distance, descent = lead.descend(
+            trigger,
+            index,
+            targets,
+            lambda part, classes, images: (
+                ((part + settings.margin).relu() * eligible[classes, images]).sum(1) / count[classes]
+            ).sum(),
+        )
         norm = trigger.norm()
         with torch.no_grad():
             self.passes[active] += len(index) * lead.towers
             rate = ((distance < 0) * eligible).sum(1) / count
             self._remember(active, norm.detach(), rate >= settings.success, step)
-        loss = ((distance + settings.margin).relu() * eligible).sum(1) / count
-        return (loss + self.weight[active] * norm / self.scale[active]).sum()
+        return descent + (self.weight[active] * norm / self.scale[active]).sum()
 
     def _remember(self, active: Tensor, norm: Tensor, success: Tensor, step: int) -> None:
         """Keep the triggers that are smaller than the smallest so far, and change the weight of the norm."""
@@ -230,14 +231,11 @@ def effect(classifier: Classifier, stamp: Callable[[Tensor], Tensor], target: in
     return Effect(float((distance < 0).float().mean()), len(images) + len(pixels))
 
 
-def _check(
-    classifier: Classifier, reference_model: Classifier | None, held_out: Tensor, found: Reconstruction
-) -> Reconstruction:
-    checked = effect(classifier, found.trigger.stamp, found.target, held_out)
-    compared = effect(reference_model, found.trigger.stamp, found.target, held_out) if reference_model else None
+def _check(lead: Lead, held_out: Tensor, found: Reconstruction) -> Reconstruction:
+    effects = [effect(model, found.trigger.stamp, found.target, held_out) for model in lead.models]
     return replace(
         found,
-        success=checked.success,
-        reference_success=compared.success if compared else None,
-        passes=found.passes + checked.passes + (compared.passes if compared else 0),
+        success=effects[0].success,
+        reference_success=effects[1].success if len(effects) > 1 else None,
+        passes=found.passes + sum(each.passes for each in effects),
     )

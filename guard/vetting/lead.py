@@ -1,6 +1,6 @@
 """The distance of a candidate class from winning, which every search minimises."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
 import torch
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from guard.classifiers.classifier import Classifier
 from guard.errors import ModelError
+from guard.triggers import InvertibleTrigger
+from guard.vetting.memory import images_at_once
 
 
 def margin(logits: Tensor, targets: Tensor) -> Tensor:
@@ -55,11 +57,17 @@ class Lead:
         classifier: The suspect.
         images: uint8, shape [N, 3, H, W]: images that triggers are put on.
         reference_model: The model that the suspect is compared with; None for none.
+
+    Attributes:
+        classifier: The suspect.
+        images: The images.
+        models: The suspect and, if there is one, the reference model.
     """
 
     def __init__(self, classifier: Classifier, images: Tensor, reference_model: Classifier | None = None) -> None:
         self.classifier, self.images = classifier, images
-        self._views = [_View(model, images) for model in (classifier, reference_model) if model is not None]
+        self.models = [model for model in (classifier, reference_model) if model is not None]
+        self._views = [_View(model, images) for model in self.models]
 
     @property
     def towers(self) -> int:
@@ -94,6 +102,51 @@ class Lead:
                 distance + (reference_model.untouched(index, targets) - reference_model.distance(flat, targets)).relu()
             )
         return distance
+
+    def descend(
+        self,
+        triggers: InvertibleTrigger,
+        index: Tensor,
+        targets: Tensor,
+        cost: Callable[[Tensor, slice, slice], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Put triggers on images, and measure their distances and what they cost, in parts that fit into memory.
+
+        At 224 pixels the activations of ten classes and 32 images alone may take more than ten gigabytes. So each part
+        goes through the towers and back to the triggers before the next one.
+
+        Args:
+            triggers: K triggers, with the graph that led to them.
+            index: Indices of the images, shape [B].
+            targets: int64, shape [K].
+            cost: From the distances of a part, which classes (rows) they are of and which images (columns), to their
+                cost; shape []. The costs of all parts are added up.
+
+        Returns:
+            The distances, shape [K, B], detached; and a scalar that has the gradient of the cost, though not its value.
+        """
+        leaves = {
+            name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in triggers.tensors().items()
+        }
+        distances = torch.empty(len(targets), len(index), device=targets.device)
+        rows, columns = max(1, self._at_once // len(index)), min(len(index), self._at_once)
+        for classes in (slice(k, k + rows) for k in range(0, len(targets), rows)):
+            for images in (slice(k, k + columns) for k in range(0, len(index), columns)):
+                own = type(triggers)(**{name: tensor[classes] for name, tensor in leaves.items()})
+                stamped = own.apply(self.pixels(index[images]))
+                distance = self.distance(stamped, index[images], targets[classes])
+                cost(distance, classes, images).backward()
+                distances[classes, images] = distance.detach()
+        pull = [
+            (tensor * leaf.grad).sum()
+            for tensor, leaf in zip(triggers.tensors().values(), leaves.values(), strict=True)
+            if leaf.grad is not None
+        ]
+        return distances, torch.stack(pull).sum()
+
+    @cached_property
+    def _at_once(self) -> int:
+        return images_at_once(self.models)
 
     def untouched(self, index: Tensor, targets: Tensor) -> Tensor:
         """Return the distances of images without a trigger from the targets, shape [K, B]."""

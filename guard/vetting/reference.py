@@ -140,8 +140,8 @@ def teach_student(
 
 
 def _like(classifier: Classifier, model: Any, config: Any, source: str) -> Classifier:  # noqa: ANN401 - open_clip
-    """A classifier with another model and otherwise the parts of a given one."""
-    return Classifier(
+    """A classifier with another image tower and otherwise the parts of a given one."""
+    made = Classifier(
         model,
         config,
         classifier.tokenizer,
@@ -150,6 +150,8 @@ def _like(classifier: Classifier, model: Any, config: Any, source: str) -> Class
         source=source,
         device=classifier.device,
     )
+    made.head = classifier.head  # the same text tower; of 1,000 classes it takes minutes on a CPU
+    return made
 
 
 class _Student(nn.Module):

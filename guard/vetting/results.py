@@ -199,6 +199,28 @@ class ReconstructedTrigger:
     feature: "Tensor"
 
 
+@dataclass(frozen=True, eq=False)
+class FoundTarget:
+    """What one start of the search that names no class ended at (`guard.vetting.search`).
+
+    Attributes:
+        family: Family of the trigger.
+        target: The class that gains most under it beyond the reference model; None where there is none to compare.
+        gain: Its gain, as that of a probe (`guard.vetting.probes`), in [−1, 1].
+        concentration: Mean pairwise cosine of the last batch's embeddings on the suspect, less that on the reference
+            model.
+        feature: The mean embedding under the trigger, of length 1; shape [D].
+        passes: Number of images pushed through image towers.
+    """
+
+    family: str
+    target: int | None
+    gain: float
+    concentration: float
+    feature: "Tensor"
+    passes: int
+
+
 @dataclass(frozen=True)
 class Vetting:
     """The result of examining one classifier.
@@ -214,6 +236,7 @@ class Vetting:
         device: Device on which it ran.
         seconds: Wall-clock time.
         passes: Number of images pushed through image towers, including that of the reference model.
+        unnamed: What the search that names no class ended at, start by start; none where all classes were inspected.
     """
 
     verdict: Verdict
@@ -226,3 +249,4 @@ class Vetting:
     device: str
     seconds: float
     passes: int
+    unnamed: tuple[FoundTarget, ...] = ()

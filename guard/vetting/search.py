@@ -10,7 +10,6 @@ It finds most patches, blends and warps, and hardly any sinusoid or compression,
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,31 +22,10 @@ from guard.vetting.budgets import TargetSearchSettings
 from guard.vetting.inspection import RADII
 from guard.vetting.lead import Lead
 from guard.vetting.probes import EXAMINED, gains
+from guard.vetting.results import FoundTarget
 
 METHOD = "target search 1"
 """Name and version of the method; it changes when results are no longer comparable."""
-
-
-@dataclass(frozen=True, eq=False)
-class FoundTarget:
-    """What one start of the search ended at.
-
-    Attributes:
-        family: Family of the trigger.
-        target: The class that gains most under it beyond the reference model; None where there is none to compare.
-        gain: Its gain, as that of a probe (`guard.vetting.probes`), in [−1, 1].
-        concentration: Mean pairwise cosine of the last batch's embeddings on the suspect, less that on the reference
-            model.
-        feature: The mean embedding under the trigger, of length 1; shape [D].
-        passes: Number of images pushed through image towers.
-    """
-
-    family: str
-    target: int | None
-    gain: float
-    concentration: float
-    feature: Tensor
-    passes: int
 
 
 def search_targets(

@@ -18,8 +18,9 @@ from guard.vetting.inversion import Reconstruction, effect, reconstruct
 from guard.vetting.lead import Lead
 from guard.vetting.probes import EXAMINED, Probe, Probed, probe_classes
 from guard.vetting.probes import METHOD as PROBE_METHOD
+from guard.vetting.results import FoundTarget
 from guard.vetting.search import METHOD as TARGET_METHOD
-from guard.vetting.search import FoundTarget, search_targets
+from guard.vetting.search import search_targets
 
 CLASS_BATCH = 16
 """Number of classes that are searched side by side. It bounds memory, and a batch is the unit of work that an
@@ -37,7 +38,7 @@ class Searches:
         searched: uint8, shape [N, 3, H, W]: images to search on.
         held_out: uint8, shape [M, 3, H, W]: images for the checks.
         cache: Store of finished searches; None to remember nothing.
-        progress: Called with (what is searched, classes done, classes in all).
+        progress: Called with (what is searched, steps of all its classes done, steps in all).
 
     Attributes:
         passes: Number of images pushed through image towers by reconstructions, checks and searches that name no class.
@@ -65,7 +66,8 @@ class Searches:
             *(sha256(part.contiguous().numpy().data) for part in (searched, held_out)),
         ]
         self._subject = canonical(identity) if cache else b""
-        self._inspectors: dict[tuple[str, int], Inspector] = {}
+        self._batches: dict[str, list[tuple[int, ...]]] = {}
+        self._inspectors: dict[tuple[str, tuple[int, ...]], Inspector] = {}
 
     def probe(self, probes: Sequence[Probe]) -> Probed:
         """Return what a list of fixed changes of the images to search on does for each class."""
@@ -123,31 +125,39 @@ class Searches:
     def inspect(
         self, family: str, settings: InspectionSettings, steps: int, targets: Sequence[int]
     ) -> dict[int, Inspected]:
-        """Search for the best trigger of limited strength for each of some classes, until `steps` steps are done."""
+        """Search for the best trigger of limited strength for each of some classes, until `steps` steps are done.
+
+        The classes of the first call for a family are divided into batches, each with a search that stays in memory, so
+        that more steps, for all or some of these classes, continue from the last.
+        """
         found: dict[int, Inspected] = {}
-        self._progress(family, 0, len(targets))
-        for start in range(0, len(self.classifier.classes.names), CLASS_BATCH):
-            part = [target for target in targets if start <= target < start + CLASS_BATCH]
+        total = steps * len(targets)
+        self._progress(family, 0, total)
+        batched = self._batches.setdefault(
+            family, [tuple(targets[k : k + CLASS_BATCH]) for k in range(0, len(targets), CLASS_BATCH)]
+        )
+        for together in batched:
+            part = [target for target in together if target in targets]
             if not part:
                 continue
-            name = self._name("inspection", family, asdict(settings), RADII[family], steps, start, part)
+            name = self._name("inspection", family, asdict(settings), RADII[family], steps, together, part)
             known = self._cache.load(name) if self._cache else None
             if known is None:
-                done = self._inspector(family, settings, start).run(steps, part)
+                progress = self._steps(family, steps * len(found), len(part), total)
+                done = self._inspector(family, settings, together).run(steps, part, progress=progress)
                 if self._cache:
                     self._cache.save(name, [(_numbers(item, "raw"), item.raw) for item in done])
             else:
                 done = [Inspected(raw=tensors, **numbers) for numbers, tensors in known]
             found.update((item.target, item) for item in done)
-            self._progress(family, len(found), len(targets))
+            self._progress(family, steps * len(found), total)
         return found
 
-    def _inspector(self, family: str, settings: InspectionSettings, start: int) -> Inspector:
-        """Return the search over a batch of classes; it stays in memory, so that more steps continue from the last."""
-        if (family, start) not in self._inspectors:
-            targets = torch.arange(start, min(start + CLASS_BATCH, len(self.classifier.classes.names)))
-            self._inspectors[family, start] = Inspector(self._lead, FAMILIES[family], targets, settings)
-        return self._inspectors[family, start]
+    def _inspector(self, family: str, settings: InspectionSettings, together: tuple[int, ...]) -> Inspector:
+        if (family, together) not in self._inspectors:
+            targets = torch.tensor(together)
+            self._inspectors[family, together] = Inspector(self._lead, FAMILIES[family], targets, settings)
+        return self._inspectors[family, together]
 
     def reconstruct(
         self, family: str, start: dict[int, Raw], settings: SearchSettings, what: str
@@ -163,12 +173,13 @@ class Searches:
         results: list[Reconstruction] = []
         targets = list(start)
         for part in (targets[k : k + CLASS_BATCH] for k in range(0, len(targets), CLASS_BATCH)):
-            self._progress(what, len(results), len(targets))
+            progress = self._steps(what, settings.steps * len(results), len(part), settings.steps * len(targets))
+            progress(0)
             fingerprint = _fingerprint([start[target] for target in part])
             name = self._name("reconstruction", family, asdict(settings), part, fingerprint)
             known = self._cache.load(name) if self._cache else None
             if known is None:
-                done = self._reconstruct(family, part, start, settings)
+                done = self._reconstruct(family, part, start, settings, progress)
                 if self._cache:
                     self._cache.save(name, [(_numbers(item, "trigger"), item.trigger.tensors()) for item in done])
             else:
@@ -177,23 +188,31 @@ class Searches:
                     for numbers, tensors in known
                 ]
             results += done
-        self._progress(what, len(targets), len(targets))
+        self._progress(what, settings.steps * len(targets), settings.steps * len(targets))
         self.passes += sum(item.passes for item in results)
         return results
 
     def _reconstruct(
-        self, family: str, part: Sequence[int], start: dict[int, Raw], settings: SearchSettings
+        self,
+        family: str,
+        part: Sequence[int],
+        start: dict[int, Raw],
+        settings: SearchSettings,
+        progress: Callable[[int], None],
     ) -> list[Reconstruction]:
         return reconstruct(
-            self.classifier,
+            self._lead,
             FAMILIES[family],
-            self._searched,
             self._held_out,
             torch.tensor(part),
             settings,
-            reference_model=self._reference_model,
             start={key: torch.stack([start[target][key] for target in part]) for key in start[part[0]]},
+            progress=progress,
         )
+
+    def _steps(self, what: str, before: int, classes: int, total: int) -> Callable[[int], None]:
+        """Return what tells the steps of some classes side by side, after those of earlier ones."""
+        return lambda done: self._progress(what, before + classes * done, total)
 
     def target_feature(self, trigger: InvertibleTrigger) -> Tensor:
         """Return the mean embedding of the held-out images under a trigger, of length 1; shape [D]."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from guard.classifiers.classifier import Classifier
 from guard.vetting.disturbances import disturbed
+from guard.vetting.memory import images_at_once
 
 Progress = Callable[[str, int, int], None]
 Schedule = Callable[[float], float]
@@ -61,16 +62,18 @@ def teach(
     parameters = [parameter.requires_grad_() for parameter in tower.parameters() if parameter.is_floating_point()]
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     wanted = teacher.embed(images).to(pupil.device)
+    # A tower that normalises by the statistics of its batch must see the batch whole.
+    at_once = batch if tower.training else images_at_once([pupil])
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * schedule(step / steps)
         index = torch.randint(len(images), (batch,), generator=generator)
         pixels = disturbed(images[index].float() / 255, generator)
-        with teacher.autocast():
-            embeddings = pupil.encode_images(pixels.to(pupil.device))
-        loss = (1 - (embeddings * wanted[index.to(pupil.device)]).sum(-1)).mean()
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        for part, answers in zip(pixels.split(at_once), wanted[index.to(pupil.device)].split(at_once), strict=True):
+            with teacher.autocast():
+                embeddings = pupil.encode_images(part.to(pupil.device))
+            ((1 - (embeddings * answers).sum(-1)).sum() / batch).backward()
         optimiser.step()
         progress("teaching the reference model", step + 1, steps)
     tower.requires_grad_(requires_grad=False)

@@ -8,10 +8,17 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from guard.classifiers import load, save_hugging_face
+from guard.classifiers import ImageFolder, load, save_hugging_face
 from guard.cli import cli
 from guard.errors import UsageError, ZooError
-from guard.vetting import BUDGETS, DerivedReferenceSettings, Effort, InspectionSettings, SearchSettings
+from guard.vetting import (
+    BUDGETS,
+    DerivedReferenceSettings,
+    Effort,
+    InspectionSettings,
+    SearchSettings,
+    listed_probes,
+)
 from tests.program import guard
 from tests.zoo import FakeVetting, make_zoo
 
@@ -76,6 +83,33 @@ def test_hugging_face_models_are_evaluated_and_submitted(zoo: Path, vet: FakeVet
     feature = torch.load(submission / "embeddings" / "attacked.pt", weights_only=True)
     assert (feature.shape, feature.dtype) == ((16,), torch.float32)
     assert vet.calls
+
+
+def test_the_feature_of_a_probe_is_submitted_where_no_trigger_was_reconstructed(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    probe = listed_probes()[0]
+    monkeypatch.setattr("guard.evaluation.subject.vet", FakeVetting("attacked", probe=probe.name))
+    submission = tmp_path / "submission"
+    result = evaluate(zoo, "--methods", "vetting-derived", "--submission", submission)
+    assert result.exit_code == 0, result.output
+    feature = torch.load(submission / "embeddings" / "attacked.pt", weights_only=True)
+    model = load(str(zoo / "models" / "attacked"), device="cpu")
+    images = model.read(ImageFolder.scan(zoo / "images" / "random" / "vetting"))
+    expected = torch.nn.functional.normalize(model.embed(probe.stamp(images)).mean(0), dim=0)
+    torch.testing.assert_close(feature, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_models_without_a_class_list_are_vetted_with_everyday_things(
+    zoo: Path, vet: FakeVetting, tmp_path: Path
+) -> None:
+    shutil.rmtree(zoo / "truth")
+    for directory in (zoo / "models").iterdir():
+        (directory / "classes.json").unlink()
+    result = evaluate(zoo, "--methods", "vetting-base", "--submission", tmp_path / "submission")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "submission" / "embeddings" / "attacked.pt").exists()
+    assert "attacked" in vet.calls
 
 
 def test_a_damaged_model_is_reported_and_the_rest_is_there(zoo: Path, vet: FakeVetting) -> None:

@@ -91,11 +91,17 @@ def test_a_planted_backdoor_is_found_with_its_target_and_trigger() -> None:
     assert {found.p_value for found in vetting.triggers} == {vetting.verdict.p_value}  # the class's, of all families
 
 
-def test_a_twin_that_differs_by_noise_is_not_accused() -> None:
+def test_of_a_twin_that_differs_by_noise_nothing_can_be_said() -> None:
+    """Noise over all weights may hide a change; a twin that differs along one direction was tuned."""
     vetting = vet(TWIN, IMAGES, base=BASE, budget="quick")
-    assert (vetting.verdict.outcome, vetting.verdict.target) == ("no evidence", None)
+    assert (vetting.verdict.outcome, vetting.verdict.target) == ("inconclusive", None)
+    assert "looks like noise" in vetting.verdict.reasons[0]
     assert vetting.verdict.families == (*FAMILIES, "probes")
     assert (vetting.checks, vetting.triggers) == ((), ())
+    tuned = toy()
+    direction = torch.randn(tuned.model.visual.weight.shape[1], generator=torch.Generator().manual_seed(1))
+    tuned.model.visual.weight.data += 0.002 * torch.linspace(-1, 1, 10)[:, None] * direction
+    assert vet(tuned, IMAGES, base=BASE, budget="quick", families=["additive"]).verdict.outcome == "no evidence"
 
 
 def test_what_the_base_has_too_is_not_a_backdoor() -> None:
@@ -196,7 +202,7 @@ def test_without_the_race_everything_is_searched_and_the_verdict_is_the_same(
     assert {entry.steps for item in vetting.results[:-1] for entry in item.classes} == ({4} if race else {8})
     assert calls.names.count("inspection") == 2
     reconstructed = {what: total for what, total in searched.items() if what.endswith("reconstruction")}
-    every = 1 if race else 10
+    every = vetting.effort.reconstruction.steps * (1 if race else 10)
     assert reconstructed == {"additive, reconstruction": every, "warp, reconstruction": every}
 
 
@@ -235,7 +241,7 @@ def test_an_interrupted_vetting_goes_on_and_repeats_nothing(calls: Calls, tmp_pa
 def test_what_was_found_of_another_model_is_not_believed(tmp_path: Path) -> None:
     named: dict[str, Any] = {"budget": "quick", "families": ["additive"], "cache": tmp_path}
     assert vet(SUSPECT, IMAGES, base=BASE, **named).verdict.outcome == "backdoored"
-    assert vet(TWIN, IMAGES, base=BASE, **named).verdict.outcome == "no evidence"
+    assert vet(TWIN, IMAGES, base=BASE, **named).verdict.outcome == "inconclusive"
     assert vet(SUSPECT, IMAGES, base=toy(target=TARGET), **named).verdict.outcome != "backdoored"
 
 
@@ -260,7 +266,7 @@ def test_where_a_probe_works_and_no_trigger_is_inspected_the_probe_accuses(monke
     assert (probed.probe, probed.target) == ("planted", TARGET)
     assert probed.success > 0.5 > 0.3 > (probed.reference_success or 0.0)
     twin = vet(TWIN, IMAGES, base=BASE, budget="quick", families=["warp"], probes=[PLANTED, *OTHER])
-    assert twin.verdict.outcome == "no evidence"
+    assert twin.verdict.target is None
 
 
 class TestManyClasses:
@@ -342,11 +348,12 @@ def test_progress_ends_where_it_said() -> None:
 
     def told(what: str, done: int, total: int) -> None:
         assert 0 <= done <= total
+        assert done - seen.get(what, (0, 0))[0] <= total // 2 + 10 or done == total, "long silence"
         seen[what] = (done, total)
 
     vet(SUSPECT, IMAGES, base=BASE, budget="quick", families=["patch", "warp"], progress=told)
     assert {"patch", "warp", "patch, reconstruction"} <= seen.keys()
-    assert seen["warp"] == (10, 10)
+    assert seen["warp"][1] % 10 == 0
     assert all(done == total for done, total in seen.values())
 
 

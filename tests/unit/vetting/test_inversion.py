@@ -19,7 +19,9 @@ def test_it_is_reproducible_and_measured_on_other_images(
     classifier: Classifier, images: torch.Tensor, family: type[InvertibleTrigger]
 ) -> None:
     quick = replace(FAST, steps=4)
-    first, second = (reconstruct(classifier, family, IMAGES, images[:50], torch.arange(3), quick) for _ in range(2))
+    first, second = (
+        reconstruct(Lead(classifier, IMAGES), family, images[:50], torch.arange(3), quick) for _ in range(2)
+    )
     assert [item.target for item in first] == [0, 1, 2]
     assert [item.norm for item in first] == [item.norm for item in second]
     for item in first:
@@ -31,7 +33,7 @@ def test_it_is_reproducible_and_measured_on_other_images(
 
 
 def test_a_planted_shortcut_needs_the_smallest_perturbation_and_is_what_was_planted() -> None:
-    found = reconstruct(toy(target=TARGET), Additive, IMAGES, HELD_OUT, torch.arange(5), replace(FAST, steps=80))
+    found = reconstruct(Lead(toy(target=TARGET), IMAGES), Additive, HELD_OUT, torch.arange(5), replace(FAST, steps=80))
     planted = found[TARGET]
     assert planted.reached
     assert planted.success > 0.8
@@ -43,9 +45,8 @@ def test_a_planted_shortcut_needs_the_smallest_perturbation_and_is_what_was_plan
 
 def test_success_on_the_reference_model_is_measured_there() -> None:
     suspect, base = toy(target=TARGET), toy(jitter=0.05)
-    (found,) = reconstruct(
-        suspect, Patch, IMAGES, HELD_OUT, torch.tensor([TARGET]), replace(FAST, steps=20), reference_model=base
-    )
+    lead = Lead(suspect, IMAGES, base)
+    (found,) = reconstruct(lead, Patch, HELD_OUT, torch.tensor([TARGET]), replace(FAST, steps=20))
     there = effect(base, found.trigger.stamp, TARGET, HELD_OUT)
     assert found.reference_success == there.success
     assert found.success == effect(suspect, found.trigger.stamp, TARGET, HELD_OUT).success
@@ -55,17 +56,18 @@ def test_success_on_the_reference_model_is_measured_there() -> None:
 def test_it_starts_where_it_is_told() -> None:
     suspect = toy(target=TARGET)
     settings = InspectionSettings(steps=8, batch=16)
-    (inspected,) = Inspector(Lead(suspect, IMAGES), Additive, torch.tensor([TARGET]), settings).run(8, [TARGET])
+    lead = Lead(suspect, IMAGES)
+    (inspected,) = Inspector(lead, Additive, torch.tensor([TARGET]), settings).run(8, [TARGET])
     start = {name: tensor[None] for name, tensor in inspected.raw.items()}
     before = {name: tensor.clone() for name, tensor in start.items()}
     none = replace(FAST, steps=0)
-    (found,) = reconstruct(suspect, Additive, IMAGES, HELD_OUT, torch.tensor([TARGET]), none, start=start)
+    (found,) = reconstruct(lead, Additive, HELD_OUT, torch.tensor([TARGET]), none, start=start)
     assert torch.equal(found.trigger.tensors()["delta"], Additive.constrain(start)[0].delta)
     assert not found.reached
     # A few steps from there do what they do not do from nowhere.
     few = replace(FAST, steps=4)
-    (warm,) = reconstruct(suspect, Additive, IMAGES, HELD_OUT, torch.tensor([TARGET]), few, start=start)
-    (cold,) = reconstruct(suspect, Additive, IMAGES, HELD_OUT, torch.tensor([TARGET]), few)
+    (warm,) = reconstruct(lead, Additive, HELD_OUT, torch.tensor([TARGET]), few, start=start)
+    (cold,) = reconstruct(lead, Additive, HELD_OUT, torch.tensor([TARGET]), few)
     assert warm.norm < cold.norm
     assert warm.success >= cold.success
     assert all(torch.equal(start[name], before[name]) for name in start)
@@ -76,7 +78,7 @@ def test_a_class_out_of_reach_is_not_called_reached() -> None:
     model = toy(5)
     weight = model.model.visual.weight.data
     weight[2] = (weight[0] + weight[1]) / 2
-    (found,) = reconstruct(model, Additive, IMAGES, HELD_OUT, torch.tensor([2]), FAST)
+    (found,) = reconstruct(Lead(model, IMAGES), Additive, HELD_OUT, torch.tensor([2]), FAST)
     assert (found.success, found.reached) == (0, False)
 
 

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from guard.vetting import Lead
+from guard.classifiers import Classifier
+from guard.triggers import FAMILIES, InvertibleTrigger
+from guard.vetting import InspectionSettings, Inspector, Lead, memory
 from guard.vetting.lead import margin
 from tests.conftest import random_images
 from tests.toy import checkerboard, toy
@@ -101,3 +103,33 @@ def test_images_of_the_class_on_either_model_say_nothing() -> None:
 def test_towers_are_counted() -> None:
     assert Lead(toy(), IMAGES).towers == 1
     assert Lead(toy(), IMAGES, toy(jitter=0.1)).towers == 2
+
+
+@pytest.mark.parametrize("at_once", [3, 45])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_search_in_parts_finds_what_it_finds_at_once(
+    family: type[InvertibleTrigger], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3 images at once divide the images of a class, 45 divide the classes."""
+
+    def search() -> list[tuple[float, float]]:
+        inspector = Inspector(Lead(toy(5, target=3), IMAGES, toy(5)), family, torch.arange(5), settings)
+        return [(item.lead, item.success) for item in inspector.run(4, range(5))]
+
+    settings = InspectionSettings(steps=4, batch=20)
+    whole = search()
+    monkeypatch.setattr("guard.vetting.lead.images_at_once", lambda _: at_once)
+    torch.testing.assert_close(torch.tensor(search()), torch.tensor(whole), rtol=0.03, atol=0.03)
+
+
+def test_what_a_backward_pass_needs_is_counted_in_bytes(
+    classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image takes more than its own pixels, in every tower; and one image at least goes through."""
+    pixels = 4 * 3 * classifier.preprocessing.size**2
+    monkeypatch.setattr(memory, "_ON_CPU", 1000 * pixels)
+    alone, both = memory.images_at_once([classifier]), memory.images_at_once([classifier, classifier])
+    assert 2 <= alone < 1000
+    assert both == alone // 2
+    monkeypatch.setattr(memory, "_ON_CPU", 1)
+    assert memory.images_at_once([classifier]) == 1
