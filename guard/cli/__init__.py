@@ -14,6 +14,7 @@ from guard.cli.doctor import doctor
 from guard.cli.evaluate import evaluate
 from guard.cli.export import export
 from guard.cli.log import log
+from guard.cli.repair import repair
 from guard.cli.serve import serve
 from guard.cli.triggers import triggers
 from guard.cli.verify import verify
@@ -36,7 +37,7 @@ def cli() -> None:
     """
 
 
-for command in (vet, calibrate, export, certify, verify, serve, log, triggers, attack, evaluate, doctor, demo):
+for command in (vet, calibrate, export, certify, verify, repair, serve, log, triggers, attack, evaluate, doctor, demo):
     cli.add_command(command)
 
 
