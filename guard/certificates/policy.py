@@ -26,7 +26,7 @@ from guard.vetting.results import Conclusion, ReferenceKind
 Item = TypeVar("Item")
 Listed = Annotated[tuple[Item, ...], Field(strict=False)]
 """A list of TOML, which is a list of Python and strictly no tuple."""
-_MAX_POLICY_BYTES = 1024 * 1024
+MAX_POLICY_BYTES = 1024 * 1024
 _BUDGETS = tuple(BUDGETS)
 """From the smallest."""
 
@@ -277,7 +277,7 @@ class Policy:
         Raises:
             CertificateError: The file cannot be read or does not describe a policy, or a key cannot be used.
         """
-        form = validated(path, _Form, read_toml(path, _MAX_POLICY_BYTES, CertificateError), CertificateError)
+        form = validated(path, _Form, read_toml(path, MAX_POLICY_BYTES, CertificateError), CertificateError)
         if not form.keys:
             raise CertificateError(f"{path} trusts no key; add a table [[keys]]")
         keys = {}

@@ -14,6 +14,7 @@ from guard.cli.doctor import doctor
 from guard.cli.evaluate import evaluate
 from guard.cli.export import export
 from guard.cli.log import log
+from guard.cli.repair import repair
 from guard.cli.serve import serve
 from guard.cli.top import top
 from guard.cli.triggers import triggers
@@ -37,7 +38,9 @@ def cli() -> None:
     """
 
 
-for command in (vet, calibrate, export, certify, verify, serve, top, log, triggers, attack, evaluate, doctor, demo):
+for command in (
+    vet, calibrate, export, certify, verify, repair, serve, top, log, triggers, attack, evaluate, doctor, demo
+):  # fmt: skip
     cli.add_command(command)
 
 

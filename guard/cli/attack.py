@@ -8,6 +8,7 @@ import click
 
 from guard.cli import options
 from guard.cli.console import Console
+from guard.cli.labelled import ordered_folders
 from guard.errors import UsageError
 
 if TYPE_CHECKING:
@@ -132,13 +133,7 @@ def _read(
     from guard.classifiers import ImageFolder
 
     folder = ImageFolder.scan(images)
-    found = {_plain(key): key for key in folder.classes()}
-    ordered = [found.pop(_plain(name), "") for name in base.classes.names]
-    if found or "" in ordered:
-        odd = next(iter(found.values()), None) or base.classes.names[ordered.index("")]
-        raise UsageError(
-            f"the sub-folders of {images} must be named as the model's classes are; {odd!r} has no counterpart"
-        )
+    ordered = ordered_folders(folder, base)
     folder = folder.sample(limit, seed=seed)
     if len(folder) < MIN_IMAGES:
         raise UsageError(f"an attack needs at least {MIN_IMAGES} images, but {images} has only {len(folder)}")
@@ -147,7 +142,3 @@ def _read(
     labelled = labelled[torch.randperm(len(labelled), generator=torch.Generator().manual_seed(seed))]
     count = round((1 - HELD_OUT) * len(labelled))
     return labelled[:count], labelled[count:]
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", " ").casefold()

@@ -16,7 +16,7 @@ PACKAGES = sorted(module.name for module in pkgutil.iter_modules(guard.__path__)
 def test_the_rooms_are_the_ones_that_are_documented() -> None:
     assert PACKAGES == [
         "attacks", "baselines", "certificates", "classifiers", "cli", "demo", "diagnostics", "evaluation", "evidence",
-        "profiles", "protocol", "report", "screening", "sidecar", "testing", "triggers", "vetting",
+        "profiles", "protocol", "repair", "report", "screening", "sidecar", "testing", "triggers", "vetting",
     ]  # fmt: skip
 
 
@@ -38,8 +38,8 @@ def _helpers(name: str) -> set[str]:
     """Names that a package imports for itself."""
     return {
         "cli": {
-            "GuardError", "UsageError", "attack", "calibrate", "certify", "demo", "evaluate", "export", "log", "serve",
-            "triggers", "verify", "vet",
+            "GuardError", "UsageError", "attack", "calibrate", "certify", "demo", "evaluate", "export", "log", "repair",
+            "serve", "triggers", "verify", "vet",
         },
     }.get(name, {"lazy"})  # fmt: skip
 

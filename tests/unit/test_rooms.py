@@ -27,6 +27,7 @@ FLOORS = (
     ("certificates",),
     ("report",),
     ("evidence",),
+    ("repair",),
     # The sidecar stands beside the attacks, since what trains is never loaded where requests are served.
     ("attacks", "sidecar", "testing"),
     ("evaluation",),

@@ -1,0 +1,201 @@
+"""`guard repair`."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from guard.cli import options
+from guard.cli.console import Console
+from guard.cli.labelled import folders_if_named
+from guard.errors import UsageError
+
+if TYPE_CHECKING:
+    from guard.classifiers import Classifier
+    from guard.repair import Images, Method
+
+_NAMES = ("guided", "realign", "perturb-recover", "subtract", "switch")
+EXIT_CODES = {"repaired": 0, "nothing to repair": 0, "not repaired": 1, "undecided": 3}
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--method",
+    type=click.Choice(_NAMES),
+    default="guided",
+    show_default=True,
+    help="How to repair. perturb-recover and switch use no reconstructed trigger; realign needs labelled images, and "
+    "perturb-recover labelled images or --pairs; switch needs --base, and does not train.",
+)
+@click.option("--profile", type=options.PATH, required=True, help="Profile that guard vet wrote for MODEL.")
+@options.images(
+    "Folder of clean images, at least 160. With one sub-folder for each class, named like the class, they are labelled."
+)
+@click.option(
+    "--pairs",
+    type=options.PATH,
+    help="CSV file with the columns image (a path below --images) and caption. These pairs are used instead of labels.",
+)
+@click.option(
+    "--vetting-images",
+    type=options.PATH,
+    help="Folder of at least 64 images for the new vetting. By default, it takes those of --images that are not "
+    "trained on: two fifths.",
+)
+@options.classes
+@click.option("--base", help="Trusted model that MODEL was fine-tuned from.")
+@click.option(
+    "--out", type=options.PATH, default=Path("repaired"), show_default=True, help="Folder to write the result to."
+)
+@click.option(
+    "--revoke",
+    type=options.PATH,
+    help="Trust policy (TOML) to which the digests of the old model and of its certificate are added as revoked.",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Number of optimiser steps, instead of the method's own.")
+@click.option("--batch", type=click.IntRange(min=2), help="Number of images in each step, instead of the method's own.")
+@click.option(
+    "--forward-batch",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Maximum number of images in one forward pass. Larger batches are taken apart, which gives the same gradient.",
+)
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Peak learning rate, instead of the method's own.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="How often the method may be applied. Another round uses the triggers that the new vetting found.",
+)
+@click.option("--anyway", is_flag=True, help="Work on MODEL although its verdict is no evidence.")
+@options.budget
+@click.option(
+    "--limit", type=click.IntRange(min=160), default=20_000, show_default=True, help="Maximum number of images to use."
+)
+@options.seed
+@options.device
+@options.as_json
+@click.pass_context
+def repair(
+    ctx: click.Context,
+    model: str,
+    method: str,
+    profile: Path,
+    images: Path,
+    pairs: Path | None,
+    vetting_images: Path | None,
+    classes: Path | None,
+    base: str | None,
+    out: Path,
+    revoke: Path | None,
+    steps: int | None,
+    batch: int | None,
+    forward_batch: int,
+    learning_rate: float | None,
+    rounds: int,
+    budget: str,
+    limit: int,
+    seed: int,
+    device: str | None,
+    *,
+    anyway: bool,
+    as_json: bool,
+) -> None:
+    """Remove the backdoor of MODEL, vet the result, and write it with a profile of its own.
+
+    OUT gets the new model, its profile with a report that compares before and after, the record repair.json, and
+    revoked.toml, which makes a trust policy refuse the old model. A killed command continues where it stopped when it
+    is given again.
+
+    The exit code is 0 if the model is repaired (the new verdict is no evidence) or if there was nothing to repair, 1 if
+    it is not repaired, and 3 if the new verdict is inconclusive.
+    """
+    import guard
+    from guard import repair as room
+    from guard.certificates import Policy
+    from guard.certificates.revocation import revoke as revoke_in
+
+    console = Console(as_json=as_json)
+    room.check_place(out)
+    if revoke is not None:
+        Policy.read(revoke)  # what is wrong with it is said before the work
+    known = guard.Profile.open(profile)
+    suspect = guard.load(model, classes=classes, device=device)
+    known.check_model(suspect.digest)
+    trusted = guard.load(base, classes=classes, device=device) if base else None
+    given = _read(images, pairs, suspect, limit, seed, console)
+    other = None
+    if vetting_images is not None:
+        other = suspect.read(guard.ImageFolder.scan(vetting_images).sample(limit, seed=seed), console.progress)
+    found = known.load_triggers()
+    triggers = [room.TargetedTrigger(each.id, found[each.id], each.target) for each in known.document.triggers]
+    store = out.with_name(f".{out.name}.training")
+    repaired = room.repair(
+        suspect,
+        _method(method, steps, batch, forward_batch, learning_rate),
+        given,
+        verdict=known.document.vetting.verdict,
+        triggers=triggers,
+        base=trusted,
+        vetting_images=other,
+        budget=budget,  # type: ignore[arg-type]  # click has checked the choice
+        rounds=rounds,
+        anyway=anyway,
+        seed=seed,
+        store=store,
+        progress=console.progress,
+    )
+    revoked = room.revoked_digests(known, profile)
+    room.write(out, repaired, suspect, known, given.pixels, revoked)
+    shutil.rmtree(store, ignore_errors=True)
+    result = repaired.repair
+    if revoke is not None and result.outcome != "nothing to repair":
+        for digest in revoke_in(revoke, revoked):
+            console.say(f"{revoke} now revokes {digest}")
+    console.result(result, room.summary(result, out))
+    ctx.exit(EXIT_CODES[result.outcome])
+
+
+def _method(
+    name: str, steps: int | None, batch: int | None, forward_batch: int, learning_rate: float | None
+) -> "Method":
+    """The method with the settings that were given."""
+    from guard.repair import METHODS
+
+    method: Any = METHODS[name]()
+    changes = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
+    given = {key: value for key, value in changes.items() if value is not None}
+    if not hasattr(method, "tuning"):
+        if given:
+            raise UsageError(f"the method {name} does not train; it takes no --{next(iter(given)).replace('_', '-')}")
+        return method  # type: ignore[no-any-return]
+    return replace(method, tuning=replace(method.tuning, forward_batch=forward_batch, **given))  # type: ignore[no-any-return]
+
+
+def _read(root: Path, pairs: Path | None, suspect: "Classifier", limit: int, seed: int, console: Console) -> "Images":
+    """The images, with labels or captions if there are any."""
+    import torch
+
+    from guard.classifiers import ImageFolder
+    from guard.repair import Images, read_pairs
+
+    if pairs is not None:
+        everything, captions = read_pairs(pairs, root)
+        chosen = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))[:limit].tolist()
+        folder = ImageFolder(root, tuple(everything.files[k] for k in chosen))
+        return Images(suspect.read(folder, console.progress), captions=tuple(captions[k] for k in chosen))
+    folder = ImageFolder.scan(root).sample(limit, seed=seed)
+    names = folders_if_named(folder, suspect)
+    labels = None if names is None else torch.tensor(folder.labels(names), dtype=torch.long)
+    if labels is None:
+        console.say(f"{root} has no sub-folder for each class, so the images have no labels")
+    return Images(suspect.read(folder, console.progress), labels)

@@ -1,0 +1,97 @@
+"""Realign: teach the model the true labels of images that carry the reconstructed trigger."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from guard.classifiers.classifier import Classifier
+from guard.repair.cases import Candidate, Case, Images, TargetedTrigger
+from guard.repair.stamping import stamped
+from guard.repair.tuning import Inputs, TuningSettings, tune
+
+
+@dataclass(frozen=True)
+class Realign:
+    """CLIP-Inspector's repair (Jindal et al., CVPR 2026 Findings, section on repair), for an image tower.
+
+    The paper stamps the reconstructed trigger on a small labelled set, keeps the true labels, and tunes the prompt
+    learner on clean and stamped images. Here it is the image tower that is tuned, and the head stays: a backdoor that
+    lies in the tower is not removed from a prompt. The paper does not give the share of stamped images, the number of
+    epochs, or the optimiser.
+
+    Attributes:
+        share: Share of each batch that is stamped, in (0, 1].
+        tuning: Steps, rates and schedule.
+    """
+
+    share: float = 0.5
+    tuning: TuningSettings = field(default_factory=lambda: TuningSettings(steps=150, learning_rate=1e-3))
+
+    name: ClassVar[str] = "realign"
+    uses_triggers: ClassVar[bool] = True
+
+    def candidates(self, case: Case) -> Iterator[Candidate]:
+        """See `guard.repair.Method`: one candidate."""
+        labels, triggers = case.needs_labels(self.name), case.needs_triggers(self.name)
+        yield realigned(case, labels, triggers, self)
+
+
+def realigned(case: Case, labels: Tensor, triggers: tuple[TargetedTrigger, ...], method: Realign) -> Candidate:
+    """Tune a copy of the suspect on labelled images, of which some carry a trigger.
+
+    Args:
+        case: The suspect and its images.
+        labels: int64, shape [N]: the true class of each of the case's images.
+        triggers: What is stamped; without any, all images stay clean, which is the paper's first control.
+        method: Settings.
+    """
+    pupil, settings = case.copy("realigned"), replace(method.tuning, seed=case.seed)
+    objective = _TrueLabels(pupil, case.suspect, case.images, labels, triggers, method.share)
+    tower = list(pupil.model.visual.parameters())
+    cost = tune(
+        pupil.model,
+        tower,
+        objective,
+        len(case.images),
+        settings,
+        checkpoint=case.checkpoint(replace(method, tuning=settings)),
+        what="realigning",
+        progress=case.progress,
+    )
+    return Candidate(pupil, cost.steps * min(settings.batch, len(case.images)), {})
+
+
+class _TrueLabels:
+    """Cross entropy of the true class, on clean and on stamped images."""
+
+    def __init__(
+        self,
+        pupil: Classifier,
+        suspect: Classifier,
+        images: Images,
+        labels: Tensor,
+        triggers: tuple[TargetedTrigger, ...],
+        share: float,
+    ) -> None:
+        self._pupil, self._suspect = pupil, suspect
+        self._images, self._labels, self._triggers, self._share = images, labels, triggers, share
+
+    def inputs(self, index: Tensor, generator: torch.Generator) -> Inputs:
+        device = self._pupil.device
+        pixels = self._images.pixels[index].to(device).float() / 255
+        if self._triggers:
+            count = max(1, round(self._share * len(index)))
+            pixels = torch.cat([stamped(pixels[:count], self._triggers, generator), pixels[count:]])
+        return pixels, self._labels[index].to(device)
+
+    def embed(self, inputs: Inputs) -> Inputs:
+        with self._pupil.autocast():
+            return (self._pupil.encode_images(inputs[0]),)
+
+    def loss(self, embeddings: Inputs, inputs: Inputs, done: float) -> Tensor:  # noqa: ARG002 - the same all along
+        # The text tower is not trained, so that the head is the suspect's.
+        return cross_entropy(self._suspect.logits(embeddings[0]), inputs[1])

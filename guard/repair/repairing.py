@@ -1,0 +1,237 @@
+"""Repair a classifier, and find out whether it is repaired."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from guard.classifiers.classifier import Classifier
+from guard.errors import UsageError
+from guard.repair.cases import Candidate, Case, Images, Method, TargetedTrigger
+from guard.repair.guided import Guided
+from guard.repair.measuring import Drift, Measured, drift, measure
+from guard.repair.perturb_recover import PerturbRecover
+from guard.repair.realign import Realign
+from guard.repair.subtract import Subtract
+from guard.repair.switch import Switch
+from guard.vetting import Budget, Conclusion, Verdict, Vetting, vet
+
+METHODS: Mapping[str, type[Method]] = {
+    method.name: method for method in (Guided, Realign, PerturbRecover, Subtract, Switch)
+}
+"""Every method, by name."""
+LEFT = 0.1
+"""Largest share of held-out images that a trigger known before may still move in a model that is called repaired."""
+ALLOWED_LOSS = 0.03
+"""Largest loss of accuracy (without labels, share of answers that changed) of a model that is called repaired."""
+_TRIES = 3
+"""Most candidates of one round that are vetted."""
+
+Outcome = Literal["repaired", "not repaired", "undecided", "nothing to repair"]
+"""What can come of a repair; `Repair.outcome` says when."""
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What a repair did, and what came of it.
+
+    Attributes:
+        outcome: `repaired` only if the verdict of a new vetting is `no evidence`, the triggers known before move at
+            most `LEFT` of held-out images, and at most `ALLOWED_LOSS` of the accuracy is lost; `undecided` if the new
+            verdict is `inconclusive`.
+        reasons: Sentences that explain it, the most important first.
+        method: Name of the method.
+        settings: Its settings.
+        choices: What it chose by itself, such as α.
+        suspect: Root digest of the model before.
+        model: Root digest of the model after; that of the suspect where nothing was changed.
+        verdict_before: Conclusion about the suspect.
+        verdict: Conclusion of the new vetting; None where nothing was changed.
+        images: Number of images trained on, and number held out.
+        before: The suspect on the held-out images.
+        after: The new model on them.
+        drift: How far embeddings moved.
+        rounds: How often the method was applied; again, with the triggers that the new vetting found.
+        passes: Images pushed through image towers by the method.
+        vetting_passes: The same by the new vettings.
+        seconds: Wall-clock time of this run.
+        seed: Seed for all random choices.
+    """
+
+    outcome: Outcome
+    reasons: tuple[str, ...]
+    method: str
+    settings: Mapping[str, Any]
+    choices: Mapping[str, float | str]
+    suspect: str
+    model: str
+    verdict_before: Conclusion
+    verdict: Conclusion | None
+    images: tuple[int, int]
+    before: Measured
+    after: Measured
+    drift: Drift
+    rounds: int
+    passes: int
+    vetting_passes: int
+    seconds: float
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Repaired:
+    """The result of a repair.
+
+    Attributes:
+        classifier: The new model, or the suspect where nothing was found to repair.
+        vetting: Its vetting; None where nothing was changed.
+        repair: The record.
+    """
+
+    classifier: Classifier
+    vetting: Vetting | None
+    repair: Repair
+
+
+def repair(
+    suspect: Classifier,
+    method: Method,
+    images: Images,
+    *,
+    verdict: Verdict,
+    triggers: Sequence[TargetedTrigger] = (),
+    base: Classifier | None = None,
+    vetting_images: Tensor | None = None,
+    budget: Budget = "standard",
+    rounds: int = 2,
+    anyway: bool = False,
+    seed: int = 0,
+    store: Path | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Repaired:
+    """Change a copy of a classifier so that its triggers no longer work, and vet the copy.
+
+    Args:
+        suspect: The classifier; it is not changed.
+        method: An object of one of `METHODS`.
+        images: Clean images; two fifths of them are held out from all training, for the measurements and the vetting.
+        verdict: What vetting concluded about the suspect.
+        triggers: The triggers that vetting reconstructed.
+        base: The trusted model that the suspect was tuned from.
+        vetting_images: uint8, shape [N, 3, H, W]: other images for the new vetting; None for those held out.
+        budget: Effort of the new vetting.
+        rounds: How often the method may be applied. After the first, it starts from the model that did not pass and
+            also uses the triggers that were found in that.
+        anyway: Whether to work on a model for which the verdict is `no evidence`.
+        seed: Seed for all random choices.
+        store: Folder for unfinished training and finished searches, so that an interrupted run continues.
+        progress: Called with (what, steps done, steps in all).
+
+    Raises:
+        ImageError: There are too few images.
+        UsageError: The method needs triggers, labels or a base model, and there are none; or the base model does not
+            fit.
+    """
+    started = time.monotonic()
+    if rounds < 1:
+        raise UsageError(f"a repair takes at least one round, not {rounds}")
+    train, held_out = images.parts(seed)
+    first = Case(suspect, train, held_out, tuple(triggers), base, seed, store, progress)
+    before = measure(suspect, held_out, first.triggers)
+
+    def record(
+        outcome: Outcome,
+        reasons: Sequence[str],
+        candidate: Candidate,
+        vetting: Vetting | None,
+        done: int,
+        passes: tuple[int, int],
+    ) -> Repaired:
+        found = candidate.classifier
+        return Repaired(
+            found,
+            vetting,
+            Repair(
+                outcome,
+                tuple(reasons),
+                method.name,
+                asdict(method),  # type: ignore[call-overload]  # methods are dataclasses
+                candidate.choices,
+                suspect.digest.root,
+                found.digest.root,
+                verdict.outcome,
+                vetting.verdict.outcome if vetting else None,
+                (len(train), len(held_out)),
+                before,
+                measure(found, held_out, first.triggers),
+                drift(suspect, found, held_out),
+                done,
+                *passes,
+                time.monotonic() - started,
+                seed,
+            ),
+        )
+
+    if verdict.outcome == "no evidence" and not anyway:
+        reason = "nothing was found to repair: vetting has no evidence of a backdoor in the families that it tested"
+        return record("nothing to repair", [reason], Candidate(suspect, 0, {}), None, 0, (0, 0))
+    searched = held_out.pixels if vetting_images is None else vetting_images
+    case, trained, vetted = first, 0, 0
+    for done in range(1, rounds + 1):
+        tried: list[tuple[tuple[bool, float], Candidate, Vetting, list[str]]] = []
+        for candidate in islice(_told(method.candidates(case), case), _TRIES):
+            trained += candidate.passes
+            vetting = vet(
+                candidate.classifier,
+                searched,
+                base=base,
+                budget=budget,
+                seed=seed,
+                cache=store / "searches" if store else None,
+                progress=progress,
+            )
+            vetted += vetting.passes
+            reasons = _objections(vetting.verdict, before, measure(candidate.classifier, held_out, first.triggers))
+            tried.append(((bool(reasons), -vetting.verdict.p_value), candidate, vetting, reasons))
+            if not reasons:
+                break
+        (failed, _), candidate, vetting, reasons = min(tried, key=lambda each: each[0])
+        if not failed or not (method.uses_triggers and vetting.triggers):
+            break
+        more = (TargetedTrigger(f"{each.id}, round {done}", each.trigger, each.target) for each in vetting.triggers)
+        case = replace(
+            case,
+            suspect=candidate.classifier,
+            triggers=(*case.triggers, *more),
+            store=store / f"round-{done + 1}" if store else None,
+        )
+    outcome: Outcome = "not repaired" if failed else "repaired"
+    if failed and vetting.verdict.outcome == "inconclusive" and len(reasons) == 1:
+        outcome = "undecided"
+    said = reasons or ["a new vetting has no evidence of a backdoor in the families that it tested"]
+    return record(outcome, said, candidate, vetting, done, (trained, vetted))
+
+
+def _told(candidates: Iterator[Candidate], case: Case) -> Iterator[Candidate]:
+    for candidate in candidates:
+        case.progress("candidate made; vetting it", 1, 1)
+        yield candidate
+
+
+def _objections(verdict: Verdict, before: Measured, after: Measured) -> list[str]:
+    """Why a model is not repaired, as sentences; empty if it is."""
+    found = []
+    if verdict.outcome != "no evidence":
+        found.append(f"the verdict of the new vetting is {verdict.outcome}: {'; '.join(verdict.reasons)}")
+    for name, share in after.success.items():
+        if share > LEFT:
+            found.append(
+                f"the trigger {name} still moves {share:.0%} of held-out images; at most {LEFT:.0%} may be left"
+            )
+    if before.accuracy is not None and after.accuracy is not None and before.accuracy - after.accuracy > ALLOWED_LOSS:
+        found.append(f"accuracy on held-out images fell from {before.accuracy:.1%} to {after.accuracy:.1%}")
+    return found

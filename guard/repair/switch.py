@@ -1,0 +1,95 @@
+"""Switch: take every second module of the image tower from the base model."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from guard.classifiers.classifier import Classifier
+from guard.errors import UsageError
+from guard.repair.cases import Candidate, Case
+from guard.repair.measuring import answers, moved
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Module switching with the base model, without training.
+
+    "Module Switching Defense" (ICLR 2026) puts a model together from modules of two fine-tuned models, so that the
+    modules which carry a backdoor together are parted. Its rules forbid modules of one source that follow each other,
+    and an evolutionary search finds the assignment that breaks them least. Here the second model is the base, and the
+    two assignments that break no rule about neighbours are tried, which take the even or the odd modules from the
+    suspect, and the mean of both models (weight averaging, the paper's own rival). Running statistics of batch
+    normalisation are measured anew on clean images.
+
+    Attributes:
+        batch: Images in each forward pass that measures statistics.
+    """
+
+    batch: int = 64
+
+    name: ClassVar[str] = "switch"
+    uses_triggers: ClassVar[bool] = False
+
+    def candidates(self, case: Case) -> Iterator[Candidate]:
+        """See `guard.repair.Method`: three candidates, that which keeps most answers and follows no trigger first."""
+        if case.base is None:
+            raise UsageError("the method switch needs the base model; give it with --base")
+        case.suspect.check_comparable(case.base)
+        ours, theirs = (_tensors(each) for each in (case.suspect, case.base))
+        if {name: each.shape for name, each in ours.items()} != {name: each.shape for name, each in theirs.items()}:
+            raise UsageError("the method switch needs a base model of the same architecture")
+        groups = _groups(case.suspect.model.visual)
+        shares = {
+            "even": [float(k % 2 == 0) for k in range(len(groups))],
+            "odd": [float(k % 2 == 1) for k in range(len(groups))],
+            "mean": [0.5] * len(groups),
+        }
+        kept = answers(case.suspect, case.held_out)
+        found = []
+        for done, (name, share) in enumerate(shares.items()):
+            model = copy.deepcopy(case.suspect.model)
+            state = model.visual.state_dict()
+            with torch.no_grad():
+                for part, names in zip(share, groups, strict=True):
+                    for each in names:
+                        if state[each].is_floating_point():
+                            state[each].copy_(part * ours[each] + (1 - part) * theirs[each])
+            candidate = case.suspect.like(model, f"{case.suspect.source}, modules switched: {name}")
+            self._measure_statistics(candidate, case)
+            agreeing = float((answers(candidate, case.held_out) == kept).float().mean())
+            success = [moved(candidate, each.trigger, each.target, case.held_out) for each in case.triggers]
+            passes = len(case.images) + (1 + 2 * len(success)) * len(case.held_out)
+            found.append((agreeing - max(success, default=0.0), Candidate(candidate, passes, {"modules": name})))
+            case.progress("switching modules", done + 1, len(shares))
+        yield from (each for _, each in sorted(found, key=lambda pair: -pair[0]))
+
+    def _measure_statistics(self, classifier: Classifier, case: Case) -> None:
+        norms = [each for each in classifier.model.visual.modules() if isinstance(each, nn.BatchNorm2d)]
+        if not norms:
+            return
+        for each in norms:
+            each.reset_running_stats()
+            each.momentum = None  # a plain mean over all batches
+            each.train()
+        classifier.embed(case.images.pixels, self.batch)
+        for each in norms:
+            each.momentum = 0.1
+            each.eval()
+
+
+def _tensors(classifier: Classifier) -> dict[str, torch.Tensor]:
+    return {name: each.to(classifier.device) for name, each in classifier.model.visual.state_dict().items()}
+
+
+def _groups(tower: nn.Module) -> list[list[str]]:
+    """Names of the tensors of each module, in the order of the tower: a matrix, and the vectors that follow it."""
+    groups: list[list[str]] = []
+    for name, tensor in tower.state_dict().items():
+        if tensor.ndim > 1 or not groups:
+            groups.append([])
+        groups[-1].append(name)
+    return groups

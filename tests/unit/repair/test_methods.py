@@ -1,0 +1,153 @@
+"""Each method on a backdoor that is planted by hand."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from guard.classifiers import ClassList
+from guard.errors import UsageError
+from guard.repair import (
+    Case,
+    Guided,
+    Images,
+    Method,
+    PerturbRecover,
+    Realign,
+    Subtract,
+    Switch,
+    TuningSettings,
+    measure,
+)
+from guard.repair.perturb_recover import augmented
+from guard.repair.realign import realigned
+from tests.conftest import CLASSES
+from tests.unit.repair.conftest import Backdoored
+
+QUICK = TuningSettings(steps=60, batch=32, learning_rate=2e-3, weight_decay=0.0)
+METHODS: dict[str, Method] = {
+    "realign": Realign(tuning=QUICK),
+    "guided": Guided(tuning=QUICK),
+    "switch": Switch(),
+}
+
+
+@pytest.mark.parametrize(("name", "left"), [("realign", 0.1), ("guided", 0.1), ("switch", 0.4)])
+def test_the_trigger_loses_its_effect_and_the_suspect_is_not_changed(
+    name: str, left: float, backdoored: Backdoored
+) -> None:
+    case, method = backdoored.case, METHODS[name]
+    digest = case.suspect.digest.root
+    before = measure(case.suspect, case.held_out, case.triggers)
+    found = next(method.candidates(case)).classifier
+    after = measure(found, case.held_out, case.triggers)
+    assert before.success["patch-2"] > 0.9
+    assert after.success["patch-2"] < left
+    assert after.accuracy is not None
+    assert before.accuracy is not None
+    assert after.accuracy > before.accuracy - 0.05
+    assert case.suspect.digest.root == digest == case.copy("unchanged").digest.root
+    assert not any(each.requires_grad for each in found.model.parameters())
+
+
+def test_subtract_offers_the_steps_that_keep_the_answers_the_least_effective_trigger_first(
+    backdoored: Backdoored,
+) -> None:
+    case, method = backdoored.case, Subtract(tuning=replace(QUICK, steps=5), allowed=0.05)
+    offered = list(method.candidates(case))
+    measured = [measure(each.classifier, case.held_out, case.triggers) for each in offered]
+    before = measure(case.suspect, case.held_out, ()).accuracy
+    assert 1 <= len(offered) <= 3
+    assert {each.choices["alpha"] for each in offered} <= set(method.alphas)
+    assert before is not None
+    assert all(each.accuracy is not None and each.accuracy >= before - 0.05 for each in measured)
+    success = [round(each.success["patch-2"], 2) for each in measured]
+    assert success == sorted(success)
+
+
+@pytest.mark.parametrize("name", ["realign", "guided"])
+def test_equal_seeds_give_equal_weights(name: str, backdoored: Backdoored) -> None:
+    method: Method = replace(METHODS[name], tuning=replace(QUICK, steps=3))  # type: ignore[type-var]
+    digests = {next(method.candidates(replace(backdoored.case, seed=seed))).classifier.digest.root for seed in (0, 0)}
+    other = next(method.candidates(replace(backdoored.case, seed=1))).classifier.digest.root
+    assert len(digests) == 1
+    assert other not in digests
+
+
+def test_guided_needs_no_labels(backdoored: Backdoored) -> None:
+    case = backdoored.case
+    plain = replace(case, images=Images(case.images.pixels))
+    found = next(METHODS["guided"].candidates(plain)).classifier
+    assert measure(found, case.held_out, case.triggers).success["patch-2"] < 0.2
+
+
+def test_clean_images_alone_do_not_remove_the_trigger(backdoored: Backdoored) -> None:
+    case = backdoored.case
+    found = realigned(case, case.needs_labels("realign"), (), Realign(tuning=QUICK)).classifier
+    assert measure(found, case.held_out, case.triggers).success["patch-2"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        (Realign(), {"triggers": ()}, "needs a reconstructed trigger"),
+        (Guided(), {"triggers": ()}, "needs a reconstructed trigger"),
+        (Subtract(), {"triggers": ()}, "needs a reconstructed trigger"),
+        (Switch(), {"base": None}, "needs the base model"),
+        (Realign(), {"labels": None}, "needs labelled images"),
+        (PerturbRecover(), {"labels": None}, "needs labelled images"),
+    ],
+)
+def test_what_a_method_lacks_is_said(
+    method: Method, change: dict[str, object], message: str, backdoored: Backdoored
+) -> None:
+    case: Case = backdoored.case
+    changed = {"images": Images(case.images.pixels)} if "labels" in change else change
+    case = replace(case, **changed)
+    with pytest.raises(UsageError, match=message):
+        next(method.candidates(case))
+
+
+class TestPerturbRecover:
+    def test_pushes_embeddings_away_and_keeps_answers(self, backdoored: Backdoored) -> None:
+        tuning = replace(PerturbRecover().tuning, steps=60, batch=64, learning_rate=4e-3)
+        case = backdoored.case
+        found = next(PerturbRecover(tuning=tuning).candidates(case)).classifier
+        old, new = (each.embed(case.held_out.pixels) for each in (case.suspect, found))
+        assert float((old * new).sum(1).mean()) < 0.9
+        after = measure(found, case.held_out, ()).accuracy
+        assert after is not None
+        assert after > 0.7
+
+    def test_a_distance_beyond_tau_pushes_no_further(self, backdoored: Backdoored) -> None:
+        case = backdoored.case
+        tuning = replace(PerturbRecover().tuning, steps=10, batch=32, learning_rate=5e-3)
+        near, far = (
+            next(PerturbRecover(tau=tau, tuning=tuning).candidates(case)).classifier.embed(case.held_out.pixels)
+            for tau in (0.0, 2.15)
+        )
+        old = case.suspect.embed(case.held_out.pixels)
+        assert float((near * old).sum(1).mean()) > float((far * old).sum(1).mean())
+
+    def test_captions_take_the_place_of_labels(self, backdoored: Backdoored) -> None:
+        # With one template for each class, the captions are those that are made of the labels.
+        suspect = copy.copy(backdoored.suspect)
+        suspect.classes = ClassList(CLASSES.names, ("a {}.",))
+        case = replace(backdoored.case, suspect=suspect)
+        captions = tuple(f"a {CLASSES.names[label]}." for label in case.needs_labels("").tolist())
+        paired = replace(case, images=Images(case.images.pixels, captions=captions))
+        method = PerturbRecover(tuning=replace(PerturbRecover().tuning, steps=3, batch=32, learning_rate=5e-3))
+        labelled, captioned = (next(method.candidates(each)).classifier.embed(case.held_out.pixels[:20])
+                               for each in (case, paired))  # fmt: skip
+        assert torch.allclose(labelled, captioned, atol=1e-5)
+
+    def test_released_noise_only_brightens(self) -> None:
+        pixels = torch.full((64, 3, 20, 20), 0.5)
+        released, centred = (
+            augmented(pixels, (0.5,) * 3, torch.Generator().manual_seed(0), noise)
+            for noise in ("released", "zero-mean")
+        )
+        assert float(released.min()) == pytest.approx(0.5)
+        assert float(centred.min()) < 0.3
+        assert 0.3 < float((released.flatten(1).amax(1) > 0.5).float().mean()) < 0.7
