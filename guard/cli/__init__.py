@@ -14,6 +14,7 @@ from guard.cli.doctor import doctor
 from guard.cli.evaluate import evaluate
 from guard.cli.export import export
 from guard.cli.log import log
+from guard.cli.scan import scan
 from guard.cli.serve import serve
 from guard.cli.top import top
 from guard.cli.triggers import triggers
@@ -37,7 +38,7 @@ def cli() -> None:
     """
 
 
-for command in (vet, calibrate, export, certify, verify, serve, top, log, triggers, attack, evaluate, doctor, demo):
+for command in (vet, calibrate, export, certify, verify, serve, top, log, triggers, attack, evaluate, scan, doctor, demo):
     cli.add_command(command)
 
 
