@@ -38,7 +38,22 @@ def cli() -> None:
     """
 
 
-for command in (vet, calibrate, export, certify, verify, serve, top, log, triggers, attack, evaluate, scan, doctor, demo):
+for command in (
+    vet,
+    calibrate,
+    export,
+    certify,
+    verify,
+    serve,
+    top,
+    log,
+    triggers,
+    attack,
+    evaluate,
+    scan,
+    doctor,
+    demo,
+):
     cli.add_command(command)
 
 
