@@ -14,6 +14,7 @@
     ├── EvidenceError             4   an evidence log is missing or cannot be used
     │   └── DamagedLogError           … because it is damaged, of another schema, or no evidence log
     ├── StateError                4   the stored state of a stream monitor is damaged, or of another configuration
+    ├── DataError                 4   a training set, or a stored scan of one, cannot be used
     ├── ZooError                  4   a zoo of models, or what is said about its models, cannot be used
     └── RequestError              –   an inference request is malformed (the sidecar answers INVALID_ARGUMENT)
 
@@ -26,6 +27,7 @@ __all__ = [
     "CertificateError",
     "ClassListError",
     "DamagedLogError",
+    "DataError",
     "EmbeddingsError",
     "EvidenceError",
     "ExportError",
@@ -102,6 +104,10 @@ class DamagedLogError(EvidenceError):
 
 class StateError(GuardError):
     """The stored state of a stream monitor is missing, damaged, or belongs to another configuration."""
+
+
+class DataError(GuardError):
+    """A training set, a part of it, or a stored scan of one is missing, damaged, or of another kind."""
 
 
 class ZooError(GuardError):

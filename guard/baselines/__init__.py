@@ -1,7 +1,7 @@
 """Published methods that guard is compared with: CLIP-Inspector, DECREE, BDetCLIP, LoREx, the density of Huang et al.
 
-None of them is used to vet a model or to screen a request; `guard evaluate` and the benchmarks run them. LoREx and the
-density scores import without torch.
+None of them is used to vet a model or to screen a request; `guard evaluate` and the benchmarks run them, and `guard
+scan` ranks pairs by density. LoREx and the density scores import without torch.
 """
 
 from typing import TYPE_CHECKING

@@ -164,8 +164,8 @@ class LID(DensityScore):
 
     def _score(self, nearest: Nearest) -> NDArray[np.float64]:
         if self.compat:
-            return _compat_dimension(nearest.distances[:, :-1], nearest.distances[:, -1:])
-        return _dimension(nearest.distances)
+            return released_dimension(nearest.distances[:, :-1], nearest.distances[:, -1:])
+        return dimension(nearest.distances)
 
 
 class SLOF(DensityScore):
@@ -180,12 +180,8 @@ class SLOF(DensityScore):
         self._radii = _within(neighbours, self.k, within).distances[:, -1].astype(np.float64)
 
     def _score(self, nearest: Nearest) -> NDArray[np.float64]:
-        distance = nearest.distances[:, -1:].astype(np.float64)
-        radii = self._radii[nearest.indices[:, : self.k]]
-        if self.compat:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                return _compat_defined(_mean(distance / radii))
-        return _mean(np.maximum(distance, _FLOOR) / np.maximum(radii, _FLOOR))
+        near = nearest.indices[:, : self.k]
+        return slof(nearest.distances[:, -1], self._radii[near], compat=self.compat)
 
 
 class DAO(DensityScore):
@@ -208,19 +204,13 @@ class DAO(DensityScore):
         self._radii = distances[:, -1].astype(np.float64)
         if self.compat:
             itself = np.zeros((len(distances), 1), np.float32)
-            self._dimensions = _compat_dimension(np.hstack([itself, distances[:, :-1]]), distances[:, -1:])
+            self._dimensions = released_dimension(np.hstack([itself, distances[:, :-1]]), distances[:, -1:])
         else:
-            self._dimensions = _dimension(distances)
+            self._dimensions = dimension(distances)
 
     def _score(self, nearest: Nearest) -> NDArray[np.float64]:
-        distance = nearest.distances[:, -1:].astype(np.float64)
         near = nearest.indices[:, : self.k]
-        radii, dimensions = self._radii[near], self._dimensions[near]
-        if self.compat:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                return _compat_defined(_mean(dimensions * np.log(distance / radii)))
-        ratios = np.maximum(distance, _FLOOR) / np.maximum(radii, _FLOOR)
-        return _mean(dimensions * np.log(ratios))
+        return dao(nearest.distances[:, -1], self._radii[near], self._dimensions[near], compat=self.compat)
 
 
 def _within(neighbours: Neighbours, k: int, known: Nearest | None) -> Nearest:
@@ -237,14 +227,56 @@ def _narrow(nearest: Nearest, k: int) -> Nearest:
     return Nearest(nearest.distances[:, :k], nearest.indices[:, :k])
 
 
-def _dimension(distances: NDArray[np.float32]) -> NDArray[np.float64]:
+def slof(distance: NDArray[np.floating], radii: NDArray[np.floating], *, compat: bool = False) -> NDArray[np.float64]:
+    """SLOF of points whose neighbours are known.
+
+    Args:
+        distance: d_k(x) of each point, shape [M].
+        radii: d_k(o) of each of its neighbours, shape [M, k].
+        compat: See the documentation of the module.
+    """
+    if compat:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return _compat_defined(_mean(_wide(distance) / radii.astype(np.float64)))
+    return _mean(np.maximum(_wide(distance), _FLOOR) / np.maximum(radii.astype(np.float64), _FLOOR))
+
+
+def dao(
+    distance: NDArray[np.floating],
+    radii: NDArray[np.floating],
+    dimensions: NDArray[np.float64],
+    *,
+    compat: bool = False,
+) -> NDArray[np.float64]:
+    """DAO of points whose neighbours are known.
+
+    Args:
+        distance: d_k(x) of each point, shape [M].
+        radii: d_k(o) of each of its neighbours, shape [M, k].
+        dimensions: LID(o) of each of them, shape [M, k].
+        compat: See the documentation of the module.
+    """
+    if compat:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return _compat_defined(_mean(dimensions * np.log(_wide(distance) / radii.astype(np.float64))))
+    ratios = np.maximum(_wide(distance), _FLOOR) / np.maximum(radii.astype(np.float64), _FLOOR)
+    return _mean(dimensions * np.log(ratios))
+
+
+def _wide(distance: NDArray[np.floating]) -> NDArray[np.float64]:
+    return distance.astype(np.float64)[:, None]
+
+
+def dimension(distances: NDArray[np.float32]) -> NDArray[np.float64]:
+    """LID of points whose distances to their k neighbours are known, nearest first; shape [M, k]."""
     exact = distances.astype(np.float64)
     radii = exact[:, -1:]
     ratios = np.divide(exact, radii, out=np.zeros_like(exact), where=radii >= _FLOOR)
     return 1 / np.maximum(-_mean(np.log(np.maximum(ratios, _FLOOR))), _SMALLEST_LOG)
 
 
-def _compat_dimension(distances: NDArray[np.float32], radii: NDArray[np.float32]) -> NDArray[np.float64]:
+def released_dimension(distances: NDArray[np.float32], radii: NDArray[np.float32]) -> NDArray[np.float64]:
+    """LID as the released code computes it: from k distances, shape [M, k], relative to a radius, shape [M, 1]."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return -1 / _mean(np.log(distances.astype(np.float64) / radii.astype(np.float64) + _COMPAT_OFFSET))
 

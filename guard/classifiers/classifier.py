@@ -149,12 +149,21 @@ class Classifier:
         Returns:
             Shape [N, D].
         """
-        return normalize(self.model.encode_image((pixels - self._mean) / self._std).float(), dim=-1)
+        return normalize(self.project_images(pixels), dim=-1)
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """L2-normalised text embeddings, shape [N, D]."""
-        tokens = self.tokenizer(list(texts)).to(self.device)
-        return normalize(self.model.encode_text(tokens).float(), dim=-1)
+        return normalize(self.project_texts(texts), dim=-1)
+
+    def project_images(self, pixels: Tensor) -> Tensor:
+        """Image embeddings as the tower gives them, of any length; otherwise as `encode_images`."""
+        projected: Tensor = self.model.encode_image((pixels - self._mean) / self._std).float()
+        return projected
+
+    def project_texts(self, texts: Sequence[str]) -> Tensor:
+        """Text embeddings as the tower gives them, of any length; shape [N, D]."""
+        projected: Tensor = self.model.encode_text(self.tokenizer(list(texts)).to(self.device)).float()
+        return projected
 
     @cached_property
     def head(self) -> Tensor:
@@ -165,7 +174,7 @@ class Classifier:
         """
         with torch.no_grad():
             rows = [self.encode_texts(self.classes.prompts(name)).mean(0) for name in self.classes.names]
-            return self._finite(normalize(torch.stack(rows), dim=-1), "prompts")
+            return self.check_finite(normalize(torch.stack(rows), dim=-1), "prompts")
 
     @cached_property
     def distinct(self) -> Tensor | None:
@@ -216,9 +225,9 @@ class Classifier:
         stacked = images if isinstance(images, Tensor) else torch.from_numpy(np.stack(list(images)))
         with self.autocast():
             parts = [self.encode_images(part.to(self.device).float() / 255).cpu() for part in stacked.split(batch)]
-        return self._finite(torch.cat(parts), "images")
+        return self.check_finite(torch.cat(parts), "images")
 
-    def _finite(self, embeddings: Tensor, what: str) -> Tensor:
+    def check_finite(self, embeddings: Tensor, what: str) -> Tensor:
         """Refuse embeddings that overflowed: whatever is computed from them says nothing."""
         if not embeddings.isfinite().all():
             raise ModelError(f"{self.source} computes no finite numbers: its embeddings of {what} overflow")

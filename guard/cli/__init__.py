@@ -15,6 +15,7 @@ from guard.cli.evaluate import evaluate
 from guard.cli.export import export
 from guard.cli.log import log
 from guard.cli.repair import repair
+from guard.cli.scan import scan
 from guard.cli.serve import serve
 from guard.cli.top import top
 from guard.cli.triggers import triggers
@@ -39,7 +40,7 @@ def cli() -> None:
 
 
 for command in (
-    vet, calibrate, export, certify, verify, repair, serve, top, log, triggers, attack, evaluate, doctor, demo
+    vet, calibrate, export, certify, verify, repair, scan, serve, top, log, triggers, attack, evaluate, doctor, demo
 ):  # fmt: skip
     cli.add_command(command)
 

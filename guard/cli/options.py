@@ -36,6 +36,27 @@ classes = click.option(
 )
 
 
+def engine(command: Command) -> Command:
+    """The options `--jobs` and `--ray`: where the work is done."""
+    for option in (
+        click.option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Work on the Ray cluster at this address, or with auto on the one that this machine belongs to, "
+            "instead of in processes of this machine. All its machines must see the same files under the same paths.",
+        ),
+        click.option(
+            "--jobs",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            help="Number of processes that work at the same time.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def trust(command: Command) -> Command:
     """The options `--trust` and `--policy`."""
     for option in (

@@ -15,8 +15,9 @@ PACKAGES = sorted(module.name for module in pkgutil.iter_modules(guard.__path__)
 
 def test_the_rooms_are_the_ones_that_are_documented() -> None:
     assert PACKAGES == [
-        "attacks", "baselines", "certificates", "classifiers", "cli", "demo", "diagnostics", "evaluation", "evidence",
-        "profiles", "protocol", "repair", "report", "screening", "sidecar", "testing", "triggers", "vetting",
+        "attacks", "baselines", "certificates", "classifiers", "cli", "demo", "diagnostics", "distributed",
+        "evaluation", "evidence", "profiles", "protocol", "repair", "report", "scan", "screening", "sidecar", "testing",
+        "triggers", "vetting",
     ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ FLOORS = (
     ("_cpus", "_files", "_lazy", "_plots", "_types", "_workers"),
     ("_documents",),
     ("_safetensors",),
+    ("distributed",),
     ("protocol", "triggers"),
     ("classifiers",),
     ("screening", "vetting"),
@@ -26,6 +27,7 @@ FLOORS = (
     ("profiles",),
     ("certificates",),
     ("report",),
+    ("scan",),
     ("evidence",),
     ("repair",),
     # The sidecar stands beside the attacks, since what trains is never loaded where requests are served.

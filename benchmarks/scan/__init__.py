@@ -1,0 +1,1 @@
+"""Detection, speed and cost of the scan of training sets."""
