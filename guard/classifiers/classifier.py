@@ -90,6 +90,24 @@ class Classifier:
                 f"{self.image_shape[1:]}"
             )
 
+    def with_model(self, model: torch.nn.Module, source: str, config: Mapping[str, Any] | None = None) -> "Classifier":
+        """A classifier with another model, and otherwise with the parts of this one.
+
+        Args:
+            model: The model.
+            source: Where it comes from, for people.
+            config: The `model_cfg` that it was built from; by default that of this classifier.
+        """
+        return Classifier(
+            model,
+            self.config if config is None else config,
+            self.tokenizer,
+            self.preprocessing,
+            self.classes,
+            source=source,
+            device=self.device,
+        )
+
     def to(self, device: torch.device) -> None:
         """Move to a device, in place."""
         self.device = device

@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +75,7 @@ def derive_reference(
             if parameter.dim() > 1:
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)
                 parameter.add_(settings.noise * parameter.std() * noise)
-    reference_model = _like(classifier, model, classifier.config, f"derived reference of {classifier.source}")
+    reference_model = classifier.with_model(model, f"derived reference of {classifier.source}")
     teach(
         reference_model,
         classifier,
@@ -121,7 +120,7 @@ def teach_student(
         pair = isinstance(model.visual(torch.zeros(1, *classifier.image_shape, device=classifier.device)), tuple)
     model.visual = _WithTokens(tower) if pair else tower
     config = {**classifier.config, "student": asdict(settings)}
-    student = _like(classifier, model, config, f"student of {classifier.source}")
+    student = classifier.with_model(model, f"student of {classifier.source}", config)
     student.model.visual.train()
     teach(
         student,
@@ -137,19 +136,6 @@ def teach_student(
     )
     student.model.eval()
     return student
-
-
-def _like(classifier: Classifier, model: Any, config: Any, source: str) -> Classifier:  # noqa: ANN401 - open_clip
-    """A classifier with another model and otherwise the parts of a given one."""
-    return Classifier(
-        model,
-        config,
-        classifier.tokenizer,
-        classifier.preprocessing,
-        classifier.classes,
-        source=source,
-        device=classifier.device,
-    )
 
 
 class _Student(nn.Module):
