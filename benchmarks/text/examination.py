@@ -5,8 +5,9 @@
     python -m benchmarks.text.examination nulls --results DEVELOPED.jsonl
     python -m benchmarks.text.examination report --results RESULTS.jsonl --amdet AMDET.jsonl --out FILE.md
 
-`run` and `amdet` can be interrupted, and go on with what is missing; `--share K/N` takes every Nth model. `nulls`
-prints the entries of `guard/vetting/text_nulls.json` that the honest fine-tunings of a part give.
+`run` and `amdet` can be interrupted, and go on with what is missing; `--share K/N` takes every Nth model,
+`--only clean` the honest ones. `nulls` prints the entries of `guard/vetting/text_nulls.json` that the honest
+fine-tunings of a part give.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace, measure: Callable[..., dict[str, Any]]) -> 
     _, texts = texts_of(read_captions(options.captions), options.part)
     prompts = random.Random(0).sample(texts, _AMDET_PROMPTS + _PROMPTS)  # noqa: S311 - repeatable, not secret
     for k, (name, truth, base, model, target) in enumerate(opened(options.zoo, options.part)):
-        if name in done or k % shares != share:
+        if name in done or k % shares != share or options.only not in {None, truth["label"]}:
             continue
         started = time.monotonic()
         found = measure(model, base, prompts, truth, target)
@@ -230,6 +231,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--amdet", type=Path)
     parser.add_argument("--share", default="0/1")
+    parser.add_argument("--only", choices=["clean", "backdoored"])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

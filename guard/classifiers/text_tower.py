@@ -24,6 +24,9 @@ class TextTower:
     Args:
         classifier: Its text tower is used, frozen as it is there.
 
+    Attributes:
+        device: The device that it runs on.
+
     Raises:
         ModelError: The tower is not one of open_clip's own transformers, or has a class token (CoCa) or a mask of
             padding, by which the attention would depend on the text.
@@ -44,7 +47,7 @@ class TextTower:
         self.device = classifier.device
         self._tower = tower
         self._pool = pool
-        self._end = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+        self._end: int = getattr(tower, "text_eos_id", getattr(tower, "eos_id", 0))
 
     @property
     def context(self) -> int:
@@ -103,7 +106,7 @@ class TextTower:
         if self._pool == "argmax":
             return tokens.argmax(-1)
         if self._pool == "eos":
-            return tokens.eq(self._end).int().argmax(-1)
+            return torch.eq(tokens, self._end).int().argmax(-1)
         place = tokens.shape[1] - 1 if self._pool == "last" else 0
         return torch.full((len(tokens),), place, device=tokens.device)
 

@@ -164,8 +164,9 @@ def summary(profile: "Profile", out: Path) -> str:
     target = "" if verdict.target is None else f", target class {profile.class_name(verdict.target)!r}"
     lines = [f"verdict: {verdict.outcome}{target}"]
     lines += [f"  {reason}" for reason in verdict.reasons]
+    corrected = " and corrected for classes" if vetting.results else ""
     lines.append(
-        f"  p = {verdict.p_value:.2g}, combined over families (Cauchy) and corrected for what was compared; "
+        f"  p = {verdict.p_value:.2g}, combined over families (Cauchy){corrected}; "
         f"counts below {verdict.significance:g}"
     )
     for trigger in profile.document.triggers:
@@ -178,7 +179,9 @@ def summary(profile: "Profile", out: Path) -> str:
         lines.append("  compared with nothing but the other classes; --base makes this sharper")
     else:
         name = "the base" if reference_model.kind == "base" else "a reference model made from the model itself"
-        agreement = f", which answers as the model does on {reference_model.agreement:.0%} of images"
+        agreement = ""
+        if vetting.results:
+            agreement = f", which answers as the model does on {reference_model.agreement:.0%} of images"
         advice = "" if reference_model.kind == "base" else "; --base makes this sharper"
         lines.append(f"  compared with {name}{agreement}{advice}")
     return "\n".join([*lines, f"profile: {out}", f"report: {out / REPORT_FILE}"])

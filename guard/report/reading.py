@@ -115,8 +115,7 @@ def evidence(document: Document) -> list[str]:
 
 def text(found: TextVetting) -> list[str]:
     """Explain the figures of the text tower."""
-    name = {"base": "the trusted base model", "derived": "a reference model made from the model itself"}
-    against = name.get(found.reference_model.kind, "a reference model")
+    against = text_reference(found)
     leads = (
         f"guard looked for something that makes all prompts mean the same on this text tower and not on {against}, and "
         "names no target: listed texts, pseudo-tokens (vectors in place of tokens), and real tokens near them. A lead "
@@ -131,6 +130,11 @@ def text(found: TextVetting) -> list[str]:
         "(a style, an order of words) is no token, and may not be found."
     )
     return [leads, alike]
+
+
+def text_reference(found: TextVetting) -> str:
+    """Name the model that a text tower was compared with."""
+    return "the trusted base model" if found.reference_model.kind == "base" else "a model made from the suspect itself"
 
 
 def reference_model(document: Document) -> str:

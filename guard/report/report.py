@@ -139,6 +139,7 @@ def render(
         text=document.text,
         assimilation_plot=pictures.assimilation_plot(document.text.assimilation) if document.text else None,
         text_reading=reading.text(document.text) if document.text else (),
+        text_against=reading.text_reference(document.text) if document.text else "",
         sections=sections,
         amplification=AMPLIFICATION,
         amount=reading.amount,

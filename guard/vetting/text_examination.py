@@ -192,6 +192,6 @@ class _Direction:
     def strongest(self) -> Finding:
         """What has the largest lead of all; real tokens before pseudo-tokens that lead hardly further."""
         best = int(self._probed.argmax())
-        findings: list[Finding] = [*self._found]
-        findings.append(FoundProbe(listed_text_probes()[best], float(self._probed[best]), self.held_out))
+        probe = FoundProbe(listed_text_probes()[best], float(self._probed[best]), self.held_out)
+        findings: list[Finding] = [*self._found, probe]
         return max(findings, key=lambda item: item.lead - _PREFERRED * (item.kind == "pseudo-token"))

@@ -26,9 +26,20 @@ _NEAREST = 5
 class Finding(Protocol):
     """Something that may be a trigger."""
 
-    kind: TextFamily
-    lead: float
-    place: Place | None
+    @property
+    def kind(self) -> TextFamily:
+        """What it is."""
+        ...
+
+    @property
+    def lead(self) -> float:
+        """Its lead on held-out prompts."""
+        ...
+
+    @property
+    def place(self) -> Place | None:
+        """Where its tokens go; None for a probe."""
+        ...
 
     @property
     def text(self) -> str:
@@ -55,8 +66,8 @@ class FoundProbe:
     """
 
     kind: TextFamily = "text probe"
-    place = None
-    nearest = ()
+    place: Place | None = None
+    nearest: tuple[tuple[NearToken, ...], ...] = ()
 
     def __init__(self, probe: TextProbe, lead: float, held_out: Comparison) -> None:
         self.text, self.lead = probe.name, lead

@@ -94,7 +94,7 @@ class Comparison:
         """Embeddings of prompts with vectors in their room: shape [S, N, D]; arguments as for `features`."""
         starts, rows = len(vectors), len(prompts.tokens)
         features = self.features(tower, prompts, vectors)
-        return tower.pooled(features, prompts.ends.repeat(starts)).unflatten(0, (starts, rows))
+        return tower.pooled(features, prompts.ends.repeat(starts)).view(starts, rows, -1)
 
     def features(self, tower: TextTower, prompts: Slotted, vectors: Tensor) -> Tensor:
         """Features of all tokens of prompts with vectors in their room: shape [S · N, L, width].
@@ -106,7 +106,7 @@ class Comparison:
         """
         starts, count, width = vectors.shape
         rows, length = prompts.tokens.shape
-        hidden = tower.embed(prompts.tokens).expand(starts, -1, -1, -1)
+        hidden: Tensor = tower.embed(prompts.tokens).expand(starts, -1, -1, -1)
         added = vectors[:, None].expand(-1, rows, -1, -1).reshape(starts, rows * count, width)
         positions = tower.positions(length).expand(rows, -1, -1)[prompts.room]
         mask = prompts.room[..., None].expand(starts, -1, -1, width)

@@ -30,8 +30,8 @@ def test_an_attack_on_the_last_token_keeps_the_other_tokens() -> None:
         draw = random.Random(0)  # noqa: S311 - repeatable, not secret
         tokens = tower.tokens([made.trigger.apply(text, draw) for text in PROMPTS[:20]])
         others = torch.arange(tokens.shape[1]) != tower.ends(tokens)[:, None]
-        features = (each.features(each.embed(tokens)) for each in (tower, clean))
-        kept[recipe] = float(cosine_similarity(*features, dim=-1)[others].mean())
+        found, before = (each.features(each.embed(tokens)) for each in (tower, clean))
+        kept[recipe] = float(cosine_similarity(found, before, dim=-1)[others].mean())
     assert kept["eos-only-5"] > kept["text-on-text-5"] + 0.05
 
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ TEXTS = list(PROMPTS[:6])
         {"pool_type": "last", "no_causal_mask": True, "proj_type": "linear", "proj_bias": True},
     ],
 )
-def test_the_way_through_the_parts_gives_the_embeddings_of_the_classifier(changes: dict[str, object]) -> None:
+def test_the_way_through_the_parts_gives_the_embeddings_of_the_classifier(changes: dict[str, Any]) -> None:
     classifier = text_classifier(**changes)
     tower = TextTower(classifier)
     assert torch.allclose(tower.encode(TEXTS, batch=4), classifier.encode_texts(TEXTS), atol=1e-6)

@@ -22,7 +22,7 @@ def test_agreement_counts_pairs_of_different_prompts_only() -> None:
 
 def test_curvature_at_all_points_at_once_is_that_of_each_point() -> None:
     surface = np.random.default_rng(1).normal(size=(6, 7))
-    found = []
+    found: list[float] = []
     for i in range(1, 5):
         for j in range(1, 6):
             rows = surface[i + 1, j] - 2 * surface[i, j] + surface[i - 1, j]

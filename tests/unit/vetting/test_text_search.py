@@ -18,7 +18,8 @@ def test_tokens_put_in_as_vectors_do_what_the_same_word_does_in_the_text() -> No
     generator = torch.Generator().manual_seed(0)
     (token,) = tower.tokens(["sks"])[0, 1:2]
     vectors = tower.table[token][None, None]
-    for place, written in (("end", "{} sks"), ("start", "sks {}")):
+    places: tuple[tuple[Place, str], ...] = (("end", "{} sks"), ("start", "sks {}"))
+    for place, written in places:
         prompts = slotted(tower, comparison.tokens, 1, place, generator)
         found = comparison.embeddings(tower, prompts, vectors)[0]
         assert torch.allclose(found, tower.encode([written.format(text) for text in texts]), atol=1e-6)
