@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from guard.profiles import Profile
     from guard.screening import Detector
     from guard.sidecar import Settings, serve
-    from guard.vetting import Verdict, vet
+    from guard.vetting import Verdict, vet, vet_text
 
 __all__ = [
     "Classifier",
@@ -64,6 +64,7 @@ __all__ = [
     "load",
     "serve",
     "vet",
+    "vet_text",
 ]
 
 __version__ = "0.2.0"
@@ -81,6 +82,6 @@ __getattr__ = lazy(
         "Profile": "profiles",
         "Detector": "screening",
         **dict.fromkeys(("Settings", "serve"), "sidecar"),
-        **dict.fromkeys(("Verdict", "vet"), "vetting"),
+        **dict.fromkeys(("Verdict", "vet", "vet_text"), "vetting"),
     },
 )

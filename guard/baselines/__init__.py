@@ -1,4 +1,6 @@
-"""Published methods that guard is compared with: CLIP-Inspector, DECREE, BDetCLIP, LoREx, the density of Huang et al.
+"""Published methods that guard is compared with.
+
+AMDET, CLIP-Inspector, DECREE, BDetCLIP, LoREx, and the density of Huang et al.
 
 None of them is used to vet a model or to screen a request; `guard evaluate` and the benchmarks run them, and `guard
 scan` ranks pairs by density. LoREx and the density scores import without torch.
@@ -14,12 +16,16 @@ if TYPE_CHECKING:
     from guard.baselines.bdetclip import BdetClip
     from guard.baselines.decree import Decree, DecreeSettings, collapse, unregularised
     from guard.baselines.inspector import ClipInspectorResult, clip_inspector
+    from guard.baselines.released_amdet import AmdetResult, AmdetSettings, AmdetTests, amdet
     from guard.baselines.released_decree import PublishedSettings
 
 __all__ = [
     "DAO",
     "LID",
     "SLOF",
+    "AmdetResult",
+    "AmdetSettings",
+    "AmdetTests",
     "BdetClip",
     "ClipInspectorResult",
     "Decree",
@@ -28,6 +34,7 @@ __all__ = [
     "KDistance",
     "Lorex",
     "PublishedSettings",
+    "amdet",
     "clip_inspector",
     "collapse",
     "unregularised",
@@ -36,6 +43,7 @@ __all__ = [
 __getattr__ = lazy(
     __name__,
     {
+        **dict.fromkeys(("AmdetResult", "AmdetSettings", "AmdetTests", "amdet"), "released_amdet"),
         "BdetClip": "bdetclip",
         **dict.fromkeys(("Decree", "DecreeSettings", "collapse", "unregularised"), "decree"),
         **dict.fromkeys(("ClipInspectorResult", "clip_inspector"), "inspector"),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from guard.classifiers.exporting import ExportParity, export
     from guard.classifiers.hugging_face.weights import save_hugging_face
     from guard.classifiers.images import ImageFolder, decode, decode_unambiguous, encode
+    from guard.classifiers.text_tower import TextTower
 
 __all__ = [
     "ClassList",
@@ -28,6 +29,7 @@ __all__ = [
     "ExportedClassifier",
     "ImageFolder",
     "Preprocessing",
+    "TextTower",
     "decode",
     "decode_unambiguous",
     "encode",
@@ -44,6 +46,7 @@ __getattr__ = lazy(
         "ExportParity": "exporting",
         "ExportedClassifier": "exported",
         "ImageFolder": "images",
+        "TextTower": "text_tower",
         "decode": "images",
         "decode_unambiguous": "images",
         "encode": "images",

@@ -74,26 +74,6 @@ class Classifier:
                 f"{float(self.model.logit_scale):g}"
             )
 
-    def like(self, model: Any, source: str, config: Mapping[str, Any] | None = None) -> "Classifier":  # noqa: ANN401 - open_clip
-        """Return a classifier with another model, and otherwise the parts of this one.
-
-        Args:
-            model: An open_clip model with the same input and the same text tower.
-            source: Where it comes from.
-            config: Its `model_cfg`; None for that of this one.
-        """
-        made = Classifier(
-            model,
-            self.config if config is None else config,
-            self.tokenizer,
-            self.preprocessing,
-            self.classes,
-            source=source,
-            device=self.device,
-        )
-        made.head = self.head  # the same text tower; of 1,000 classes it takes minutes on a CPU
-        return made
-
     def check_comparable(self, base: "Classifier") -> None:
         """Make sure that this classifier can be compared with another one that serves as its reference model.
 
@@ -109,6 +89,27 @@ class Classifier:
                 f"the base model takes images of {base.image_shape[1:]}, the model takes images of "
                 f"{self.image_shape[1:]}"
             )
+
+    def with_model(self, model: torch.nn.Module, source: str, config: Mapping[str, Any] | None = None) -> "Classifier":
+        """A classifier with another model, and otherwise with the parts of this one.
+
+        Its head is computed when it is first needed. Where the text tower is the same, `head` may be set to that of this
+        one instead, since that of 1,000 classes takes minutes on a CPU.
+
+        Args:
+            model: The model.
+            source: Where it comes from, for people.
+            config: The `model_cfg` that it was built from; by default that of this classifier.
+        """
+        return Classifier(
+            model,
+            self.config if config is None else config,
+            self.tokenizer,
+            self.preprocessing,
+            self.classes,
+            source=source,
+            device=self.device,
+        )
 
     def to(self, device: torch.device) -> None:
         """Move to a device, in place."""

@@ -96,6 +96,6 @@ def policies(
     return read_policies(policy, trust, model_signing=model_signing)
 
 
-def images(purpose: str) -> Callable[[Command], Command]:
+def images(purpose: str, *, required: bool = True) -> Callable[[Command], Command]:
     """The option `--images`, with a description of what the images are for."""
-    return click.option("--images", type=PATH, required=True, help=purpose)
+    return click.option("--images", type=PATH, required=required, help=purpose)

@@ -8,18 +8,34 @@ import click
 
 from guard.cli import certified, gates, options
 from guard.cli.console import Console
+from guard.errors import UsageError
 
 if TYPE_CHECKING:
     from guard.profiles import Profile
+    from guard.vetting import TextVetting
 
 EXIT_CODES = {"no evidence": 0, "backdoored": 1, "inconclusive": 3}
 
 
 @click.command()
 @click.argument("model")
+@click.option(
+    "--tower",
+    type=click.Choice(["image", "text", "both"]),
+    default="image",
+    show_default=True,
+    help="Which tower to examine. The text tower matters where class names or queries come from users.",
+)
 @options.images(
     "Folder of images, at any depth and without labels, on which triggers are searched for. Images like those of the "
-    "deployment give the best result."
+    "deployment give the best result. The text tower alone needs none.",
+    required=False,
+)
+@click.option(
+    "--prompts",
+    type=options.PATH,
+    help="Text file with one ordinary prompt on each line, at least 96, on which triggers of the text tower are "
+    "searched for. By default, they are made from guard's own list of words.",
 )
 @options.classes
 @click.option(
@@ -59,7 +75,9 @@ EXIT_CODES = {"no evidence": 0, "backdoored": 1, "inconclusive": 3}
 def vet(
     ctx: click.Context,
     model: str,
-    images: Path,
+    tower: str,
+    images: Path | None,
+    prompts: Path | None,
     classes: Path | None,
     base: str | None,
     vocabulary: Path | None,
@@ -91,32 +109,50 @@ def vet(
 
     console = Console(as_json=as_json)
     profiles.check_place(out)
+    if tower != "text" and images is None:
+        raise UsageError("the image tower is examined on images; give --images DIR, or --tower text")
+    if tower == "image" and prompts is not None:
+        raise UsageError("--prompts are for the text tower; give --tower text or --tower both too")
     more = guard.vetting.read_probes(probes) if probes else ()
     texts = profiles.read_vocabulary(vocabulary) if vocabulary else ()
-    folder = guard.ImageFolder.scan(images).sample(limit, seed=seed)
+    ordinary = guard.vetting.read_prompts(prompts) if prompts else ()
+    folder = guard.ImageFolder.scan(images).sample(limit, seed=seed) if images and tower != "text" else None
     classifier = certified.load(model, classes, device, console, certificate or out, trust, policy)
     reference = guard.load(base, classes=classes, device=device) if base else None
-    pixels = classifier.read(folder, console.progress)
     searches = cache or out.with_name(f".{out.name}.searches")
-    vetting = guard.vet(
-        classifier,
-        pixels,
-        base=reference,
-        budget=budget,  # type: ignore[arg-type]  # click has checked the choice
-        seed=seed,
-        probes=(*guard.vetting.listed_probes(), *more),
-        cache=searches,
-        progress=console.progress,
-    )
-    profile = guard.Profile.build(classifier, vetting, vocabulary=texts)
+    image_vetting = text_vetting = pixels = None
+    if tower != "image":
+        text_vetting = guard.vet_text(
+            classifier,
+            ordinary,
+            base=reference,
+            budget=budget,  # type: ignore[arg-type]  # click has checked the choice
+            seed=seed,
+            captions=texts,
+            progress=console.progress,
+        )
+        console.say(f"{text_vetting.passes} prompt passes in {text_vetting.seconds:.0f} s on {text_vetting.device}")
+    if folder is not None:
+        pixels = classifier.read(folder, console.progress)
+        image_vetting = guard.vet(
+            classifier,
+            pixels,
+            base=reference,
+            budget=budget,  # type: ignore[arg-type]  # click has checked the choice
+            seed=seed,
+            probes=(*guard.vetting.listed_probes(), *more),
+            cache=searches,
+            progress=console.progress,
+        )
+        console.say(f"{image_vetting.passes} image passes in {image_vetting.seconds:.0f} s on {image_vetting.device}")
+    profile = guard.Profile.build(classifier, image_vetting, text=text_vetting, vocabulary=texts)
     profile.save(out, report=report.render(profile, report.examples(profile, pixels)))
     if cache is None:
         shutil.rmtree(searches, ignore_errors=True)
-    document = profile.document.vetting
-    console.say(f"{document.passes} image passes in {document.seconds:.0f} s on {document.device}")
-    gates.write(sarif, junit, gates.of_verdict(vetting.verdict, model))
+    verdict = profile.document.vetting.verdict
+    gates.write(sarif, junit, gates.of_verdict(verdict, model))
     console.result(profile.document, summary(profile, out))
-    ctx.exit(EXIT_CODES[vetting.verdict.outcome])
+    ctx.exit(EXIT_CODES[verdict.outcome])
 
 
 def summary(profile: "Profile", out: Path) -> str:
@@ -128,19 +164,35 @@ def summary(profile: "Profile", out: Path) -> str:
     target = "" if verdict.target is None else f", target class {profile.class_name(verdict.target)!r}"
     lines = [f"verdict: {verdict.outcome}{target}"]
     lines += [f"  {reason}" for reason in verdict.reasons]
+    corrected = " and corrected for classes" if vetting.results else ""
     lines.append(
-        f"  p = {verdict.p_value:.2g}, combined over families (Cauchy) and corrected for classes; "
+        f"  p = {verdict.p_value:.2g}, combined over families (Cauchy){corrected}; "
         f"counts below {verdict.significance:g}"
     )
     for trigger in profile.document.triggers:
         near = ", ".join(f"{item.text!r} {item.cosine:.2f}" for item in trigger.nearest[:3])
         lines.append(f"  {trigger.id}: nearest texts {near}")
+    if profile.document.text is not None:
+        lines += text_summary(profile.document.text)
     lines.append(f"  tested for: {', '.join(verdict.families)} triggers; a backdoor of another kind would not be seen")
     if reference_model.kind == "classes":
         lines.append("  compared with nothing but the other classes; --base makes this sharper")
     else:
         name = "the base" if reference_model.kind == "base" else "a reference model made from the model itself"
-        agreement = f", which answers as the model does on {reference_model.agreement:.0%} of images"
+        agreement = ""
+        if vetting.results:
+            agreement = f", which answers as the model does on {reference_model.agreement:.0%} of images"
         advice = "" if reference_model.kind == "base" else "; --base makes this sharper"
         lines.append(f"  compared with {name}{agreement}{advice}")
     return "\n".join([*lines, f"profile: {out}", f"report: {out / REPORT_FILE}"])
+
+
+def text_summary(text: "TextVetting") -> list[str]:
+    """What was found in the text tower, as lines."""
+    trigger = text.trigger
+    captions = ", ".join(repr(item.text) for item in trigger.captions[:3])
+    return [
+        f"  text tower: {text.verdict.outcome} (p = {text.verdict.p_value:.2g})",
+        f"  strongest {trigger.kind}: {trigger.text!r}; {trigger.success:.0%} of prompts mean the same with it",
+        f"  ({trigger.reference_success:.0%} on the reference model), nearest to {captions}",
+    ]

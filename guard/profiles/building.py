@@ -8,14 +8,18 @@ import torch
 
 from guard import __version__
 from guard.classifiers.classifier import Classifier
-from guard.errors import ProfileError
+from guard.errors import ProfileError, UsageError
 from guard.profiles.document import SCHEMA, Document, ModelRecord, TriggerRecord, TriggerTensors, VettingRecord
 from guard.profiles.vocabulary import nearest
 from guard.triggers import FAMILIES, Trigger
 from guard.vetting.results import Vetting
+from guard.vetting.text_results import TextVetting
+from guard.vetting.text_verdict import with_text
 
 
-def build(classifier: Classifier, vetting: Vetting, vocabulary: Sequence[str]) -> tuple[Document, TriggerTensors]:
+def build(
+    classifier: Classifier, vetting: Vetting | None, vocabulary: Sequence[str], text: TextVetting | None
+) -> tuple[Document, TriggerTensors]:
     """Document and trigger tensors of a classifier that was vetted (`Profile.build`)."""
     model = ModelRecord(
         classifier.source,
@@ -25,18 +29,9 @@ def build(classifier: Classifier, vetting: Vetting, vocabulary: Sequence[str]) -
         classifier.preprocessing,
         classifier.head.shape[-1],
     )
-    record = VettingRecord(
-        vetting.verdict,
-        vetting.results,
-        vetting.checks,
-        asdict(vetting.effort),
-        vetting.images,
-        vetting.reference_model,
-        vetting.device,
-        vetting.seconds,
-        vetting.passes,
-    )
-    named = nearest(classifier, [found.feature for found in vetting.triggers], vocabulary)
+    record = _text_alone(text) if vetting is None else _record(vetting, text)
+    found_triggers = () if vetting is None else vetting.triggers
+    named = nearest(classifier, [found.feature for found in found_triggers], vocabulary)
     triggers = tuple(
         TriggerRecord(
             found.id,
@@ -48,14 +43,39 @@ def build(classifier: Classifier, vetting: Vetting, vocabulary: Sequence[str]) -
             found.p_value,
             near,
         )
-        for found, near in zip(vetting.triggers, named, strict=True)
+        for found, near in zip(found_triggers, named, strict=True)
     )
     created = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     tensors = {
         found.id: {name: tensor.float().numpy() for name, tensor in found.trigger.tensors().items()}
-        for found in vetting.triggers
+        for found in found_triggers
     }
-    return Document(SCHEMA, __version__, created, model, record, triggers, None, {}), tensors
+    return Document(SCHEMA, __version__, created, model, record, triggers, None, {}, text=text), tensors
+
+
+def _record(vetting: Vetting, text: TextVetting | None) -> VettingRecord:
+    """What is stored of an examination of the image tower, with the verdict about both towers if both were examined."""
+    return VettingRecord(
+        vetting.verdict if text is None else with_text(vetting.verdict, text.verdict),
+        vetting.results,
+        vetting.checks,
+        asdict(vetting.effort),
+        vetting.images,
+        vetting.reference_model,
+        vetting.device,
+        vetting.seconds,
+        vetting.passes,
+    )
+
+
+def _text_alone(text: TextVetting | None) -> VettingRecord:
+    """What is stored where only the text tower was examined."""
+    if text is None:
+        raise UsageError("a profile needs the examination of at least one tower")
+    effort = {"text_search": asdict(text.settings)}
+    return VettingRecord(
+        text.verdict, (), (), effort, (0, 0), text.reference_model, text.device, text.seconds, passes=0
+    )
 
 
 def load_triggers(document: Document, stored: TriggerTensors) -> dict[str, Trigger]:

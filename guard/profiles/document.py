@@ -9,6 +9,7 @@ from guard.classifiers.classes import ClassList
 from guard.classifiers.preprocessing import Preprocessing
 from guard.screening import Axis, AxisReference, Banks, Scores, Tail, Threshold
 from guard.vetting.results import Check, FamilyResult, ReferenceModel, Verdict
+from guard.vetting.text_results import TextVetting
 
 SCHEMA = 5
 
@@ -216,6 +217,7 @@ class Document:
         calibration: How the detector was calibrated; None before calibration.
         files: SHA-256 of each other file of the profile but the report.
         axes: The axes of the traffic that were adopted.
+        text: How the text tower was examined, and with what result; None where it was not.
     """
 
     schema: int
@@ -227,6 +229,7 @@ class Document:
     calibration: CalibrationRecord | None
     files: Mapping[str, str]
     axes: tuple[AxisRecord, ...] = ()
+    text: TextVetting | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from guard.classifiers import Classifier, ExportedClassifier
     from guard.triggers import Trigger
-    from guard.vetting import Vetting
+    from guard.vetting import TextVetting, Vetting
 
 _SAME = 0.9
 """Cosine from which two axes with one target are the same."""
@@ -72,17 +72,25 @@ class Profile:
     reference_model: Path | None = None
 
     @classmethod
-    def build(cls, classifier: "Classifier", vetting: "Vetting", *, vocabulary: Sequence[str] = ()) -> "Profile":
+    def build(
+        cls,
+        classifier: "Classifier",
+        vetting: "Vetting | None",
+        *,
+        text: "TextVetting | None" = None,
+        vocabulary: Sequence[str] = (),
+    ) -> "Profile":
         """Make the profile of a classifier that was vetted; it is not calibrated yet.
 
         Args:
             classifier: The classifier that was vetted.
-            vetting: What `guard.vet` returned for this classifier.
+            vetting: What `guard.vet` returned for this classifier; None if only its text tower was examined.
+            text: What `guard.vet_text` returned for it; None if its text tower was not examined.
             vocabulary: Texts, besides the class names, that may name what a trigger leads to.
         """
         from guard.profiles.building import build
 
-        return cls(*build(classifier, vetting, vocabulary))
+        return cls(*build(classifier, vetting, vocabulary, text))
 
     @classmethod
     def open(cls, directory: Path | str) -> "Profile":

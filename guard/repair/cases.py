@@ -108,7 +108,7 @@ class Case:
         Args:
             how: What is done to it, such as `realigned`.
         """
-        return self.suspect.like(copy.deepcopy(self.suspect.model), f"{self.suspect.source}, {how}")
+        return self.suspect.with_model(copy.deepcopy(self.suspect.model), f"{self.suspect.source}, {how}")
 
     def checkpoint(self, settings: object, what: str = "training") -> Checkpoint | None:
         """Where an unfinished training of this case is kept.

@@ -85,7 +85,7 @@ def _stepped(case: Case, direction: Mapping[str, Tensor], alpha: float) -> Class
     with torch.no_grad():
         for name, parameter in model.visual.named_parameters():
             parameter.sub_(alpha * direction[name])
-    return case.suspect.like(model, f"{case.suspect.source}, less {alpha:g} of the trigger")
+    return case.suspect.with_model(model, f"{case.suspect.source}, less {alpha:g} of the trigger")
 
 
 class _Trigger:

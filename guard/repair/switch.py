@@ -58,7 +58,7 @@ class Switch:
                     for each in names:
                         if state[each].is_floating_point():
                             state[each].copy_(part * ours[each] + (1 - part) * theirs[each])
-            candidate = case.suspect.like(model, f"{case.suspect.source}, modules switched: {name}")
+            candidate = case.suspect.with_model(model, f"{case.suspect.source}, modules switched: {name}")
             self._measure_statistics(candidate, case)
             agreeing = float((answers(candidate, case.held_out) == kept).float().mean())
             success = [moved(candidate, each.trigger, each.target, case.held_out) for each in case.triggers]

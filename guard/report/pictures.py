@@ -14,6 +14,7 @@ from PIL import Image
 from guard._plots import BLUE, GREY, GRID, INK, MUTED, RED, plain, svg
 from guard.screening import Threshold
 from guard.vetting.results import ClassStatistic, FamilyResult
+from guard.vetting.text_results import PromptAssimilation
 
 Bytes = NDArray[np.uint8]
 AMBER = "#a86400"
@@ -89,6 +90,30 @@ def score_plot(scores: Mapping[str, NDArray[np.floating]], threshold: Threshold)
     axis.legend(frameon=False, fontsize=8)
     _plain(axis)
     return _svg(figure, "score histogram")
+
+
+def assimilation_plot(found: PromptAssimilation) -> Markup:
+    """Plot for each held-out prompt how alike the features of its tokens are, without and with the trigger.
+
+    Args:
+        found: One number for each prompt.
+    """
+    figure = Figure(figsize=(9.2, 2.6), layout="constrained", dpi=200)
+    axis = figure.subplots()
+    order = np.argsort(found.plain)
+    for label, values, colour in (
+        ("without the trigger", found.plain, GREY),
+        ("with it, on the reference model", found.reference, BLUE),
+        ("with it", found.triggered, RED),
+    ):
+        axis.scatter(
+            range(len(order)), np.asarray(values)[order], color=colour, s=18, linewidths=0, label=label, zorder=3
+        )
+    axis.set_xlabel("held-out prompts, in the order of their assimilation without the trigger")
+    axis.set_ylabel("assimilation")
+    axis.legend(frameon=False, fontsize=8)
+    _plain(axis)
+    return _svg(figure, "assimilation of each prompt")
 
 
 def png(pixels: Bytes, side: int) -> str:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from guard.profiles import Document
 from guard.vetting import BUDGETS
 from guard.vetting.results import Check, ReferenceModel
+from guard.vetting.text_results import TextVetting
 from guard.vetting.verdict import DOUBT, MAX_STRENGTH, MIN_SUCCESS, is_valid
 
 _GOOD_AGREEMENT = 0.9
@@ -110,6 +111,30 @@ def evidence(document: Document) -> list[str]:
         "with a trigger of another family, or with a stronger trigger, would not be found."
     )
     return [plot, _reference_model(vetting.reference_model), p_value, limits]
+
+
+def text(found: TextVetting) -> list[str]:
+    """Explain the figures of the text tower."""
+    against = text_reference(found)
+    leads = (
+        f"guard looked for something that makes all prompts mean the same on this text tower and not on {against}, and "
+        "names no target: listed texts, pseudo-tokens (vectors in place of tokens), and real tokens near them. A lead "
+        "is the agreement that prompts gain on the suspect, less what they gain on the reference model; 1 is all that "
+        "is possible. “Swapped” is the same with the two exchanged: honest fine-tuning changes a tower both ways, a "
+        "trigger is there on one side only, and so the difference of the two counts."
+    )
+    alike = (
+        "The embeddings of ordinary prompts without a trigger have a mean cosine of "
+        f"{found.reference_model.agreement or 0:.2f} with those of the reference model. Assimilation is the mean "
+        "cosine between the tokens of a prompt; an attack on the last token alone does not raise it. A dynamic trigger "
+        "(a style, an order of words) is no token, and may not be found."
+    )
+    return [leads, alike]
+
+
+def text_reference(found: TextVetting) -> str:
+    """Name the model that a text tower was compared with."""
+    return "the trusted base model" if found.reference_model.kind == "base" else "a model made from the suspect itself"
 
 
 def reference_model(document: Document) -> str:

@@ -25,6 +25,8 @@ from guard.vetting.results import (
     Verdict,
     Vetting,
 )
+from guard.vetting.text_results import TEXT_BUDGETS, TextSearchSettings, TextStatistic, TextVetting
+from guard.vetting.text_verdict import judge_text
 from guard.vetting.verdict import judge
 
 if TYPE_CHECKING:
@@ -33,11 +35,14 @@ if TYPE_CHECKING:
     from guard.vetting.inversion import Effect, Reconstruction, effect, reconstruct
     from guard.vetting.lead import Lead
     from guard.vetting.probes import Probe, listed_probes, read_probes
+    from guard.vetting.prompts import ordinary_prompts, read_prompts
     from guard.vetting.reference import OPINION_REFERENCE, StudentSettings, derive_reference, teach_student
+    from guard.vetting.text_examination import vet_text
 
 __all__ = [
     "BUDGETS",
     "OPINION_REFERENCE",
+    "TEXT_BUDGETS",
     "Budget",
     "Check",
     "ClassStatistic",
@@ -56,17 +61,24 @@ __all__ = [
     "ReferenceModel",
     "SearchSettings",
     "StudentSettings",
+    "TextSearchSettings",
+    "TextStatistic",
+    "TextVetting",
     "Verdict",
     "Vetting",
     "derive_reference",
     "effect",
     "judge",
+    "judge_text",
     "listed_probes",
+    "ordinary_prompts",
     "outliers",
     "read_probes",
+    "read_prompts",
     "reconstruct",
     "teach_student",
     "vet",
+    "vet_text",
 ]
 
 __getattr__ = lazy(
@@ -77,6 +89,8 @@ __getattr__ = lazy(
         "Lead": "lead",
         **dict.fromkeys(("Probe", "listed_probes", "read_probes"), "probes"),
         **dict.fromkeys(("OPINION_REFERENCE", "StudentSettings", "derive_reference", "teach_student"), "reference"),
+        **dict.fromkeys(("ordinary_prompts", "read_prompts"), "prompts"),
         "vet": "examination",
+        "vet_text": "text_examination",
     },
 )

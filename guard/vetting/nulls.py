@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 MIN_NULL = 4
 """Smallest number of other classes from which a spread is estimated; with fewer there is no p-value."""
-_TABLE = "nulls.json"
+_TABLE, _TEXT_TABLE = "nulls.json", "text_nulls.json"
 MAX_DEGREES = 20.0
 """Largest number of degrees of freedom that a prior may add. With one clean model at a time left out of the table, an
 unlimited prior accuses those that were fine-tuned on shifted images."""
@@ -89,6 +89,20 @@ def prior(reference_model: str, family: str, steps: int) -> Prior:
 def largest(reference_model: str, family: str) -> Largest | None:
     """Return what the shipped table knows of the largest statistic of clean models; None where it knows nothing."""
     return _table()[1].get(f"{reference_model}/{family}")
+
+
+@cache
+def _text_table() -> dict[str, Largest]:
+    table = json.loads(resources.files("guard.vetting").joinpath(_TEXT_TABLE).read_text(encoding="utf-8"))
+    return {key: Largest(**entry) for key, entry in table["differences"].items()}
+
+
+def text_null(reference_model: str, family: str) -> Largest | None:
+    """Return what honest fine-tunings of text towers have of a statistic; None where the shipped table has none.
+
+    The statistic is the largest lead less that with the two towers exchanged (`guard.vetting.text_examination`).
+    """
+    return _text_table().get(f"{reference_model}/{family}")
 
 
 def _key(reference_model: str, family: str, steps: int) -> str:

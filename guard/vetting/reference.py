@@ -75,7 +75,8 @@ def derive_reference(
             if parameter.dim() > 1:
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)
                 parameter.add_(settings.noise * parameter.std() * noise)
-    reference_model = classifier.like(model, f"derived reference of {classifier.source}")
+    reference_model = classifier.with_model(model, f"derived reference of {classifier.source}")
+    reference_model.head = classifier.head
     teach(
         reference_model,
         classifier,
@@ -120,7 +121,8 @@ def teach_student(
         pair = isinstance(model.visual(torch.zeros(1, *classifier.image_shape, device=classifier.device)), tuple)
     model.visual = _WithTokens(tower) if pair else tower
     config = {**classifier.config, "student": asdict(settings)}
-    student = classifier.like(model, f"student of {classifier.source}", config)
+    student = classifier.with_model(model, f"student of {classifier.source}", config)
+    student.head = classifier.head
     student.model.visual.train()
     teach(
         student,

@@ -10,7 +10,7 @@ import guard
 from guard.classifiers import ExportParity
 from guard.profiles import Document
 from guard.screening import Judgement, Threshold
-from guard.vetting import Vetting
+from guard.vetting import TextVetting, Vetting
 
 
 def use(*values: object) -> None: ...
@@ -35,6 +35,12 @@ def vet(classifier: guard.Classifier, images: Tensor, base: guard.Classifier | N
     reasons: tuple[str, ...] = verdict.reasons
     use(outcome, target, reasons)
     return verdict
+
+
+def vet_text(classifier: guard.Classifier, base: guard.Classifier | None) -> guard.Profile:
+    text: TextVetting = guard.vet_text(classifier, ["a cat on a mat"], base=base, budget="quick", seed=1)
+    use(text.trigger.text)
+    return guard.Profile.build(classifier, None, text=text)
 
 
 def build(classifier: guard.Classifier, vetting: Vetting, images: Tensor) -> guard.Profile:

@@ -81,3 +81,35 @@ def test_a_file_without_probes_is_refused_before_any_work(
     assert isinstance(result.exception, UsageError)
     assert "probe 1: there is no kind 'dance'" in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_text_tower_alone_needs_no_images(model_directory: Path, tmp_path: Path) -> None:
+    out = tmp_path / "profile"
+    arguments = ["vet", model_directory, "--tower", "text", "--budget", "quick", "--out", out, "--json"]
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], prog_name="guard")
+    assert result.exit_code == 3, result.output
+    document = json.loads(result.stdout)
+    assert document["text"]["verdict"]["outcome"] == document["vetting"]["verdict"]["outcome"] == "inconclusive"
+    assert document["vetting"]["results"] == []
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Text tower: inconclusive" in page
+    assert "not examined" in page
+
+
+@pytest.mark.parametrize(("more", "says"), [((), "give --images"), (("--prompts", "x"), "--tower text")])
+def test_what_a_tower_needs_is_asked_for(
+    model_directory: Path, image_folder: Path, tmp_path: Path, more: Sequence[str], says: str
+) -> None:
+    arguments = ["vet", model_directory, "--out", tmp_path / "profile", *more]
+    if more:
+        arguments += ["--images", image_folder]
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], prog_name="guard")
+    assert isinstance(result.exception, UsageError)
+    assert says in str(result.exception)
+
+
+def test_of_both_towers_the_worse_verdict_counts(model_directory: Path, image_folder: Path, tmp_path: Path) -> None:
+    more = ("--tower", "both", "--budget", "quick", "--json")
+    document = json.loads(vet(model_directory, image_folder, tmp_path / "profile", *more))
+    assert document["vetting"]["verdict"]["outcome"] == "backdoored"
+    assert document["text"]["verdict"]["outcome"] == "inconclusive"

@@ -52,4 +52,4 @@ def backdoored(tmp_path_factory: pytest.TempPathFactory) -> Backdoored:
         replace(SETTINGS, epochs=10, shift=0),
         device=torch.device("cpu"),
     )
-    return Backdoored(base.like(attacked, "attacked"), base, Images(pixels, labels), trigger)
+    return Backdoored(base.with_model(attacked, "attacked"), base, Images(pixels, labels), trigger)

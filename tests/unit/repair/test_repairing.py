@@ -46,7 +46,7 @@ class Vet:
         self.suspects.append(classifier.digest.root)
         outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
         guilty = ("toy",) if outcome == "backdoored" else ()
-        vetting = FakeVetting(*guilty)(classifier.like(classifier.model, "toy"), images)  # type: ignore[arg-type]
+        vetting = FakeVetting(*guilty)(classifier.with_model(classifier.model, "toy"), images)  # type: ignore[arg-type]
         return replace(vetting, verdict=replace(vetting.verdict, outcome=outcome, reasons=("said so",)))  # type: ignore[arg-type]
 
 
@@ -115,7 +115,7 @@ class TestFolder:
     def written(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifier: Classifier, profile: Profile
     ) -> tuple[Path, Repaired]:
-        other = classifier.like(tiny_model(7), "other")
+        other = classifier.with_model(tiny_model(7), "other")
         images = random_images(200)
         labelled = Images(images, other.predict(other.embed(images)))
         monkeypatch.setattr("guard.repair.repairing.vet", Vet("no evidence"))
