@@ -93,8 +93,8 @@ class Classifier:
     def with_model(self, model: torch.nn.Module, source: str, config: Mapping[str, Any] | None = None) -> "Classifier":
         """A classifier with another model, and otherwise with the parts of this one.
 
-        Its head is computed when it is first needed. Where the text tower is the same, `head` may be set to that of this
-        one instead, since that of 1,000 classes takes minutes on a CPU.
+        Its head is computed when it is first needed. Where the text tower is the same, `head` may be set to that of
+        this one instead, since that of 1,000 classes takes minutes on a CPU.
 
         Args:
             model: The model.

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 import grpc
 
-from guard.errors import GuardError
 from guard.evidence import Record
 from guard.protocol import sidecar_pb2 as messages
 from guard.sidecar.host.reporting import Reporter, evidence
@@ -25,7 +24,7 @@ _OPTIONS = (
 )
 
 
-class SourceError(GuardError):
+class SourceError(Exception):
     """A sidecar does not answer; it is asked again."""
 
 
