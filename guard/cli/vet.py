@@ -58,6 +58,14 @@ EXIT_CODES = {"no evidence": 0, "backdoored": 1, "inconclusive": 3}
 )
 @options.budget
 @click.option(
+    "--repeat",
+    type=click.IntRange(1, 100),
+    default=1,
+    show_default=True,
+    help="Number of vettings of the image tower, each with the next seed. Where they do not agree, its verdict is "
+    "inconclusive.",
+)
+@click.option(
     "--limit", type=click.IntRange(min=64), default=2000, show_default=True, help="Maximum number of images to use."
 )
 @click.option(
@@ -84,6 +92,7 @@ def vet(
     out: Path,
     probes: Path | None,
     budget: str,
+    repeat: int,
     limit: int,
     cache: Path | None,
     seed: int,
@@ -134,15 +143,20 @@ def vet(
         console.say(f"{text_vetting.passes} prompt passes in {text_vetting.seconds:.0f} s on {text_vetting.device}")
     if folder is not None:
         pixels = classifier.read(folder, console.progress)
-        image_vetting = guard.vet(
-            classifier,
-            pixels,
-            base=reference,
-            budget=budget,  # type: ignore[arg-type]  # click has checked the choice
-            seed=seed,
-            probes=(*guard.vetting.listed_probes(), *more),
-            cache=searches,
-            progress=console.progress,
+        image_vetting = guard.vetting.agreed(
+            [
+                guard.vet(
+                    classifier,
+                    pixels,
+                    base=reference,
+                    budget=budget,  # type: ignore[arg-type]  # click has checked the choice
+                    seed=each,
+                    probes=(*guard.vetting.listed_probes(), *more),
+                    cache=searches,
+                    progress=console.progress,
+                )
+                for each in range(seed, seed + repeat)
+            ]
         )
         console.say(f"{image_vetting.passes} image passes in {image_vetting.seconds:.0f} s on {image_vetting.device}")
     profile = guard.Profile.build(classifier, image_vetting, text=text_vetting, vocabulary=texts)

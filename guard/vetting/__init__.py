@@ -6,6 +6,7 @@ Results, budgets and verdicts import without torch, for those who only read them
 from typing import TYPE_CHECKING
 
 from guard._lazy import lazy
+from guard.vetting.agreement import agreed
 from guard.vetting.budgets import (
     BUDGETS,
     Budget,
@@ -66,6 +67,7 @@ __all__ = [
     "TextVetting",
     "Verdict",
     "Vetting",
+    "agreed",
     "derive_reference",
     "effect",
     "judge",

@@ -71,6 +71,34 @@ def test_further_probes_come_after_those_of_guard(
     assert tried == [probe.name for probe in listed_probes()] + ["rotation degrees 1", "rotation degrees 2"]
 
 
+def test_several_seeds_must_agree(
+    model_directory: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    def undecided(*arguments: Any, seed: int, **named: Any) -> Vetting:
+        seeds.append(seed)
+        return FakeVetting(*(["tiny"] if seed == 6 else []))(*arguments, **named)
+
+    monkeypatch.setattr("guard.vetting.vet", undecided)
+    arguments = [
+        "vet",
+        model_directory,
+        "--images",
+        image_folder,
+        "--out",
+        tmp_path / "out",
+        "--seed",
+        5,
+        "--repeat",
+        3,
+    ]
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], prog_name="guard")
+    assert result.exit_code == 3, result.output
+    assert seeds == [5, 6, 7]
+    assert "3 vettings that differ in their seed alone do not agree" in result.stdout
+
+
 def test_a_file_without_probes_is_refused_before_any_work(
     model_directory: Path, image_folder: Path, tmp_path: Path
 ) -> None:
