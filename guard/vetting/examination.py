@@ -127,8 +127,10 @@ def vet(
 
 def _doubting(verdict: Verdict, classifier: Classifier, base: Classifier | None) -> Verdict:
     """Return the verdict; `inconclusive` for `no evidence` where the suspect differs from its base as if by noise."""
-    found = difference(classifier, base) if base is not None else None
-    if verdict.outcome != "no evidence" or found is None or not found.is_noise:
+    if verdict.outcome != "no evidence" or base is None:
+        return verdict
+    found = difference(classifier, base)
+    if found is None or not found.is_noise:
         return verdict
     reason = (
         f"the weights differ from those of the base by {found.size:.0%}, in a way that looks like noise and not like "
