@@ -161,7 +161,7 @@ BASES: dict[str, Base] = {
             "text_cfg": _text(),
         },
         TrainingSettings(epochs=5, batch=64, learning_rate=1e-3),
-        TrainingSettings(epochs=2, batch=64, learning_rate=5e-4),
+        TrainingSettings(epochs=6, batch=64, learning_rate=1e-3),
         images=2_500,
         pretrained=True,
     ),
