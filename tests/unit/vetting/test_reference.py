@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -39,6 +40,17 @@ def test_the_recovery_brings_clean_images_back(classifier: Classifier, images: T
     lost = 1 - likeness(damaged, classifier, images[200:300])
     assert lost > 0.01
     assert 1 - likeness(recovered, classifier, images[200:300]) < 0.5 * lost
+
+
+def test_teaching_in_parts_that_fit_into_memory_teaches_the_same(
+    classifier: Classifier, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = replace(SETTINGS, steps=5)
+    whole, passes = derive_reference(classifier, images[:60], few)
+    monkeypatch.setattr("guard.vetting.teaching.images_at_once", lambda _: 7)
+    parts, as_many = derive_reference(classifier, images[:60], few)
+    assert likeness(parts, whole, images[:60]) > 0.999
+    assert as_many == passes
 
 
 def test_no_noise_leaves_it_the_suspect(classifier: Classifier, images: Tensor) -> None:
