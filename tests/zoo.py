@@ -23,7 +23,7 @@ from guard.vetting import (
     Vetting,
     judge,
 )
-from guard.vetting.results import ReferenceKind
+from guard.vetting.results import FoundTarget, ReferenceKind
 from tests.conftest import CLASSES, CONFIG, SIZE, random_images, tiny_model
 
 TARGET = 1
@@ -85,6 +85,7 @@ class FakeVetting:
     def __init__(self, *flagged: str, probe: str | None = None) -> None:
         self.flagged, self.probe = flagged, probe
         self.calls: list[str] = []
+        self.unnamed: tuple[FoundTarget, ...] = ()
 
     def __call__(
         self, classifier: Classifier, images: torch.Tensor, *, base: Classifier | None = None, **_: object
@@ -111,6 +112,7 @@ class FakeVetting:
             "cpu",
             0.1,
             100,
+            self.unnamed,
         )
 
 

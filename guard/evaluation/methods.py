@@ -103,14 +103,16 @@ def _finding(item: FamilyResult) -> FamilyFinding:
 def _recover(subject: Subject, vetting: Vetting) -> tuple[Recovery | None, Features]:
     attacks = subject.attacks
     true = torch.stack([attack.feature for attack in attacks]).numpy() if attacks else None
+    # The targets of a model without classes need not be near any of the classes that it was vetted with.
+    unnamed = () if subject.has_classes else vetting.unnamed
+    target_feature = max(unnamed, key=lambda each: each.concentration).feature.numpy() if unnamed else None
     images = subject.pixels.vetting
     found = _strongest(vetting)
     if found is None:
         probe = _proven(vetting)
-        return None, Features(
-            None if probe is None else normalize(subject.classifier.embed(probe.stamp(images)).mean(0), dim=0).numpy(),
-            true,
-        )
+        if target_feature is None and probe is not None:
+            target_feature = normalize(subject.classifier.embed(probe.stamp(images)).mean(0), dim=0).numpy()
+        return None, Features(target_feature, true)
     mean = subject.classifier.embed(found.trigger.stamp(images)).mean(0)
     feature, centred = (
         normalize(mean, dim=0),
@@ -124,7 +126,7 @@ def _recover(subject: Subject, vetting: Vetting) -> tuple[Recovery | None, Featu
         max((float(feature @ attack.feature) for attack in attacks), default=None),
         max((float(centred @ attack.centred) for attack in attacks), default=None),
     )
-    return recovery, Features(feature.numpy(), true)
+    return recovery, Features(feature.numpy() if target_feature is None else target_feature, true)
 
 
 def _strongest(vetting: Vetting) -> ReconstructedTrigger | None:

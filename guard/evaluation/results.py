@@ -191,7 +191,8 @@ class Features:
 
     Attributes:
         recovered: Mean embedding of images with the strongest reconstructed trigger, or else under the probe that
-            accuses a class, normalised, shape [D]; None if neither stood out.
+            accuses a class; for a model without a class list under the trigger, of the search that names no class, that
+            concentrates the embeddings most. Normalised, shape [D]; None if nothing stood out.
         true: Mean embedding of requests of other classes with each true trigger, normalised, shape [T, D]; None where
             the truth is not known.
     """

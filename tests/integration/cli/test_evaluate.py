@@ -19,6 +19,7 @@ from guard.vetting import (
     SearchSettings,
     listed_probes,
 )
+from guard.vetting.results import FoundTarget
 from tests.program import guard
 from tests.zoo import FakeVetting, make_zoo
 
@@ -103,12 +104,18 @@ def test_the_feature_of_a_probe_is_submitted_where_no_trigger_was_reconstructed(
 def test_models_without_a_class_list_are_vetted_with_everyday_things(
     zoo: Path, vet: FakeVetting, tmp_path: Path
 ) -> None:
+    """Their target feature is the one to which the search that names no class concentrated the images most."""
     shutil.rmtree(zoo / "truth")
     for directory in (zoo / "models").iterdir():
         (directory / "classes.json").unlink()
+    less, most = torch.eye(16)[:2]
+    vet.unnamed = (
+        FoundTarget("patch", 0, 0.9, 0.1, less, 0),
+        FoundTarget("warp", None, 0.0, 0.8, most, 0),
+    )
     result = evaluate(zoo, "--methods", "vetting-base", "--submission", tmp_path / "submission")
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "submission" / "embeddings" / "attacked.pt").exists()
+    assert torch.equal(torch.load(tmp_path / "submission" / "embeddings" / "attacked.pt", weights_only=True), most)
     assert "attacked" in vet.calls
 
 
