@@ -37,6 +37,10 @@ MethodOutput = tuple[Detection | Screening, Features]
 
 _PUBLISHED_PL1 = 0.1
 """Published threshold of DECREE: a smaller share of the image counts as a backdoor."""
+_CONCENTRATED = 0.15
+"""Concentration from which what a search that names no class found is a target. Of nine models of the zoo `small` of
+seed 50, with their bases, five backdoored ones have 0.30 to 0.91 and the right target, two have 0.02 and 0.04 and a
+wrong one; two clean ones have −0.03 and 0.01."""
 _SMALLEST = 1e-300
 """Smaller p-values are counted as this one, so that their logarithm is finite."""
 
@@ -104,7 +108,7 @@ def _recover(subject: Subject, vetting: Vetting) -> tuple[Recovery | None, Featu
     attacks = subject.attacks
     true = torch.stack([attack.feature for attack in attacks]).numpy() if attacks else None
     # The targets of a model without classes need not be near any of the classes that it was vetted with.
-    unnamed = () if subject.has_classes else vetting.unnamed
+    unnamed = [each for each in vetting.unnamed if not subject.has_classes and each.concentration >= _CONCENTRATED]
     target_feature = max(unnamed, key=lambda each: each.concentration).feature.numpy() if unnamed else None
     images = subject.pixels.vetting
     found = _strongest(vetting)
