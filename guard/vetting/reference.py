@@ -76,6 +76,7 @@ def derive_reference(
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)
                 parameter.add_(settings.noise * parameter.std() * noise)
     reference_model = classifier.with_model(model, f"derived reference of {classifier.source}")
+    reference_model.head = classifier.head  # the same text tower; the prompts of 1,000 classes take minutes on a CPU
     reference_model.head = classifier.head
     teach(
         reference_model,
@@ -122,6 +123,7 @@ def teach_student(
     model.visual = _WithTokens(tower) if pair else tower
     config = {**classifier.config, "student": asdict(settings)}
     student = classifier.with_model(model, f"student of {classifier.source}", config)
+    student.head = classifier.head
     student.head = classifier.head
     student.model.visual.train()
     teach(
