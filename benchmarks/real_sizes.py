@@ -1,6 +1,6 @@
 """What vetting costs at the size of deployed models: an open_clip ViT-B/32 at 224 pixels with 1,000 classes.
 
-python -m benchmarks.real_sizes --images FOLDER --model ZOO/models/NAME --base ZOO/models/BASE [--device DEVICE]
+python -m benchmarks.real_sizes --images FOLDER --model MODEL --base BASE --small-images FOLDER [--device DEVICE]
 
 The large model has random weights, which cost as much as others. Each part of a vetting runs for a few steps, for its
 time per pass and the memory that it takes. How many passes a whole vetting makes does not depend on the tower: it is
