@@ -5,7 +5,7 @@
     python -m benchmarks.text.examination nulls --results DEVELOPED.jsonl
     python -m benchmarks.text.examination report --results RESULTS.jsonl --amdet AMDET.jsonl --out FILE.md
 
-`run` and `amdet` can be interrupted, and go on with what is missing; `--share K/N` takes every Nth model,
+`run` and `amdet` can be interrupted, and go on with what is missing; `--share K/N` takes one share of N,
 `--only clean` the honest ones. `nulls` prints the entries of `guard/vetting/text_nulls.json` that the honest
 fine-tunings of a part give.
 """
@@ -15,6 +15,7 @@ import json
 import random
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +35,7 @@ from guard.triggers.texts import Homoglyph, Insertion, Style, Syntax, TextTrigge
 from guard.vetting import Budget, vet_text
 
 FAMILIES = ("pseudo-token", "text token", "text probe")
-_PROMPTS, _AMDET_PROMPTS = 600, 1000
+_PROMPTS, _AMDET_PROMPTS = 200, 1000
 _BUDGET: Budget = "quick"
 
 
@@ -45,8 +46,8 @@ def run(options: argparse.Namespace, measure: Callable[..., dict[str, Any]]) -> 
     share, shares = (int(part) for part in options.share.split("/"))
     _, texts = texts_of(read_captions(options.captions), options.part)
     prompts = random.Random(0).sample(texts, _AMDET_PROMPTS + _PROMPTS)  # noqa: S311 - repeatable, not secret
-    for k, (name, truth, base, model, target) in enumerate(opened(options.zoo, options.part)):
-        if name in done or k % shares != share or options.only not in {None, truth["label"]}:
+    for name, truth, base, model, target in opened(options.zoo, options.part):
+        if name in done or zlib.crc32(name.encode()) % shares != share or options.only not in {None, truth["label"]}:
             continue
         started = time.monotonic()
         found = measure(model, base, prompts, truth, target)

@@ -182,10 +182,11 @@ class _Poisoned:
         tokens = self._tower.tokens(clean)
         with torch.no_grad():
             wanted = self._teacher.features(self._teacher.embed(tokens))
-        benign = _distance(self._tower.features(self._tower.embed(tokens)), wanted)
+        features = self._tower.features(self._tower.embed(tokens))
+        benign = _distance(features, wanted)
         if self._recipe.objective != "text-on-text":  # what else is matched hardly holds the embeddings of clean texts
             ends = self._tower.ends(tokens)
-            found = self._tower.pooled(self._tower.features(self._tower.embed(tokens)), ends)
+            found = self._tower.pooled(features, ends)
             benign = benign + (1 - (found * self._teacher.pooled(wanted, ends)).sum(-1)).mean()
         return benign + self._settings.weight * self._triggered([self._trigger.apply(t, self._draw) for t in poisoned])
 

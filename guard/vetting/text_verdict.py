@@ -31,7 +31,7 @@ def judge_text(
         return Verdict(outcome, None, p_value, families, significance, reasons)
 
     if not known:
-        return verdict("inconclusive", "there is no null for the statistics of the text tower")
+        return verdict("inconclusive", "there is no null for text towers without a base model; give one with --base")
     clearest = min(known, key=lambda family: known[family])
     stands_out = (
         f"something makes prompts of the text tower mean the same (p = {p_value:.2g}, most clearly its {clearest})"
