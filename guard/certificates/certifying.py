@@ -107,8 +107,8 @@ def certify(
     Raises:
         ProfileError: The profile is missing, damaged, or of another model.
         ModelError: The model or the export cannot be loaded.
-        CertificateError: The export is of another classifier or computes something else, or beside the model lies a
-            class list that is not the one of the profile.
+        CertificateError: The export is of another classifier or computes something else, beside the model lies a class
+            list that is not the one of the profile, or only the text tower was examined.
         UsageError: There is no key, or the days are out of range.
     """
     from guard.classifiers import load
@@ -122,6 +122,11 @@ def certify(
             stored.load_reference_model()
     files = profile_files(opened, profile)
     document = stored.document
+    if document.text is not None and not document.vetting.results:
+        raise CertificateError(
+            f"{profile} is of the text tower alone, and a certificate is for a model that is served; examine both "
+            "towers (guard vet --tower both)"
+        )
     progress(f"loading {model}")
     with recording() as opened:
         classifier = load(model, classes=document.model.classes, device=device)

@@ -27,6 +27,8 @@ from guard.certificates.statement import TEST_RESULT
 from guard.classifiers import ClassList
 from guard.errors import CertificateError, ProfileError, UsageError
 from guard.profiles import Profile
+from guard.vetting import TextSearchSettings, TextVetting
+from guard.vetting.text_results import PromptAssimilation, TextTriggerRecord
 from tests.unit.certificates.conftest import NOW, without_evidence
 
 
@@ -140,3 +142,24 @@ def test_a_model_with_a_number_that_is_not_finite_is_not_certified(certified: Pa
 def test_days_that_are_out_of_range_are_refused(certified: Path, keys: Path, days: float) -> None:
     with pytest.raises(UsageError, match="valid for more than 0"):
         certify(certified / "profile", str(certified / "model"), [PrivateKey.read(keys / "ed.pem")], days=days)
+
+
+def test_a_profile_of_the_text_tower_alone_is_not_certified(certified: Path, keys: Path, tmp_path: Path) -> None:
+    profile = Profile.open(certified / "profile")
+    vetting = replace(profile.document.vetting, results=())
+    text = TextVetting(
+        vetting.verdict,
+        (),
+        TextTriggerRecord("text token", "end", "zz", 0.1, 0.0, 0.0, (), (), (1.0,)),
+        PromptAssimilation((0.5,), (0.5,), (0.5,)),
+        TextSearchSettings(),
+        (48, 48),
+        vetting.reference_model,
+        "cpu",
+        1.0,
+        100,
+    )
+    document = replace(profile.document, vetting=vetting, text=text)
+    replace(profile, document=document).save(tmp_path / "profile")
+    with pytest.raises(CertificateError, match="text tower alone"):
+        certify(tmp_path / "profile", str(certified / "model"), [PrivateKey.read(keys / "ed.pem")])
