@@ -33,9 +33,11 @@ from guard.classifiers import Classifier, TextTower
 from guard.evaluation.statistics import Rate, auroc
 from guard.triggers.texts import Homoglyph, Insertion, Style, Syntax, TextTrigger
 from guard.vetting import Budget, vet_text
+from guard.vetting.nulls import text_null
+from guard.vetting.verdict import combine
 
 FAMILIES = ("pseudo-token", "text token", "text probe")
-_PROMPTS, _AMDET_PROMPTS = 200, 1000
+_PROMPTS, _AMDET_PROMPTS = 200, 400
 _BUDGET: Budget = "quick"
 
 
@@ -160,6 +162,7 @@ def report(results: list[dict[str, Any]], published: list[dict[str, Any]], comma
         f"| honest fine-tunings `inconclusive` | {undecided} of {len(clean)} |",
         f"| F1 over these models | {score:.3f} |",
         f"| AUROC of the p-value | {_area(attacked, clean, _guard)} |",
+        f"| the same without probes, whose list has the one-letter triggers | {_area(attacked, clean, _unprobed)} |",
         f"| seconds for a tower, median (one thread, busy machine) | {seconds:.0f} |",
         "",
         head,
@@ -192,7 +195,7 @@ def _amdet_lines(published: list[dict[str, Any]]) -> list[str]:
     attacked = [item for item in published if item["label"] == "backdoored"]
     eos = [item for item in attacked if item["recipe"]["name"].startswith("eos-only")]
     others = [item for item in attacked if item not in eos]
-    limits = f"AMDET as released, with {_AMDET_PROMPTS} prompts (at most 160 steps) where it uses 4,000 (640):"
+    limits = f"AMDET as released, with {_AMDET_PROMPTS} prompts (at most 64 steps) where it uses 4,000 (640):"
     lines = ["", limits, "", "| | |", "| --- | --- |"]
     lines.append(
         f"| honest fine-tunings it accuses | {Rate.of(sum(i['backdoored'] for i in clean), len(clean)).brief} |"
@@ -216,6 +219,14 @@ def _area(
 
 def _guard(item: dict[str, Any]) -> float:
     return -float(item["p_value"])
+
+
+def _unprobed(item: dict[str, Any]) -> float:
+    p_values = []
+    for family in FAMILIES[:2]:
+        null, (value, swapped) = text_null("base", family), item["statistics"][family]
+        p_values.append(1.0 if null is None else null.p_value(value - swapped))
+    return -combine(p_values)
 
 
 def _amdet(item: dict[str, Any]) -> float:
