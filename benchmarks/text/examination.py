@@ -27,7 +27,7 @@ from torch.nn.functional import normalize
 
 from benchmarks._record import heading
 from benchmarks.text.bases import read_captions
-from benchmarks.text.zoo import PARTS, opened, texts_of
+from benchmarks.text.zoo import PARTS, items, opened, texts_of
 from guard.baselines import AmdetSettings, amdet
 from guard.classifiers import Classifier, TextTower
 from guard.evaluation.statistics import Rate, auroc
@@ -143,7 +143,10 @@ def report(results: list[dict[str, Any]], published: list[dict[str, Any]], comma
     recall = len(accused) / max(1, len(attacked))
     score = 2 * precision * recall / max(1e-9, precision + recall)
     intro = (
-        f"Base of seed {PARTS['reported']}, {len(attacked)} attacked towers, {len(failed)} failed attacks (listed, not "
+        f"{len(results)} of the {len(items('reported'))} towers of the part `reported`: those that were built and examined "
+        "in the time that there was, in an order that was shuffled beforehand. The embeddings of clean texts on the "
+        f"attacked towers have a mean cosine of {_kept(attacked):.2f} (median) with the base's, on the honest ones of "
+        f"{_kept(clean):.2f}.\n\nBase of seed {PARTS['reported']}, {len(attacked)} attacked towers, {len(failed)} failed attacks (listed, not "
         f"counted), {len(clean)} honest fine-tunings. Nulls and settings were chosen on the part `developed` (another "
         "base, other seeds, captions, triggers and targets). Small towers trained here (benchmarks/text/bases.py), not "
         f"OpenAI's CLIP. Intervals are of 95 %; reference model: the base; budget: {_BUDGET}; seed 0.\n"
@@ -207,6 +210,10 @@ def _amdet_lines(published: list[dict[str, Any]]) -> list[str]:
             lines.append(f"| {name}: AUROC of its loss at the end | {_area(some, clean, _amdet)} |")
     lines.append(f"| seconds for a tower, median | {np.median([item['seconds'] for item in published]):.0f} |")
     return lines
+
+
+def _kept(some: list[dict[str, Any]]) -> float:
+    return float(np.median([item["truth"]["similarity"] for item in some]))
 
 
 def _area(
