@@ -142,14 +142,16 @@ def report(results: list[dict[str, Any]], published: list[dict[str, Any]], comma
     precision = len(accused) / max(1, len(accused) + len(false))
     recall = len(accused) / max(1, len(attacked))
     score = 2 * precision * recall / max(1e-9, precision + recall)
+    built = f"{len(results)} of the {len(items('reported'))} towers of the part `reported`"
     intro = (
-        f"{len(results)} of the {len(items('reported'))} towers of the part `reported`: those that were built and examined "
-        "in the time that there was, in an order that was shuffled beforehand. The embeddings of clean texts on the "
-        f"attacked towers have a mean cosine of {_kept(attacked):.2f} (median) with the base's, on the honest ones of "
-        f"{_kept(clean):.2f}.\n\nBase of seed {PARTS['reported']}, {len(attacked)} attacked towers, {len(failed)} failed attacks (listed, not "
-        f"counted), {len(clean)} honest fine-tunings. Nulls and settings were chosen on the part `developed` (another "
-        "base, other seeds, captions, triggers and targets). Small towers trained here (benchmarks/text/bases.py), not "
-        f"OpenAI's CLIP. Intervals are of 95 %; reference model: the base; budget: {_BUDGET}; seed 0.\n"
+        f"{built}: those that were built and examined in the time that there was, in a shuffled order. Embeddings of "
+        f"clean texts on the attacked towers have a mean cosine of {_kept(attacked):.2f} (median) with the base's, on "
+        f"the honest ones of {_kept(clean):.2f}.\n\n"
+        f"Base of seed {PARTS['reported']}, {len(attacked)} attacked towers, {len(failed)} failed attacks (listed, not "
+        f"counted), {len(clean)} honest fine-tunings. Nulls and settings were chosen on the part `developed`: another "
+        "base, which was trained for eight epochs and not for three, other seeds, captions, triggers and targets. "
+        "Small towers trained here (benchmarks/text/bases.py), not OpenAI's CLIP. Intervals are of 95 %; reference: "
+        f"the base; budget: {_BUDGET}; seed 0.\n"
     )
     seconds = float(np.median([item["seconds"] for item in results]))
     head = (
