@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from email.utils import formatdate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote
 
 from guard.errors import UsageError
@@ -98,10 +98,7 @@ class HttpServer:
 
     async def _serve(self) -> None:
         start = asyncio.start_unix_server if self._listening.family == socket.AF_UNIX else asyncio.start_server
-        patience = None if self._tls is None else HEAD_SECONDS
-        server = await start(
-            self._answer, sock=self._listening, limit=_LONGEST_HEAD, ssl=self._tls, ssl_handshake_timeout=patience
-        )
+        server = await start(self._answer, sock=self._listening, limit=_LONGEST_HEAD)
         companion = None if self._companion is None else asyncio.ensure_future(self._companion())
         await self._stopping.wait()
         if companion is not None:
@@ -130,6 +127,9 @@ class HttpServer:
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(HEAD_SECONDS):
+                if self._tls is not None:
+                    # Here and not before, so that those who do not get on with it count among the connections.
+                    await writer.start_tls(self._tls)
                 environ = await _read_head(reader)
         except ValueError:
             answer = _message("400 Bad Request", [], b"", with_body=False)
@@ -159,16 +159,17 @@ class HttpServer:
         writer.transport.set_write_buffer_limits(high=_BUFFERED)
         writer.write(_head("200 OK", headers))
         # A client that is gone is noticed at once, and not at the next event.
-        gone = asyncio.ensure_future(_read_to_the_end(reader))
-        gone.add_done_callback(lambda _: writer.transport.abort())
+        gone, sending = (
+            asyncio.ensure_future(_read_to_the_end(reader)),
+            cast("asyncio.Task[None]", asyncio.current_task()),
+        )
+        gone.add_done_callback(lambda _: sending.cancel())
         try:
             async with aclosing(stream.events) as events:
                 async for event in events:
                     writer.write(event)
                     async with asyncio.timeout(_WRITE_SECONDS):
                         await writer.drain()
-                    if writer.transport.is_closing():
-                        return
         finally:
             gone.cancel()
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -220,13 +221,15 @@ class TestRequests:
 
     def test_streams_are_bounded_and_a_place_becomes_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(serving, "MAX_STREAMS", 2)
+        monkeypatch.setattr(feed, "HEARTBEAT_SECONDS", 10 * SECONDS)  # it becomes free before anything is sent
         with page() as address:
             streams = [Events(address) for _ in range(2)]
             assert get(address, "/api/events").status == 503
             assert get(address, "/api/overview").status == 200
             streams.pop().response.close()
+            before = time.monotonic()
             while get(address, "/api/events").status == 503:
-                pass
+                assert time.monotonic() < before + SECONDS
 
 
 class TestContents:
