@@ -48,8 +48,8 @@ def top(
     """Serve a page that shows running sidecars: their state, their models, and flagged requests as they come.
 
     Each ADDRESS is the --admin address of a sidecar: HOST:PORT, or unix:PATH. For a sidecar with several --processes,
-    unix:PATH stands for all of them. It is the page of guard serve --dashboard, for any number of sidecars. Ctrl-C ends
-    it.
+    unix:PATH stands for all of them that run when guard top starts. It is the page of guard serve --dashboard, for any
+    number of sidecars. Ctrl-C ends it.
     """
     from guard.sidecar.addresses import is_loopback
     from guard.sidecar.host.dashboard import Access, Remote, serve_dashboard

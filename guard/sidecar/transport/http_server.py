@@ -135,13 +135,17 @@ class HttpServer:
         except ValueError:
             answer = _message("400 Bad Request", [], b"", with_body=False)
         else:
-            if environ["REQUEST_METHOD"] == "GET" and (stream := self._streams(environ)) is not None:
+            stream = self._streams(environ) if environ["REQUEST_METHOD"] in _READING else None
+            if stream is not None and environ["REQUEST_METHOD"] == "GET":
                 # It does not count among the connections, since it is old by nature and bounded elsewhere.
                 self._open.pop(_this_task(), None)
                 await self._flow(stream, reader, writer)
                 return
-            # Whoever is displaced while waiting for a thread gets no answer, so that a flood makes no work.
-            answer = await self._loop.run_in_executor(self._pool, _respond, self._application, environ)
+            if stream is not None:
+                answer = _head("200 OK", _stream_headers(stream))
+            else:
+                # Whoever is displaced while waiting for a thread gets no answer, so that a flood makes no work.
+                answer = await self._loop.run_in_executor(self._pool, _respond, self._application, environ)
         # `drain` then waits until the kernel has taken all of it.
         writer.transport.set_write_buffer_limits(high=0)
         writer.write(answer)
@@ -156,9 +160,8 @@ class HttpServer:
 
     async def _flow(self, stream: EventStream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Send events until they end, or until the client is gone or does not read them."""
-        headers = [("Content-Type", "text/event-stream"), *stream.headers, ("Connection", "close")]
         writer.transport.set_write_buffer_limits(high=_BUFFERED)
-        writer.write(_head("200 OK", headers))
+        writer.write(_head("200 OK", _stream_headers(stream)))
         # A client that is gone is noticed at once, and not at the next event.
         gone, sending = asyncio.ensure_future(_read_to_the_end(reader)), _this_task()
         gone.add_done_callback(lambda _: sending.cancel())
@@ -231,6 +234,10 @@ def _respond(application: "WSGIApplication", environ: "WSGIEnvironment") -> byte
         log.exception("a request over HTTP failed")
         status, headers, body = "500 Internal Server Error", [], b""
     return _message(status, headers, body, with_body=method == "GET")
+
+
+def _stream_headers(stream: EventStream) -> list[tuple[str, str]]:
+    return [("Content-Type", "text/event-stream"), *stream.headers, ("Connection", "close")]
 
 
 def _message(status: str, headers: Iterable[tuple[str, str]], body: bytes, *, with_body: bool) -> bytes:

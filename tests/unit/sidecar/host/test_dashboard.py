@@ -206,6 +206,16 @@ class TestRequests:
             for right in (f"Basic {basic}", f"Bearer {token.decode()}"):
                 assert get(address, "/api/overview", Authorization=right).status == 200
 
+    def test_a_head_of_the_events_has_their_head_and_takes_no_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(serving, "MAX_STREAMS", 1)
+        with page() as address:
+            for _ in range(2):
+                response = get(address, "/api/events", "HEAD")
+                assert (response.status, response.headers["Content-Type"]) == (200, "text/event-stream")
+            only = Events(address)
+            assert get(address, "/api/events", "HEAD").status == 503
+            only.response.close()
+
     def test_there_is_nothing_else(self) -> None:
         with page() as address:
             settled(address)
