@@ -163,12 +163,12 @@ class Feed:
 
     async def _asked(self, number: int, source: Source) -> dict[str, Any]:
         """The state of a sidecar; raises what it raises, and ValueError if it cannot be shown."""
-        status, listed = await source.status(), await source.models()
+        status, listed = _bounded(await source.status()), _bounded(await source.models())
         await self._draw(number, source, listed)
         if not self._settings[number]:
             found = await source.configuration()
             self._settings[number] = [_json(each) for each in _bounded(found).settings]
-        return self._state(number, _bounded(status), _bounded(listed))
+        return self._state(number, status, listed)
 
     def _state(self, number: int, status: messages.Status, listed: messages.ListModelsResponse) -> dict[str, Any]:
         for model in listed.models:  # JSON leaves out messages that are not there, and the page reads these
@@ -195,10 +195,10 @@ class Feed:
         now = tuple((model.label, model.digest, model.loaded_at.ToNanoseconds()) for model in listed.models)
         if now != self._pictured[number]:
             drawn = await source.models(with_pictures=True)
-            left, pictures = MAX_PICTURE_BYTES, {}
+            left, pictures = MAX_PICTURE_BYTES, dict[tuple[str, str], bytes]()
             for model in drawn.models:
                 for trigger in model.triggers:
-                    if trigger.picture and (left := left - len(trigger.picture)) >= 0:
+                    if trigger.picture and (left := left - trigger.ByteSize()) >= 0:
                         pictures[model.label, trigger.id] = trigger.picture
             self._pictures[number] = pictures
             self._pictured[number] = now
