@@ -39,7 +39,7 @@ class FakeSidecar:
     """A `guard.sidecar.host.dashboard.Source`; `flag` may be called from any thread."""
 
     def __init__(self, address: str = "", *models: messages.Model) -> None:
-        self.address = address
+        self.address = self.sidecar = address
         self.state: messages.Status | None = messages.Status(version="1.2.3", ready=True)
         self.served = models or (a_model(),)
         self.settings = [messages.Setting(name="mode", value='"tag"', source=messages.Setting.SOURCE_FILE)]

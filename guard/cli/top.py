@@ -1,5 +1,7 @@
 """`guard top`."""
 
+import glob
+import re
 import signal
 import time
 from contextlib import suppress
@@ -46,8 +48,8 @@ def top(
     """Serve a page that shows running sidecars: their state, their models, and flagged requests as they come.
 
     Each ADDRESS is the --admin address of a sidecar: HOST:PORT, or unix:PATH. For a sidecar with several --processes,
-    unix:PATH stands for all of them. It is the page of guard serve --dashboard, for any number of sidecars. Ctrl-C ends
-    it.
+    unix:PATH stands for all of them that run when guard top starts. It is the page of guard serve --dashboard, for any
+    number of sidecars. Ctrl-C ends it.
     """
     from guard.sidecar.addresses import is_loopback
     from guard.sidecar.host.dashboard import Access, Remote, serve_dashboard
@@ -63,15 +65,15 @@ def top(
             raise UsageError(
                 f"the page shows what attackers want to know, so --listen takes a loopback address, not {listen}"
             )
-        processes = [process for address in addresses for process in _processes(address)]
+        processes = dict.fromkeys(process for address in addresses for process in _processes(address))
     except ValueError as error:
         raise UsageError(str(error)) from error
     credentials = client_credentials(tls, tls_certificate, tls_key)
-    sources = [Remote(Endpoint(address, credentials, server_name)) for address in dict.fromkeys(processes)]
+    sources = [Remote(Endpoint(address, credentials, server_name), _sidecar(address)) for address in processes]
     console = Console(as_json=as_json)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), serve_dashboard(listen, sources, Access()) as actual:
-        console.result({"page": f"http://{actual}/", "sidecars": processes}, f"http://{actual}/")
+        console.result({"page": f"http://{actual}/", "sidecars": list(processes)}, f"http://{actual}/")
         while True:
             time.sleep(_POLL_SECONDS)
 
@@ -89,7 +91,16 @@ def _processes(address: str) -> list[str]:
         split_address(address)
         return [address]
     several = sorted(
-        (each for each in path.parent.glob(f"{path.name}.*") if each.is_socket() and each.suffix[1:].isdecimal()),
+        (
+            each
+            for each in path.parent.glob(f"{glob.escape(path.name)}.*")
+            if each.is_socket() and each.suffix[1:].isdecimal()
+        ),
         key=lambda each: int(each.suffix[1:]),
     )
     return [address] if path.exists() or not several else [f"unix:{each}" for each in several]
+
+
+def _sidecar(process: str) -> str:
+    """What the processes of one sidecar have in common: `unix:PATH` of `unix:PATH.3`; the address itself over TCP."""
+    return re.sub(r"\.[0-9]+$", "", process) if process.startswith("unix:") else process

@@ -395,7 +395,10 @@ def to_record(row: Row[Any]) -> Record:
         for name in ("scores", "thresholds"):
             numbers = _NUMBERS.validate_json(values[name])
             values[name] = {score: math.nan if value is None else value for score, value in numbers.items()}
-        return Record(**{**values, "image": int(values["image"])})
+        image = int(values["image"])
+        if values["id"] < 1 or not 0 <= image < 2**32:
+            raise ValueError(image)  # noqa: TRY301 - it is told as other damage
+        return Record(**{**values, "image": image})
     except (AttributeError, TypeError, ValueError) as error:
         raise EvidenceError(f"record {values['id']} of the evidence log is damaged") from error
 

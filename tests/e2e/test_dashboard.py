@@ -20,7 +20,7 @@ from guard.classifiers import ExportedClassifier
 from guard.profiles import Profile
 from guard.protocol import SERVICE
 from guard.protocol import sidecar_pb2 as messages
-from guard.sidecar.host.dashboard import Access, serve_dashboard
+from guard.sidecar.host.dashboard import Access, feed, serve_dashboard
 from guard.triggers import Patch
 from tests.conftest import random_images
 from tests.e2e.debian import program
@@ -163,7 +163,59 @@ def test_it_can_be_used_on_a_narrow_screen_and_by_keyboard_alone(browser: Browse
         browser.ask("document.querySelector('summary').focus()")
         browser("press", "Enter")
         browser.until("document.querySelectorAll('#values tr').length == 1")
+        browser("colours", "dark")
+        assert browser.ask("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 28)"
+        assert browser.serious(axe) == []
+        browser("open", browser.ask("document.querySelector('#flagged a').href"))
+        browser.until("document.querySelector('#record table') !== null")
+        assert browser.serious(axe) == []
+        browser("colours", "light")
         assert browser("errors") == []
+
+
+def test_who_reads_advice_keeps_the_place_while_requests_come(
+    browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "_POLL_SECONDS", 0.01)
+
+    def unchecked(count: int) -> messages.Model:
+        many = messages.Traffic(requests={"pass": 4 * count, "unchecked": count}, unchecked={"timeout": count})
+        return a_model(traffic=many)
+
+    sidecar = FakeSidecar("", unchecked(100))
+    with serve_dashboard("127.0.0.1:0", [sidecar], Access()) as address:
+        browser("open", f"http://{address}/")
+        browser.until("document.querySelector('#conditions a') !== null")
+        browser.ask("document.querySelector('#conditions a').focus()")
+        sidecar.served = (unchecked(200),)
+        browser.until("document.getElementById('unchecked').innerText.includes('200')")
+        assert browser.ask(FOCUSED).endswith("GuardUncheckedRequests.md")
+
+
+def test_numbers_that_no_sidecar_has_leave_the_page_usable(browser: Browser) -> None:
+    most, wrong = 2**64 - 1, float("nan")
+    traffic = messages.Traffic(
+        requests={"pass": most, "__proto__": most}, images={"flag": most}, unchecked={"constructor": most},
+        scores=messages.Histogram(bounds=[wrong, -float("inf")], counts=[most] * 3),
+    )  # fmt: skip
+    many = messages.Traffic(scores=messages.Histogram(counts=range(200_000)))
+    models = a_model(alpha=wrong, threshold=wrong, traffic=traffic), a_model(label="many", traffic=many)
+    bad, good = FakeSidecar("bad", *models), FakeSidecar("good", a_model(label="cars"))
+    scores = {"score": float("inf"), "__proto__": wrong}
+    with serve_dashboard("127.0.0.1:0", [bad, good], Access()) as address:
+        before = len(browser("errors"))
+        bad.flag(a_flag(1, scores=scores, thresholds={"score": wrong}, p_value=wrong, image=2**32 - 1, lost=most))
+        browser("open", f"http://{address}/")
+        browser.until(rows("== 1") + " && document.querySelectorAll('#models tr').length == 3")
+        browser.until("document.getElementById('scores').innerText.includes('cars')")
+        browser("open", browser.ask("document.querySelector('#flagged a').href"))
+        browser.until("document.querySelector('#record table') !== null")
+        for nothing in ("%zz", "..%2f..", "%00"):
+            browser("open", f"http://{address}/record/{nothing}")
+            browser.until("document.getElementById('record').innerText.includes('no longer here')")
+        # Numbers that are none have no place in a drawing, which is said, and answers of 404; nothing stops the page.
+        said = [text for text in browser("errors")[before:] if "Failed to load resource" not in text]
+        assert [text for text in said if not text.startswith("Error: <")] == []
 
 
 def test_a_script_in_a_name_stays_text(browser: Browser) -> None:

@@ -7,10 +7,12 @@ Names follow the semantic conventions for RPC (`rpc.*`), and the draft of those 
 (`guard.decision`) is told apart from what it did about it (`guard.enforced`).
 """
 
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import TYPE_CHECKING, Literal
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, Literal
 
 import grpc
 import numpy as np
@@ -20,12 +22,17 @@ from guard.sidecar.addresses import socket_path, split_address
 from guard.sidecar.policy import Outcome
 
 if TYPE_CHECKING:
+    from opentelemetry.context import Context as ParentContext
     from opentelemetry.trace import Span as ApiSpan
-    from opentelemetry.trace import Tracer
+    from opentelemetry.trace import SpanKind, Tracer
+
+log = logging.getLogger(__name__)
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 Enforced = Literal["refused", "annotated", "none"]
 
+_KEY, _VALUE = re.compile(r"(?!grpc-)[a-z0-9_.-]+(?<!-bin)"), re.compile(r"[ -~]+")
+"""Names and texts that metadata may have."""
 _FAULTS_OF_SERVERS = {
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -57,7 +64,8 @@ class Span:
     def describe(self, **attributes: str | float) -> None:
         """Add attributes `guard.*`; those that are "" are left out."""
         if self._span is not None:
-            self._span.set_attributes({f"guard.{name}": value for name, value in attributes.items() if value != ""})
+            with _harmless():
+                self._span.set_attributes({f"guard.{name}": value for name, value in attributes.items() if value != ""})
 
     def decided(self, outcome: Outcome, enforced: Enforced) -> None:
         """Add what guard found out about a request, and what it did about it."""
@@ -86,10 +94,22 @@ class Span:
             return
         from opentelemetry.trace import StatusCode
 
-        self._span.set_attribute("rpc.response.status_code", code.name)
-        if code in _FAULTS_OF_SERVERS or (of_client and code is not grpc.StatusCode.OK):
-            self._span.set_attribute("error.type", code.name)
-            self._span.set_status(StatusCode.ERROR)
+        with _harmless():
+            self._span.set_attribute("rpc.response.status_code", code.name)
+            if code in _FAULTS_OF_SERVERS or (of_client and code is not grpc.StatusCode.OK):
+                self._span.set_attribute("error.type", code.name)
+                self._span.set_status(StatusCode.ERROR)
+
+
+class _Carrier(dict[str, str]):
+    """Metadata for a propagator, some of which write names with capitals; gRPC has none."""
+
+    def get(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - as of a dict
+        """The value under a name in any letters."""
+        return super().get(key.lower(), default)
+
+    def __setitem__(self, key: str, value: str) -> None:
+        super().__setitem__(key.lower(), value)
 
 
 @contextmanager
@@ -106,12 +126,11 @@ def server_span(path: str, metadata: Metadata) -> Iterator[Span]:
     from opentelemetry import propagate
     from opentelemetry.trace import SpanKind
 
-    parent = propagate.extract({key: value for key, value in metadata if isinstance(value, str)})
-    with maker.start_as_current_span(
-        path.removeprefix("/"), parent, SpanKind.SERVER, _of_method(path), record_exception=False,
-        set_status_on_exception=False,
-    ) as span:  # fmt: skip
-        yield Span(span)
+    parent = None
+    with _harmless():
+        parent = propagate.extract(_Carrier((key, value) for key, value in metadata if isinstance(value, str)))
+    with _current(maker, path.removeprefix("/"), parent, SpanKind.SERVER, _of_method(path)) as span:
+        yield span
 
 
 @contextmanager
@@ -132,12 +151,13 @@ def client_span(path: str, address: str, metadata: Metadata) -> Iterator[tuple[S
     attributes: dict[str, str | int] = {**_of_method(path), "server.address": address}
     if socket_path(address) is None:
         attributes["server.address"], attributes["server.port"] = split_address(address)
-    with maker.start_as_current_span(
-        path.removeprefix("/"), None, SpanKind.CLIENT, attributes, record_exception=False, set_status_on_exception=False
-    ) as span:
-        carrier: dict[str, str] = {}
-        propagate.inject(carrier)
-        yield Span(span), (*((key, value) for key, value in metadata if key not in carrier), *carrier.items())
+    with _current(maker, path.removeprefix("/"), None, SpanKind.CLIENT, attributes) as span:
+        carrier = _Carrier()
+        with _harmless():
+            propagate.inject(carrier)
+        # gRPC refuses a call with others.
+        sent = {key: value for key, value in carrier.items() if _KEY.fullmatch(key) and _VALUE.fullmatch(value)}
+        yield span, (*((key, value) for key, value in metadata if key not in sent), *sent.items())
 
 
 @contextmanager
@@ -146,8 +166,45 @@ def check_span() -> Iterator[Span]:
     if (maker := tracer()) is None:
         yield Span()
         return
-    with maker.start_as_current_span("guard check", record_exception=False) as span:
+    from opentelemetry.trace import SpanKind
+
+    with _current(maker, "guard check", None, SpanKind.INTERNAL, {}) as span:
+        yield span
+
+
+@contextmanager
+def _current(
+    maker: "Tracer", name: str, parent: "ParentContext | None", kind: "SpanKind", attributes: dict[str, str | int]
+) -> Iterator[Span]:
+    """A span that is the current one in the block, and ends with it, whatever the SDK raises."""
+    from opentelemetry import context, trace
+
+    span, token = None, None
+    with _harmless():
+        span = maker.start_span(name, parent, kind, attributes)
+        token = context.attach(trace.set_span_in_context(span))
+    try:
         yield Span(span)
+    finally:
+        with _harmless():
+            if token is not None:
+                context.detach(token)
+            if span is not None:
+                span.end()
+
+
+@contextmanager
+def _harmless() -> Iterator[None]:
+    """Requests are answered, whatever a propagator, a sampler, a processor or an exporter raises."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - `_tell` logs it
+        _tell(type(error).__name__, str(error)[:200])
+
+
+@lru_cache(maxsize=16)
+def _tell(kind: str, text: str) -> None:
+    log.warning("OpenTelemetry fails, so spans are lost: %s: %s (said once)", kind, text)
 
 
 @cache

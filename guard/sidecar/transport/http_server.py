@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import socket
 import ssl
 import threading
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from email.utils import formatdate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote
 
 from guard.errors import UsageError
@@ -37,6 +38,9 @@ _BUFFERED = 2**16
 _READING = ("GET", "HEAD")
 _HEADERS = ("accept", "accept-encoding", "authorization", "host", "last-event-id", "sec-fetch-site")
 """Headers that applications get."""
+_ONCE = ("authorization", "host", "last-event-id", "sec-fetch-site")
+"""Those of them that a request has once at most."""
+_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _JSON = ("Content-Type", "application/json")
 
 
@@ -79,8 +83,7 @@ class HttpServer:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="guard-http")
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
-        self._open: dict[asyncio.StreamWriter, None] = {}
-        self._flowing: dict[asyncio.StreamWriter, None] = {}
+        self._open: dict[asyncio.Task[None], None] = {}
         listening.listen(128)  # from here on, connections wait for the thread
         self._thread = threading.Thread(target=self._run, name="guard-http", daemon=True)
         self._thread.start()
@@ -98,49 +101,51 @@ class HttpServer:
 
     async def _serve(self) -> None:
         start = asyncio.start_unix_server if self._listening.family == socket.AF_UNIX else asyncio.start_server
-        patience = None if self._tls is None else HEAD_SECONDS
-        server = await start(
-            self._answer, sock=self._listening, limit=_LONGEST_HEAD, ssl=self._tls, ssl_handshake_timeout=patience
-        )
+        server = await start(self._answer, sock=self._listening, limit=_LONGEST_HEAD)
         companion = None if self._companion is None else asyncio.ensure_future(self._companion())
         await self._stopping.wait()
         if companion is not None:
             companion.cancel()
             with suppress(asyncio.CancelledError):
                 await companion
-        server.close()
-        for writer in (*self._open, *self._flowing):
-            writer.transport.abort()
+        server.close()  # what still runs is cancelled with the loop
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = _this_task()
         if len(self._open) >= MAX_CONNECTIONS:
             oldest = next(iter(self._open))
             del self._open[oldest]
-            oldest.transport.abort()
-        self._open[writer] = None
+            oldest.cancel()
+        self._open[task] = None
         try:
-            # It is cancelled only at the end of the server, of which asyncio would tell as of an error.
+            # It is cancelled when it is displaced and at the end of the server; asyncio would tell of an error.
             with suppress(TimeoutError, OSError, asyncio.CancelledError):
                 await self._exchange(reader, writer)
         finally:
-            self._open.pop(writer, None)
-            self._flowing.pop(writer, None)
+            self._open.pop(task, None)
             writer.transport.abort()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._tls is not None:
+            # Here and not before, so that those who do not get on with it count among the connections.
+            await writer.start_tls(self._tls, ssl_handshake_timeout=HEAD_SECONDS)
         try:
             async with asyncio.timeout(HEAD_SECONDS):
                 environ = await _read_head(reader)
         except ValueError:
             answer = _message("400 Bad Request", [], b"", with_body=False)
         else:
-            if environ["REQUEST_METHOD"] == "GET" and (stream := self._streams(environ)) is not None:
+            stream = self._streams(environ) if environ["REQUEST_METHOD"] in _READING else None
+            if stream is not None and environ["REQUEST_METHOD"] == "GET":
                 # It does not count among the connections, since it is old by nature and bounded elsewhere.
-                self._open.pop(writer, None)
-                self._flowing[writer] = None
+                self._open.pop(_this_task(), None)
                 await self._flow(stream, reader, writer)
                 return
-            answer = await self._loop.run_in_executor(self._pool, self._compute, writer, environ)
+            if stream is not None:
+                answer = _head("200 OK", _stream_headers(stream))
+            else:
+                # Whoever is displaced while waiting for a thread gets no answer, so that a flood makes no work.
+                answer = await self._loop.run_in_executor(self._pool, _respond, self._application, environ)
         # `drain` then waits until the kernel has taken all of it.
         writer.transport.set_write_buffer_limits(high=0)
         writer.write(answer)
@@ -155,26 +160,23 @@ class HttpServer:
 
     async def _flow(self, stream: EventStream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Send events until they end, or until the client is gone or does not read them."""
-        headers = [("Content-Type", "text/event-stream"), *stream.headers, ("Connection", "close")]
         writer.transport.set_write_buffer_limits(high=_BUFFERED)
-        writer.write(_head("200 OK", headers))
+        writer.write(_head("200 OK", _stream_headers(stream)))
         # A client that is gone is noticed at once, and not at the next event.
-        gone = asyncio.ensure_future(_read_to_the_end(reader))
-        gone.add_done_callback(lambda _: writer.transport.abort())
+        gone, sending = asyncio.ensure_future(_read_to_the_end(reader)), _this_task()
+        gone.add_done_callback(lambda _: sending.cancel())
         try:
             async with aclosing(stream.events) as events:
                 async for event in events:
                     writer.write(event)
                     async with asyncio.timeout(_WRITE_SECONDS):
                         await writer.drain()
-                    if writer.transport.is_closing():
-                        return
         finally:
             gone.cancel()
 
-    def _compute(self, writer: asyncio.StreamWriter, environ: "WSGIEnvironment") -> bytes:
-        # Whoever was displaced while waiting for a thread gets no answer, so that a flood makes no work.
-        return b"" if writer.transport.is_closing() else _respond(self._application, environ)
+
+def _this_task() -> "asyncio.Task[None]":
+    return cast("asyncio.Task[None]", asyncio.current_task())
 
 
 async def _read_to_the_end(reader: asyncio.StreamReader) -> None:
@@ -190,18 +192,20 @@ async def _read_head(reader: asyncio.StreamReader) -> "WSGIEnvironment":
         ValueError: It is not the head of an HTTP/1 request, or is longer than `_LONGEST_HEAD`.
     """
     lines, left = [], _LONGEST_HEAD
-    while line := (await reader.readline()).decode("latin-1").rstrip("\r\n"):
-        lines.append(line)
-        if (left := left - len(line) - 2) < 0:
+    while (line := (await reader.readline()).decode("latin-1")) not in {"\n", "\r\n"}:
+        if (left := left - len(line)) < 0 or not line.endswith("\n"):
             raise ValueError
+        lines.append(line.rstrip("\r\n"))
     method, target, version = lines[0].split(" ") if lines else ("", "", "")
     if not version.startswith("HTTP/1.") or not target.startswith("/"):
         raise ValueError
     path, _, query = target.partition("?")
-    pairs = [(name.strip().lower(), value.strip()) for name, _, value in (line.partition(":") for line in lines[1:])]
-    headers = dict(pairs)
-    if sum(name == "host" for name, _ in pairs) > 1:
-        raise ValueError
+    headers: dict[str, str] = {}
+    for name, colon, value in (line.partition(":") for line in lines[1:]):
+        # A line that goes on with the last one, or a name with a space, is read differently elsewhere.
+        if not colon or not _NAME.fullmatch(name) or (name.lower() in _ONCE and name.lower() in headers):
+            raise ValueError
+        headers[name.lower()] = value.strip()
     return {
         "REQUEST_METHOD": method,
         "PATH_INFO": unquote(path),
@@ -230,6 +234,10 @@ def _respond(application: "WSGIApplication", environ: "WSGIEnvironment") -> byte
         log.exception("a request over HTTP failed")
         status, headers, body = "500 Internal Server Error", [], b""
     return _message(status, headers, body, with_body=method == "GET")
+
+
+def _stream_headers(stream: EventStream) -> list[tuple[str, str]]:
+    return [("Content-Type", "text/event-stream"), *stream.headers, ("Connection", "close")]
 
 
 def _message(status: str, headers: Iterable[tuple[str, str]], body: bytes, *, with_body: bool) -> bytes:

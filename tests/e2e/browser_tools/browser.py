@@ -4,6 +4,7 @@ It runs in an environment of its own, which has Playwright; the browser is the s
 
     ["open", URL]                     load a page; answers the status
     ["size", WIDTH, HEIGHT]           size of the window, in CSS pixels
+    ["colours", SCHEME]               `dark` or `light`, as the system would ask for
     ["ask", JAVASCRIPT]               the value of an expression, or of what a promise resolves to
     ["until", JAVASCRIPT, SECONDS]    seconds until an expression is true; null if it did not become true
     ["press", KEY]                    press a key
@@ -38,6 +39,8 @@ def main(browser_path: str) -> None:
                 answer = None if reply is None else reply.status
             elif command == "size":
                 page.set_viewport_size({"width": given[0], "height": given[1]})
+            elif command == "colours":
+                page.emulate_media(color_scheme=given[0])
             elif command == "ask":
                 answer = page.evaluate(given[0])
             elif command == "until":

@@ -222,6 +222,8 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         "time = 'now'",
         "model = x'00'",
         "image = 'first'",
+        "image = -1",
+        "image = 1 << 32",
     ],
 )
 def test_a_record_that_no_guard_wrote_is_an_error(path: Path, record: Make, fill: Fill, change: str) -> None:
@@ -232,6 +234,16 @@ def test_a_record_that_no_guard_wrote_is_an_error(path: Path, record: Make, fill
     connection.close()
     with pytest.raises(EvidenceError, match="record 1 of the evidence log is damaged"):
         EvidenceLog(path).get(1)
+
+
+def test_a_record_with_a_number_below_one_is_an_error(path: Path, record: Make, fill: Fill) -> None:
+    fill(record())
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE records SET id = -1")
+    connection.commit()
+    connection.close()
+    with pytest.raises(EvidenceError, match="record -1 of the evidence log is damaged"):
+        list(EvidenceLog(path).records())
 
 
 def test_values_that_would_fill_the_memory_are_not_read(path: Path, record: Make, fill: Fill) -> None:

@@ -125,25 +125,33 @@ def tls_context(certificate: Path, key: Path, client_ca: Path | None) -> ssl.SSL
         UsageError: A file cannot be used.
     """
     read_pair(certificate, key)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key, password=lambda: "")
-    if client_ca is not None:
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.load_verify_locations(cadata=read_authorities(client_ca).decode())
+    authorities = None if client_ca is None else read_authorities(client_ca).decode()
+    context = current = _server_context(certificate, key, authorities)
     stamps = [file_stamp(certificate), file_stamp(key)]
 
-    def renew(_socket: object, _name: str | None, _context: ssl.SSLContext) -> None:
+    def renew(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        nonlocal current, stamps
         now = [file_stamp(certificate), file_stamp(key)]
-        if now == stamps:
-            return
-        stamps[:] = now
-        try:
-            context.load_cert_chain(certificate, key, password=lambda: "")
-        except (OSError, ValueError) as error:
-            log.warning("the changed TLS files are not used for the dashboard, the old ones stay in use: %s", error)
+        if now != stamps:
+            stamps = now
+            try:
+                # A new one, since a pair that does not fit, half of it written, leaves a context without either.
+                current = _server_context(certificate, key, authorities)
+            except (OSError, ValueError) as error:
+                log.warning("the changed TLS files are not used for the dashboard, the old ones stay in use: %s", error)
+        connection.context = current
 
     # OpenSSL calls this at each handshake, whether or not the client names a host.
     context.sni_callback = renew
+    return context
+
+
+def _server_context(certificate: Path, key: Path, authorities: str | None) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key, password=lambda: "")
+    if authorities is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(cadata=authorities)
     return context
 
 

@@ -87,7 +87,8 @@ def of_model(model: messages.Model, now: datetime) -> Iterator[Condition]:
     if requests and faults > _UNCHECKED_SHARE * requests:
         yield Condition(
             "warning",
-            f"{faults} of {requests} requests were not checked",
+            # A share, since a text that changes with each request would be read aloud again, and lose the focus.
+            f"{faults / requests:.0%} of the requests were not checked",
             "The reasons are below; each has its remedy in the documentation of failures.",
             "GuardUncheckedRequests",
             model.label,

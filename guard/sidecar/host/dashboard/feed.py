@@ -6,25 +6,32 @@ import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlencode
 
+from google.protobuf.json_format import Error as JsonError
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from guard.evidence import Record
 from guard.evidence.explanation import explained
+from guard.evidence.records import MAX_THUMBNAIL
 from guard.protocol import sidecar_pb2 as messages
 from guard.sidecar.host.dashboard import advice
 from guard.sidecar.host.dashboard.sources import Source, SourceError
+
+AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 log = logging.getLogger(__name__)
 
 MAX_EVENTS, MAX_BYTES = 500, 16 * 2**20
 """The most flagged images that are kept to be shown, and the most bytes of them; the oldest make room."""
+MAX_STATE_BYTES, MAX_EVENT_BYTES, MAX_PICTURE_BYTES = 2**20, 2**18, 2**24
+"""The most bytes of each answer of a sidecar, of the JSON of one image, and of all pictures of a sidecar's triggers:
+`guard top` shows sidecars that may have been taken over."""
 _SEEN = 4 * MAX_EVENTS
 _POLL_SECONDS = 2.0
 _RETRY_SECONDS = 2.0
@@ -57,7 +64,8 @@ class Feed:
         self._epoch = secrets.token_hex(4)
         self._events: OrderedDict[int, _Event] = OrderedDict()
         self._bytes, self._last = 0, 0
-        self._seen: OrderedDict[tuple[object, ...], None] = OrderedDict()
+        # What one sidecar tells must not make what another tells look known.
+        self._seen: dict[str, OrderedDict[tuple[object, ...], None]] = {each.sidecar: OrderedDict() for each in sources}
         self._states: list[dict[str, Any]] = [{"address": each.address, "error": "not asked yet"} for each in sources]
         self._settings: list[list[dict[str, Any]]] = [[] for _ in sources]
         self._pictures: list[dict[tuple[str, str], bytes]] = [{} for _ in sources]
@@ -141,15 +149,11 @@ class Feed:
     async def _poll(self, number: int, source: Source) -> None:
         while True:
             try:
-                status, listed = await source.status(), await source.models()
-                await self._draw(number, source, listed)
-                if not self._settings[number]:
-                    found = await source.configuration()
-                    self._settings[number] = [_json(each) for each in found.settings]
-                state = self._state(number, status, listed)
-            except SourceError as error:
+                state = await self._asked(number, source)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other sidecars must be shown
                 self._settings[number] = []  # it may come back with others
-                state = {"address": source.address, "error": str(error)}
+                reason = str(error) if isinstance(error, SourceError) else f"tells what cannot be shown: {error}"
+                state = {"address": source.address, "error": reason}
             if state != self._states[number]:
                 self._states[number] = state
                 self._overview = json.dumps({"sidecars": self._states}).encode()
@@ -157,7 +161,19 @@ class Feed:
                 await self._tell()
             await asyncio.sleep(_POLL_SECONDS)
 
+    async def _asked(self, number: int, source: Source) -> dict[str, Any]:
+        """The state of a sidecar; raises what it raises, and ValueError if it cannot be shown."""
+        status, listed = _bounded(await source.status()), _bounded(await source.models())
+        await self._draw(number, source, listed)
+        if not self._settings[number]:
+            found = await source.configuration()
+            self._settings[number] = [_json(each) for each in _bounded(found).settings]
+        return self._state(number, status, listed)
+
     def _state(self, number: int, status: messages.Status, listed: messages.ListModelsResponse) -> dict[str, Any]:
+        for model in listed.models:  # JSON leaves out messages that are not there, and the page reads these
+            model.verdict.SetInParent()
+            model.traffic.SetInParent()
         conditions, shown = [*advice.of_sidecar(status)], _json(listed)
         for model in listed.models:
             conditions += advice.of_model(model, datetime.now(UTC))
@@ -179,36 +195,43 @@ class Feed:
         now = tuple((model.label, model.digest, model.loaded_at.ToNanoseconds()) for model in listed.models)
         if now != self._pictured[number]:
             drawn = await source.models(with_pictures=True)
-            self._pictures[number] = {
-                (model.label, trigger.id): trigger.picture
-                for model in drawn.models
-                for trigger in model.triggers
-                if trigger.picture
-            }
+            left, pictures = MAX_PICTURE_BYTES, dict[tuple[str, str], bytes]()
+            for model in drawn.models:
+                for trigger in model.triggers:
+                    if trigger.picture and (left := left - trigger.ByteSize()) >= 0:
+                        pictures[model.label, trigger.id] = trigger.picture
+            self._pictures[number] = pictures
             self._pictured[number] = now
 
     async def _follow(self, number: int, source: Source) -> None:
         while True:
-            with suppress(SourceError):  # what it was is shown by `_poll`
+            try:
                 async with aclosing(source.follow()) as found:  # type: ignore[type-var] # asynchronous generators
                     async for evidence in found:
                         self._add(number, evidence)
                         await self._tell()
+            except SourceError:
+                pass  # what it was is shown by `_poll`
+            except Exception:
+                log.exception("the flagged images of %s cannot be followed", source.address or "this sidecar")
             await asyncio.sleep(_RETRY_SECONDS)
 
     def _add(self, number: int, evidence: messages.Evidence) -> None:
-        # Processes that share a log all tell its newest records, and after a break the same ones come again.
-        key = (
-            evidence.time.ToNanoseconds() // 10**6,  # the log keeps milliseconds
-            evidence.request_id, evidence.model, evidence.image, evidence.input_digest,
-        )  # fmt: skip
-        if key in self._seen:
+        if len(evidence.thumbnail) > MAX_THUMBNAIL:
+            evidence.ClearField("thumbnail")
+        try:
+            key, data = _key(evidence), json.dumps({"sidecar": number, **_json(evidence)}).encode()
+        except (ValueError, JsonError) as error:
+            log.warning("a flagged image of %s cannot be shown: %s", self.sources[number].address, error)
             return
-        self._seen[key] = None
-        if len(self._seen) > _SEEN:
-            self._seen.popitem(last=False)
+        seen = self._seen[self.sources[number].sidecar]
+        if key in seen or len(data) > MAX_EVENT_BYTES:
+            return
+        seen[key] = None
+        if len(seen) > _SEEN:
+            seen.popitem(last=False)
         self._last += 1
-        event = _Event(json.dumps({"sidecar": number, **_json(evidence)}).encode(), number, evidence)
+        event = _Event(data, number, evidence)
         self._events[self._last] = event
         self._bytes += len(event.data)
         while len(self._events) > MAX_EVENTS or (self._bytes > MAX_BYTES and len(self._events) > 1):
@@ -218,6 +241,18 @@ class Feed:
     async def _tell(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+
+def _key(evidence: messages.Evidence) -> tuple[object, ...]:
+    """Tells images apart: processes that share a log all tell its newest records, and after a break they come again."""
+    time = evidence.time.ToNanoseconds() // 10**6  # the log keeps milliseconds
+    return time, evidence.request_id, evidence.model, evidence.image, evidence.input_digest
+
+
+def _bounded(message: AnyMessage) -> AnyMessage:
+    if (size := message.ByteSize()) > MAX_STATE_BYTES:
+        raise ValueError(f"it has {size} bytes")
+    return message
 
 
 def _json(message: Message) -> dict[str, Any]:

@@ -35,6 +35,10 @@ class Source(Protocol):
     def address(self) -> str:
         """What people know it by; "" for the sidecar that serves the page itself."""
 
+    @property
+    def sidecar(self) -> str:
+        """What it has in common with the other processes of its sidecar, which tell the same records of one log."""
+
     async def status(self) -> messages.Status:
         """What the process is, and whether it serves."""
 
@@ -55,7 +59,7 @@ class Own:
         reporter: Reports what it is.
     """
 
-    address = ""
+    address = sidecar = ""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
@@ -90,10 +94,11 @@ class Remote:
 
     Args:
         endpoint: Its admin address.
+        sidecar: The same text for all processes of one sidecar.
     """
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
+    def __init__(self, endpoint: Endpoint, sidecar: str) -> None:
+        self._endpoint, self.sidecar = endpoint, sidecar
         self._channel: grpc.aio.Channel | None = None
 
     @property

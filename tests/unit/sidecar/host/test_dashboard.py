@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from guard.errors import UsageError
+from guard.evidence.records import MAX_THUMBNAIL
 from guard.protocol import sidecar_pb2 as messages
 from guard.sidecar import Settings
 from guard.sidecar.host.dashboard import Access, advice, feed, serve_dashboard, serving
@@ -22,6 +25,13 @@ from tests.fake_sidecar import FakeSidecar, a_flag, a_model
 ROOT = Path(__file__).parents[4]
 NOW = datetime(2026, 5, 9, tzinfo=UTC)
 SECONDS = 30
+FAR = Timestamp(seconds=2**60)
+WRONG = {
+    "time": a_model(loaded_at=FAR),
+    "expiry": a_model(certificate=messages.Certificate(accepted=True, expires_at=FAR)),
+    "length": a_model(label="x" * feed.MAX_STATE_BYTES),
+}
+"""Models that no sidecar of guard reports."""
 TLS = {"tls_certificate": "c", "tls_key": "k"}
 
 
@@ -196,6 +206,16 @@ class TestRequests:
             for right in (f"Basic {basic}", f"Bearer {token.decode()}"):
                 assert get(address, "/api/overview", Authorization=right).status == 200
 
+    def test_a_head_of_the_events_has_their_head_and_takes_no_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(serving, "MAX_STREAMS", 1)
+        with page() as address:
+            for _ in range(2):
+                response = get(address, "/api/events", "HEAD")
+                assert (response.status, response.headers["Content-Type"]) == (200, "text/event-stream")
+            only = Events(address)
+            assert get(address, "/api/events", "HEAD").status == 503
+            only.response.close()
+
     def test_there_is_nothing_else(self) -> None:
         with page() as address:
             settled(address)
@@ -211,13 +231,15 @@ class TestRequests:
 
     def test_streams_are_bounded_and_a_place_becomes_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(serving, "MAX_STREAMS", 2)
+        monkeypatch.setattr(feed, "HEARTBEAT_SECONDS", 10 * SECONDS)  # it becomes free before anything is sent
         with page() as address:
             streams = [Events(address) for _ in range(2)]
             assert get(address, "/api/events").status == 503
             assert get(address, "/api/overview").status == 200
             streams.pop().response.close()
+            before = time.monotonic()
             while get(address, "/api/events").status == 503:
-                pass
+                assert time.monotonic() < before + SECONDS
 
 
 class TestContents:
@@ -252,6 +274,7 @@ class TestContents:
 
     def test_records_that_several_processes_tell_are_shown_once(self) -> None:
         first, second = FakeSidecar("one"), FakeSidecar("two")
+        first.sidecar = second.sidecar = "both"
         with page(first, second) as address:
             first.flag(a_flag(1), a_flag(2))
             second.flag(a_flag(2), a_flag(3))
@@ -259,6 +282,49 @@ class TestContents:
             assert sorted(events.next("evidence")[1]["request_id"] for _ in range(3)) == [
                 f"request-{n}" for n in (1, 2, 3)
             ]
+
+    def test_what_one_sidecar_tells_hides_nothing_of_another(self) -> None:
+        first, second = FakeSidecar("one"), FakeSidecar("two")
+        with page(first, second) as address:
+            events = Events(address)
+            first.flag(a_flag(1, predicted_class="harmless"))
+            assert events.next("evidence")[1]["predicted_class"] == "harmless"
+            second.flag(a_flag(1))
+            assert events.next("evidence")[1]["predicted_class"] == "cat"
+
+    @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+    def test_a_sidecar_that_tells_nonsense_leaves_the_others_shown(
+        self, wrong: messages.Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(feed, "_POLL_SECONDS", 0.01)
+        bad, good = FakeSidecar("bad", wrong), FakeSidecar("good")
+        with page(bad, good) as address:
+            assert "cannot be shown" in settled(address)["sidecars"][0]["error"]
+            events = Events(address)
+            bad.flag(a_flag(1, time=FAR), a_flag(2, request_id="x" * feed.MAX_EVENT_BYTES))
+            good.flag(a_flag(3))
+            assert events.next("evidence")[1]["request_id"] == "request-3"
+            bad.flag(a_flag(4))
+            assert events.next("evidence")[1]["request_id"] == "request-4"
+            good.state = messages.Status(ready=False, reason="draining")
+            while not (found := events.next("overview")[1]["sidecars"][1])["conditions"]:
+                pass
+            assert found["status"]["reason"] == "draining"
+
+    def test_what_a_sidecar_leaves_out_is_empty_for_the_page(self) -> None:
+        with page(FakeSidecar("", messages.Model(label="pets"))) as address:
+            (model,) = settled(address)["sidecars"][0]["models"]
+            assert model["verdict"]["outcome"] == "OUTCOME_UNSPECIFIED"
+            assert model["traffic"]["images"] == {}
+
+    def test_pictures_that_are_too_large_are_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(feed, "MAX_PICTURE_BYTES", 100)
+        sidecar = FakeSidecar("", a_model(triggers=[messages.Trigger(id="large", picture=bytes(101))]))
+        with page(sidecar) as address:
+            (trigger,) = settled(address)["sidecars"][0]["models"][0]["triggers"]
+            assert trigger["picture"] == ""
+            sidecar.flag(a_flag(1, thumbnail=bytes(MAX_THUMBNAIL + 1)))
+            assert Events(address).next("evidence")[1]["thumbnail"] == ""
 
     def test_only_so_many_are_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(feed, "MAX_EVENTS", 5)

@@ -2,6 +2,7 @@
 "use strict";
 
 const MOST_SHOWN = 100; // flagged images in the list
+const MOST_BARS = 100; // of a histogram; a sidecar of guard has far fewer
 const WINDOW_SECONDS = 300; // of the graph of decisions
 const DECISIONS = ["pass", "flag", "unchecked"];
 const SVG = "http://www.w3.org/2000/svg";
@@ -173,7 +174,8 @@ function drawRates() {
 }
 
 function drawScores(sidecars) {
-  const models = sidecars.flatMap((sidecar) => sidecar.error === null ? sidecar.models : []).filter((model) => model.traffic.scores);
+  const models = sidecars.flatMap((sidecar) => sidecar.error === null ? sidecar.models : [])
+    .filter((model) => model.traffic.scores && model.traffic.scores.counts.length <= MOST_BARS);
   byId("scores").replaceChildren(...models.map((model) => {
     const counts = model.traffic.scores.counts.map(Number);
     const bounds = model.traffic.scores.bounds.map(Number);
@@ -254,7 +256,7 @@ async function showRecord(id) {
   const back = element("p", {}, element("a", { href: "/", textContent: "← all" }));
   const state = await fetch("/api/overview").catch(() => null);
   if (state !== null && state.ok) overview = await state.json();
-  const answer = await fetch(`/api/evidence/${encodeURIComponent(id)}`).catch(() => null);
+  const answer = await fetch(`/api/evidence/${id}`).catch(() => null);
   if (answer === null || !answer.ok) {
     place.replaceChildren(back, element("h1", { textContent: "This record is no longer here" }), "The evidence log may still have it: guard log lists it, and guard log --show writes its page.");
     return;
@@ -311,7 +313,7 @@ function follow() {
 
 if (location.pathname.startsWith("/record/")) {
   byId("connection").textContent = "";
-  showRecord(decodeURIComponent(location.pathname.slice("/record/".length)));
+  showRecord(location.pathname.slice("/record/".length)); // an id has no letters that addresses write differently
 } else {
   byId("settings").addEventListener("toggle", () => { if (byId("settings").open) showSettings(); });
   follow();
