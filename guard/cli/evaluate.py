@@ -61,13 +61,7 @@ FAILED = 4
     type=options.PATH,
     help="Folder to write the answers of the first method to, as a submission for CLIPTrace-2026.",
 )
-@click.option(
-    "--jobs",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Number of processes that work at the same time.",
-)
+@options.engine
 @options.seed
 @options.device
 @options.as_json
@@ -84,6 +78,7 @@ def evaluate(
     out: Path | None,
     submission: Path | None,
     jobs: int,
+    ray: str | None,
     seed: int,
     device: str | None,
     *,
@@ -103,6 +98,7 @@ def evaluate(
     console = Console(as_json=as_json)
     import_open_clip()
     from guard import evaluation
+    from guard.distributed import engine
 
     names = tuple(name.strip() for name in methods.split(",")) if methods else tuple(evaluation.METHODS)
     if submission:
@@ -119,7 +115,7 @@ def evaluate(
         settings=evaluation.EvaluationSettings(budget, vetting_images, alphas, seed, device),  # type: ignore[arg-type]
         images=images,
         models=models,
-        jobs=jobs,
+        engine=engine(jobs, ray),
         say=console.say,
         # A line for every family of every model is meant for a terminal, not for a log.
         progress=console.progress if sys.stderr.isatty() else lambda *_: None,

@@ -1,19 +1,15 @@
 """Run methods over the models of a zoo: resumable, in several processes, and not stopped by one faulty model."""
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 
 import torch
 
 from guard import __version__
-from guard._workers import workers
 from guard.classifiers.digest import canonical, sha256
+from guard.distributed import Engine, Lost, Serial
 from guard.errors import GuardError, UsageError, ZooError, first_line
 from guard.evaluation.images import ImageSet
 from guard.evaluation.methods import METHODS, Method
@@ -96,7 +92,7 @@ def evaluate(
     settings: EvaluationSettings | None = None,
     images: Path | None = None,
     models: str = "*",
-    jobs: int = 1,
+    engine: Engine | None = None,
     say: Callable[[str], None] = lambda _: None,
     progress: Progress = lambda *_: None,
 ) -> Evaluation:
@@ -113,9 +109,9 @@ def evaluate(
         settings: Settings; None for the defaults.
         images: A folder of unlabelled images instead of the zoo's.
         models: Shell pattern of the models' names.
-        jobs: Number of processes that work in parallel.
+        engine: Where models are evaluated; by default in this process, one after the other.
         say: Called with a line about each finished model.
-        progress: Called with (what, done, total) while one model is evaluated; only with one job.
+        progress: Called with (what, done, total) while one model is evaluated; only in this process.
 
     Raises:
         UsageError: A method is unknown, none applies to any model, or `out` cannot be written.
@@ -152,7 +148,7 @@ def evaluate(
         raise UsageError(f"{', '.join(methods)}: no model has what this needs (a base, calibration images or requests)")
     say(f"{len(tasks)} models, {sum(len(task.methods) for task in tasks)} results to compute or find")
     outcomes, worked = [], 0
-    for done, (task, outcome) in enumerate(_run(tasks, jobs, progress), 1):
+    for done, (task, outcome) in enumerate(_run(tasks, engine or Serial(), progress), 1):
         outcomes.append(outcome)
         worked += any(fresh for _, _, fresh in outcome.results)
         say(f"{done}/{len(tasks)} {_line(task, outcome)}{_left(started, worked, len(tasks) - done)}")
@@ -199,50 +195,19 @@ def _applies(method: Method, zoo: Zoo, model: str, sets: dict[str, ImageSet]) ->
     return all(has[need] for need in method.needs)
 
 
-def _run(tasks: Sequence[_Task], jobs: int, progress: Progress) -> Iterator[tuple[_Task, _Done]]:
-    if jobs == 1:
+def _run(tasks: Sequence[_Task], engine: Engine, progress: Progress) -> Iterator[tuple[_Task, _Done]]:
+    if isinstance(engine, Serial):
         for task in tasks:
             yield task, _work(task, progress)
         return
     # Suspects wait for the models without a base, most of which are bases: so each base is searched only once.
     for paired in (False, True):
         wave = [task for task in tasks if (task.zoo.models[task.model].base is not None) == paired]
-        yield from _in_processes(wave, min(jobs, len(wave)))
-
-
-def _in_processes(tasks: Sequence[_Task], jobs: int) -> Iterator[tuple[_Task, _Done]]:
-    """Run each process behind a thread of its own, so that a process that dies loses only its own model."""
-    if not tasks:
-        return
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    free: SimpleQueue[ProcessPoolExecutor] = SimpleQueue()
-
-    def start() -> ProcessPoolExecutor:
-        return workers(1, threads)
-
-    def one(task: _Task) -> _Done:
-        process = free.get()
-        try:
-            return process.submit(_work, task).result()
-        except BrokenProcessPool:
-            process.shutdown(wait=False)
-            process = start()
-            reason = "the process that worked on it died; perhaps the machine has too little memory"
-            return _Done((), (Failure(task.model, task.methods, reason),))
-        finally:
-            free.put(process)
-
-    for _ in range(jobs):
-        free.put(start())
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        futures = {pool.submit(one, task): task for task in tasks}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        while not free.empty():
-            free.get().shutdown(wait=False, cancel_futures=True)
+        for position, outcome in engine.map(_work, wave):
+            task = wave[position]
+            if isinstance(outcome, Lost):
+                outcome = _Done((), (Failure(task.model, task.methods, outcome.reason),))  # noqa: PLW2901
+            yield task, outcome
 
 
 def _work(task: _Task, progress: Progress = lambda *_: None) -> _Done:

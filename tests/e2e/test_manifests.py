@@ -20,6 +20,7 @@ from tests.e2e.environments import environment
 
 ROOT = Path(__file__).parents[2]
 DEPLOY, TOOLS = ROOT / "deploy", Path(__file__).parent / "manifest_tools"
+RAY = DEPLOY / "kuberay" / "rayjob.yaml"
 MANIFESTS = sorted([*(DEPLOY / "kubernetes" / "base").glob("*.yaml"), *(DEPLOY / "kserve").glob("*.yaml")])
 LINT = json.dumps(
     {
@@ -41,7 +42,7 @@ def tools() -> Path:
 
 @pytest.fixture(scope="module")
 def documents(tools: Path) -> list[dict[str, Any]]:
-    done = run(tools / "python", TOOLS / "read.py", *MANIFESTS)
+    done = run(tools / "python", TOOLS / "read.py", *MANIFESTS, RAY)
     return [json.loads(line)["document"] for line in done.stdout.splitlines()]
 
 
@@ -54,9 +55,13 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 def containers(documents: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     for document in documents:
         spec = document.get("spec", {})
-        pod = spec.get("template", {}).get("spec") or (spec if document["kind"] == "ServingRuntime" else {})
-        for container in (*pod.get("initContainers", ()), *pod.get("containers", ())):
-            yield f"{document['kind']} {document['metadata']['name']} {container['name']}", container
+        pods = [spec.get("template", {}).get("spec") or (spec if document["kind"] == "ServingRuntime" else {})]
+        if document["kind"] == "RayJob":
+            cluster = spec["rayClusterSpec"]
+            pods = [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+        for pod in pods:
+            for container in (*pod.get("initContainers", ()), *pod.get("containers", ())):
+                yield f"{document['kind']} {document['metadata']['name']} {container['name']}", container
 
 
 def test_manifests_are_valid_and_well_formed(tools: Path) -> None:
@@ -146,10 +151,24 @@ def test_without_a_key_of_ones_own_nothing_is_admitted() -> None:
 
 def test_every_option_is_one_of_guard(documents: list[dict[str, Any]]) -> None:
     for name, container in containers(documents):
-        if not container["image"].startswith("clip-guard"):
+        if not container["image"].startswith("clip-guard") or name.startswith("RayJob"):
             continue
         command, *arguments = container["args"]
         known = CliRunner().invoke(cli, [command, "--help"]).output
         for argument in arguments:
             if argument.startswith("--"):
                 assert argument.partition("=")[0] in known, (name, argument)
+
+
+def test_the_ray_job_is_a_command_of_guard_on_volumes_that_all_pods_share(documents: list[dict[str, Any]]) -> None:
+    (job,) = [each for each in documents if each["kind"] == "RayJob"]
+    program, command, *arguments = job["spec"]["entrypoint"].split()
+    known = CliRunner().invoke(cli, [command, "--help"]).output
+    options = [argument for argument in arguments if argument.startswith("--")]
+    assert program == "guard"
+    assert "--ray" in options
+    assert all(option in known for option in options)
+    mounted = [each["volumeMounts"] for name, each in containers([job])]
+    assert mounted[0] == mounted[1]
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert f"ray=={job['spec']['rayClusterSpec']['rayVersion']}\n" in constraints

@@ -5,15 +5,17 @@ import os
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from guard.classifiers import ImageFolder
+from guard.distributed import Processes
 from guard.errors import UsageError
 from guard.evaluation import Evaluation, EvaluationSettings, Zoo, evaluate
 from guard.evaluation.images import ImageSet
-from guard.evaluation.running import _in_processes
+from guard.evaluation.running import _run
 from tests.conftest import random_images
 from tests.zoo import TARGET, FakeVetting, make_zoo, write_images, write_truth
 
@@ -173,8 +175,9 @@ def test_a_process_that_dies_takes_only_its_own_model(monkeypatch: pytest.Monkey
     tasks: list[Any] = [partial(os._exit, 9), partial(int, "7")]
     for task, name in zip(tasks, ("heavy", "light"), strict=True):
         task.model, task.methods = name, ("vetting-derived",)
+        task.zoo = SimpleNamespace(models={name: SimpleNamespace(base=None)})
     monkeypatch.setattr("guard.evaluation.running._work", operator.call)  # a task is then what its process does
-    outcomes: dict[str, Any] = {task.model: outcome for task, outcome in _in_processes(tasks, 1)}
+    outcomes: dict[str, Any] = {task.model: outcome for task, outcome in _run(tasks, Processes(1), print)}
     (failure,) = outcomes["heavy"].failures
     assert (failure.model, failure.methods) == ("heavy", ("vetting-derived",))
     assert "the process that worked on it died" in failure.reason

@@ -1,0 +1,187 @@
+"""The scan beside the released code of Huang et al. (ICLR 2025), against a roofline, and at growing sizes.
+
+python -m benchmarks.scan.speed released --code DIR [--embeddings FILE]   scores and seconds, beside the authors' code
+python -m benchmarks.scan.speed roofline                                  distances against a product of matrices
+python -m benchmarks.scan.speed growth --scratch DIR                      seconds and memory of whole scans
+
+DIR is a checkout of HanxunH/Detect-CLIP-Backdoor-Samples. FILE has `image` and `text`, as `benchmarks.scan.training`
+writes it; by default embeddings are drawn. Results go to `benchmarks/results/scan-*.md`.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks._record import RESULTS, heading
+from guard.scan.nearest import _BLOCK, _QUERIES, Reference
+from guard.scan.scores import Sampled, released
+
+K, WIDTH, SEED = 16, 512, 0
+_DETECTORS = {"k-distance": "KDistanceDetector", "slof": "SLOFDetector", "lid": "LIDDetector", "dao": "DAODetector"}
+
+
+def beside_released(code: Path, file: Path | None) -> str:
+    """Scores and seconds of both, in turns, on the same embeddings and k."""
+    sys.path.insert(0, str(code))
+    theirs: Any = import_module("backdoor_sample_detector")
+    if file is None:
+        generator = np.random.default_rng(SEED)
+        image, text = (generator.standard_normal((8192, WIDTH)).astype(np.float32) for _ in range(2))
+    else:
+        stored = np.load(file)
+        image, text = stored["image"][:8192], stored["text"][:8192]
+    source = "drawn" if file is None else "of a trained CLIP"
+    lines = [
+        f"{len(image)} pairs of {image.shape[1]} numbers ({source}), k = {K}, {torch.get_num_threads()} thread(s).",
+        "`ours` computes all four scores at once. Times are medians of turns, of processor time, for one pair.\n",
+        "| batch | score | largest difference | released, ms | ours, ms | ratio | default of guard scan, ms | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    sampled = Sampled([image], 256, 8, K, seed=SEED, device=torch.device("cpu"))
+    for batch, turns in ((512, 5), (2048, 1)):
+        part, captions = image[:batch], text[:batch]
+        model = SimpleNamespace(encode_image=torch.from_numpy, encode_text=torch.from_numpy)
+        for name, detector in _DETECTORS.items():
+            if turns == 1 and name in ("slof", "lid"):  # a minute each, and the work of the other two
+                continue
+            run = getattr(theirs, detector)(k=K, compute_mode="donot_use_mm_for_euclid_dist")
+
+            def by_them(run: Any = run, part: Any = part, captions: Any = captions, model: Any = model) -> Any:  # noqa: ANN401
+                with torch.no_grad():
+                    return run(model, part, captions).numpy()
+
+            def by_us(part: Any = part, captions: Any = captions) -> Any:  # noqa: ANN401
+                return released(part, captions, K)
+
+            difference = np.abs(by_us()[name] - by_them())
+            scale = np.maximum(1, np.abs(by_them()))
+            seconds = _turns([by_them, by_us, partial(sampled.scores, part, 0)], turns)
+            one, two, three = (1000 * value / batch for value in seconds)
+            lines.append(
+                f"| {batch} | {name} | {np.max(difference / scale):.1e} | {one:.3f} | {two:.3f} | {one / two:.1f} | "
+                f"{three:.4f} | {one / three:.0f} |"
+            )
+    lines.append("\nThe difference is relative to the larger of 1 and the score.")
+    return "\n".join(lines)
+
+
+def roofline() -> str:
+    """The rate of the search, as a share of that of the product alone."""
+    generator = torch.Generator().manual_seed(SEED)
+    queries = torch.randn(_QUERIES, WIDTH, generator=generator)
+    block = torch.randn(_BLOCK, WIDTH, generator=generator)
+    lines = [
+        f"{_QUERIES} queries, {WIDTH} numbers, k = {K}, {torch.get_num_threads()} thread(s); medians of turns.",
+        f"The roofline is the product of the same queries with blocks of {_BLOCK} rows, without anything else.\n",
+        "| rows | roofline, GFLOP/s | search, GFLOP/s | share |",
+        "| --- | --- | --- | --- |",
+    ]
+    for count, turns in ((100_000, 5), (1_000_000, 3)):
+        bank = np.random.default_rng(SEED).standard_normal((count, WIDTH), np.float32)
+        reference = Reference([bank])
+        times = -(-count // _BLOCK)
+
+        def product(times: int = times) -> None:
+            for _ in range(times):
+                queries @ block.T
+
+        asked = queries.numpy()
+        seconds = _turns([product, partial(reference.search, asked, K)], turns)
+        rates = (2 * _QUERIES * times * _BLOCK * WIDTH / seconds[0], 2 * _QUERIES * count * WIDTH / seconds[1])
+        lines.append(f"| {count} | {rates[0] / 1e9:.1f} | {rates[1] / 1e9:.1f} | {rates[1] / rates[0]:.0%} |")
+    return "\n".join(lines)
+
+
+_ONE = """
+import json, sys, threading, time
+from pathlib import Path
+from guard.scan import ScanSettings, scan
+peak = 0
+def watch():
+    global peak
+    while True:
+        for line in open('/proc/self/status'):
+            if line.startswith('RssAnon'):
+                peak = max(peak, int(line.split()[1]))
+        time.sleep(0.05)
+threading.Thread(target=watch, daemon=True).start()
+scan(Path(sys.argv[1]), Path(sys.argv[2]), settings=ScanSettings(share=0.01, most=2000))
+started = time.monotonic()
+summary = json.loads((Path(sys.argv[2]) / 'summary.json').read_text())
+print(json.dumps({'peak': peak, 'scoring': summary['scoring_seconds']}))
+"""
+
+
+def growth(scratch: Path) -> str:
+    """Whole scans of drawn embeddings, each in a process of its own."""
+    lines = [
+        f"Embeddings of {WIDTH} numbers, drawn; 2,000 candidates.",
+        "Memory is the largest anonymous memory of the process, which leaves out mapped files.\n",
+        "| pairs | seconds in all | of these scoring | memory, MiB |",
+        "| --- | --- | --- | --- |",
+    ]
+    for count in (50_000, 200_000, 1_000_000):
+        folder = scratch / str(count)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "drawn.npy"
+        mapped = np.lib.format.open_memmap(file, "w+", np.float32, (count, WIDTH))
+        generator = np.random.default_rng(SEED)
+        for start in range(0, count, 50_000):
+            mapped[start : start + 50_000] = generator.standard_normal((min(50_000, count - start), WIDTH), np.float32)
+        del mapped
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", _ONE, str(file), str(folder / "out")], capture_output=True, text=True, check=True
+        )
+        seconds, found = time.monotonic() - started, json.loads(done.stdout)
+        lines.append(f"| {count:,} | {seconds:.0f} | {found['scoring']:.0f} | {found['peak'] / 1024:.0f} |")
+    return "\n".join(lines)
+
+
+def _turns(functions: Sequence[Callable[[], object]], turns: int) -> list[float]:
+    """Median seconds of each, measured by turns, after one turn that does not count."""
+    found: list[list[float]] = [[] for _ in functions]
+    for turn in range(turns + 1):
+        for function, seconds in zip(functions, found, strict=True):
+            # Time of this process: others on the machine do not count.
+            started = time.process_time()
+            function()
+            if turn:
+                seconds.append(time.process_time() - started)
+    return [statistics.median(seconds) for seconds in found]
+
+
+def main() -> None:
+    """Measure one part and write its result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["released", "roofline", "growth"])
+    parser.add_argument("--code", type=Path)
+    parser.add_argument("--embeddings", type=Path)
+    parser.add_argument("--scratch", type=Path)
+    arguments = parser.parse_args()
+    if arguments.part == "released":
+        text = beside_released(arguments.code, arguments.embeddings)
+    else:
+        text = roofline() if arguments.part == "roofline" else growth(arguments.scratch)
+    name = arguments.part + ("-trained" if arguments.embeddings else "")
+    title = {"released": "The scan beside the released code", "roofline": "Distances against a roofline",
+             "growth": "Scans at growing sizes"}[arguments.part]  # fmt: skip
+    command = f"python -m benchmarks.scan.speed {arguments.part}"
+    (RESULTS / f"scan-{name}.md").write_text(heading(title, command) + text + "\n", encoding="utf-8")
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
