@@ -41,7 +41,7 @@ def test_copies_and_noise_are_told_from_triggers() -> None:
     once = np.repeat(OTHERS[:1], 30, 0)
     changed = np.clip(once.astype(int) + rng.integers(-6, 7, once.shape), 0, 255).astype(np.uint8)
     assert group(changed) == "copies"
-    assert group(rng.integers(0, 256, (30, 3, 16, 16)).astype(np.uint8)) == "noise"
+    assert group(rng.integers(0, 256, (30, 3, 16, 16)).astype(np.uint8), ("photo", 0.2, 0.15)) == "noise"
     assert examine(range(9), ("", 0.0, 0.0), ["same"] * 9, None, None, [], seed=0).kind == "copies"
 
 
