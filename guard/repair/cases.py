@@ -10,10 +10,10 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from guard.classifiers.checkpoints import Checkpoint
 from guard.classifiers.classifier import Classifier
 from guard.classifiers.digest import canonical
 from guard.errors import ImageError, UsageError
-from guard.repair.checkpoints import Checkpoint
 from guard.triggers import Trigger
 
 HELD_OUT = 0.4

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from guard.classifiers.classifier import Classifier
+from guard.classifiers.tuning import Inputs, TuningSettings, tune
 from guard.repair.cases import Candidate, Case, Images, TargetedTrigger
 from guard.repair.perturb_recover import TAU
 from guard.repair.stamping import stamped, varied
-from guard.repair.tuning import Inputs, TuningSettings, tune
 from guard.triggers import FAMILIES
 from guard.vetting.budgets import InspectionSettings
 from guard.vetting.disturbances import disturbed

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from guard.repair.checkpoints import Checkpoint
+from guard.classifiers.checkpoints import Checkpoint
 
 Progress = Callable[[str, int, int], None]
 Inputs = tuple[Tensor, ...]

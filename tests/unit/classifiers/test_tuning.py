@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from guard.repair.checkpoints import Checkpoint
-from guard.repair.tuning import SCHEDULES, Inputs, TuningSettings, tune
+from guard.classifiers.checkpoints import Checkpoint
+from guard.classifiers.tuning import SCHEDULES, Inputs, TuningSettings, tune
 
 COUNT = 24
 SETTINGS = TuningSettings(steps=12, batch=8, learning_rate=1e-2, seed=3)
