@@ -99,7 +99,11 @@ class PromptedClassifier(Classifier):
         return torch.cat(parts)
 
     def _conditioned(self, embeddings: Tensor) -> Tensor:
-        texts = self.class_features(self.learner.token(embeddings)).view(len(embeddings), len(self.classes.names), -1)
+        return self.conditioned(embeddings, self.learner.token(embeddings))
+
+    def conditioned(self, embeddings: Tensor, tokens: Tensor) -> Tensor:
+        """Class scores of embeddings, shape [N, C], under prompts that are shifted by these tokens, in one pass."""
+        texts = self.class_features(tokens).unflatten(0, (-1, len(self.classes.names)))
         return self.scored(torch.einsum("nd,ncd->nc", embeddings, texts))
 
     def class_features(self, tokens: Tensor | None = None) -> Tensor:
@@ -116,7 +120,7 @@ class PromptedClassifier(Classifier):
         context = self.learner.tensors[CONTEXT].expand(count, length, -1)[None]
         if tokens is not None:
             context = context + tokens[:, None, None, :]
-        images = len(context)
+        images = context.shape[0]  # not its length, which an export would take for a constant
         rest = words[None].expand(images, -1, -1, -1)
         prompts = torch.cat([rest[:, :, :1], context, rest[:, :, 1 + length :]], dim=2).flatten(0, 1)
         return self._encode(prompts, ends.repeat(images))
@@ -135,7 +139,7 @@ class PromptedClassifier(Classifier):
         hidden = prompts + model.positional_embedding[:length]
         with self.autocast():
             hidden = model.transformer(hidden, attn_mask=model.attn_mask[:length, :length])
-        hidden = model.ln_final(hidden)[torch.arange(len(hidden), device=hidden.device), ends].float()
+        hidden = model.ln_final(hidden)[torch.arange(hidden.shape[0], device=hidden.device), ends].float()
         projection = model.text_projection
         if projection is not None:
             hidden = projection(hidden) if isinstance(projection, torch.nn.Linear) else hidden @ projection

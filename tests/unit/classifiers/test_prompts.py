@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from guard.classifiers import Classifier, ClassList
+from guard.classifiers import Classifier, ClassList, ExportedClassifier, export
 from guard.classifiers.prompts import (
     Kind,
     PromptedClassifier,
@@ -278,3 +278,26 @@ def test_words_that_a_class_is_called_by_are_those_of_its_prompt(classifier: Cla
     plain.classes = named
     head = PromptedClassifier(plain, learner("coop")).head
     assert torch.allclose(head[0], head[1])
+
+
+@pytest.mark.parametrize("kind", ["coop", "cocoop", "visual"])
+def test_an_export_computes_the_same_and_gives_the_token(
+    kind: Kind, classifier: Classifier, images: Tensor, tmp_path: Path
+) -> None:
+    model = PromptedClassifier(classifier, learner(kind))
+    export(model, tmp_path / "exported", images)
+    exported = ExportedClassifier(tmp_path / "exported", gpu=False)
+    inputs = exported.preprocessing.normalise(images[:5].numpy())
+    embeddings, logits = exported.run(inputs)
+    expected = model.embed(images[:5])
+    assert exported.digest == model.digest.root
+    assert torch.allclose(torch.from_numpy(embeddings), expected, atol=1e-4)
+    with torch.no_grad():
+        assert torch.allclose(torch.from_numpy(logits), model.logits(expected), atol=1e-2)
+    assert exported.has_tokens == (kind == "cocoop")
+    if exported.has_tokens:
+        tokens = torch.from_numpy(exported.run_with_tokens(inputs)[2])
+        assert torch.allclose(tokens, model.learner.token(expected), atol=1e-4)
+    else:
+        with pytest.raises(ModelError, match="no meta-net"):
+            exported.run_with_tokens(inputs)
