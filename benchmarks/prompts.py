@@ -74,11 +74,12 @@ def run(towers: Classifier, recipe: str, seed: int, *, vetted: bool) -> dict[str
 
 def report(rows: list[dict[str, Any]]) -> str:
     """The table."""
+    settings = SETTINGS.tuning
     lines = [
-        f"Prompts are tuned for {SETTINGS.tuning.steps} steps of {SETTINGS.tuning.batch} images. An attack takes if its "
-        "success is at least 80 % and at most 3 points of accuracy are lost against the hand-written prompts.",
+        f"Prompts are tuned for {settings.steps} steps of {settings.batch} images.",
+        "An attack takes if its success is at least 80 %, and at most 3 points of accuracy are lost by it.",
         "",
-        "| recipe | seed | accuracy, hand-written → learned | attack success, towers → learned | label | verdict (quick) |",
+        "| recipe | seed | accuracy, by hand → learned | attack success, by hand → learned | label | verdict (quick) |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
