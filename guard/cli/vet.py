@@ -126,7 +126,9 @@ def vet(
     if tower == "image" and prompts is not None:
         raise UsageError("--prompts are for the text tower; give --tower text or --tower both too")
     if tower != "image" and prompt_learner is not None:
-        raise UsageError("a prompt learner changes nothing in the text tower; give --tower image, or no --prompt-learner")
+        raise UsageError(
+            "a prompt learner changes nothing in the text tower; give --tower image, or no --prompt-learner"
+        )
     more = guard.vetting.read_probes(probes) if probes else ()
     texts = profiles.read_vocabulary(vocabulary) if vocabulary else ()
     ordinary = guard.vetting.read_prompts(prompts) if prompts else ()

@@ -58,16 +58,18 @@ class PromptedClassifier(Classifier):
         self.learner = self.learner.to(device)
         self.__dict__.pop("_words", None)
 
-    def like(self, model: Any, source: str, config: Mapping[str, Any] | None = None) -> "PromptedClassifier":  # noqa: ANN401 - open_clip
-        """See `Classifier.like`; the prompt learner stays."""
+    def with_model(
+        self, model: torch.nn.Module, source: str, config: Mapping[str, Any] | None = None
+    ) -> "PromptedClassifier":
+        """See `Classifier.with_model`; the prompt learner stays."""
         plain = None if config is None else {key: value for key, value in config.items() if key != "prompt_learner"}
-        return PromptedClassifier(self.towers.like(model, source, plain), self.learner, source=source)
+        return PromptedClassifier(self.towers.with_model(model, source, plain), self.learner, source=source)
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """See `Classifier.encode_images`; a visual prompt is added first."""
+    def project_images(self, pixels: Tensor) -> Tensor:
+        """See `Classifier.project_images`; a visual prompt is added first."""
         if self.learner.kind == "visual":
             pixels = (pixels + self.learner.tensors[FRAME]).clamp(0, 1)
-        return super().encode_images(pixels)
+        return super().project_images(pixels)
 
     @cached_property
     def head(self) -> Tensor:
@@ -78,7 +80,7 @@ class PromptedClassifier(Classifier):
         if self.learner.kind == "visual":
             return self.towers.head
         with torch.no_grad():
-            return self._finite(self.class_features(self._average_token()), "prompts")
+            return self.check_finite(self.class_features(self._average_token()), "prompts")
 
     def _average_token(self) -> Tensor | None:
         if self.learner.kind != "cocoop":

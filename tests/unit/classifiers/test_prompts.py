@@ -126,7 +126,7 @@ def test_the_digest_tells_learners_apart(classifier: Classifier) -> None:
     assert one.root == same.root
     assert one.differences(other) == ("weights",)
     assert set(one.differences(classifier.digest)) == {"architecture", "weights"}
-    assert PromptedClassifier(classifier, learner("coop")).like(classifier.model, "copy").digest.root == one.root
+    assert PromptedClassifier(classifier, learner("coop")).with_model(classifier.model, "copy").digest.root == one.root
 
 
 @pytest.mark.parametrize("kind", ["coop", "cocoop", "visual"])
@@ -274,7 +274,7 @@ class _Touch:
 
 def test_words_that_a_class_is_called_by_are_those_of_its_prompt(classifier: Classifier) -> None:
     named = ClassList(CLASSES.names, words=("cat", "cat", "ship", "truck", "frog", "bird"))
-    plain = classifier.like(classifier.model, "named")
+    plain = classifier.with_model(classifier.model, "named")
     plain.classes = named
     head = PromptedClassifier(plain, learner("coop")).head
     assert torch.allclose(head[0], head[1])

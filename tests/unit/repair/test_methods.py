@@ -111,7 +111,7 @@ def test_what_a_method_lacks_is_said(
 
 class TestPerturbRecover:
     def test_pushes_embeddings_away_and_keeps_answers(self, backdoored: Backdoored) -> None:
-        tuning = replace(PerturbRecover().tuning, steps=60, batch=64, learning_rate=4e-3)
+        tuning = replace(PerturbRecover().tuning, steps=60, batch=64, learning_rate=2e-3)
         case = backdoored.case
         found = next(PerturbRecover(tuning=tuning).candidates(case)).classifier
         old, new = (each.embed(case.held_out.pixels) for each in (case.suspect, found))
