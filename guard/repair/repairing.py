@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from guard.classifiers.classifier import Classifier
+from guard.classifiers.prompts import PromptedClassifier
 from guard.errors import UsageError
 from guard.repair.cases import Candidate, Case, Images, Method, TargetedTrigger
 from guard.repair.guided import Guided
@@ -133,12 +134,14 @@ def repair(
 
     Raises:
         ImageError: There are too few images.
-        UsageError: The method needs triggers, labels or a base model, and there are none; or the base model does not
-            fit.
+        UsageError: The method needs triggers, labels or a base model, and there are none; the base model does not fit;
+            or the suspect has a prompt learner, and the method changes towers.
     """
     started = time.monotonic()
     if rounds < 1:
         raise UsageError(f"a repair takes at least one round, not {rounds}")
+    if isinstance(suspect, PromptedClassifier) and not isinstance(method, Realign):
+        raise UsageError(f"the method {method.name} changes towers; a prompt learner is repaired by realign")
     train, held_out = images.parts(seed)
     first = Case(suspect, train, held_out, tuple(triggers), base, seed, store, progress)
     before = measure(suspect, held_out, first.triggers)

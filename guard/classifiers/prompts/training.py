@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +51,7 @@ def tune_prompts(
     start: PromptLearner | None = None,
     change: Change | None = None,
     also: nn.Parameter | None = None,
-    store: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> PromptLearner:
     """Tune a prompt learner by the cross entropy of the classes.
@@ -66,7 +65,7 @@ def tune_prompts(
         change: Changes the images and labels of each step, given as floats in [0, 1] on the device of the towers; None
             for no change.
         also: A parameter of `change` that is trained along.
-        store: File for unfinished training of exactly this call; None to keep nothing.
+        checkpoint: Where unfinished training is kept; None to keep nothing.
         progress: Called with (what, steps done, steps in all).
 
     Raises:
@@ -89,7 +88,7 @@ def tune_prompts(
         objective,
         len(pixels),
         settings.tuning,
-        checkpoint=None if store is None else Checkpoint(store, repr(settings)),
+        checkpoint=checkpoint,
         what="tuning prompts",
         progress=progress,
     )
