@@ -76,8 +76,8 @@ class Guided:
             what="guided repair",
             progress=case.progress,
         )
-        each_step = _VIEWS * min(settings.batch, len(case.images))
-        passes += len(case.images) + round((1 + self.share / _VIEWS) * cost.steps * each_step)
+        # The suspect sees each image once, and then the view with a trigger in each step.
+        passes += len(case.images) + (_VIEWS + 1) * cost.steps * min(settings.batch, len(case.images))
         yield Candidate(pupil, passes, {"triggers": len(known) + len(found)})
 
     def search_for(

@@ -1,7 +1,7 @@
 """Repair a classifier, and find out whether it is repaired."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -129,7 +129,7 @@ def repair(
             also uses the triggers that were found in that.
         anyway: Whether to work on a model for which the verdict is `no evidence`.
         seed: Seed for all random choices.
-        store: Folder for unfinished training and finished searches, so that an interrupted run continues.
+        store: Folder for training and finished searches, so that an interrupted run continues.
         progress: Called with (what, steps done, steps in all).
 
     Raises:
@@ -186,7 +186,7 @@ def repair(
     case, trained, vetted = first, 0, 0
     for done in range(1, rounds + 1):
         tried: list[tuple[tuple[bool, float], Candidate, Vetting, list[str]]] = []
-        for candidate in islice(_told(method.candidates(case), case), _TRIES):
+        for candidate in islice(method.candidates(case), _TRIES):
             trained += candidate.passes
             vetting = vet(
                 candidate.classifier,
@@ -217,12 +217,6 @@ def repair(
         outcome = "undecided"
     said = reasons or ["a new vetting has no evidence of a backdoor in the families that it tested"]
     return record(outcome, said, candidate, vetting, done, (trained, vetted))
-
-
-def _told(candidates: Iterator[Candidate], case: Case) -> Iterator[Candidate]:
-    for candidate in candidates:
-        case.progress("candidate made; vetting it", 1, 1)
-        yield candidate
 
 
 def _objections(verdict: Verdict, before: Measured, after: Measured) -> list[str]:

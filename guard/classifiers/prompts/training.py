@@ -65,7 +65,7 @@ def tune_prompts(
         change: Changes the images and labels of each step, given as floats in [0, 1] on the device of the towers; None
             for no change.
         also: A parameter of `change` that is trained along.
-        checkpoint: Where unfinished training is kept; None to keep nothing.
+        checkpoint: Where the training is kept; None to keep nothing.
         progress: Called with (what, steps done, steps in all).
 
     Raises:
