@@ -48,7 +48,8 @@ def main() -> None:
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 sys.stderr.write(f"{rows[-1]}\n")
-    command = f"python -m benchmarks.prompts {Zoo.read(arguments.zoo).name} --base {arguments.base}"
+    name, recipes = Zoo.read(arguments.zoo).name, arguments.recipes
+    command = f"python -m benchmarks.prompts {name} --base {arguments.base} --recipes {recipes}"
     (RESULTS / "prompts.md").write_text(heading("Prompt learners: which attacks take", command) + report(rows), "utf-8")
 
 
