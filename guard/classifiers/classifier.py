@@ -203,7 +203,11 @@ class Classifier:
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """Class scores, shape [N, C]: scaled cosine to the head (plus the bias that SigLIP models have)."""
-        logits = self.logit_scale * embeddings @ self.head.T
+        return self.scored(embeddings @ self.head.T)
+
+    def scored(self, cosines: Tensor) -> Tensor:
+        """Class scores from cosines, of any shape."""
+        logits = self.logit_scale * cosines
         bias = getattr(self.model, "logit_bias", None)
         return logits if bias is None else logits + bias
 
@@ -243,6 +247,10 @@ class Classifier:
         """bfloat16 on a GPU; float32 on a CPU, where lower precision is rarely faster."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")
 
+    def _tensors(self) -> Mapping[str, Tensor]:
+        """Every tensor that answers depend on, by name."""
+        return self.model.state_dict()  # type: ignore[no-any-return]
+
     @cached_property
     def digest(self) -> ClassifierDigest:
         """Digest of weights, architecture, preprocessing, tokenizer, class names and templates.
@@ -256,7 +264,7 @@ class Classifier:
         return ClassifierDigest(
             {
                 "architecture": sha256(canonical(self.config)),
-                "weights": _weights_digest(self.model.state_dict()),
+                "weights": _weights_digest(self._tensors()),
                 "preprocessing": sha256(canonical(asdict(self.preprocessing))),
                 "tokenizer": sha256(canonical({"vocabulary": _vocabulary(self.tokenizer), "probe": ids.tolist()})),
                 "classes": sha256(canonical(self.classes.document())),

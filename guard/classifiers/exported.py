@@ -15,6 +15,8 @@ from guard.classifiers.manifest import MANIFEST_FILE, MODEL_FILE, read_manifest
 from guard.classifiers.preprocessing import Preprocessing
 from guard.errors import ModelError, first_line
 
+TOKEN = "token"  # noqa: S105 - of a text, not of a login
+"""Name of the output of a meta-net."""
 _FATAL = 4
 """Errors come as exceptions; lines of ONNX Runtime's own on standard error would break the form of a log."""
 onnxruntime.set_default_logger_severity(_FATAL)
@@ -33,6 +35,7 @@ class ExportedClassifier:
 
     Attributes:
         manifest: The contents of `classifier.json`.
+        has_tokens: Whether it has a meta-net (CoCoOp), whose token `run_with_tokens` gives.
 
     Raises:
         ModelError: A file is missing or damaged, or is not the file that the manifest names.
@@ -44,11 +47,14 @@ class ExportedClassifier:
         inputs = [(item.name, item.type, item.shape[1:]) for item in self._session.get_inputs()]
         size = self.manifest.preprocessing.size
         outputs = {item.name: item.shape[-1] for item in self._session.get_outputs()}
+        token = outputs.pop(TOKEN, None)
         if inputs != [("image", "tensor(float)", [3, size, size])] or outputs != {
             "embedding": self.manifest.embedding,
             "logits": len(self.manifest.classes.names),
         }:
             raise ModelError(f"{directory / MODEL_FILE} does not have the inputs and outputs that its manifest names")
+
+        self.has_tokens = token is not None
 
     @property
     def digest(self) -> str:
@@ -81,6 +87,17 @@ class ExportedClassifier:
         """
         embeddings, logits = self._session.run(["embedding", "logits"], {"image": inputs})
         return embeddings, logits
+
+    def run_with_tokens(self, inputs: Floats) -> tuple[Floats, Floats, Floats]:
+        """The same, and what the meta-net adds to each context vector: shape [N, W].
+
+        Raises:
+            ModelError: The model has no meta-net.
+        """
+        if not self.has_tokens:
+            raise ModelError("the exported model has no meta-net; only a CoCoOp prompt learner has one")
+        embeddings, logits, tokens = self._session.run(["embedding", "logits", TOKEN], {"image": inputs})
+        return embeddings, logits, tokens
 
 
 def _session(path: Path, expected: str, *, threads: int, gpu: bool) -> Any:  # noqa: ANN401 - onnxruntime has no types

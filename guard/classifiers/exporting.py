@@ -14,6 +14,8 @@ from guard.classifiers.classifier import Classifier
 from guard.classifiers.digest import sha256
 from guard.classifiers.exported import ExportedClassifier
 from guard.classifiers.manifest import MANIFEST_FILE, MODEL_FILE, SCHEMA, Manifest
+from guard.classifiers.prompts import PromptedClassifier
+from guard.classifiers.prompts.learner import FRAME
 from guard.errors import ExportError, ImageError, first_line
 
 MIN_PARITY_IMAGES = 256
@@ -46,12 +48,39 @@ class _Tower(torch.nn.Module):
         self.bias = 0.0 if bias is None else float(bias)
         self.head: Tensor
         self.register_buffer("head", classifier.logit_scale * classifier.head.cpu().T)
+        self.frame: Tensor | None = None
+        if isinstance(classifier, PromptedClassifier):
+            self.frame = classifier.learner.tensors.get(FRAME)
+        preprocessing = classifier.preprocessing
+        self.mean, self.std = (torch.tensor(each).view(3, 1, 1) for each in (preprocessing.mean, preprocessing.std))
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.visual(image)
+        found = self.visual(self.framed(image))
         # The tower of a CoCa gives its tokens too.
         embedding = torch.nn.functional.normalize(found[0] if isinstance(found, tuple) else found, dim=-1)
         return embedding, embedding @ self.head + self.bias
+
+    def framed(self, image: Tensor) -> Tensor:
+        """The input with the visual prompt, if there is one."""
+        if self.frame is None:
+            return image
+        pixels = (image * self.std + self.mean + self.frame).clamp(0, 1)
+        return (pixels - self.mean) / self.std
+
+
+class _Prompted(torch.nn.Module):
+    """Image tower, meta-net and text tower as one graph: each image has prompts of its own."""
+
+    def __init__(self, classifier: PromptedClassifier) -> None:
+        super().__init__()
+        self.visual = _Tower(classifier)
+        self.text = classifier.model
+        self.classifier = classifier
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        embedding, _ = self.visual(image)
+        token = self.classifier.learner.token(embedding)
+        return embedding, self.classifier.conditioned(embedding, token), token
 
 
 def export(classifier: Classifier, directory: Path | str, images: Tensor) -> ExportParity:
@@ -86,21 +115,29 @@ def export(classifier: Classifier, directory: Path | str, images: Tensor) -> Exp
     return parity
 
 
+def _graph(classifier: Classifier) -> tuple[torch.nn.Module, list[str]]:
+    """What is exported, and the names of its outputs."""
+    if isinstance(classifier, PromptedClassifier) and classifier.learner.kind == "cocoop":
+        return _Prompted(classifier), ["embedding", "logits", "token"]
+    return _Tower(classifier), ["embedding", "logits"]
+
+
 def _write(classifier: Classifier, directory: Path) -> None:
     import onnxscript  # noqa: F401 - torch's exporter needs it, and fails late and at length without it
 
     size = classifier.preprocessing.size
+    graph, outputs = _graph(classifier)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
         for name in ("torch.onnx", "onnxscript"):
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
             torch.onnx.export(
-                _Tower(classifier).eval(),
+                graph.eval(),
                 (torch.zeros(2, 3, size, size),),
                 directory / MODEL_FILE,
                 input_names=["image"],
-                output_names=["embedding", "logits"],
+                output_names=outputs,
                 dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
                 dynamo=True,
                 external_data=False,

@@ -9,6 +9,7 @@ from guard.cli import beginning  # noqa: F401 - before what takes time to load
 from guard.cli.attack import attack
 from guard.cli.calibrate import calibrate
 from guard.cli.certify import certify
+from guard.cli.convert import convert
 from guard.cli.demo import demo
 from guard.cli.doctor import doctor
 from guard.cli.evaluate import evaluate
@@ -40,7 +41,8 @@ def cli() -> None:
 
 
 for command in (
-    vet, calibrate, export, certify, verify, repair, scan, serve, top, log, triggers, attack, evaluate, doctor, demo
+    vet, calibrate, export, certify, verify, repair, convert, scan, serve, top, log, triggers, attack, evaluate, doctor,
+    demo,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -48,6 +48,7 @@ _ENOUGH_AGREEMENT = 0.9
     show_default=True,
     help="False-alarm rate: the share of clean images that may be flagged.",
 )
+@options.prompt_learner
 @click.option(
     "--model",
     help="The model that the profile was made for, if it is no longer at the place that the profile names.",
@@ -97,6 +98,7 @@ def calibrate(
     embeddings: Path | None,
     alpha: float,
     model: str | None,
+    prompt_learner: Path | None,
     base: str | None,
     reference: "OpinionKind | Literal['none'] | None",
     k: int | None,
@@ -142,7 +144,9 @@ def calibrate(
             named = model or stored.document.model.source
             try:
                 classes = stored.document.model.classes
-                classifier = certified.load(named, classes, device, console, certificate or profile, trust, policy)
+                classifier = certified.load(
+                    named, classes, device, console, certificate or profile, trust, policy, prompt_learner
+                )
             except ModelError as error:
                 if model is not None:
                     raise

@@ -8,6 +8,7 @@ import click
 
 from guard.cli import options
 from guard.cli.console import Console
+from guard.errors import UsageError
 
 if TYPE_CHECKING:
     from guard.classifiers import Classifier, ClassList
@@ -33,19 +34,24 @@ def load(
     certificate: Path,
     trust: tuple[Path, ...],
     policy: tuple[Path, ...],
+    prompt_learner: Path | None = None,
 ) -> "Classifier":
     """Load a model, and say whether what was loaded is certified, if somebody is trusted.
 
-    The certificate is a file, or the folder of a profile that holds one.
+    The certificate is a file, or the folder of a profile that holds one. A prompt learner takes the place of the
+    prompts; certificates do not cover it.
 
     Raises:
         ModelError: The model cannot be loaded.
         CertificateError: A key or a policy cannot be used.
+        UsageError: Somebody is trusted, and there is a prompt learner.
     """
     import guard
 
     if not (trust or policy):
-        return guard.load(model, classes=classes, device=device)
+        return with_prompts(guard.load(model, classes=classes, device=device), prompt_learner)
+    if prompt_learner is not None:
+        raise UsageError("certificates do not cover prompt learners yet; leave --trust and --policy out")
     from guard._documents import recording
     from guard.certificates import CERTIFICATE_FILE
     from guard.certificates.loaded import check_loaded
@@ -56,3 +62,17 @@ def load(
         classifier = guard.load(model, classes=classes, device=device)
     console.say(f"{model}: {check_loaded(model, classifier.digest.root, opened, file, policies)}")
     return classifier
+
+
+def with_prompts(towers: "Classifier", prompt_learner: Path | None) -> "Classifier":
+    """The classifier with the prompt learner of a file; as it is without one.
+
+    Raises:
+        ModelError: The file holds no prompt learner, or one that does not fit the classifier.
+    """
+    if prompt_learner is None:
+        return towers
+    from guard.classifiers.prompts import PromptedClassifier, load_prompt_learner
+
+    learner = load_prompt_learner(prompt_learner)
+    return PromptedClassifier(towers, learner, source=f"{towers.source} with {prompt_learner}")

@@ -26,6 +26,7 @@ from guard.errors import UsageError
     help="Folder of at least 256 images, on which the ONNX model must compute the same as MODEL.",
 )
 @options.classes
+@options.prompt_learner
 @click.option(
     "--limit", type=click.IntRange(min=256), default=1000, show_default=True, help="Maximum number of images to use."
 )
@@ -39,6 +40,7 @@ def export(
     form: str,
     images: Path | None,
     classes: Path | None,
+    prompt_learner: Path | None,
     limit: int,
     seed: int,
     device: str | None,
@@ -63,7 +65,7 @@ def export(
         raise UsageError("--trust and --policy need the --certificate of the model")
     asked = certificate or Path(), trust, policy
     if form == "hugging-face":
-        classifier = certified.load(model, classes, device, console, *asked)
+        classifier = certified.load(model, classes, device, console, *asked, prompt_learner)
         from guard.classifiers import save_hugging_face
 
         save_hugging_face(out, classifier)
@@ -72,7 +74,7 @@ def export(
     if images is None:
         raise UsageError("--format onnx needs --images for its parity check")
     folder = guard.ImageFolder.scan(images).sample(limit, seed=seed)
-    classifier = certified.load(model, classes, device, console, *asked)
+    classifier = certified.load(model, classes, device, console, *asked, prompt_learner)
     pixels = classifier.read(folder, console.progress)
     parity = guard.export(classifier, out, pixels)
     console.result(

@@ -36,6 +36,14 @@ classes = click.option(
 )
 
 
+prompt_learner = click.option(
+    "--prompt-learner",
+    type=PATH,
+    help="Safetensors file of a prompt learner (CoOp, CoCoOp or a visual prompt) that takes the place of MODEL's "
+    "prompts. The command guard convert makes it of a checkpoint.",
+)
+
+
 def engine(command: Command) -> Command:
     """The options `--jobs` and `--ray`: where the work is done."""
     for option in (

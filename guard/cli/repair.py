@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from guard.cli import options
+from guard.cli import certified, options
 from guard.cli.console import Console
 from guard.cli.labelled import folders_if_named
 from guard.errors import UsageError
@@ -28,7 +28,8 @@ EXIT_CODES = {"repaired": 0, "nothing to repair": 0, "not repaired": 1, "undecid
     default="guided",
     show_default=True,
     help="How to repair. perturb-recover and switch use no reconstructed trigger; realign needs labelled images, and "
-    "perturb-recover labelled images or --pairs; switch needs --base, and does not train.",
+    "perturb-recover labelled images or --pairs; switch needs --base, and does not train. A prompt learner is repaired "
+    "by realign.",
 )
 @click.option("--profile", type=options.PATH, required=True, help="Profile that guard vet wrote for MODEL.")
 @options.images(
@@ -46,6 +47,7 @@ EXIT_CODES = {"repaired": 0, "nothing to repair": 0, "not repaired": 1, "undecid
     "trained on: two fifths.",
 )
 @options.classes
+@options.prompt_learner
 @click.option("--base", help="Trusted model that MODEL was fine-tuned from.")
 @click.option(
     "--out", type=options.PATH, default=Path("repaired"), show_default=True, help="Folder to write the result to."
@@ -94,6 +96,7 @@ def repair(
     pairs: Path | None,
     vetting_images: Path | None,
     classes: Path | None,
+    prompt_learner: Path | None,
     base: str | None,
     out: Path,
     revoke: Path | None,
@@ -129,9 +132,11 @@ def repair(
     if revoke is not None:
         Policy.read(revoke)  # what is wrong with it is said before the work
     known = guard.Profile.open(profile)
-    suspect = guard.load(model, classes=classes, device=device)
+    suspect = certified.with_prompts(guard.load(model, classes=classes, device=device), prompt_learner)
     known.check_model(suspect.digest)
     trusted = guard.load(base, classes=classes, device=device) if base else None
+    if trusted is None and prompt_learner is not None:
+        trusted = guard.load(model, classes=classes, device=device)  # its own towers, as in guard vet
     given = _read(images, pairs, suspect, limit, seed, console)
     other = None
     if vetting_images is not None:

@@ -38,9 +38,11 @@ EXIT_CODES = {"no evidence": 0, "backdoored": 1, "inconclusive": 3}
     "searched for. By default, they are made from guard's own list of words.",
 )
 @options.classes
+@options.prompt_learner
 @click.option(
     "--base",
-    help="Trusted model to compare MODEL with, such as the checkpoint that MODEL was fine-tuned from.",
+    help="Trusted model to compare MODEL with, such as the checkpoint that MODEL was fine-tuned from. With "
+    "--prompt-learner, it is MODEL with hand-written prompts by default.",
 )
 @click.option(
     "--vocabulary",
@@ -87,6 +89,7 @@ def vet(
     images: Path | None,
     prompts: Path | None,
     classes: Path | None,
+    prompt_learner: Path | None,
     base: str | None,
     vocabulary: Path | None,
     out: Path,
@@ -122,12 +125,19 @@ def vet(
         raise UsageError("the image tower is examined on images; give --images DIR, or --tower text")
     if tower == "image" and prompts is not None:
         raise UsageError("--prompts are for the text tower; give --tower text or --tower both too")
+    if tower != "image" and prompt_learner is not None:
+        raise UsageError(
+            "a prompt learner changes nothing in the text tower; give --tower image, or no --prompt-learner"
+        )
     more = guard.vetting.read_probes(probes) if probes else ()
     texts = profiles.read_vocabulary(vocabulary) if vocabulary else ()
     ordinary = guard.vetting.read_prompts(prompts) if prompts else ()
     folder = guard.ImageFolder.scan(images).sample(limit, seed=seed) if images and tower != "text" else None
-    classifier = certified.load(model, classes, device, console, certificate or out, trust, policy)
+    classifier = certified.load(model, classes, device, console, certificate or out, trust, policy, prompt_learner)
     reference = guard.load(base, classes=classes, device=device) if base else None
+    if reference is None and prompt_learner is not None:
+        # The towers of a prompt learner are frozen: with hand-written prompts they are what it was made from.
+        reference = guard.load(model, classes=classes, device=device)
     searches = cache or out.with_name(f".{out.name}.searches")
     image_vetting = text_vetting = pixels = None
     if tower != "image":

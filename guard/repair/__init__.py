@@ -1,5 +1,6 @@
 """Remove a backdoor from a classifier, and prove it: every repair ends with a new vetting."""
 
+from guard.classifiers.tuning import TuningSettings
 from guard.repair.cases import Candidate, Case, Images, Method, TargetedTrigger
 from guard.repair.guided import Guided
 from guard.repair.measuring import Drift, Measured, drift, measure
@@ -9,7 +10,6 @@ from guard.repair.realign import Realign
 from guard.repair.repairing import METHODS, Outcome, Repair, Repaired, repair
 from guard.repair.subtract import Subtract
 from guard.repair.switch import Switch
-from guard.repair.tuning import TuningSettings
 from guard.repair.writing import check_place, revoked_digests, summary, write
 
 __all__ = [

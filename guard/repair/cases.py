@@ -10,10 +10,10 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from guard.classifiers.checkpoints import Checkpoint
 from guard.classifiers.classifier import Classifier
 from guard.classifiers.digest import canonical
 from guard.errors import ImageError, UsageError
-from guard.repair.checkpoints import Checkpoint
 from guard.triggers import Trigger
 
 HELD_OUT = 0.4
@@ -89,7 +89,7 @@ class Case:
         triggers: The reconstructed triggers.
         base: The model that the suspect was tuned from; None if it is not known.
         seed: Seed for all random choices.
-        store: Folder in which unfinished training is kept; None to keep nothing.
+        store: Folder in which training is kept; None to keep nothing.
         progress: Called with (what, steps done, steps in all).
     """
 
@@ -111,7 +111,7 @@ class Case:
         return self.suspect.with_model(copy.deepcopy(self.suspect.model), f"{self.suspect.source}, {how}")
 
     def checkpoint(self, settings: object, what: str = "training") -> Checkpoint | None:
-        """Where an unfinished training of this case is kept.
+        """Where a training of this case is kept.
 
         Args:
             settings: Dataclass of everything that the training follows from, besides the case itself.

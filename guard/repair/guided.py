@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from guard.classifiers.classifier import Classifier
+from guard.classifiers.tuning import Inputs, TuningSettings, tune
 from guard.repair.cases import Candidate, Case, Images, TargetedTrigger
 from guard.repair.perturb_recover import TAU
 from guard.repair.stamping import stamped, varied
-from guard.repair.tuning import Inputs, TuningSettings, tune
 from guard.triggers import FAMILIES
 from guard.vetting.budgets import InspectionSettings
 from guard.vetting.disturbances import disturbed
@@ -76,8 +76,8 @@ class Guided:
             what="guided repair",
             progress=case.progress,
         )
-        each_step = _VIEWS * min(settings.batch, len(case.images))
-        passes += len(case.images) + round((1 + self.share / _VIEWS) * cost.steps * each_step)
+        # The suspect sees each image once, and then the view with a trigger in each step.
+        passes += len(case.images) + (_VIEWS + 1) * cost.steps * min(settings.batch, len(case.images))
         yield Candidate(pupil, passes, {"triggers": len(known) + len(found)})
 
     def search_for(

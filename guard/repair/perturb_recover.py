@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, normalize
 
 from guard.classifiers.classifier import Classifier
+from guard.classifiers.tuning import Inputs, TuningSettings, tune
 from guard.repair.cases import Candidate, Case
-from guard.repair.tuning import Inputs, TuningSettings, tune
 
 TAU = 2.15
 """Mean squared distance of embeddings of length 1 up to which a modality is pushed away from the poisoned model."""

@@ -9,19 +9,20 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from guard.classifiers.classifier import Classifier
+from guard.classifiers.prompts import PromptedClassifier, PromptTuningSettings, tune_prompts
+from guard.classifiers.tuning import Inputs, TuningSettings, tune
 from guard.repair.cases import Candidate, Case, Images, TargetedTrigger
 from guard.repair.stamping import stamped
-from guard.repair.tuning import Inputs, TuningSettings, tune
 
 
 @dataclass(frozen=True)
 class Realign:
-    """CLIP-Inspector's repair (Jindal et al., CVPR 2026 Findings, section on repair), for an image tower.
+    """CLIP-Inspector's repair (Jindal et al., CVPR 2026 Findings, section on repair).
 
     The paper stamps the reconstructed trigger on a small labelled set, keeps the true labels, and tunes the prompt
-    learner on clean and stamped images. Here it is the image tower that is tuned, and the head stays: a backdoor that
-    lies in the tower is not removed from a prompt. The paper does not give the share of stamped images, the number of
-    epochs, or the optimiser.
+    learner on clean and stamped images. So is a prompt learner tuned here, from where it is. Of a classifier without
+    one it is the image tower that is tuned, and the head stays: a backdoor that lies in the tower is not removed from a
+    prompt. The paper does not give the share of stamped images, the number of epochs, or the optimiser.
 
     Attributes:
         share: Share of each batch that is stamped, in (0, 1].
@@ -37,7 +38,10 @@ class Realign:
     def candidates(self, case: Case) -> Iterator[Candidate]:
         """See `guard.repair.Method`: one candidate."""
         labels, triggers = case.needs_labels(self.name), case.needs_triggers(self.name)
-        yield realigned(case, labels, triggers, self)
+        if isinstance(case.suspect, PromptedClassifier):
+            yield _realigned_prompts(case, case.suspect, labels, triggers, self)
+        else:
+            yield realigned(case, labels, triggers, self)
 
 
 def realigned(case: Case, labels: Tensor, triggers: tuple[TargetedTrigger, ...], method: Realign) -> Candidate:
@@ -63,6 +67,31 @@ def realigned(case: Case, labels: Tensor, triggers: tuple[TargetedTrigger, ...],
         progress=case.progress,
     )
     return Candidate(pupil, cost.steps * min(settings.batch, len(case.images)), {})
+
+
+def _realigned_prompts(
+    case: Case, suspect: PromptedClassifier, labels: Tensor, triggers: tuple[TargetedTrigger, ...], method: Realign
+) -> Candidate:
+    """Tune the prompt learner of the suspect; its towers stay as they are."""
+    tuning = replace(method.tuning, seed=case.seed)
+    settings = PromptTuningSettings(kind=suspect.learner.kind, tuning=tuning)
+
+    def change(pixels: Tensor, classes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        count = max(1, round(method.share * len(pixels)))
+        return torch.cat([stamped(pixels[:count], triggers, generator), pixels[count:]]), classes
+
+    learner = tune_prompts(
+        suspect.towers,
+        case.images.pixels,
+        labels,
+        settings,
+        start=suspect.learner,
+        change=change,
+        checkpoint=case.checkpoint(replace(method, tuning=tuning)),
+        progress=case.progress,
+    )
+    found = PromptedClassifier(suspect.towers, learner, source=f"{suspect.source}, realigned")
+    return Candidate(found, tuning.steps * min(tuning.batch, len(case.images)), {})
 
 
 class _TrueLabels:

@@ -1,7 +1,7 @@
 """Repair a classifier, and find out whether it is repaired."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from guard.classifiers.classifier import Classifier
+from guard.classifiers.prompts import PromptedClassifier
 from guard.errors import UsageError
 from guard.repair.cases import Candidate, Case, Images, Method, TargetedTrigger
 from guard.repair.guided import Guided
@@ -128,17 +129,19 @@ def repair(
             also uses the triggers that were found in that.
         anyway: Whether to work on a model for which the verdict is `no evidence`.
         seed: Seed for all random choices.
-        store: Folder for unfinished training and finished searches, so that an interrupted run continues.
+        store: Folder for training and finished searches, so that an interrupted run continues.
         progress: Called with (what, steps done, steps in all).
 
     Raises:
         ImageError: There are too few images.
-        UsageError: The method needs triggers, labels or a base model, and there are none; or the base model does not
-            fit.
+        UsageError: The method needs triggers, labels or a base model, and there are none; the base model does not fit;
+            or the suspect has a prompt learner, and the method changes towers.
     """
     started = time.monotonic()
     if rounds < 1:
         raise UsageError(f"a repair takes at least one round, not {rounds}")
+    if isinstance(suspect, PromptedClassifier) and not isinstance(method, Realign):
+        raise UsageError(f"the method {method.name} changes towers; a prompt learner is repaired by realign")
     train, held_out = images.parts(seed)
     first = Case(suspect, train, held_out, tuple(triggers), base, seed, store, progress)
     before = measure(suspect, held_out, first.triggers)
@@ -183,7 +186,7 @@ def repair(
     case, trained, vetted = first, 0, 0
     for done in range(1, rounds + 1):
         tried: list[tuple[tuple[bool, float], Candidate, Vetting, list[str]]] = []
-        for candidate in islice(_told(method.candidates(case), case), _TRIES):
+        for candidate in islice(method.candidates(case), _TRIES):
             trained += candidate.passes
             vetting = vet(
                 candidate.classifier,
@@ -214,12 +217,6 @@ def repair(
         outcome = "undecided"
     said = reasons or ["a new vetting has no evidence of a backdoor in the families that it tested"]
     return record(outcome, said, candidate, vetting, done, (trained, vetted))
-
-
-def _told(candidates: Iterator[Candidate], case: Case) -> Iterator[Candidate]:
-    for candidate in candidates:
-        case.progress("candidate made; vetting it", 1, 1)
-        yield candidate
 
 
 def _objections(verdict: Verdict, before: Measured, after: Measured) -> list[str]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from guard.repair.cases import TargetedTrigger
 from guard.triggers import InvertibleTrigger, Trigger
+from guard.triggers.forms import FORMS
 
 
 def stamped(pixels: Tensor, triggers: Sequence[TargetedTrigger], generator: torch.Generator) -> Tensor:
@@ -38,7 +39,6 @@ def varied(trigger: Trigger, factor: float) -> Trigger:
     """
     if not isinstance(trigger, InvertibleTrigger):
         return trigger
-    tensors = trigger.tensors()
-    strength = tensors[trigger.strength]
-    low, high = float(strength.min().clamp(max=0)), 1.0
-    return type(trigger)(**{**tensors, trigger.strength: (strength * factor).clamp(-1.0 if low < 0 else 0.0, high)})
+    tensors, form = trigger.tensors(), FORMS[trigger.family][trigger.strength]
+    strength = (tensors[trigger.strength] * factor).clamp(form.low, form.high)
+    return type(trigger)(**{**tensors, trigger.strength: strength})

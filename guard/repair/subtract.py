@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from guard.classifiers.classifier import Classifier
+from guard.classifiers.tuning import Inputs, TuningSettings, tune
 from guard.repair.cases import Candidate, Case, Images, TargetedTrigger
 from guard.repair.measuring import answers, moved
 from guard.repair.stamping import stamped
-from guard.repair.tuning import Inputs, TuningSettings, tune
 
 
 @dataclass(frozen=True)

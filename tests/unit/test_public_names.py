@@ -39,8 +39,8 @@ def _helpers(name: str) -> set[str]:
     """Names that a package imports for itself."""
     return {
         "cli": {
-            "GuardError", "UsageError", "attack", "calibrate", "certify", "demo", "evaluate", "export", "log", "repair",
-            "serve", "triggers", "verify", "vet",
+            "GuardError", "UsageError", "attack", "calibrate", "certify", "convert", "demo", "evaluate", "export",
+            "log", "repair", "serve", "triggers", "verify", "vet",
         },
     }.get(name, {"lazy"})  # fmt: skip
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from guard.classifiers import ClassList
+from guard.classifiers.prompts import PromptedClassifier, PromptLearner
 from guard.errors import UsageError
 from guard.repair import (
     Case,
@@ -19,9 +20,11 @@ from guard.repair import (
     Switch,
     TuningSettings,
     measure,
+    repair,
 )
 from guard.repair.perturb_recover import augmented
 from guard.repair.realign import realigned
+from guard.vetting import Verdict
 from tests.conftest import CLASSES
 from tests.unit.repair.conftest import Backdoored
 
@@ -109,9 +112,21 @@ def test_what_a_method_lacks_is_said(
         next(method.candidates(case))
 
 
+def test_realign_tunes_the_prompts_and_not_the_towers_of_a_prompt_learner(backdoored: Backdoored) -> None:
+    learner = PromptLearner({"ctx": 0.1 * torch.ones(2, 16)})
+    suspect = PromptedClassifier(backdoored.base, learner)
+    case = replace(backdoored.case, suspect=suspect)
+    found = next(Realign(tuning=replace(QUICK, steps=5)).candidates(case)).classifier
+    assert isinstance(found, PromptedClassifier)
+    assert found.towers is backdoored.base
+    assert not torch.equal(found.learner.tensors["ctx"], learner.tensors["ctx"])
+    with pytest.raises(UsageError, match="repaired by realign"):
+        repair(suspect, Guided(), backdoored.images, verdict=Verdict("backdoored", 1, 0.0, (), 0.01, ()))
+
+
 class TestPerturbRecover:
     def test_pushes_embeddings_away_and_keeps_answers(self, backdoored: Backdoored) -> None:
-        tuning = replace(PerturbRecover().tuning, steps=60, batch=64, learning_rate=4e-3)
+        tuning = replace(PerturbRecover().tuning, steps=60, batch=64, learning_rate=2e-3)
         case = backdoored.case
         found = next(PerturbRecover(tuning=tuning).candidates(case)).classifier
         old, new = (each.embed(case.held_out.pixels) for each in (case.suspect, found))

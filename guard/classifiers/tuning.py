@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from guard.repair.checkpoints import Checkpoint
+from guard.classifiers.checkpoints import Checkpoint
 
 Progress = Callable[[str, int, int], None]
 Inputs = tuple[Tensor, ...]
@@ -116,7 +116,7 @@ def tune(
         objective: What is minimised.
         count: Number of images.
         settings: Steps, rates, schedule and seed.
-        checkpoint: Where unfinished training is kept; it is removed at the end.
+        checkpoint: Where the training is kept, also when it is finished, for whatever comes next may be interrupted.
         what: Description for `progress`.
         progress: Called with (what, steps done, steps in all).
     """
@@ -148,12 +148,11 @@ def tune(
         if settings.clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         optimiser.step()
-        if checkpoint and step + 1 < settings.steps:
-            checkpoint.keep(model, optimiser, step + 1, before + time.monotonic() - started)
+        if checkpoint:
+            seconds = before + time.monotonic() - started
+            checkpoint.keep(model, optimiser, step + 1, seconds, last=step + 1 == settings.steps)
         progress(what, step + 1, settings.steps)
     model.eval().requires_grad_(requires_grad=False)
-    if checkpoint:
-        checkpoint.remove()
     return Cost(settings.steps, before + time.monotonic() - started, first)
 
 

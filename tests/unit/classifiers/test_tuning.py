@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from guard.repair.checkpoints import Checkpoint
-from guard.repair.tuning import SCHEDULES, Inputs, TuningSettings, tune
+from guard.classifiers.checkpoints import Checkpoint
+from guard.classifiers.tuning import SCHEDULES, Inputs, TuningSettings, tune
 
 COUNT = 24
 SETTINGS = TuningSettings(steps=12, batch=8, learning_rate=1e-2, seed=3)
@@ -83,7 +83,11 @@ def test_a_run_that_was_killed_and_begun_again_gives_the_same_weights(tmp_path: 
     assert cost.resumed == 7
     assert objective.steps == SETTINGS.steps - 7
     assert torch.equal(weights(continued), weights(trained()[0]))
-    assert not path.exists()
+    finished = network()
+    cost = tune(finished, list(finished.parameters()), Contrast(finished, 0), COUNT, SETTINGS,
+                checkpoint=Checkpoint(path, "mine", every=0))  # fmt: skip
+    assert cost.resumed == SETTINGS.steps
+    assert torch.equal(weights(finished), weights(continued))
 
 
 @pytest.mark.parametrize("damage", ["another training", "damaged"])

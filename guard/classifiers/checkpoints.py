@@ -1,4 +1,4 @@
-"""Unfinished training on disk, so that a run that was killed continues where it stopped."""
+"""Training on disk, so that a run that was killed continues where it stopped."""
 
 import json
 import time
@@ -50,9 +50,11 @@ class Checkpoint:
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
         return int(document["step"]), float(document["seconds"])
 
-    def keep(self, model: nn.Module, optimiser: torch.optim.Optimizer, step: int, seconds: float) -> None:
-        """Write the state before a step, if enough time has passed since the last writing."""
-        if time.monotonic() - self._written < self._every:
+    def keep(
+        self, model: nn.Module, optimiser: torch.optim.Optimizer, step: int, seconds: float, *, last: bool
+    ) -> None:
+        """Write the state before a step, if enough time has passed since the last writing, or if it is the last one."""
+        if not last and time.monotonic() - self._written < self._every:
             return
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         for number, fields in optimiser.state_dict()["state"].items():
@@ -61,10 +63,6 @@ class Checkpoint:
         plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         replace_file(self.path, save(plain, {"training": json.dumps(document)}))
         self._written = time.monotonic()
-
-    def remove(self) -> None:
-        """Remove the file: the training is finished."""
-        self.path.unlink(missing_ok=True)
 
 
 def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
