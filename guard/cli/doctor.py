@@ -80,7 +80,8 @@ def _deployment(config: Path | None, upstream: str | None, rest_ports: Sequence[
     from guard.diagnostics.preflight import preflight
     from guard.sidecar.inference.proxy import upstream_endpoint
     from guard.sidecar.model_settings import RENAMED
-    from guard.sidecar.settings import ENVIRONMENT_PREFIX, Settings
+    from guard.sidecar.setting_sources import ENVIRONMENT_PREFIX
+    from guard.sidecar.settings import Settings
     from guard.sidecar.transport.channels import Endpoint
 
     ports = tuple(dict.fromkeys((*REST_PORTS, *rest_ports)))

@@ -6,12 +6,9 @@ file. After a change here, run scripts/generate_docs.py.
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -28,45 +25,23 @@ from guard._cpus import usable_cpus
 from guard._documents import first_error, read_toml
 from guard.errors import UsageError
 from guard.sidecar.addresses import is_loopback, socket_path, split_address
-from guard.sidecar.model_settings import OPINION_CHOICES, RENAMED, ModelSettings, Names, Paths, metavar, split
+from guard.sidecar.model_settings import OPINION_CHOICES, RENAMED, ModelSettings, Names, Paths, metavar
 from guard.sidecar.policy import Mode
+from guard.sidecar.setting_sources import (
+    ENVIRONMENT_PREFIX,
+    EffectiveSetting,
+    Source,
+    environment,
+    only_stricter,
+    sources_of,
+)
 
-ENVIRONMENT_PREFIX: Final = "GUARD_"
 OWN_VERSION: Final = "1"
 """Version of a model that guard serves itself, where the configuration names none."""
 
 _config: ContextVar[dict[str, Any]] = ContextVar("_config")
 """The configuration file's contents, while `Settings.load` runs."""
 _MAX_CONFIG_BYTES = 16 * 2**20
-_STRICTEST = ("failure_policy", "closed")
-_GUARDED = ("policy", "trust", "require_certified", "failure_policy", "models")
-"""Settings by which certificates are judged, and that decide what happens without one."""
-
-
-class Source(StrEnum):
-    """Where the value of a setting comes from; a later one wins."""
-
-    DEFAULT = "default"
-    FILE = "file"
-    ENVIRONMENT = "environment"
-    OPTION = "option"
-
-
-@dataclass(frozen=True)
-class EffectiveSetting:
-    """A setting in effect.
-
-    Attributes:
-        model: Label of the model that it is of; "" if it is of the sidecar, or of models without a value of their own.
-        name: Its name.
-        value: Its value as JSON.
-        source: Where the value comes from.
-    """
-
-    model: str
-    name: str
-    value: str
-    source: Source
 
 
 class Settings(ModelSettings, BaseSettings):
@@ -648,16 +623,16 @@ class Settings(ModelSettings, BaseSettings):
         """
         missing = f"there is no configuration file {config}"
         table = {} if config is None else read_toml(config, _MAX_CONFIG_BYTES, UsageError, missing=missing)
-        variables = _environment()
+        variables = environment()
         for old, new in RENAMED.items():
             if (variable := f"{ENVIRONMENT_PREFIX}{old}".upper()) in variables:
                 raise UsageError(f"{variable} is now called {ENVIRONMENT_PREFIX}{new.upper()}")
         given = {key: value for key, value in command_line.items() if value is not None}
         token = _config.set(table)
         try:
-            _only_stricter(table, given)
+            only_stricter(table, given)
             settings = cls(**given)
-            settings._sources = _sources(table, given, variables)
+            settings._sources = sources_of(table, given, cls.model_fields)
         except ValidationError as error:
             raise UsageError(first_error(error)) from error
         except SettingsError as error:
@@ -665,60 +640,6 @@ class Settings(ModelSettings, BaseSettings):
         finally:
             _config.reset(token)
         return settings
-
-
-def _sources(table: Mapping[str, Any], given: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Source]:
-    """Where the value of each setting comes from that is not a default."""
-    named = dict.fromkeys(table, Source.FILE)
-    for name in Settings.model_fields:
-        if f"{ENVIRONMENT_PREFIX}{name}".upper() in variables:
-            named[name] = Source.ENVIRONMENT
-    return named | dict.fromkeys(given, Source.OPTION)
-
-
-def _environment() -> dict[str, str]:
-    """The variables that are not empty, by name in upper case: settings are read from variables in any case."""
-    return {name.upper(): value for name, value in os.environ.items() if value}
-
-
-def _only_stricter(table: Mapping[str, Any], given: dict[str, Any]) -> None:
-    """Let options and environment make the rules for certificates stricter than the configuration file, never weaker.
-
-    Policies of all sources are asked. What would replace a rule of the file is refused, where the file requires
-    certified models: whoever may set variables of a container need not be who decides which models it serves.
-
-    Args:
-        table: The contents of the file.
-        given: The options; `policy` is completed.
-
-    Raises:
-        UsageError: An option or a variable contradicts the file.
-    """
-    environment = _environment()
-    variables = {name: environment.get(f"{ENVIRONMENT_PREFIX}{name.upper()}") for name in _GUARDED}
-    named = [split(each) for each in (given.get("policy"), variables["policy"], table.get("policy")) if each]
-    if named:
-        given["policy"] = tuple(dict.fromkeys(str(path) for paths in named for path in paths))
-    if table.get("require_certified") is not True:
-        return
-    # Otherwise another mode would bring another default.
-    stated = table.get("failure_policy", "open" if table.get("mode") == Mode.SHADOW else "closed")
-    for name in _GUARDED:
-        own = stated if name == "failure_policy" else table.get(name, ())
-        for value, source in ((given.get(name), "an option"), (variables[name], "the environment")):
-            if name == "policy" or value in (None, "") or _same(value, own) or (name, value) == _STRICTEST:
-                continue
-            raise UsageError(f"the configuration file requires certified models, so {source} must not change {name}")
-    given.setdefault("failure_policy", stated)
-
-
-def _same(value: object, stated: object) -> bool:
-    """Whether a value of an option or a variable says what the file states."""
-    if isinstance(stated, bool):
-        return str(value).lower() in ({"true", "1", "yes", "on"} if stated else {"false", "0", "no", "off"})
-    if isinstance(stated, list | tuple):
-        return [str(part) for part in split(value)] == [str(part) for part in stated]
-    return str(value) == str(stated)
 
 
 def _merged(top: dict[str, Any], entry: ModelSettings) -> ModelSettings:

@@ -45,6 +45,7 @@ FLOORS = (
 SIDECAR_FLOORS = (
     ("addresses", "policy"),
     ("model_settings",),
+    ("setting_sources",),
     ("settings",),
     ("transport",),
     ("telemetry",),

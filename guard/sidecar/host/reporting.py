@@ -14,7 +14,7 @@ from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.host import pictures
 from guard.sidecar.host.health import Health
 from guard.sidecar.policy import Decision, FailurePolicy, Mode
-from guard.sidecar.settings import Source
+from guard.sidecar.setting_sources import Source
 from guard.sidecar.telemetry.metrics import Distribution, Metrics, Traffic
 
 _MODES = MappingProxyType(

@@ -427,3 +427,28 @@ def test_chance_decides_nothing_that_is_blocked(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a share as --second-opinion needs shadow or tag mode"):
         Settings.load(None, second_opinion="0.5", **given)
     assert Settings.load(None, second_opinion="near", **given).second_opinion == "near"
+
+
+def test_each_setting_says_where_its_value_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "guard.toml"
+    file.write_text('profile = "p"\nmodel = "m"\nworkers = 3\ntimeout = 2.0\nmax_batch = 8\n')
+    monkeypatch.setenv("guard_workers", "4")
+    monkeypatch.setenv("GUARD_TIMEOUT", "3")
+    effective = {
+        each.name: (each.value, each.source) for each in Settings.load(file, timeout=5.0, mode="shadow").effective
+    }
+    assert effective["max_batch"] == ("8", "file")
+    assert effective["workers"] == ("4", "environment")
+    assert effective["timeout"] == ("5.0", "option")
+    assert effective["mode"] == ('"shadow"', "option")
+    assert effective["processes"] == ("1", "default")
+
+
+def test_what_a_model_has_of_its_own_is_listed_after_the_rest(tmp_path: Path) -> None:
+    file = tmp_path / "guard.toml"
+    file.write_text('alpha = 0.02\n[[models]]\nmodel_name = "a"\nprofile = "p"\nmodel = "m"\nalpha = 0.5\n')
+    own = [each for each in Settings.load(file).effective if each.model]
+    assert {(each.model, each.name, each.value) for each in own} == {
+        ("a", "model_name", '"a"'), ("a", "profile", '"p"'), ("a", "model", '"m"'), ("a", "alpha", "0.5")
+    }  # fmt: skip
+    assert {each.source for each in own} == {"file"}
