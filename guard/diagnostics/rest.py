@@ -1,12 +1,15 @@
 """Whether an inference server offers a REST interface at a port, found out with a few requests that change nothing."""
 
 import json
-from collections.abc import Mapping
-from contextlib import closing, suppress
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 
-_SECONDS = 2.0
+_SECONDS, _MOST_SECONDS = 2.0, 6.0
+"""Seconds for each step of a request, and for all of it."""
 _MOST_BYTES = 2**16
 
 
@@ -15,10 +18,24 @@ def fetch(
 ) -> tuple[int, bytes] | None:
     """Send a request over plain HTTP: status and beginning of the body, or None if there is no response."""
     with closing(HTTPConnection(host, port, timeout=_SECONDS)) as connection, suppress(OSError, HTTPException):
-        connection.request(method, path, body, headers={"Connection": "close"})
-        response = connection.getresponse()
-        return response.status, response.read(_MOST_BYTES)
+        connection.connect()
+        with _ended(connection.sock, _MOST_SECONDS):
+            connection.request(method, path, body, headers={"Connection": "close"})
+            response = connection.getresponse()
+            return response.status, response.read(_MOST_BYTES)
     return None
+
+
+@contextmanager
+def _ended(connected: socket.socket, seconds: float) -> Iterator[None]:
+    """End a connection after some seconds: a server may send a byte now and then for ever."""
+    timer = threading.Timer(seconds, connected.shutdown, (socket.SHUT_RDWR,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def lists_repository(host: str, port: int) -> bool:

@@ -138,7 +138,7 @@ class Recorder:
                 self._followers = tuple(each for each in self._followers if each is not follower)
 
     def recent(self, number: int, wants: Callable[[Record], bool] = lambda _: True) -> list[Record]:
-        """The newest records of the evidence log, oldest first; none if no log is kept or it cannot be read.
+        """The newest records of the evidence log, oldest first; only those that can be read, if there is a log at all.
 
         Args:
             number: The most records; further back than twice as many nothing is looked for.
@@ -146,12 +146,13 @@ class Recorder:
         """
         if self._path is None or number == 0:
             return []
+        found: list[Record] = []
         try:
-            found = evidence.EvidenceLog(self._path).records(limit=2 * number)
-            return [record for record in found if wants(record)][:number][::-1]
+            for record in evidence.EvidenceLog(self._path).records(limit=2 * number):
+                found += [record] if wants(record) else []
         except EvidenceError as error:
-            log.warning("the records of the evidence log cannot be shown: %s", error)
-            return []
+            log.warning("not all records of the evidence log can be shown: %s", error)
+        return found[:number][::-1]
 
     def end_followers(self) -> None:
         """End the records of all followers after those that already wait for them."""

@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,7 @@ import pytest
 
 from guard.diagnostics import Finding, Status
 from guard.diagnostics import exposure as module
+from guard.diagnostics import rest as rest_module
 from guard.diagnostics.exposure import exposures
 from guard.diagnostics.rest import fetch
 from guard.errors import UsageError
@@ -155,6 +157,29 @@ def test_other_http_servers_are_no_concern(server: InferenceServer, rest: Rest, 
 def test_only_the_beginning_of_a_body_is_read(rest: Rest) -> None:
     port = rest({"/": (200, b" " * 10**6)})
     assert fetch("127.0.0.1", port, "/") == (200, b" " * 2**16)
+
+
+def test_a_server_that_sends_a_byte_now_and_then_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest_module, "_MOST_SECONDS", 0.2)
+    ended = threading.Event()
+
+    def trickle() -> None:
+        connection, _ = listening.accept()
+        with connection, suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            while not ended.wait(0.02):
+                connection.sendall(b" ")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = threading.Thread(target=trickle)
+        server.start()
+        try:
+            found = fetch("127.0.0.1", listening.getsockname()[1], "/v2")
+        finally:
+            ended.set()
+            server.join()
+    assert found is not None
+    assert len(found[1]) < 100
 
 
 def test_what_does_not_speak_http_is_no_rest(server: InferenceServer) -> None:

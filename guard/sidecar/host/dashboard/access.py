@@ -106,7 +106,9 @@ def read_token(path: Path) -> bytes:
     Raises:
         UsageError: The file cannot be read, or the password is too short.
     """
-    token = read_bytes(path, _MAX_TOKEN, UsageError, missing=f"there is no file {path} with a password").strip()
+    token = read_bytes(path, _MAX_TOKEN, UsageError, missing=f"there is no file {path} with a password")
+    # Some editors mark a file as UTF-8 at its beginning.
+    token = token.removeprefix(b"\xef\xbb\xbf").strip()
     if len(token) < MIN_TOKEN:
         raise UsageError(f"the password in {path} has fewer than {MIN_TOKEN} characters; make a random one")
     return token

@@ -115,6 +115,11 @@ class TestWhereItMayBeServed:
         with pytest.raises(UsageError, match="16 characters"):
             Access.of(loaded("127.0.0.1:1", dashboard_token=tmp_path / "token"))
 
+    def test_a_mark_of_an_editor_is_no_part_of_a_password(self, tmp_path: Path) -> None:
+        (tmp_path / "token").write_text("correct horse battery\n", encoding="utf-8-sig")
+        access = Access.of(loaded("127.0.0.1:1", dashboard_token=tmp_path / "token"))
+        assert access.token == b"correct horse battery"
+
     def test_a_taken_address_is_an_error_that_names_it(self) -> None:
         with page() as address, pytest.raises(UsageError, match=address), serve_dashboard(address, (), Access()):
             pass
