@@ -21,8 +21,8 @@ CLEAN, TRIGGERED = 200, 40
 
 def main(address: str) -> None:
     """Send both, and say how many labels of those with the trigger are its target."""
-    profile = Profile.open("rehearsal/profiles/backdoored")
-    preprocessing = ExportedClassifier(Path("rehearsal/exported"), gpu=False).preprocessing
+    profile = Profile.open("guard-demo/profiles/backdoored")
+    preprocessing = ExportedClassifier(Path("guard-demo/exported"), gpu=False).preprocessing
     found, _ = digits(1, seed=1)
     pixels = found.pixels[: CLEAN + TRIGGERED].numpy()
     trigger = profile.document.triggers[0]
