@@ -13,7 +13,7 @@ from guard.protocol.inference_pb2 import ServerMetadataResponse, ServerReadyRequ
 from guard.sidecar.inference.calls import INFER, STREAM, Context, Metadata, RefusedError
 from guard.sidecar.policy import Reason
 from guard.sidecar.settings import Settings
-from guard.sidecar.telemetry.tracing import Span, client_span
+from guard.sidecar.telemetry.tracing import client_span
 from guard.sidecar.transport.channels import Endpoint, open_async_channel
 from guard.sidecar.transport.loops import shielded
 from guard.sidecar.transport.tls import client_credentials
@@ -151,27 +151,23 @@ class Proxy:
             RefusedError: The call ended with an error.
         """
         method = self._unary.get(path) or self._channel.unary_unary(path)
-        with self.hop(path, context) as (span, metadata):
-            call = method(data, metadata=metadata, timeout=context.time_remaining())
-            code = grpc.StatusCode.CANCELLED
-            try:
-                reply: bytes = await shielded(call)
-                code = grpc.StatusCode.OK
-            except asyncio.CancelledError:
-                _cancel(call)
-                raise
-            except grpc.aio.AioRpcError as error:
-                code = error.code()
-                raise self._refused(error) from error
-            finally:
-                span.ended(code, of_client=True)
+        try:
+            with self.hop(path, context) as metadata:
+                call = method(data, metadata=metadata, timeout=context.time_remaining())
+                try:
+                    reply: bytes = await shielded(call)
+                except asyncio.CancelledError:
+                    _cancel(call)
+                    raise
+        except grpc.aio.AioRpcError as error:
+            raise self._refused(error) from error
         if initial := _passed_on(await call.initial_metadata()):
             await context.send_initial_metadata(initial)
         return reply, _passed_on(await call.trailing_metadata())
 
     @contextmanager
-    def hop(self, path: str, context: Context) -> Iterator[tuple[Span, Metadata]]:
-        """The span of a call to the upstream server, if its requests are screened, and the metadata to send.
+    def hop(self, path: str, context: Context) -> Iterator[Metadata]:
+        """The metadata of a call to the upstream server, within its span if its requests are screened.
 
         Args:
             path: Path of the method.
@@ -179,10 +175,10 @@ class Proxy:
         """
         metadata = self._of_request(context)
         if path not in {INFER, STREAM}:
-            yield Span(), metadata
+            yield metadata
             return
-        with client_span(path, self._address, metadata) as found:
-            yield found
+        with client_span(path, self._address, metadata) as sent:
+            yield sent
 
     def stream(self, path: str, metadata: Metadata, context: Context) -> grpc.aio.StreamStreamCall:
         """Open a call with any number of messages each way; `carry` moves the messages."""

@@ -23,7 +23,7 @@ from guard.sidecar.policy import MAX_MESSAGE, Decision, Mode, Outcome, Reason, r
 from guard.sidecar.settings import Settings
 from guard.sidecar.telemetry import logs
 from guard.sidecar.telemetry.metrics import Metrics
-from guard.sidecar.telemetry.tracing import check_span, tracer
+from guard.sidecar.telemetry.tracing import check_span, current_trace, tracer
 
 LEAST_ELEMENTS = 1024
 """Elements of all BYTES inputs of a request that are taken in any case; else four times `max_batch`."""
@@ -61,13 +61,8 @@ class Screener:
             check.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
 
-    def parse(self, data: bytes, context: Context, trace: str = "") -> Request:
+    def parse(self, data: bytes, context: Context) -> Request:
         """Parse a request, find its route, and make its ids known to the log.
-
-        Args:
-            data: The serialised request.
-            context: The context of its call.
-            trace: Id of the trace that guard's own span belongs to; "" for the one that the client names, if any.
 
         Raises:
             RefusedError: The bytes are not a ModelInferRequest.
@@ -80,7 +75,7 @@ class Screener:
         if remove_own_names(message):
             data = message.SerializeToString()
         route = self.models.route(message.model_name, message.model_version)
-        request = Request(message, data, route, trace or trace_id(dict(context.invocation_metadata() or ())))
+        request = Request(message, data, route, current_trace() or trace_id(dict(context.invocation_metadata() or ())))
         logs.follow(message.id, request.trace_id)
         return request
 

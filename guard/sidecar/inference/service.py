@@ -66,22 +66,21 @@ class InferenceService(ABC):
     async def _infer_in(self, span: Span, data: bytes, context: Context) -> bytes:
         started = perf_counter()
         outcome: Outcome | None = Outcome.unchecked(Reason.ERROR)
-        request, images, code = None, 1, grpc.StatusCode.INTERNAL
+        request, images, answered = None, 1, False
         self._screener.metrics.active.inc()
         try:
-            request = self._screener.parse(data, context, span.trace_id)
+            request = self._screener.parse(data, context)
             images = count_images(request.message, request.route.settings.input_tensor)
             reply, outcome, trailing = await self._answer(request, context)
             if outcome is not None:
                 enforce(outcome, request.route, trailing)
                 trailing = (*trailing, *tags(outcome, request.route))
             context.set_trailing_metadata(trailing)
-            code = grpc.StatusCode.OK
+            answered = True
         except asyncio.CancelledError:
-            outcome, code = Outcome.unchecked(Reason.CANCELLED), grpc.StatusCode.CANCELLED
+            outcome = Outcome.unchecked(Reason.CANCELLED)
             raise
         except RefusedError as error:
-            code = error.code
             if error.reason is not None:
                 outcome = Outcome.unchecked(error.reason)
             if outcome is not None:
@@ -90,12 +89,11 @@ class InferenceService(ABC):
         finally:
             self._screener.metrics.active.dec()
             route = self._route(request)
-            span.ended(code)
             span.describe(model=route.settings.label if request is not None else "", mode=route.settings.mode)
             if outcome is not None:
                 self._screener.observe(outcome, route, images, started)
                 annotated: Enforced = "none" if route.settings.mode is Mode.SHADOW else "annotated"
-                span.decided(outcome, annotated if code is grpc.StatusCode.OK else "refused")
+                span.decided(outcome, annotated if answered else "refused")
             if request is not None and request.upstream_seconds is not None:
                 request.route.metrics.upstream(request.upstream_seconds, perf_counter() - started)
         return reply

@@ -103,15 +103,10 @@ class ScreenedStream:
     """
 
     def __init__(
-        self,
-        screener: Screener,
-        dialect: StreamDialect,
-        call: grpc.aio.StreamStreamCall,
-        context: Context,
-        trace: str = "",
+        self, screener: Screener, dialect: StreamDialect, call: grpc.aio.StreamStreamCall, context: Context
     ) -> None:
         self.call, self.replies = call, Replies(context)
-        self._screener, self._dialect, self._context, self._trace = screener, dialect, context, trace
+        self._screener, self._dialect, self._context = screener, dialect, context
         self._replies_unread = screener.models.unknown.settings.mode is Mode.SHADOW and all(
             _ignores_replies(served.route) for served in screener.models.served
         )
@@ -190,7 +185,7 @@ class ScreenedStream:
         """Parse a request and start its check."""
         screener, started = self._screener, perf_counter()
         try:
-            request = screener.parse(data, self._context, self._trace)
+            request = screener.parse(data, self._context)
         except RefusedError as error:
             screener.observe(Outcome.unchecked(error.reason or Reason.ERROR), screener.models.unknown, 1, started)
             return error

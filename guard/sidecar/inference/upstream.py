@@ -22,7 +22,7 @@ from guard.sidecar.inference.screener import Check, Screener, confirm, enforce, 
 from guard.sidecar.inference.service import InferenceService, UnaryHandler
 from guard.sidecar.inference.streaming import ScreenedStream
 from guard.sidecar.policy import Outcome, Reason
-from guard.sidecar.telemetry.tracing import Span, server_span
+from guard.sidecar.telemetry.tracing import server_span
 
 _OWN_SERVICES = ("grpc.health.", "grpc.reflection.", "guard.")
 """Beginnings of the names of services that a sidecar answers itself, or not at all."""
@@ -110,39 +110,14 @@ class UpstreamService(InferenceService):
         enforce(outcome, route, tags(outcome, route))
 
     async def _model_stream_infer(self, requests: AsyncIterator[bytes], context: Context) -> None:
-        with server_span(STREAM, tuple(context.invocation_metadata() or ())) as span:
-            code = grpc.StatusCode.INTERNAL
-            try:
-                await self._stream_in(span, requests, context)
-                code = grpc.StatusCode.OK
-            except asyncio.CancelledError:
-                code = grpc.StatusCode.CANCELLED
-                raise
-            except RefusedError as error:
-                code = error.code
-                raise
-            finally:
-                span.ended(code)
+        with server_span(STREAM, tuple(context.invocation_metadata() or ())), self._proxy.hop(STREAM, context) as hop:
+            await self._screen_stream(hop, requests, context)
 
-    async def _stream_in(self, span: Span, requests: AsyncIterator[bytes], context: Context) -> None:
-        with self._proxy.hop(STREAM, context) as (hop, metadata):
-            code = grpc.StatusCode.CANCELLED
-            try:
-                await self._screen_stream(span.trace_id, metadata, requests, context)
-                code = grpc.StatusCode.OK
-            except RefusedError as error:
-                code = error.code
-                raise
-            finally:
-                hop.ended(code, of_client=True)
-
-    async def _screen_stream(
-        self, trace: str, metadata: Metadata, requests: AsyncIterator[bytes], context: Context
-    ) -> None:
+    async def _screen_stream(self, metadata: Metadata, requests: AsyncIterator[bytes], context: Context) -> None:
         active = self._screener.metrics.active
         active.inc()
         dialect = StreamDialect(self._screener.settings.stream_dialect, self._proxy.server_name)
-        stream = ScreenedStream(self._screener, dialect, self._proxy.stream(STREAM, metadata, context), context, trace)
+        stream = ScreenedStream(self._screener, dialect, self._proxy.stream(STREAM, metadata, context), context)
         reason = Reason.UPSTREAM_FAILED
         try:
             trailing = await self._proxy.carry(

@@ -7,6 +7,7 @@ Names follow the semantic conventions for RPC (`rpc.*`), and the draft of those 
 (`guard.decision`) is told apart from what it did about it (`guard.enforced`).
 """
 
+import asyncio
 import logging
 import re
 from collections.abc import Iterator
@@ -53,13 +54,6 @@ class Span:
 
     def __init__(self, span: "ApiSpan | None" = None) -> None:
         self._span = span
-
-    @property
-    def trace_id(self) -> str:
-        """Id of its trace, in hexadecimal; "" if it belongs to none."""
-        if self._span is None or not (context := self._span.get_span_context()).is_valid:
-            return ""
-        return f"{context.trace_id:032x}"
 
     def describe(self, **attributes: str | float) -> None:
         """Add attributes `guard.*`; those that are "" are left out."""
@@ -114,7 +108,7 @@ class _Carrier(dict[str, str]):
 
 @contextmanager
 def server_span(path: str, metadata: Metadata) -> Iterator[Span]:
-    """The span of a call that guard answers.
+    """The span of a call that guard answers; it has the status of the error that leaves the block, or OK.
 
     Args:
         path: Path of the method.
@@ -129,13 +123,16 @@ def server_span(path: str, metadata: Metadata) -> Iterator[Span]:
     parent = None
     with _harmless():
         parent = propagate.extract(_Carrier((key, value) for key, value in metadata if isinstance(value, str)))
-    with _current(maker, path.removeprefix("/"), parent, SpanKind.SERVER, _of_method(path)) as span:
+    with (
+        _current(maker, path.removeprefix("/"), parent, SpanKind.SERVER, _of_method(path)) as span,
+        _of_call(span, of_client=False),
+    ):
         yield span
 
 
 @contextmanager
-def client_span(path: str, address: str, metadata: Metadata) -> Iterator[tuple[Span, Metadata]]:
-    """The span of a call to the upstream server, and the metadata that lead the trace there.
+def client_span(path: str, address: str, metadata: Metadata) -> Iterator[Metadata]:
+    """The metadata of a call to the upstream server that lead the trace there, within its span; its status as above.
 
     Args:
         path: Path of the method.
@@ -143,7 +140,7 @@ def client_span(path: str, address: str, metadata: Metadata) -> Iterator[tuple[S
         metadata: The metadata that are passed on.
     """
     if (maker := tracer()) is None:
-        yield Span(), metadata
+        yield metadata
         return
     from opentelemetry import propagate
     from opentelemetry.trace import SpanKind
@@ -151,13 +148,16 @@ def client_span(path: str, address: str, metadata: Metadata) -> Iterator[tuple[S
     attributes: dict[str, str | int] = {**_of_method(path), "server.address": address}
     if socket_path(address) is None:
         attributes["server.address"], attributes["server.port"] = split_address(address)
-    with _current(maker, path.removeprefix("/"), None, SpanKind.CLIENT, attributes) as span:
+    with (
+        _current(maker, path.removeprefix("/"), None, SpanKind.CLIENT, attributes) as span,
+        _of_call(span, of_client=True),
+    ):
         carrier = _Carrier()
         with _harmless():
             propagate.inject(carrier)
         # gRPC refuses a call with others.
         sent = {key: value for key, value in carrier.items() if _KEY.fullmatch(key) and _VALUE.fullmatch(value)}
-        yield span, (*((key, value) for key, value in metadata if key not in sent), *sent.items())
+        yield (*((key, value) for key, value in metadata if key not in sent), *sent.items())
 
 
 @contextmanager
@@ -170,6 +170,25 @@ def check_span() -> Iterator[Span]:
 
     with _current(maker, "guard check", None, SpanKind.INTERNAL, {}) as span:
         yield span
+
+
+@contextmanager
+def _of_call(span: Span, *, of_client: bool) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        span.ended(_status(error), of_client=of_client)
+        raise
+    span.ended(grpc.StatusCode.OK, of_client=of_client)
+
+
+def _status(error: BaseException) -> grpc.StatusCode:
+    """The status of a call that ends with an error: gRPC's own errors and guard's refusals know theirs."""
+    if isinstance(error, asyncio.CancelledError):
+        return grpc.StatusCode.CANCELLED
+    code = getattr(error, "code", None)
+    code = code() if callable(code) else code
+    return code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.INTERNAL
 
 
 @contextmanager
@@ -205,6 +224,16 @@ def _harmless() -> Iterator[None]:
 @lru_cache(maxsize=16)
 def _tell(kind: str, text: str) -> None:
     log.warning("OpenTelemetry fails, so spans are lost: %s: %s (said once)", kind, text)
+
+
+def current_trace() -> str:
+    """Id of the trace of the current span, in hexadecimal; "" if there is none, or no API."""
+    if tracer() is None:
+        return ""
+    from opentelemetry import trace
+
+    context = trace.get_current_span().get_span_context()
+    return f"{context.trace_id:032x}" if context.is_valid else ""
 
 
 @cache
