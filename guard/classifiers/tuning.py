@@ -49,6 +49,11 @@ class TuningSettings:
     seed: int = 0
 
 
+def falling(done: float) -> float:
+    """The peak for the first half, then linearly to zero."""
+    return min(1.0, 2 * (1 - done))
+
+
 def _perturb_recover(done: float) -> float:
     """PAR: from 1 to 0.1 linearly over the first half, from there to 1/30,000 along a cosine (3e-5, 3e-6, 1e-9)."""
     if done < 0.5:
@@ -59,7 +64,7 @@ def _perturb_recover(done: float) -> float:
 
 SCHEDULES: Mapping[str, Callable[[float], float]] = {
     "cosine": lambda done: min(1.0, 20 * done + 0.05) * (1 + math.cos(math.pi * done)) / 2,
-    "falling": lambda done: min(1.0, 2 * (1 - done)),
+    "falling": falling,
     "perturb-recover": _perturb_recover,
 }
 """The learning rate relative to its peak at each point of the work, from 0 to 1: a short warm-up and half a cosine; the

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from guard._pages import templates
 from guard.errors import UsageError
 from guard.evidence.explanation import DECISIONS, explained
 from guard.evidence.records import Record
@@ -42,23 +43,21 @@ def record_page(record: Record, profile: "Profile | None" = None) -> str:
         UsageError: The profile belongs to another model.
         ModuleNotFoundError: jinja2, or with a profile torch or matplotlib, is not installed.
     """
-    import jinja2
-
     if profile is not None and profile.document.model.digest != record.model_digest:
         raise UsageError(
             "the profile is of another model than the record; give the profile of the model that was served"
         )
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("guard", "evidence"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("record.html.j2").render(
-        record=record,
-        decision=DECISIONS.get(record.decision, record.decision),
-        reading=explained(record),
-        bars=[_bar(name, value, record.thresholds.get(name)) for name, value in record.scores.items()],
-        thumbnail=_data_uri(record.thumbnail),
-        trigger=None if profile is None else _drawn(profile, record.trigger),
+    return (
+        templates("evidence")
+        .get_template("record.html.j2")
+        .render(
+            record=record,
+            decision=DECISIONS.get(record.decision, record.decision),
+            reading=explained(record),
+            bars=[_bar(name, value, record.thresholds.get(name)) for name, value in record.scores.items()],
+            thumbnail=_data_uri(record.thumbnail),
+            trigger=None if profile is None else _drawn(profile, record.trigger),
+        )
     )
 
 

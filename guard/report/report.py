@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from guard._pages import templates
 from guard.profiles import Profile
 from guard.report import pictures, reading
 from guard.report.difference import AMPLIFICATION, difference
@@ -116,10 +116,7 @@ def render(
     plot = None
     if scores and document.calibration:
         plot = pictures.score_plot(scores, document.calibration.threshold)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("guard", "report"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    environment = templates("report")
     environment.filters.update(percent=reading.percent)
     accused, results = document.vetting.verdict.target, document.vetting.results
     suspicious = _suspicious(profile, drawn)

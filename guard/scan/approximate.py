@@ -1,16 +1,15 @@
 """Approximate neighbours in a set of many millions, by an inverted file of the faiss library, with measured recall."""
 
 from collections.abc import Sequence
-from importlib import import_module
 from math import sqrt
-from typing import Any
 
 import numpy as np
 
 from guard._types import Floats, Rows
-from guard.errors import MissingDependencyError, UsageError
+from guard.errors import UsageError
 from guard.scan.nearest import Embeddings, Found, Reference, sampled
 from guard.scan.vectors import gathered, slices
+from guard.screening.approximate import import_faiss
 
 RECALL = 0.95
 """Share of the true neighbours that the search must find on a sample. The k-th distance grows little when
@@ -34,12 +33,7 @@ class Approximate:
     """
 
     def __init__(self, parts: Sequence[Embeddings], k: int, *, seed: int) -> None:
-        try:
-            faiss: Any = import_module("faiss")
-        except ImportError:
-            raise MissingDependencyError(
-                'approximate search needs faiss, which is not installed; pip install "clip-guard[ann]"'
-            ) from None
+        faiss = import_faiss()
         self.size = sum(part.shape[0] for part in parts)
         dimension = parts[0].shape[1]
         cells = max(1, round(2 * sqrt(self.size)))

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from guard._pages import templates
 from guard._plots import BLUE, INK, plain, svg
 from guard._types import Floats
 from guard.report import pictures
@@ -41,16 +41,16 @@ def render(
         captions: Captions of these pairs.
         scores: Scores of all pairs.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("guard", "scan"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("report.html.j2").render(
-        summary=summary,
-        groups=[_drawn(group, images, captions) for group in summary.groups],
-        meanings=_MEANINGS,
-        plot=_histogram(scores, summary.candidates),
-        skipped=summary.skipped[:50],
+    return (
+        templates("scan")
+        .get_template("report.html.j2")
+        .render(
+            summary=summary,
+            groups=[_drawn(group, images, captions) for group in summary.groups],
+            meanings=_MEANINGS,
+            plot=_histogram(scores, summary.candidates),
+            skipped=summary.skipped[:50],
+        )
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,20 @@ _LINKS = 32
 _BUILD_EFFORT = 100
 _SEARCH_EFFORT = 256
 """Number of candidates that a search keeps; when 64 rows are sought among 50,000, it then finds 99.8 % of them."""
+
+
+def import_faiss() -> Any:  # noqa: ANN401 - its type information is incomplete
+    """The library faiss.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
+    try:
+        return import_module("faiss")
+    except ImportError:
+        raise MissingDependencyError(
+            'approximate search needs faiss, which is not installed; pip install "clip-guard[ann]"'
+        ) from None
 
 
 class Approximate:
@@ -27,12 +42,7 @@ class Approximate:
     """
 
     def __init__(self, bank: NDArray[np.float32]) -> None:
-        try:
-            faiss = import_module("faiss")  # its type information is incomplete
-        except ImportError:
-            raise MissingDependencyError(
-                'approximate search needs faiss, which is not installed; pip install "clip-guard[ann]"'
-            ) from None
+        faiss = import_faiss()
         self._size, dimension = bank.shape
         self._parameters = faiss.SearchParametersHNSW
         self._index = faiss.IndexHNSWSQ(dimension, faiss.ScalarQuantizer.QT_8bit, _LINKS)

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, relu
 
 from guard.classifiers.classifier import Classifier
+from guard.classifiers.tuning import falling
 from guard.vetting.budgets import DerivedReferenceSettings
-from guard.vetting.teaching import Progress, falling, one_cycle, teach
+from guard.vetting.teaching import Progress, one_cycle, teach
 
 METHOD = "derived reference 2"
 """Name and version of the method; it changes when results are no longer comparable."""

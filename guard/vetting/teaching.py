@@ -15,11 +15,6 @@ Schedule = Callable[[float], float]
 """The learning rate, relative to its peak, at each point of the work, from 0 to 1."""
 
 
-def falling(done: float) -> float:
-    """The peak for the first half, then linearly to zero."""
-    return min(1.0, 2 * (1 - done))
-
-
 def one_cycle(done: float) -> float:
     """A warm-up over a tenth of the work, and the falling half of a cosine."""
     return min(1.0, 10 * done + 1e-3) * (1 + math.cos(math.pi * done)) / 2

@@ -8,8 +8,8 @@ import torch
 
 from guard.classifiers.classifier import Classifier
 from guard.classifiers.text_tower import TextTower
+from guard.classifiers.tuning import falling
 from guard.vetting.budgets import DerivedReferenceSettings
-from guard.vetting.teaching import falling
 from guard.vetting.text_search import usable_tokens
 
 TEXT_REFERENCE = DerivedReferenceSettings(noise=0.5, steps=300, batch=32, learning_rate=1e-3)

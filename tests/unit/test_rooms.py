@@ -16,7 +16,7 @@ import guard
 
 FLOORS = (
     ("errors",),
-    ("_cpus", "_files", "_lazy", "_plots", "_types", "_workers"),
+    ("_cpus", "_files", "_lazy", "_pages", "_plots", "_types", "_workers"),
     ("_documents",),
     ("_safetensors",),
     ("distributed",),

@@ -17,7 +17,7 @@ from guard.evidence.records import clean
 from guard.protocol import sidecar_pb2 as messages
 from guard.sidecar.addresses import socket_path
 from guard.sidecar.host.health import Health
-from guard.sidecar.host.reporting import MAX_RECENT, Reporter, evidence
+from guard.sidecar.host.reporting import Reporter, told
 from guard.sidecar.inference.calls import Context
 from guard.sidecar.policy import Decision
 from guard.sidecar.settings import Settings
@@ -151,10 +151,7 @@ class _Service:
             with recorder.followed(wants) as follower:
                 await context.send_initial_metadata(())
                 pictured = request.include_thumbnails
-                for record in await asyncio.to_thread(recorder.recent, min(request.recent, MAX_RECENT), wants):
-                    await context.write(evidence(record, 0, with_thumbnail=pictured))
-                while (found := await follower.next()) is not None:
-                    record, lost = found
-                    await context.write(evidence(record, lost, with_thumbnail=pictured))
+                async for each in told(recorder, follower, wants, recent=request.recent, with_thumbnails=pictured):
+                    await context.write(each)
         finally:
             self._followers -= 1

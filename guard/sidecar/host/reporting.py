@@ -1,6 +1,8 @@
 """What a sidecar reports of itself, as messages of `guard.v1`: for the admin service, and for the page of its own."""
 
+import asyncio
 import math
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from types import MappingProxyType
 
@@ -9,6 +11,7 @@ from guard.certificates import Admission
 from guard.evidence import Record
 from guard.evidence.records import clean
 from guard.protocol import sidecar_pb2 as messages
+from guard.sidecar.decisions.evidence import Follower, Recorder
 from guard.sidecar.decisions.models import Models, Served
 from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.host import pictures
@@ -168,6 +171,24 @@ def _traffic(traffic: Traffic) -> messages.Traffic:
 
 def _histogram(distribution: Distribution) -> messages.Histogram:
     return messages.Histogram(bounds=distribution.bounds, counts=distribution.counts)
+
+
+async def told(
+    recorder: Recorder, follower: Follower, wants: Callable[[Record], bool], *, recent: int, with_thumbnails: bool
+) -> AsyncIterator[messages.Evidence]:
+    """What a follower is told: the newest records of the log, oldest first, then images as they are recorded.
+
+    Args:
+        recorder: Records flagged images.
+        follower: One of its followers, with the same wishes; made before, so that nothing is missed in between.
+        wants: Whether a record is wanted.
+        recent: The most records of the log; at most `MAX_RECENT`.
+        with_thumbnails: Whether messages contain pictures.
+    """
+    for record in await asyncio.to_thread(recorder.recent, min(recent, MAX_RECENT), wants):
+        yield evidence(record, 0, with_thumbnail=with_thumbnails)
+    while (found := await follower.next()) is not None:
+        yield evidence(*found, with_thumbnail=with_thumbnails)
 
 
 def evidence(record: Record, lost: int, *, with_thumbnail: bool) -> messages.Evidence:

@@ -22,7 +22,6 @@ from guard.sidecar.decisions.watch import Shared
 from guard.sidecar.decisions.workers import Workers
 from guard.sidecar.host import reflection
 from guard.sidecar.host.admin import AdminServer
-from guard.sidecar.host.dashboard import Access, Own, serve_dashboard
 from guard.sidecar.host.health import Health, ProbeServer, loop_answers
 from guard.sidecar.host.limits import Bounds, Limited, most_memory, resident_bytes
 from guard.sidecar.host.processes import Worker, supervise
@@ -168,6 +167,9 @@ async def _serve(settings: Settings, host: Host) -> None:
             opened = AdminServer(reporter, settings, host.index, health)
             admin = (await stack.enter_async_context(opened)).address
         if settings.dashboard is not None:
+            # Loaded only here: most sidecars serve no page, and a start should not wait for it.
+            from guard.sidecar.host.dashboard import Access, Own, serve_dashboard
+
             dashboard = stack.enter_context(serve_dashboard(settings.dashboard, [Own(reporter)], Access.of(settings)))
         listening = open_port(
             server, host.listen, certificates, socket_mode=settings.socket_mode, shared=host.shares_port

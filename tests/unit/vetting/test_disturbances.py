@@ -3,9 +3,10 @@ import torch
 from torch import Tensor
 
 from guard.classifiers import Classifier
+from guard.classifiers.tuning import falling
 from guard.vetting import StudentSettings, teach_student
 from guard.vetting.disturbances import DISTURBANCES, _Draw, augmented, disturbed
-from guard.vetting.teaching import falling, teach
+from guard.vetting.teaching import teach
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -8,7 +8,7 @@ import grpc
 
 from guard.evidence import Record
 from guard.protocol import sidecar_pb2 as messages
-from guard.sidecar.host.reporting import Reporter, evidence
+from guard.sidecar.host.reporting import Reporter, told
 from guard.sidecar.policy import Decision
 from guard.sidecar.transport.channels import Endpoint, open_async_channel
 
@@ -80,11 +80,8 @@ class Own:
         """See `Source`."""
         recorder = self._reporter.recorder
         with recorder.followed(_is_flag) as follower:
-            for record in await asyncio.to_thread(recorder.recent, RECENT, _is_flag):
-                yield evidence(record, 0, with_thumbnail=True)
-            while (found := await follower.next()) is not None:
-                record, lost = found
-                yield evidence(record, lost, with_thumbnail=True)
+            async for message in told(recorder, follower, _is_flag, recent=RECENT, with_thumbnails=True):
+                yield message
 
 
 class Remote:
