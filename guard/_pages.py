@@ -1,22 +1,14 @@
 """HTML pages from templates."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import jinja2
+import jinja2
 
 
-def templates(room: str) -> "jinja2.Environment":
+def templates(room: str) -> jinja2.Environment:
     """The templates of a room of guard: whatever they are given is escaped, and a name that is missing is an error.
 
     Args:
         room: Name of the room, such as `report`.
-
-    Raises:
-        ModuleNotFoundError: jinja2 is not installed.
     """
-    import jinja2
-
     return jinja2.Environment(
         loader=jinja2.PackageLoader("guard", room), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,

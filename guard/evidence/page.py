@@ -41,7 +41,7 @@ def record_page(record: Record, profile: "Profile | None" = None) -> str:
 
     Raises:
         UsageError: The profile belongs to another model.
-        ModuleNotFoundError: jinja2, or with a profile torch or matplotlib, is not installed.
+        ModuleNotFoundError: With a profile: torch or matplotlib is not installed.
     """
     if profile is not None and profile.document.model.digest != record.model_digest:
         raise UsageError(
