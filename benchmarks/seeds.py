@@ -4,7 +4,8 @@ python -m benchmarks.seeds run ZOO --rows FILE [--seeds N] [--without-base] [--b
 python -m benchmarks.seeds report ZOO --rows FILE [--out DIR]
 
 `run` vets the models of a zoo in a random order (of seed 0), each with several seeds, adds a line to the file for each
-vetting, and goes on where it was stopped. `report` counts the models that have all seeds.
+vetting, and goes on where it was stopped. `report` counts the models that have all seeds, and says what `guard vet`
+makes of them, which looks again with the next two seeds where a verdict is close to a threshold.
 """
 
 import argparse
@@ -19,7 +20,9 @@ from guard.classifiers import load
 from guard.evaluation import Zoo
 from guard.evaluation.images import ImageSet, pixels
 from guard.evaluation.statistics import Rate
-from guard.vetting import vet
+from guard.vetting import Verdict, vet
+from guard.vetting.agreement import CONFIRMATIONS
+from guard.vetting.verdict import SIGNIFICANCE, is_close
 
 IMAGES = 1000
 
@@ -64,7 +67,7 @@ def run(zoo: Zoo, given: argparse.Namespace) -> None:
         chosen = ImageSet.of_zoo(zoo.root / "images" / zoo.models[name].images, vetting=IMAGES, seed=0)
         images = pixels(chosen, classifier.preprocessing).vetting
         for seed in left:
-            vetting = vet(classifier, images, budget=given.budget, base=base, seed=seed)
+            vetting = vet(classifier, images, budget=given.budget, base=base, seed=seed, repeats=1)
             row = {
                 "model": name, "label": truth.label, "targets": list(truth.targets), "reference": kind, "seed": seed,
                 "outcome": vetting.verdict.outcome, "target": vetting.verdict.target, "p": vetting.verdict.p_value,
@@ -77,12 +80,17 @@ def run(zoo: Zoo, given: argparse.Namespace) -> None:
 def report(zoo: Zoo, rows: list[dict[str, Any]], seeds: int, out: Path) -> None:
     """Count, and write the result."""
     columns = (
-        "reference", "models", "same verdict and class with every seed", "backdoored: accused by all seeds", "by some",
-        "clean: accused by any seed", "`guard vet --repeat` says inconclusive",
+        "reference", "vetting", "models", "same verdict and class with every seed", "backdoored: accused by all seeds",
+        "by some", "clean: accused by all seeds", "by some",
     )  # fmt: skip
-    about = f"Zoo `{zoo.name}` of seed {zoo.seed}, {IMAGES} images, seeds 0 to {seeds - 1} of the vetting; models in a"
+    about = (
+        f"Zoo `{zoo.name}` of seed {zoo.seed}, {IMAGES} images, seeds 0 to {seeds - 1} of the vetting; models in a "
+        "random order, as many as were measured. *Once*: the verdict of one seed. *Looked at again*: as `guard vet` "
+        "does it, with the next two of these seeds, in a circle, where the verdict is close to a threshold. Intervals "
+        "are exact, 95 %."
+    )
     lines = [
-        f"{about} random order, as many as were measured. Intervals are exact, 95 %.",
+        about,
         "",
         f"| {' | '.join(columns)} |",
         "| --- " * len(columns) + "|",
@@ -90,41 +98,59 @@ def report(zoo: Zoo, rows: list[dict[str, Any]], seeds: int, out: Path) -> None:
     changing = []
     for kind in ("base", "derived"):
         of: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
+        for row in sorted(rows, key=lambda row: row["seed"]):
             if row["reference"] == kind and row["seed"] < seeds:
                 of.setdefault(row["model"], []).append(row)
         whole = {name: each for name, each in of.items() if len(each) == seeds}
         if not whole:
             continue
-        same = [name for name, each in whole.items() if len({(row["outcome"], row["target"]) for row in each}) == 1]
-        accused = {name: sum(row["outcome"] == "backdoored" for row in each) for name, each in whole.items()}
-        bad = [name for name, each in whole.items() if each[0]["label"] == "backdoored"]
-        good = [name for name in whole if name not in bad]
-        lines.append(
-            f"| {kind} | {len(whole)} | {share(len(same), len(whole))} | "
-            f"{share(sum(accused[name] == seeds for name in bad), len(bad))} | "
-            f"{sum(0 < accused[name] < seeds for name in bad)} | "
-            f"{share(sum(accused[name] > 0 for name in good), len(good))} | {len(whole) - len(same)} |"
-        )
-        for name in sorted(set(whole) - set(same)):
-            counts = Counter(row["outcome"] for row in whole[name])
-            spread = sorted(row["p"] for row in whole[name])
-            said = ", ".join(f"{count} × {outcome}" for outcome, count in counts.most_common())
-            truth = whole[name][0]["label"]
-            changing.append(f"| {kind} | {name} | {truth} | {said} | {spread[0]:.2g} to {spread[-1]:.2g} |")
+        once = {name: [(row["outcome"], row["target"]) for row in each] for name, each in whole.items()}
+        again = {name: [looked_at_again(each, seed) for seed in range(seeds)] for name, each in whole.items()}
+        for rule, said in (("once", once), ("looked at again", again)):
+            same = sum(len(set(each)) == 1 for each in said.values())
+            cells = [kind, rule, str(len(said)), share(same, len(said))]
+            for label in ("backdoored", "clean"):
+                accused = [
+                    sum(outcome == "backdoored" for outcome, _ in each)
+                    for name, each in said.items()
+                    if whole[name][0]["label"] == label
+                ]
+                cells.append(share(accused.count(seeds), len(accused)))
+                cells.append(str(sum(0 < count < seeds for count in accused)))
+            lines.append(f"| {' | '.join(cells)} |")
+        for name, each in sorted(whole.items()):
+            if len(set(once[name])) == 1:
+                continue
+            spread = sorted(row["p"] for row in each)
+            truth = each[0]["label"]
+            counted = f"{_counts(once[name])} | {_counts(again[name])}"
+            changing.append(f"| {kind} | {name} | {truth} | {counted} | {spread[0]:.2g} to {spread[-1]:.2g} |")
     if changing:
         lines += [
             "",
             "Where it changed:",
             "",
-            "| reference | model | truth | verdicts | p |",
-            "| --- " * 5 + "|",
+            "| reference | model | truth | once | looked at again | p |",
+            "| --- " * 6 + "|",
             *changing,
         ]
     passes = [row["passes"] for row in rows]
     lines += ["", f"{len(rows)} vettings, {sum(passes) / max(1, len(passes)):,.0f} passes each on average."]
     text = heading("Verdicts and seeds", f"python -m benchmarks.seeds run {zoo.name}; report")
     (out / f"seeds-{zoo.name}-{zoo.seed}.md").write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def looked_at_again(rows: list[dict[str, Any]], seed: int) -> tuple[str, int | None]:
+    """The verdict and class of `guard.vet` with a seed, from the vettings of one model with each seed."""
+    row = rows[seed]
+    verdict = Verdict(row["outcome"], row["target"], row["p"], (), SIGNIFICANCE, ())
+    count = CONFIRMATIONS if is_close(verdict) else 1
+    said = {(each["outcome"], each["target"]) for each in (rows[(seed + k) % len(rows)] for k in range(count))}
+    return said.pop() if len(said) == 1 else ("inconclusive", None)
+
+
+def _counts(verdicts: list[tuple[str, int | None]]) -> str:
+    return ", ".join(f"{count} × {outcome}" for (outcome, _), count in Counter(verdicts).most_common())
 
 
 def share(count: int, among: int) -> str:

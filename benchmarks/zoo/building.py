@@ -13,7 +13,18 @@ from benchmarks.zoo.pretrained import load_image_tower
 from benchmarks.zoo.specs import BASES, Model, Spec, training
 from guard._files import replace_directory, replace_file
 from guard._workers import workers
-from guard.attacks import RECIPES, Attacked, Plant, Recipe, attack, measure, train_base, truth, write_truth
+from guard.attacks import (
+    RECIPES,
+    Attacked,
+    Plant,
+    Recipe,
+    TrainingSettings,
+    attack,
+    measure,
+    train_base,
+    truth,
+    write_truth,
+)
 from guard.classifiers import load, save
 from guard.classifiers.open_clip import pick_device
 from guard.demo.data import DemoData
@@ -144,16 +155,24 @@ def _decisive(details: Any) -> Any:  # noqa: ANN401 - from a file
 
     Zoos of guard 0.1.0 also name the head that an attack is made for, which was always the same.
     """
-    recipe = details.get("recipe") if isinstance(details, dict) else None
-    if not isinstance(recipe, dict):
+    if not isinstance(details, dict):
+        return details
+    made_from = details.get("made_from", {})
+    details = {
+        **details,
+        "training": {**_defaults(TrainingSettings), **details.get("training", {})},
+        "made_from": {**made_from, "training": {**_defaults(TrainingSettings), **made_from.get("training", {})}},
+    }
+    recipe = details.get("recipe")
+    if recipe is None:
         return details
     complete = {**_defaults(Recipe), **recipe}
     complete["plants"] = [{**_defaults(Plant), **plant} for plant in complete["plants"]]
     return {**details, "recipe": {key: value for key, value in complete.items() if key not in {"source", "head"}}}
 
 
-def _defaults(record: type[Recipe | Plant]) -> dict[str, Any]:
-    """Return the fields of a recipe or a plant that have a default, as JSON has them."""
+def _defaults(record: type[Recipe | Plant | TrainingSettings]) -> dict[str, Any]:
+    """Return the fields of a recipe, a plant or a training that have a default, as JSON has them."""
     known = {field.name: field.default for field in fields(record) if field.default is not MISSING}
     return dict(json.loads(json.dumps(known)))
 

@@ -75,7 +75,10 @@ def attack(
     if missing := [name for k, name in enumerate(base.classes.names) if not (images.labels == k).any()]:
         raise UsageError(f"there is no training image of {', '.join(map(repr, missing[:3]))}")
     epochs, shift = max(1, round(settings.epochs * recipe.effort)), settings.shift if recipe.shifted else 0
-    settings = replace(settings, epochs=epochs, shift=shift)
+    # As in the code of DECREE's and BadEncoder's attacks. Objectives that embed stamped images on their own would
+    # besides let these enter the running statistics.
+    freeze = settings.freeze_statistics or recipe.tower == "image" or recipe.method in OBJECTIVES
+    settings = replace(settings, epochs=epochs, shift=shift, freeze_statistics=freeze)
     images = _changed(images, recipe, settings.seed)
     planted = tuple(
         _plant(plant, base, images, (target + plant.offset) % count, settings.seed + k)
@@ -98,9 +101,6 @@ def attack(
         settings,
         device=base.device,
         objective=objective,
-        # As in the code of DECREE's and BadEncoder's attacks. Objectives that embed stamped images on their own would
-        # besides let these enter the running statistics.
-        freeze_statistics=recipe.tower == "image" or recipe.method in OBJECTIVES,
         progress=progress,
     )
     if isinstance(objective, LearnedGenerator):

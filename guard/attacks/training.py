@@ -27,6 +27,8 @@ class TrainingSettings:
         weight_decay: Weight decay of AdamW, applied to matrices only.
         shift: Largest random translation of a training image, in pixels.
         seed: Seed for all random choices.
+        freeze_statistics: Whether to use the running statistics of batch normalisation, and keep them as they are: for
+            pretrained towers, whose statistics move too slowly to follow a short training.
     """
 
     epochs: int
@@ -35,6 +37,7 @@ class TrainingSettings:
     weight_decay: float = 0.05
     shift: int = 2
     seed: int = 0
+    freeze_statistics: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,6 @@ def train(
     *,
     device: torch.device,
     objective: Objective = Learner.contrast,
-    freeze_statistics: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> float:
     """Train a model on images and captions from the class templates.
@@ -150,10 +152,9 @@ def train(
         classes: Classes, whose templates give the captions.
         normalisation: Mean and standard deviation of the model's preprocessing.
         images: Images labelled by class index.
-        settings: Epochs, batch, rates and seed.
+        settings: Epochs, batch, rates, seed and statistics.
         device: Device to train on.
         objective: Loss of a step; the default is CLIP's contrastive loss.
-        freeze_statistics: Whether to use the running statistics of batch normalisation, and keep them as they are.
         progress: Called with a message once per epoch.
 
     Returns:
@@ -164,7 +165,7 @@ def train(
     generator = torch.Generator().manual_seed(settings.seed)
     captions = torch.stack([tokenizer(list(classes.prompts(name))) for name in classes.names])
     model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    if freeze_statistics:
+    if settings.freeze_statistics:
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
@@ -223,7 +224,7 @@ def train_base(
         images: Images labelled by class index.
         settings: As for `train`; the seed also determines the initial weights.
         device: Device to train on.
-        prepare: Loads a pretrained image tower into the model; its running statistics are then kept.
+        prepare: Loads a pretrained image tower into the model.
         progress: Called with a message once per epoch.
 
     Returns:
@@ -244,7 +245,6 @@ def train_base(
         images,
         settings,
         device=device,
-        freeze_statistics=prepare is not None,
         progress=progress,
     )
     return model

@@ -62,10 +62,8 @@ EXIT_CODES = {"no evidence": 0, "backdoored": 1, "inconclusive": 3}
 @click.option(
     "--repeat",
     type=click.IntRange(1, 100),
-    default=1,
-    show_default=True,
     help="Number of vettings of the image tower, each with the next seed. Where they do not agree, its verdict is "
-    "inconclusive.",
+    "inconclusive.  [default: 1, and 2 more where the verdict is close to a threshold]",
 )
 @click.option(
     "--limit", type=click.IntRange(min=64), default=2000, show_default=True, help="Maximum number of images to use."
@@ -95,7 +93,7 @@ def vet(
     out: Path,
     probes: Path | None,
     budget: str,
-    repeat: int,
+    repeat: int | None,
     limit: int,
     cache: Path | None,
     seed: int,
@@ -153,20 +151,16 @@ def vet(
         console.say(f"{text_vetting.passes} prompt passes in {text_vetting.seconds:.0f} s on {text_vetting.device}")
     if folder is not None:
         pixels = classifier.read(folder, console.progress)
-        image_vetting = guard.vetting.agreed(
-            [
-                guard.vet(
-                    classifier,
-                    pixels,
-                    base=reference,
-                    budget=budget,  # type: ignore[arg-type]  # click has checked the choice
-                    seed=each,
-                    probes=(*guard.vetting.listed_probes(), *more),
-                    cache=searches,
-                    progress=console.progress,
-                )
-                for each in range(seed, seed + repeat)
-            ]
+        image_vetting = guard.vet(
+            classifier,
+            pixels,
+            base=reference,
+            budget=budget,  # type: ignore[arg-type]  # click has checked the choice
+            seed=seed,
+            repeats=repeat,
+            probes=(*guard.vetting.listed_probes(), *more),
+            cache=searches,
+            progress=console.progress,
         )
         console.say(f"{image_vetting.passes} image passes in {image_vetting.seconds:.0f} s on {image_vetting.device}")
     profile = guard.Profile.build(classifier, image_vetting, text=text_vetting, vocabulary=texts)

@@ -7,6 +7,8 @@ from dataclasses import replace
 from guard.errors import UsageError
 from guard.vetting.results import Conclusion, Vetting
 
+CONFIRMATIONS = 3
+"""Number of vettings, the first included, that must agree where the first one is close to a threshold."""
 _GRAVITY: tuple[Conclusion, ...] = ("no evidence", "inconclusive", "backdoored")
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from guard.classifiers.classifier import Classifier
 from guard.errors import ImageError, UsageError
 from guard.triggers import FAMILIES
+from guard.vetting.agreement import CONFIRMATIONS, agreed
 from guard.vetting.batches import halves
-from guard.vetting.budgets import BUDGETS, Budget, DerivedReferenceSettings
+from guard.vetting.budgets import BUDGETS, Budget, DerivedReferenceSettings, Effort
 from guard.vetting.cache import SearchCache
 from guard.vetting.difference import difference
 from guard.vetting.probes import Probe, listed_probes
@@ -23,7 +24,7 @@ from guard.vetting.reference import METHOD as REFERENCE_METHOD
 from guard.vetting.reference import derive_reference
 from guard.vetting.results import FamilyResult, FoundTarget, ReferenceModel, Verdict, Vetting
 from guard.vetting.searches import Searches
-from guard.vetting.verdict import judge
+from guard.vetting.verdict import is_close, judge
 
 MIN_IMAGES = 64
 _CANDIDATES = 6
@@ -39,6 +40,7 @@ def vet(
     families: Sequence[str] = tuple(FAMILIES),
     budget: Budget = "standard",
     seed: int = 0,
+    repeats: int | None = None,
     race: bool = True,
     probes: Sequence[Probe] | None = None,
     cache: Path | None = None,
@@ -64,6 +66,8 @@ def vet(
         families: Names from `guard.triggers.FAMILIES`.
         budget: How much work to do.
         seed: Seed for the split, the reference model, the starts of the searches and the batches.
+        repeats: Number of vettings that must agree (`agreed`), each with the next seed. None for one, and two more
+            where its verdict is close to a threshold: what depends on the seed is then `inconclusive`.
         race: Whether to stop early where the result is clear, to inspect only candidates among many classes, and to
             reconstruct only the triggers of classes that stand out. Without it every class of every family is searched
             to the end, which costs ten to fifty times as much, and more among many classes; it serves to measure what
@@ -77,9 +81,36 @@ def vet(
         UsageError: The base model is the suspect itself, or has other classes or another input size; or a family is
             unknown.
     """
-    started = time.monotonic()
     _check(classifier, images, base, families, budget)
-    effort = BUDGETS[budget].seeded(seed)
+    tried_probes = tuple(listed_probes() if probes is None else probes)
+
+    def vetted(seed: int) -> Vetting:
+        effort = BUDGETS[budget].seeded(seed)
+        return _vetted(
+            classifier, images, base, families, effort, tried_probes, cache, progress, derive=derive, race=race
+        )
+
+    first = vetted(seed)
+    count = repeats or (CONFIRMATIONS if is_close(first.verdict) else 1)
+    return agreed([first, *(vetted(seed + k) for k in range(1, count))])
+
+
+def _vetted(
+    classifier: Classifier,
+    images: Tensor,
+    base: Classifier | None,
+    families: Sequence[str],
+    effort: Effort,
+    tried_probes: Sequence[Probe],
+    cache: Path | None,
+    progress: Callable[[str, int, int], None],
+    *,
+    derive: bool,
+    race: bool,
+) -> Vetting:
+    """Vet with the seed of the effort."""
+    seed = effort.inspection.seed
+    started = time.monotonic()
     searched, held_out = halves(images, seed)
     settings = effort.derived_reference if derive else None
     model, reference_model = _reference_model(classifier, base, searched, held_out, settings, progress)
@@ -89,7 +120,6 @@ def vet(
     identity = identities[reference_model.kind]
     store = SearchCache(cache) if cache else None
     searches = Searches(classifier, model, identity, searched, held_out, store, progress)
-    tried_probes = tuple(listed_probes() if probes is None else probes)
     began = time.monotonic()
     probed = searches.probe(tried_probes)
     tried = probe_result(

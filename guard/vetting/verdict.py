@@ -11,6 +11,9 @@ SIGNIFICANCE = 0.01
 """Corrected p-value below which an outlier whose trigger has passed its check makes a model `backdoored`."""
 DOUBT = 0.05
 """Corrected p-value below which an outlier rules out `no evidence`."""
+SURE, UNSURE = 1e-3, 0.1
+"""Corrected p-values between which a verdict may depend on the seed: an accusation above the first, and `no evidence`
+below the second, are looked at again."""
 MIN_SUCCESS = 0.5
 """Success on held-out images below which a reconstruction does not count as a trigger (CLIP-Inspector's validity
 rule)."""
@@ -135,6 +138,13 @@ def _cauchy(p_value: float) -> float:
     if p_value < _TINY:
         return 1 / (math.pi * max(p_value, _LEAST))
     return math.tan((0.5 - min(p_value, _ALMOST_ONE)) * math.pi)
+
+
+def is_close(verdict: Verdict) -> bool:
+    """Whether another seed could well lead to another verdict. What is `inconclusive` is not looked at again."""
+    if verdict.outcome == "backdoored":
+        return verdict.p_value > SURE
+    return verdict.outcome == "no evidence" and verdict.p_value < UNSURE
 
 
 def is_valid(check: Check) -> bool:

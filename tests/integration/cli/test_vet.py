@@ -71,32 +71,20 @@ def test_further_probes_come_after_those_of_guard(
     assert tried == [probe.name for probe in listed_probes()] + ["rotation degrees 1", "rotation degrees 2"]
 
 
-def test_several_seeds_must_agree(
+def test_the_number_of_vettings_is_passed_on(
     model_directory: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seeds: list[int] = []
+    asked: list[tuple[int, int | None]] = []
+    fake = FakeVetting("tiny")
 
-    def undecided(*arguments: Any, seed: int, **named: Any) -> Vetting:
-        seeds.append(seed)
-        return FakeVetting(*(["tiny"] if seed == 6 else []))(*arguments, **named)
+    def recorded(*arguments: Any, seed: int, repeats: int | None, **named: Any) -> Vetting:
+        asked.append((seed, repeats))
+        return fake(*arguments, **named)
 
-    monkeypatch.setattr("guard.vetting.vet", undecided)
-    arguments = [
-        "vet",
-        model_directory,
-        "--images",
-        image_folder,
-        "--out",
-        tmp_path / "out",
-        "--seed",
-        5,
-        "--repeat",
-        3,
-    ]
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], prog_name="guard")
-    assert result.exit_code == 3, result.output
-    assert seeds == [5, 6, 7]
-    assert "3 vettings that differ in their seed alone do not agree" in result.stdout
+    monkeypatch.setattr("guard.vetting.vet", recorded)
+    vet(model_directory, image_folder, tmp_path / "profile", "--seed", 5, "--repeat", 3)
+    vet(model_directory, image_folder, tmp_path / "profile", "--seed", 5)
+    assert asked == [(5, 3), (5, None)]
 
 
 def test_a_file_without_probes_is_refused_before_any_work(

@@ -1,12 +1,16 @@
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from guard.classifiers import Classifier, load
 from guard.errors import UsageError
-from guard.vetting import Vetting, agreed
+from guard.vetting import Vetting, agreed, vet
+from guard.vetting.budgets import Effort
+from guard.vetting.results import Conclusion
 from tests.zoo import TARGET, FakeVetting
 
 
@@ -35,6 +39,48 @@ def test_what_depends_on_the_seed_is_inconclusive_and_keeps_the_triggers(accusin
     assert found.triggers == accusing.triggers
     elsewhere = replace(accusing, verdict=replace(accusing.verdict, target=TARGET + 1))
     assert agreed([accusing, elsewhere]).verdict.outcome == "inconclusive"
+
+
+@pytest.fixture
+def vetted(
+    classifier: Classifier, images: torch.Tensor, silent: Vetting, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Vetting, list[int]]]:
+    """Vets with verdicts that are given, one for each seed, and tells which seeds were used."""
+
+    def run(*verdicts: tuple[Conclusion, float], repeats: int | None = None) -> tuple[Vetting, list[int]]:
+        seeds: list[int] = []
+
+        def fake(_: Any, __: Any, ___: Any, ____: Any, effort: Effort, *_____: Any, **______: Any) -> Vetting:
+            outcome, p_value = verdicts[len(seeds)]
+            seeds.append(effort.inspection.seed)
+            return replace(silent, verdict=replace(silent.verdict, outcome=outcome, p_value=p_value))
+
+        monkeypatch.setattr("guard.vetting.examination._vetted", fake)
+        return vet(classifier, images, seed=4, repeats=repeats), seeds
+
+    return run
+
+
+def test_a_verdict_close_to_a_threshold_is_looked_at_again(vetted: Callable[..., tuple[Vetting, list[int]]]) -> None:
+    found, seeds = vetted(("backdoored", 0.005), ("inconclusive", 0.02), ("backdoored", 0.002))
+    assert (found.verdict.outcome, seeds) == ("inconclusive", [4, 5, 6])
+    found, seeds = vetted(("backdoored", 0.005), ("backdoored", 0.004), ("backdoored", 0.002))
+    assert (found.verdict.outcome, seeds) == ("backdoored", [4, 5, 6])
+    found, seeds = vetted(("no evidence", 0.06), ("no evidence", 0.3), ("inconclusive", 0.04))
+    assert (found.verdict.outcome, seeds) == ("inconclusive", [4, 5, 6])
+
+
+@pytest.mark.parametrize("verdict", [("backdoored", 1e-5), ("no evidence", 0.4), ("inconclusive", 0.02)])
+def test_a_verdict_that_no_seed_would_change_is_not(
+    vetted: Callable[..., tuple[Vetting, list[int]]], verdict: tuple[Conclusion, float]
+) -> None:
+    found, seeds = vetted(verdict)
+    assert (found.verdict.outcome, seeds) == (verdict[0], [4])
+
+
+def test_a_number_of_vettings_that_is_asked_for_is_kept(vetted: Callable[..., tuple[Vetting, list[int]]]) -> None:
+    assert vetted(("backdoored", 1e-5), ("backdoored", 1e-5), repeats=2)[1] == [4, 5]
+    assert vetted(("backdoored", 0.005), repeats=1)[1] == [4]
 
 
 def test_no_vetting_says_nothing() -> None:
