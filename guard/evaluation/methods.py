@@ -1,5 +1,6 @@
 """The methods that `guard evaluate` can run."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -30,7 +31,7 @@ from guard.vetting.inspection import METHOD
 from guard.vetting.probes import METHOD as PROBE_METHOD
 from guard.vetting.probes import Probe, listed_probes
 from guard.vetting.reference import METHOD as REFERENCE_METHOD
-from guard.vetting.verdict import is_valid, suspicion
+from guard.vetting.verdict import SIGNIFICANCE, is_valid, suspicion
 
 Need = Literal["base", "calibration", "requests"]
 MethodOutput = tuple[Detection | Screening, Features]
@@ -79,6 +80,9 @@ def _detect(subject: Subject, vetting: Vetting) -> MethodOutput:
     """Return what vetting says, and how similar its trigger is to the attacker's."""
     verdict = vetting.verdict
     leading, p_value = suspicion(vetting.results, vetting.checks)
+    if verdict.outcome != "backdoored":
+        # What one seed of several accuses is inconclusive, and ranks below every model that is accused.
+        p_value = max(p_value, math.nextafter(SIGNIFICANCE, 1))
     recovery, features = _recover(subject, vetting)
     detection = Detection(
         verdict.outcome,
@@ -221,7 +225,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(
             "vetting-base",
-            f"{METHOD}, {PROBE_METHOD}, {REFERENCE_METHOD}, evaluation 10",
+            f"{METHOD}, {PROBE_METHOD}, {REFERENCE_METHOD}, evaluation 11",
             "models",
             frozenset({"base"}),
             uses_base=True,
@@ -230,7 +234,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "vetting-derived",
-            f"{METHOD}, {PROBE_METHOD}, {REFERENCE_METHOD}, evaluation 10",
+            f"{METHOD}, {PROBE_METHOD}, {REFERENCE_METHOD}, evaluation 11",
             "models",
             frozenset(),
             uses_base=False,

@@ -3,19 +3,22 @@ import math
 import operator
 import os
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import Tensor
 
-from guard.classifiers import ImageFolder
+from guard.classifiers import Classifier, ImageFolder
 from guard.distributed import Processes
 from guard.errors import UsageError
 from guard.evaluation import Evaluation, EvaluationSettings, Zoo, evaluate
 from guard.evaluation.images import ImageSet
 from guard.evaluation.running import _run
+from guard.vetting import Vetting, agreed
 from tests.conftest import random_images
 from tests.zoo import TARGET, FakeVetting, make_zoo, write_images, write_truth
 
@@ -114,6 +117,25 @@ def test_a_reconstruction_is_measured_against_the_truth(root: Path, vet: FakeVet
     assert supported.detected > 35
     assert too_small.threshold is None
     assert vet.calls == ["attacked"]
+
+
+def test_what_only_some_seeds_accuse_ranks_below_what_is_accused(
+    root: Path, vet: FakeVetting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def undecided(classifier: Classifier, images: Tensor, **named: Any) -> Vetting:
+        accusing = vet(classifier, images, **named)
+        if not classifier.source.endswith("attacked"):
+            return accusing
+        return agreed(
+            [accusing, replace(accusing, verdict=replace(accusing.verdict, outcome="no evidence", target=None))]
+        )
+
+    monkeypatch.setattr("guard.evaluation.subject.vet", undecided)
+    done = run(root, "vetting-base")
+    detections = {name: result.detection for (name, _), result in done.results.items() if result.detection}
+    assert detections["attacked"].outcome == "inconclusive"
+    assert detections["tried"].outcome == "backdoored"
+    assert detections["benign"].suspicion < detections["attacked"].suspicion < detections["tried"].suspicion
 
 
 @pytest.mark.usefixtures("vet")
