@@ -63,10 +63,10 @@ from guard.classifiers.preprocessing import MAX_PIXELS
 from guard.errors import GuardError, ModelError, RequestError, StateError
 from guard.protocol.dialects import FINAL, StreamDialect
 from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
-from guard.protocol.messages import pack_bytes, parse_request, remove_own_names, with_images
+from guard.protocol.messages import pack_bytes, parse_request, remove_own_names, with_elements
 from guard.protocol.tensors import (
     add_output,
-    encoded_images,
+    encoded_inputs,
     find_input,
     float_images,
     raw_contents,
@@ -496,7 +496,7 @@ def _requests(_: Artefacts, __: Path) -> Kind:
         tensor, raw = request.inputs[index], raw_contents(request, index)
         if tensor.datatype != "BYTES":
             return float_images(tensor, raw, (3, SIZE, SIZE), 4)
-        found = encoded_images(tensor, raw, 4)
+        found = encoded_inputs(tensor, raw, 4)
         _, troubles = read_headers(found, max_pixels=MAX_PIXELS, max_work=MAX_PIXELS)
         for error in troubles.values():
             raise error
@@ -508,7 +508,7 @@ def _requests(_: Artefacts, __: Path) -> Kind:
         remove_own_names(request)
         seen = read(request)
         if seen.dtype == np.uint8:
-            forwarded = with_images(request, find_input(request, "image"), [encode(pixels) for pixels in seen])
+            forwarded = with_elements(request, find_input(request, "image"), [encode(pixels) for pixels in seen])
         else:
             forwarded = request.SerializeToString()
         again = ModelInferRequest.FromString(forwarded)

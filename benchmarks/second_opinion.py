@@ -30,7 +30,7 @@ from guard.evaluation import Zoo
 from guard.evaluation.images import ImageSet
 from guard.evaluation.statistics import Rate
 from guard.evaluation.subject import EvaluationSettings, Subject
-from guard.profiles.profile import ask
+from guard.profiles.calibrating import ask
 from guard.screening import DENSITY, OPINIONS, Detector, ReferenceAnswers, Screen, calibration, default_k
 from guard.vetting import OPINION_REFERENCE, Budget, derive_reference, teach_student
 

@@ -72,7 +72,7 @@ def examine(
         "outcome": found.verdict.outcome,
         "p_value": found.verdict.p_value,
         "statistics": {item.family: [item.value, item.swapped] for item in found.statistics},
-        "trigger": {key: value for key, value in asdict(found.trigger).items() if key != "feature"},
+        "trigger": asdict(found.trigger),
         "seconds": found.seconds,
         "passes": found.passes,
     }

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from guard.classifiers.exporting import ExportParity, export
     from guard.classifiers.hugging_face.weights import save_hugging_face
     from guard.classifiers.images import ImageFolder, decode, decode_unambiguous, encode
+    from guard.classifiers.text_exporting import export_text
     from guard.classifiers.text_tower import TextTower
+    from guard.classifiers.tokenizer import MAX_TEXT, TextInput, Tokenizer
 
 __all__ = [
+    "MAX_TEXT",
     "ClassList",
     "Classifier",
     "ClassifierDigest",
@@ -29,11 +32,14 @@ __all__ = [
     "ExportedClassifier",
     "ImageFolder",
     "Preprocessing",
+    "TextInput",
     "TextTower",
+    "Tokenizer",
     "decode",
     "decode_unambiguous",
     "encode",
     "export",
+    "export_text",
     "load",
     "save",
     "save_hugging_face",
@@ -47,10 +53,12 @@ __getattr__ = lazy(
         "ExportedClassifier": "exported",
         "ImageFolder": "images",
         "TextTower": "text_tower",
+        **dict.fromkeys(("MAX_TEXT", "TextInput", "Tokenizer"), "tokenizer"),
         "decode": "images",
         "decode_unambiguous": "images",
         "encode": "images",
         "export": "exporting",
+        "export_text": "text_exporting",
         "save_hugging_face": "hugging_face.weights",
     },
 )

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 
 from guard._cpus import usable_cpus
 from guard._documents import read_bytes
@@ -13,10 +15,13 @@ from guard.classifiers.digest import sha256
 from guard.classifiers.graph import check_graph
 from guard.classifiers.manifest import MANIFEST_FILE, MODEL_FILE, read_manifest
 from guard.classifiers.preprocessing import Preprocessing
+from guard.classifiers.tokenizer import TextInput
 from guard.errors import ModelError, first_line
 
 TOKEN = "token"  # noqa: S105 - of a text, not of a login
 """Name of the output of a meta-net."""
+LENGTH = "length"
+"""Name of the dimension of a text tower's input that is as long as the longest text."""
 _FATAL = 4
 """Errors come as exceptions; lines of ONNX Runtime's own on standard error would break the form of a log."""
 onnxruntime.set_default_logger_severity(_FATAL)
@@ -27,6 +32,8 @@ MAX_MODEL_BYTES = 2**31 - 1
 
 class ExportedClassifier:
     """An exported classifier, run by ONNX Runtime: one forward pass gives embeddings and class scores.
+
+    It has one tower of the model, of images or of texts; the class scores of a text say which class it speaks of.
 
     Args:
         directory: A directory that `guard export` wrote.
@@ -45,10 +52,13 @@ class ExportedClassifier:
         self.manifest = read_manifest(directory / MANIFEST_FILE)
         self._session = _session(directory / MODEL_FILE, self.manifest.model_sha256, threads=threads, gpu=gpu)
         inputs = [(item.name, item.type, item.shape[1:]) for item in self._session.get_inputs()]
-        size = self.manifest.preprocessing.size
+        size, text = self.manifest.preprocessing.size, self.manifest.text
+        expected: tuple[str, str, list[Any]] = ("image", "tensor(float)", [3, size, size])
+        if text is not None:
+            expected = ("text", "tensor(int64)", [LENGTH if text.trimmed else text.context])
         outputs = {item.name: item.shape[-1] for item in self._session.get_outputs()}
         token = outputs.pop(TOKEN, None)
-        if inputs != [("image", "tensor(float)", [3, size, size])] or outputs != {
+        if inputs != [expected] or outputs != {
             "embedding": self.manifest.embedding,
             "logits": len(self.manifest.classes.names),
         }:
@@ -67,6 +77,11 @@ class ExportedClassifier:
         return self.manifest.preprocessing
 
     @property
+    def text(self) -> TextInput | None:
+        """What it reads if it is a text tower; None if it is an image tower."""
+        return self.manifest.text
+
+    @property
     def classes(self) -> ClassList:
         """Class names, in the order of the scores."""
         return self.manifest.classes
@@ -76,16 +91,20 @@ class ExportedClassifier:
         """The execution provider that ONNX Runtime uses, such as `CUDAExecutionProvider`."""
         return str(self._session.get_providers()[0])
 
-    def run(self, inputs: Floats) -> tuple[Floats, Floats]:
+    def run(self, inputs: Floats | NDArray[np.int64]) -> tuple[Floats, Floats]:
         """Compute embeddings and class scores in one forward pass.
 
         Args:
-            inputs: Preprocessed (normalised) images, shape [N, 3, H, W].
+            inputs: Preprocessed (normalised) images, shape [N, 3, H, W]; or token ids of texts, shape [N, L], L at most
+                the context and equal to it if the tower is not trimmed.
 
         Returns:
             L2-normalised embeddings, shape [N, D], and class scores, shape [N, C].
         """
-        embeddings, logits = self._session.run(["embedding", "logits"], {"image": inputs})
+        name = "image" if self.text is None else "text"
+        if self.text is not None and self.text.trimmed:
+            inputs = inputs[:, : int(inputs.argmax(1).max()) + 1]
+        embeddings, logits = self._session.run(["embedding", "logits"], {name: inputs})
         return embeddings, logits
 
     def run_with_tokens(self, inputs: Floats) -> tuple[Floats, Floats, Floats]:

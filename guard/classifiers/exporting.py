@@ -2,20 +2,24 @@
 
 import logging
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from guard._files import replace_directory
+from guard._types import Floats
 from guard.classifiers.classifier import Classifier
 from guard.classifiers.digest import sha256
 from guard.classifiers.exported import ExportedClassifier
 from guard.classifiers.manifest import MANIFEST_FILE, MODEL_FILE, SCHEMA, Manifest
 from guard.classifiers.prompts import PromptedClassifier
 from guard.classifiers.prompts.learner import FRAME
+from guard.classifiers.tokenizer import TextInput
 from guard.errors import ExportError, ImageError, first_line
 
 MIN_PARITY_IMAGES = 256
@@ -28,9 +32,9 @@ class ExportParity:
     """How an exported model compares with the model that it was exported from.
 
     Attributes:
-        images: Number of images compared.
+        images: Number of images, or of texts, compared.
         max_difference: Largest absolute difference of an embedding's component.
-        agreement: Share of images with the same top class.
+        agreement: Share of them with the same top class.
     """
 
     images: int
@@ -98,17 +102,58 @@ def export(classifier: Classifier, directory: Path | str, images: Tensor) -> Exp
     directory = Path(directory)
     if len(images) < MIN_PARITY_IMAGES:
         raise ImageError(f"the parity check needs at least {MIN_PARITY_IMAGES} images, there are {len(images)}")
+    size = classifier.preprocessing.size
+    graph, outputs = _graph(classifier)
+    shown = Shown("image", torch.zeros(2, 3, size, size), {0: torch.export.Dim("batch")}, graph, tuple(outputs))
+    return written(classifier, directory, shown, lambda exported: compare(classifier, exported, images))
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """What is exported, and what torch is shown to trace it with.
+
+    Attributes:
+        name: Name of the input.
+        example: An input.
+        dynamic: The dimensions of the input that may differ.
+        graph: What is exported.
+        outputs: Names of its outputs.
+        text: What the tower reads if it is one of texts.
+    """
+
+    name: str
+    example: Tensor
+    dynamic: dict[int, Any]
+    graph: torch.nn.Module
+    outputs: tuple[str, ...] = ("embedding", "logits")
+    text: TextInput | None = None
+
+
+def written(
+    classifier: Classifier, directory: Path, shown: Shown, compared: Callable[[ExportedClassifier], ExportParity]
+) -> ExportParity:
+    """Write an export whole or not at all, and only if it agrees with the model.
+
+    Args:
+        classifier: The model; it is moved to the CPU for the export, and back.
+        directory: The directory to write.
+        shown: What is exported.
+        compared: Compares the export with the model.
+
+    Raises:
+        ExportError: The exported model computes different values, or cannot be exported.
+    """
     device = classifier.device
     classifier.to(torch.device("cpu"))
     try:
         with replace_directory(directory, marker=MANIFEST_FILE) as temporary:
-            _write(classifier, temporary)
-            parity = compare(classifier, ExportedClassifier(temporary, gpu=False), images)
+            _write(classifier, temporary, shown)
+            parity = compared(ExportedClassifier(temporary, gpu=False))
             # Written so that a difference that is no number is not below the tolerance.
             if not (parity.max_difference <= TOLERANCE and parity.agreement >= 1):
                 raise ExportError(
                     f"the exported model differs: embeddings by up to {parity.max_difference:.2g} (allowed "
-                    f"{TOLERANCE:g}), top class equal on {parity.agreement:.2%} of {parity.images} images"
+                    f"{TOLERANCE:g}), top class equal on {parity.agreement:.2%} of {parity.images}"
                 )
     finally:
         classifier.to(device)
@@ -122,23 +167,21 @@ def _graph(classifier: Classifier) -> tuple[torch.nn.Module, list[str]]:
     return _Tower(classifier), ["embedding", "logits"]
 
 
-def _write(classifier: Classifier, directory: Path) -> None:
+def _write(classifier: Classifier, directory: Path, shown: Shown) -> None:
     import onnxscript  # noqa: F401 - torch's exporter needs it, and fails late and at length without it
 
-    size = classifier.preprocessing.size
-    graph, outputs = _graph(classifier)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
         for name in ("torch.onnx", "onnxscript"):
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
             torch.onnx.export(
-                graph.eval(),
-                (torch.zeros(2, 3, size, size),),
+                shown.graph.eval(),
+                (shown.example,),
                 directory / MODEL_FILE,
-                input_names=["image"],
-                output_names=outputs,
-                dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+                input_names=[shown.name],
+                output_names=list(shown.outputs),
+                dynamic_shapes={shown.name: shown.dynamic},
                 dynamo=True,
                 external_data=False,
                 verbose=False,
@@ -152,6 +195,7 @@ def _write(classifier: Classifier, directory: Path) -> None:
         classifier.head.shape[-1],
         classifier.preprocessing,
         classifier.classes,
+        shown.text,
     )
     (directory / MANIFEST_FILE).write_bytes(manifest.to_json())
 
@@ -167,15 +211,23 @@ def compare(classifier: Classifier, exported: ExportedClassifier, images: Tensor
     Raises:
         ExportError: The export computes a number that is not finite.
     """
-    expected = classifier.embed(images)
     parts = [exported.run(exported.preprocessing.normalise(part.numpy())) for part in images.split(64)]
+    return parity(classifier, classifier.embed(images), parts)
+
+
+def parity(classifier: Classifier, expected: Tensor, parts: Sequence[tuple[Floats, Floats]]) -> ExportParity:
+    """Compare what an export computed with the embeddings of the model, shape [N, D].
+
+    Raises:
+        ExportError: The export computed a number that is not finite.
+    """
     embeddings = np.concatenate([part[0] for part in parts])
     logits = np.concatenate([part[1] for part in parts])
     if not np.isfinite(logits).all():
         raise ExportError("the exported model computes scores that are not finite")
     top = logits.argmax(-1)
     return ExportParity(
-        len(images),
+        len(expected),
         float(np.abs(embeddings - expected.numpy()).max()),
         float((top == classifier.predict(expected).numpy()).mean()),
     )

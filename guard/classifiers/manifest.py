@@ -7,6 +7,7 @@ from guard._documents import read_document
 from guard.classifiers.classes import ClassList
 from guard.classifiers.digest import canonical
 from guard.classifiers.preprocessing import Preprocessing
+from guard.classifiers.tokenizer import TextInput
 from guard.errors import ModelError
 
 MODEL_FILE = "model.onnx"
@@ -26,6 +27,7 @@ class Manifest:
         embedding: Length of an embedding.
         preprocessing: The transform from an image to the model's input.
         classes: Class names and templates.
+        text: What the exported text tower reads; None if the image tower was exported.
     """
 
     schema: int
@@ -34,10 +36,14 @@ class Manifest:
     embedding: int
     preprocessing: Preprocessing
     classes: ClassList
+    text: TextInput | None = None
 
     def to_json(self) -> bytes:
         """The bytes of `classifier.json`."""
-        return canonical(asdict(self)) + b"\n"
+        fields = asdict(self)
+        if self.text is None:
+            del fields["text"]  # as older guards know it
+        return canonical(fields) + b"\n"
 
 
 def read_manifest(path: Path) -> Manifest:

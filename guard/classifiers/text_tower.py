@@ -65,6 +65,16 @@ class TextTower:
         return self._tower.attn_mask is not None
 
     @property
+    def read_at_end(self) -> bool:
+        """Whether the embedding of a text is read at its end token, wherever that is."""
+        return self._pool in {"argmax", "eos"}
+
+    @property
+    def trimmed(self) -> bool:
+        """Whether what follows the largest id of a text changes nothing."""
+        return self.causal and self._pool == "argmax"
+
+    @property
     def table(self) -> Tensor:
         """The embedding of each token of the vocabulary: shape [V, width]."""
         table: Tensor = self._tower.token_embedding.weight
@@ -139,7 +149,7 @@ class TextTower:
             features: Shape [N, L, width].
             ends: Where each text is read: shape [N].
         """
-        rows = features[torch.arange(len(features), device=features.device), ends]
+        rows = features.gather(1, ends[:, None, None].expand(-1, 1, features.shape[-1]))[:, 0]
         projection = self._tower.text_projection
         if projection is not None:
             rows = projection(rows) if isinstance(projection, torch.nn.Linear) else rows @ projection

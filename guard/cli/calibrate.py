@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
@@ -10,19 +9,13 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from guard.cli import certified, options
+from guard.cli.clean_inputs import CleanImages, CleanInputs, CleanTexts
 from guard.cli.console import Console
 from guard.errors import ModelError, StateError, UsageError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from guard.classifiers import Classifier
-    from guard.profiles import LeftOut, OpinionKind, Profile, SecondOpinionRecord
+    from guard.profiles import InputKind, LeftOut, OpinionKind, Profile, SecondOpinionRecord
     from guard.screening import Axis
-
-_PARITY_IMAGES = 512
-"""Images on which the exported reference model is compared with what it was exported from."""
-
 
 _ENOUGH_AGREEMENT = 0.9
 """Share of clean images with the same answer below which a reference model is called weak."""
@@ -36,10 +29,16 @@ _ENOUGH_AGREEMENT = 0.9
     help="Folder of clean images like those that requests will carry. None of them may have been used in training.",
 )
 @click.option(
+    "--texts",
+    type=options.PATH,
+    help="Text file with clean texts like those that requests will carry, one on each line, instead of --images: then "
+    "the profile screens requests to the text tower. None of the texts may have been used in training.",
+)
+@click.option(
     "--embeddings",
     type=options.PATH,
     help="File of embeddings of clean requests (.npy, shape [N, D]), such as recorded traffic, to use instead of "
-    "--images. Then only the threshold is set anew, and the banks stay as they are.",
+    "--images or --texts. Then only the threshold is set anew, and the banks stay as they are.",
 )
 @click.option(
     "--alpha",
@@ -62,9 +61,9 @@ _ENOUGH_AGREEMENT = 0.9
     "--reference",
     type=click.Choice(("base", "derived", "student", "none")),
     help="The reference model that gives second opinions. base: that of --base. student: a small network that learns "
-    "from the model what it answers to the clean images, and costs little per request. derived: the model itself, "
-    "disturbed and taught again. none: no second opinions. By default, it is base if --base is given, and student "
-    "otherwise.",
+    "from the model what it answers to the clean images, and costs little per request; there is none for texts. "
+    "derived: the model itself, disturbed and taught again. none: no second opinions. By default, it is base if --base "
+    "is given, and otherwise student for images and none for texts.",
 )
 @click.option(
     "--k",
@@ -72,7 +71,11 @@ _ENOUGH_AGREEMENT = 0.9
     help="Number of nearest neighbours that the density score uses. By default, it follows from the size of the banks.",
 )
 @click.option(
-    "--limit", type=click.IntRange(min=10), default=5000, show_default=True, help="Maximum number of images to use."
+    "--limit",
+    type=click.IntRange(min=10),
+    default=5000,
+    show_default=True,
+    help="Maximum number of images, or of texts, to use.",
 )
 @click.option(
     "--per-class",
@@ -95,6 +98,7 @@ _ENOUGH_AGREEMENT = 0.9
 def calibrate(
     profile: Path,
     images: Path | None,
+    texts: Path | None,
     embeddings: Path | None,
     alpha: float,
     model: str | None,
@@ -121,8 +125,9 @@ def calibrate(
     import guard
     from guard import profiles, report
 
-    if (images is None) == (embeddings is None) and (images is not None or adopted is None):
-        raise UsageError("give one of --images and --embeddings")
+    given = sum(each is not None for each in (images, texts, embeddings))
+    if given > 1 or (given == 0 and adopted is None):
+        raise UsageError("give one of --images, --texts and --embeddings")
     if (reference == "base") > (base is not None) or (base is not None and reference not in {None, "base"}):
         raise UsageError("--reference base and --base MODEL belong together")
     console = Console(as_json=as_json)
@@ -139,8 +144,8 @@ def calibrate(
             vectors = profiles.read_embeddings(embeddings, stored.document.model.embedding)
             calibrated = stored.recalibrate(vectors, alpha, per_class=per_class, seed=seed)
             text = report.render(calibrated, report.examples(calibrated))
-        elif images is not None:
-            folder = guard.ImageFolder.scan(images).sample(limit, seed=seed)
+        elif given:
+            folder = guard.ImageFolder.scan(images).sample(limit, seed=seed) if images is not None else None
             named = model or stored.document.model.source
             try:
                 classes = stored.document.model.classes
@@ -155,28 +160,20 @@ def calibrate(
                 )
                 raise ModelError(f"{error}; {hint}") from error
             stored.check_model(classifier.digest)
-            pixels = classifier.read(folder, console.progress)
-            kind = _kind(reference, base, len(pixels), console)
-            other = None
-            if kind is not None:
-                learned = stored.bank_images(pixels, seed=seed)
-                other = _reference_model(classifier, kind, base, learned, seed, console)
-            calibrated = stored.calibrate(
-                classifier,
-                pixels,
-                alpha,
-                k=k,
-                per_class=per_class,
-                names=[str(file.relative_to(folder.root)) for file in folder.files],
-                reference=other,
-                kind=kind or "base",
-                seed=seed,
-                progress=console.say,
+            samples: CleanInputs
+            if texts is not None:
+                samples = CleanTexts.read(classifier, texts, limit, seed, console)
+            elif folder is not None:
+                samples = CleanImages.read(classifier, folder, console)
+            kind = samples.kind_of(reference, base)
+            other = None if kind is None else samples.reference_model(stored, kind, base, seed)
+            calibrated = samples.calibrate(
+                stored, alpha, k=k, per_class=per_class, reference=other, kind=kind or "base", seed=seed
             )
-            text = report.render(calibrated, report.examples(calibrated, pixels))
+            text = report.render(calibrated, report.examples(calibrated, samples.pixels))
             if other is not None:
                 console.say("exporting the reference model")
-                guard.export(other, Path(temporary) / "reference", pixels[:_PARITY_IMAGES])
+                samples.export(other, Path(temporary) / "reference")
                 calibrated = calibrated.with_reference_model(Path(temporary) / "reference")
         else:
             text = report.render(calibrated, report.examples(calibrated))
@@ -188,11 +185,11 @@ def calibrate(
     scores, threshold = (*record.tails, *(axis.name for axis in calibrated.document.axes)), record.threshold
     console.result(
         record,
-        f"scores: {', '.join(scores)}; k = {record.k}, {record.reference} images in each bank\n"
-        + _opinion(record.second_opinion)
+        f"scores: {', '.join(scores)}; k = {record.k}, {record.reference} {record.inputs} in each bank\n"
+        + _opinion(record.second_opinion, record.inputs)
         + f"threshold: {threshold.value:.4f} for alpha = {threshold.alpha:g}, from {threshold.size} clean scores\n"
-        f"false alarms on {record.held_out} held-out images: {record.false_alarms} ({rate:.2%})\n"
-        + _left_out(record.left_out)
+        f"false alarms on {record.held_out} held-out {record.inputs}: {record.false_alarms} ({rate:.2%})\n"
+        + _left_out(record.left_out, record.inputs)
         + f"profile: {profile}",
     )
 
@@ -224,47 +221,19 @@ def _axes(where: str, profile: "Profile") -> list["Axis"]:
     return chosen
 
 
-def _left_out(items: Sequence["LeftOut"]) -> str:
+def _left_out(items: Sequence["LeftOut"], inputs: "InputKind") -> str:
     if not items:
         return ""
     names = ", ".join(item.image for item in items[:5]) + (", …" if len(items) > 5 else "")
-    return f"left out because they seem to carry a trigger: {len(items)} images ({names}); the report lists them\n"
+    return f"left out because they seem to carry a trigger: {len(items)} {inputs} ({names}); the report lists them\n"
 
 
-def _opinion(record: "SecondOpinionRecord | None") -> str:
+def _opinion(record: "SecondOpinionRecord | None", inputs: "InputKind" = "images") -> str:
     if record is None:
         return "second opinion: none\n"
-    said = f"second opinion: {record.source}, which gives the same answer to {record.agreement:.1%} of clean images\n"
+    said = f"second opinion: {record.source}, which gives the same answer to {record.agreement:.1%} of clean {inputs}\n"
     if record.agreement < _ENOUGH_AGREEMENT:
-        other = "--reference student may do better" if record.kind == "base" else "a trusted --base may do better"
+        made = "student" if inputs == "images" else "derived"
+        other = f"--reference {made} may do better" if record.kind == "base" else "a trusted --base may do better"
         said += f"  that is little: where the two often disagree honestly, an attack hardly shows; {other}\n"
     return said
-
-
-def _kind(
-    wanted: "OpinionKind | Literal['none'] | None", base: str | None, count: int, console: Console
-) -> "OpinionKind | None":
-    """The kind of reference model to use; None for none."""
-    from guard.classifiers.exporting import MIN_PARITY_IMAGES
-
-    if wanted == "none":
-        return None
-    if wanted is None and base is None and count < MIN_PARITY_IMAGES:
-        console.say(f"no reference model is made: it needs at least {MIN_PARITY_IMAGES} images, there are {count}")
-        return None
-    return wanted or ("base" if base else "student")
-
-
-def _reference_model(
-    classifier: "Classifier", kind: "OpinionKind", base: str | None, images: "Tensor", seed: int, console: Console
-) -> "Classifier":
-    """Load or make the reference model; one that is made learns from the images of the banks alone."""
-    import guard
-    from guard.vetting import OPINION_REFERENCE, StudentSettings, derive_reference, teach_student
-
-    if base is not None:
-        return guard.load(base, classes=classifier.classes, device=str(classifier.device))
-    if kind == "student":
-        return teach_student(classifier, images, StudentSettings(seed=seed), progress=console.progress)
-    settings = replace(OPINION_REFERENCE, seed=seed)
-    return derive_reference(classifier, images, settings, progress=console.progress)[0]

@@ -20,7 +20,7 @@ EVIDENCE_FILE = "evidence.sqlite"
 MAX_TEXT = 256
 """Longest text, in characters; request and trace ids come from clients."""
 MAX_SENTENCE = 1000
-"""Longest explanation, in characters."""
+"""Longest explanation, and longest text of a request, in characters."""
 MAX_SCORES = 32
 MAX_THUMBNAIL = 64 * 2**10
 """Largest encoded thumbnail, in bytes."""
@@ -28,7 +28,7 @@ MAX_THUMBNAIL = 64 * 2**10
 COLUMNS = (
     "id", "time", "request_id", "trace_id", "model", "model_digest", "image", "decision", "mode", "predicted",
     "p_value", "alpha", "scores", "thresholds", "decided_by", "reference", "trigger", "target", "second_look",
-     "explanation", "input_digest",
+     "explanation", "input_digest", "text",
 )  # fmt: skip
 """The fields that exports and listings show, in this order: all but the thumbnail."""
 NUMBERS = ("p_value", "alpha")
@@ -67,6 +67,11 @@ def clean(text: str, limit: int = MAX_TEXT) -> str:
     return "".join(character if character.isprintable() else _REPLACEMENT for character in short)
 
 
+def escaped(text: str) -> str:
+    """A text in which characters that cannot be printed are escaped as in a Python string."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 def rfc3339(time: datetime) -> str:
     """A time in UTC with milliseconds; these texts sort as the times do."""
     return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -87,7 +92,7 @@ def _normalised(time: str) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """One image of a request, and what guard decided about it.
+    """One image or text of a request, and what guard decided about it.
 
     Texts are bounded and cleaned when a record is made, whoever makes it: most of them are shown to people, and some
     come from clients.
@@ -96,7 +101,7 @@ class Record:
         request_id: Id of the request, as the client gave it, or "".
         model: Name under which it is served.
         model_digest: Root digest of the classifier.
-        image: Row of the batch, from 0.
+        image: Row of the batch, from 0, be it an image or a text.
         decision: `flag`, `pass` or `unchecked`.
         mode: The mode of the sidecar, which says what a decision does: `shadow`, `tag` or `block`.
         time: RFC 3339 time; stored in UTC with milliseconds.
@@ -114,6 +119,7 @@ class Record:
         second_look: Outcome of the second look, or "" if there was none.
         explanation: Finding of the second look, as a sentence.
         input_digest: SHA-256 of the input bytes, in hexadecimal.
+        text: The text of the input, if it is one, as the model read it; characters that cannot be printed are escaped.
         thumbnail: A small PNG or JPEG file; one of more than `MAX_THUMBNAIL` bytes is left out.
         id: Assigned by the log; 0 before the record is written.
 
@@ -141,12 +147,14 @@ class Record:
     second_look: str = ""
     explanation: str = ""
     input_digest: str = ""
+    text: str = ""
     thumbnail: bytes | None = field(default=None, repr=False)
     id: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "text", escaped(self.text[:MAX_SENTENCE]))
         for name in _TEXTS:
-            limit = MAX_SENTENCE if name == "explanation" else MAX_TEXT
+            limit = MAX_SENTENCE if name in {"explanation", "text"} else MAX_TEXT
             object.__setattr__(self, name, clean(getattr(self, name), limit))
         object.__setattr__(self, "time", _normalised(self.time))
         for name in NUMBERS:

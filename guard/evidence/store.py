@@ -43,9 +43,10 @@ from guard._files import move_aside, sync
 from guard.errors import DamagedLogError, EvidenceError
 from guard.evidence.records import Record, rfc3339
 
-SCHEMA = 2
+SCHEMA = 3
 OLDEST_SCHEMA = 1
-"""The oldest schema that is still read: that of release 0.1.0. It lacks the columns in `_ADDED`."""
+"""The oldest schema that is still read: that of release 0.1.0. It lacks the columns in `_ADDED`, that of release 0.2.0
+some of them."""
 COMPANIONS = ("-wal", "-shm")
 """Suffixes of the files that SQLite keeps beside a database: its write-ahead log and an index of that."""
 APPLICATION = int.from_bytes(b"grdE")
@@ -90,14 +91,15 @@ table = Table(
         Column(name, Text, nullable=False)
         for name in ("trigger", "target", "second_look", "explanation", "input_digest")
     ),
+    Column("text", Text, nullable=False, server_default=""),
     # Last, so that a search reads no pictures.
     Column("thumbnail", LargeBinary),
     # An id is never given twice, also after the newest records were deleted.
     sqlite_autoincrement=True,
 )
 
-_ADDED = ("decided_by", "reference")
-"""Columns that schema 2 added."""
+_ADDED = {"decided_by": 2, "reference": 2, "text": 3}
+"""Columns that later schemas added, each with the schema that did."""
 
 Identity = tuple[int, int]
 """Device and inode of a file: it keeps them when it is renamed, and no other file has them."""
@@ -165,9 +167,10 @@ def check(engine: Engine, path: Path) -> None:
 
 def columns(connection: Connection) -> dict[str, ColumnElement[Any]]:
     """The columns of a log by name; an empty value stands for one that a log of an older guard lacks."""
-    old = _pragma(connection, "user_version") < SCHEMA
+    schema = _pragma(connection, "user_version")
     return {
-        column.name: literal("").label(column.name) if old and column.name in _ADDED else column for column in table.c
+        column.name: literal("").label(column.name) if _ADDED.get(column.name, 0) > schema else column
+        for column in table.c
     }
 
 
@@ -242,13 +245,13 @@ def prepare(path: Path) -> Engine:
 
 
 def _update(opened: Engine) -> None:
-    """Give a log of schema 1 the columns that it lacks, all or none of them; another process may do the same."""
+    """Give a log of an older schema the columns that it lacks, all or none; another process may do the same."""
     with opened.connect() as connection:
         if _pragma(connection, "user_version") >= SCHEMA:
             return
         connection.exec_driver_sql("BEGIN IMMEDIATE")
-        if _pragma(connection, "user_version") < SCHEMA:
-            for name in _ADDED:
+        if (schema := _pragma(connection, "user_version")) < SCHEMA:
+            for name in (name for name, since in _ADDED.items() if since > schema):
                 kind = CreateColumn(table.c[name]).compile(dialect=connection.dialect)
                 connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {kind}")
             connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA}")

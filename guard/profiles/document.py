@@ -118,6 +118,10 @@ class LeftOut:
     trigger: str
 
 
+InputKind = Literal["images", "texts"]
+"""What requests carry that a profile screens."""
+TEXT_TRIGGER = "text-1"
+"""Id of the trigger that an examination of a text tower found."""
 OpinionKind = Literal["base", "derived", "student"]
 """Where the reference model of a profile comes from: a trusted base model, the suspect's own tower that was disturbed
 and taught again, or a smaller tower that was taught the suspect's embeddings."""
@@ -163,6 +167,7 @@ class CalibrationRecord:
         left_out: Images that seem to carry a trigger.
         seed: Seed for the random split of the images.
         second_opinion: The reference model that requests are compared with; None without a second opinion.
+        inputs: What the banks and the threshold are of: images, or texts.
     """
 
     k: int
@@ -176,6 +181,7 @@ class CalibrationRecord:
     left_out: tuple[LeftOut, ...]
     seed: int
     second_opinion: SecondOpinionRecord | None = None
+    inputs: InputKind = "images"
 
 
 @dataclass(frozen=True)
@@ -230,6 +236,34 @@ class Document:
     files: Mapping[str, str]
     axes: tuple[AxisRecord, ...] = ()
     text: TextVetting | None = None
+
+    @property
+    def inputs(self) -> InputKind:
+        """What requests carry that the profile screens."""
+        return "images" if self.calibration is None else self.calibration.inputs
+
+    def compared(self, inputs: InputKind) -> tuple[TriggerRecord, ...]:
+        """The triggers that requests with inputs of a kind are compared with.
+
+        For texts it is the one that was found in the text tower, unless there is no evidence for it.
+        """
+        if inputs == "images":
+            return self.triggers
+        if self.text is None or self.text.verdict.outcome == "no evidence":
+            return ()
+        found = self.text.trigger
+        return (
+            TriggerRecord(
+                TEXT_TRIGGER,
+                found.kind,
+                found.target,
+                float(max(1, len(found.vectors))),
+                "letter" if found.replaced else "word" if found.inserted else "tokens",
+                found.success,
+                self.text.verdict.p_value,
+                tuple(NearestText(near.text, near.cosine) for near in found.captions),
+            ),
+        )
 
 
 @dataclass(frozen=True, eq=False)

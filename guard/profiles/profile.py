@@ -17,28 +17,16 @@ from guard._types import Floats
 from guard.classifiers.digest import ClassifierDigest
 from guard.errors import ProfileError
 from guard.profiles import storage
-from guard.profiles.document import (
-    AxisRecord,
-    CalibrationRecord,
-    Document,
-    LeftOut,
-    OpinionKind,
-    Reference,
-    SecondOpinionRecord,
-    TriggerTensors,
-)
+from guard.profiles.calibrating import Calibrated, ImageSamples, Rules, TextSamples, calibrate, threshold
+from guard.profiles.document import AxisRecord, Document, OpinionKind, Reference, TriggerTensors
 from guard.screening import (
     AXIS,
     Axis,
-    AxisReference,
     AxisScores,
-    Banks,
     Detector,
-    ReferenceAnswers,
     Screen,
     SearchMethod,
     calibration,
-    default_k,
 )
 
 if TYPE_CHECKING:
@@ -170,37 +158,76 @@ class Profile:
         self.check_model(classifier.digest)
         if reference is not None:
             classifier.check_comparable(reference)
-        parts = calibration.split(np.arange(len(images)) if groups is None else groups, seed)
-        bank = parts.banks
-        if k is None:
-            k = default_k(len(bank), len(classifier.classes.names))
-        calibration.check_bank_size(len(bank), k)
-        progress(f"embedding {len(images)} images")
-        embeddings = classifier.embed(images).numpy()
         targets = {record.id: record.target for record in self.document.triggers}
-        stamped = {}
-        for name, trigger in self.load_triggers().items():
-            progress(f"embedding {len(bank)} images with the trigger {name}")
-            stamped[name] = targets[name], classifier.embed(trigger.stamp(images[bank])).numpy()
-        answers = None
-        if reference is not None:
-            progress(f"asking the reference model about {len(images)} images")
-            answers = ask(reference, images)
-        head = np.ascontiguousarray(classifier.head.float().cpu().numpy().T)
-        own, scale = None if answers is None else answers[bank], classifier.logit_scale
-        banks, carrying = calibration.fit_banks(embeddings[bank], stamped, head, k=k, answers=own, scale=scale)
-        called = [str(row) for row in range(len(images))] if names is None else names
-        left_out = tuple(LeftOut(called[bank[row]], "bank", trigger) for row, trigger in carrying.items())
-        opinion = None
-        if reference is not None and banks.near is not None:
-            opinion = SecondOpinionRecord(
-                kind, reference.source, reference.digest.root, reference.head.shape[-1], scale, banks.near, 0.0
-            )
-        kept = np.array([row not in carrying for row in range(len(bank))])
-        axis = AxisReference.fit(embeddings[bank][kept], embeddings[:0], head)
-        return self._calibrated(
-            banks, axis, embeddings, parts, alpha, per_class, seed, called, left_out, answers, opinion
+        found = calibrate(
+            ImageSamples(classifier, images, self.load_triggers(), targets),
+            classifier,
+            Rules(alpha, per_class, seed),
+            k=k,
+            names=names,
+            groups=groups,
+            reference=reference,
+            kind=kind,
+            say=progress,
         )
+        return self._calibrated(found)
+
+    def calibrate_texts(
+        self,
+        classifier: "Classifier",
+        texts: Sequence[str],
+        alpha: float,
+        *,
+        k: int | None = None,
+        per_class: bool = False,
+        names: Sequence[str] | None = None,
+        reference: "Classifier | None" = None,
+        kind: OpinionKind = "base",
+        seed: int = 0,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> "Profile":
+        """The same for requests that carry texts: the text tower embeds them, and clean texts fill the banks.
+
+        If `guard.vet_text` found a trigger that any evidence speaks for, its bank is filled with the same texts with
+        that trigger. A profile screens inputs of one kind, so that this replaces a calibration with images.
+
+        Args:
+            classifier: The classifier of this profile; its text tower computes the embeddings.
+            texts: Clean texts like those of requests, each different; none of them may have been trained on.
+            alpha: As for `calibrate`.
+            k: As for `calibrate`.
+            per_class: As for `calibrate`; a text counts as of the class whose embedding is nearest.
+            names: Names of the texts, by which those that are left out are listed; default is their number.
+            reference: A reference model for second opinions, with the same classes and tokenizer; None for none.
+            kind: Where the reference model comes from.
+            seed: Seed for the random split.
+            progress: Called with a short description of each step.
+
+        Raises:
+            ProfileError: The profile belongs to another classifier.
+            ModelError: The text tower is of a kind that guard cannot open.
+            ImageError: There are too few texts for banks of k.
+            UsageError: There are too few texts for this alpha, or the reference model is the classifier itself, or has
+                other classes or another tokenizer.
+        """
+        self.check_model(classifier.digest)
+        if reference is not None:
+            from guard.vetting.text_examination import check_text_comparable
+
+            classifier.check_comparable(reference)
+            check_text_comparable(classifier, reference)
+        found = calibrate(
+            TextSamples(classifier, texts, self.document, seed),
+            classifier,
+            Rules(alpha, per_class, seed),
+            k=k,
+            names=names,
+            groups=None,
+            reference=reference,
+            kind=kind,
+            say=progress,
+        )
+        return self._calibrated(found)
 
     @staticmethod
     def bank_images(images: "Tensor", *, groups: NDArray[np.int64] | None = None, seed: int = 0) -> "Tensor":
@@ -214,6 +241,16 @@ class Profile:
             seed: As for `calibrate`.
         """
         return images[calibration.split(np.arange(len(images)) if groups is None else groups, seed).banks]
+
+    @staticmethod
+    def bank_texts(texts: Sequence[str], *, seed: int = 0) -> list[str]:
+        """The texts that `calibrate_texts` fills the banks with, for the same purpose.
+
+        Args:
+            texts: As for `calibrate_texts`.
+            seed: As for `calibrate_texts`.
+        """
+        return [texts[row] for row in calibration.split(np.arange(len(texts)), seed).banks]
 
     def with_reference_model(self, directory: Path | str) -> "Profile":
         """The same profile with the exported reference model that it was calibrated with.
@@ -257,11 +294,17 @@ class Profile:
                 "the profile compares requests with a reference model, about which embeddings say nothing; give images "
                 "like those of requests"
             )
-        parts = calibration.split_without_banks(len(embeddings), seed)
-        called = [str(row) for row in range(len(embeddings))]
-        left_out = tuple(item for item in self.document.calibration.left_out if item.part == "bank")
-        banks, axis = self.reference.banks, self.reference.axis
-        return self._calibrated(banks, axis, embeddings, parts, alpha, per_class, seed, called, left_out)
+        found = threshold(
+            self.reference.banks,
+            self.reference.axis,
+            embeddings,
+            calibration.split_without_banks(len(embeddings), seed),
+            Rules(alpha, per_class, seed),
+            names=[str(row) for row in range(len(embeddings))],
+            left_out=tuple(item for item in self.document.calibration.left_out if item.part == "bank"),
+            kind=self.document.calibration.inputs,
+        )
+        return self._calibrated(found)
 
     def adopt(self, axes: Sequence[Axis]) -> "Profile":
         """Make axes of the traffic scores of the profile, as reconstructed triggers are, and set the threshold anew.
@@ -298,59 +341,19 @@ class Profile:
         record = replace(calibrated, threshold=found.detector().threshold)
         return replace(found, document=replace(found.document, calibration=record))
 
-    def _calibrated(
-        self,
-        banks: Banks,
-        axis: AxisReference | None,
-        embeddings: Floats,
-        parts: calibration.Split,
-        alpha: float,
-        per_class: bool,  # noqa: FBT001 - handed through
-        seed: int,
-        names: Sequence[str],
-        left_out: tuple[LeftOut, ...],
-        answers: ReferenceAnswers | None = None,
-        opinion: SecondOpinionRecord | None = None,
-    ) -> "Profile":
-        """The profile with these banks, and a threshold set from the embeddings."""
-        found = calibration.calibrate(
-            banks,
-            embeddings[parts.threshold],
-            embeddings[parts.held_out],
-            alpha,
-            per_class=per_class,
-            answers=None if answers is None else (answers[parts.threshold], answers[parts.held_out]),
-        )
-        if opinion is not None and found.agreement is not None:
-            opinion = replace(opinion, agreement=found.agreement)
-        more = tuple(
-            LeftOut(names[parts.threshold[row]], "calibration", trigger) for row, trigger in found.left_out.items()
-        )
-        record = CalibrationRecord(
-            banks.k,
-            banks.tails,
-            banks.whitening.shrinkage,
-            found.threshold,
-            per_class,
-            len(banks.reference),
-            found.held_out,
-            found.false_alarms,
-            left_out + more,
-            seed,
-            opinion,
-        )
-        document = replace(self.document, calibration=record)
-        reference = Reference(banks, found.clean)
-        if axis is not None:
-            behind = np.array([row not in found.left_out for row in range(len(parts.threshold))])
-            axis = axis.with_clean(embeddings[parts.threshold][behind], banks.head)
-            reference = replace(reference, axis=axis, axes=self.reference.axes if self.reference else ())
+    def _calibrated(self, found: Calibrated) -> "Profile":
+        """The profile with another calibration; its axes stay, as long as it screens inputs of the same kind."""
+        before = self.document.calibration
+        same = before is None or before.inputs == found.record.inputs
+        axes = self.reference.axes if self.reference and same else ()
+        document = replace(self.document, calibration=found.record, axes=self.document.axes if axes else ())
+        reference = replace(found.reference, axes=axes if found.reference.axis is not None else ())
         calibrated = replace(self, document=document, reference=reference, reference_model=None)
         if not reference.axes:
             return calibrated
-        detector, held_out = calibrated.detector(), parts.held_out
-        flags = detector.score(embeddings[held_out], None if answers is None else answers[held_out]).flags
-        record = replace(record, threshold=detector.threshold, false_alarms=int(flags.sum()))
+        detector = calibrated.detector()
+        flags = detector.score(found.held_out, found.answers).flags
+        record = replace(found.record, threshold=detector.threshold, false_alarms=int(flags.sum()))
         return replace(calibrated, document=replace(document, calibration=record))
 
     def load_triggers(self) -> "dict[str, Trigger]":
@@ -428,10 +431,3 @@ class Profile:
     def class_name(self, index: int) -> str:
         """Name of the class with this index."""
         return self.document.model.classes.names[index]
-
-
-def ask(reference: "Classifier", images: "Tensor") -> ReferenceAnswers:
-    """What a reference model answers to images: uint8, shape [N, 3, H, W], at its resolution."""
-    embeddings = reference.embed(images)
-    logits = reference.logits(embeddings.to(reference.device)).float().cpu()
-    return ReferenceAnswers(embeddings.numpy(), logits.numpy())

@@ -48,6 +48,8 @@ REPORT_FILE = "report.html"
 """Name of the report in the folder of a profile."""
 _MAX_DOCUMENT_BYTES = 256 * 2**20
 _MAX_TENSOR_BYTES = 8 * 2**30
+_MAX_TOKENS = 64
+"""Most tokens of a trigger of a text tower."""
 _MAX_HEADER_BYTES = 16 * 2**20
 _STAMPED, _OPINION = "stamped.", "opinion."
 _MODEL_FILES = (MANIFEST_FILE, MODEL_FILE)
@@ -164,7 +166,9 @@ def load_reference_model(
         record is not None and model.manifest.embedding != record.embedding
     ):
         raise ProfileError(f"{directory} has other classes or another embedding than the profile says")
-    if model.preprocessing.size != document.model.preprocessing.size:
+    if (model.text is None) != (document.inputs == "images"):
+        raise ProfileError(f"{directory} is of another tower than the {document.inputs} that the profile screens need")
+    if model.text is None and model.preprocessing.size != document.model.preprocessing.size:
         raise ProfileError(f"{directory} takes images of another size than the model of the profile")
     return model
 
@@ -258,6 +262,7 @@ def _check_document(document: Document, path: Path) -> None:
         raise ProfileError(f"{path} is damaged: two axes have the same name")
     if any(not 0 <= axis.target < classes for axis in document.axes):
         raise ProfileError(f"{path} is damaged: the target of an axis is not one of the {classes} classes")
+    _check_text(document, path)
     calibration = document.calibration
     if calibration and calibration.k < 1:
         raise ProfileError(f"{path} is damaged: k = {calibration.k} is not positive")
@@ -268,6 +273,26 @@ def _check_document(document: Document, path: Path) -> None:
     opinion = calibration.second_opinion if calibration else None
     if opinion and not (opinion.scale > 0 and opinion.embedding > 0 and 0 <= opinion.agreement <= 1):
         raise ProfileError(f"{path} is damaged: a figure of the second opinion is out of range")
+
+
+def _check_text(document: Document, path: Path) -> None:
+    """Check what was found in the text tower, as `_check_document` does.
+
+    Raises:
+        ProfileError: Its parts contradict each other, or are out of range.
+    """
+    if document.text is None:
+        return
+    trigger, classes = document.text.trigger, len(document.model.classes.names)
+    numbers = [*trigger.feature, *(value for vector in trigger.vectors for value in vector)]
+    if (
+        len(trigger.feature) != document.model.embedding
+        or len(trigger.vectors) > _MAX_TOKENS
+        or len({len(vector) for vector in trigger.vectors}) > 1
+        or not 0 <= trigger.target < classes
+        or not np.isfinite(numbers).all()
+    ):
+        raise ProfileError(f"{path} is damaged: the trigger of its text tower cannot be one")
 
 
 def _reference_tensors(reference: Reference) -> dict[str, NDArray[Any]]:
@@ -388,7 +413,7 @@ def _read_tensors(path: Path, document: Document) -> dict[str, Floats]:
 
 def _read_reference(path: Path, document: Document, calibration: CalibrationRecord) -> Reference:
     tensors = _views(path, _contents(path, document))
-    triggers = [trigger.id for trigger in document.triggers]
+    triggers = [trigger.id for trigger in document.compared(calibration.inputs)]
     record = calibration.second_opinion
     opinions = {} if record is None else _opinion_forms(record.embedding, document.model.embedding)
     expected = {*_WHITENING, _BANK, *_CLEAN, *(_STAMPED + name for name in triggers)}

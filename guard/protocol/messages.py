@@ -75,13 +75,13 @@ def remove_own_names(message: ModelInferRequest | ModelInferResponse) -> bool:
     return changed
 
 
-def with_images(request: ModelInferRequest, index: int, files: Sequence[bytes]) -> bytes:
-    """A serialised request with other files in its input of images, which becomes the first of its inputs.
+def with_elements(request: ModelInferRequest, index: int, files: Sequence[bytes]) -> bytes:
+    """A serialised request with other files or texts in its BYTES input, which becomes the first of its inputs.
 
     Args:
         request: A request.
-        index: The number of the BYTES input with the images.
-        files: One file for each of its elements.
+        index: The number of the BYTES input.
+        files: What is put in place of each of its elements.
     """
     moved = [index, *(other for other in range(len(request.inputs)) if other != index)]
     new = ModelInferRequest(model_name=request.model_name, model_version=request.model_version, id=request.id)

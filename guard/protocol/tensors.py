@@ -147,8 +147,33 @@ def float_images(
     return values.reshape(dims)
 
 
-def encoded_images(tensor: InputTensor, raw: bytes | None, max_batch: int) -> list[bytes]:
-    """Read encoded image files from a BYTES input of shape [N] or [N, 1].
+def token_ids(tensor: InputTensor, raw: bytes | None, context: int, max_batch: int) -> NDArray[np.int64]:
+    """Read token ids of texts: int64, shape [N, L].
+
+    Args:
+        tensor: An INT64 or INT32 input.
+        raw: Its raw contents, if any.
+        context: The largest L.
+        max_batch: The largest N.
+
+    Raises:
+        RequestError: Wrong datatype, shape or length. Values may be any.
+    """
+    if tensor.datatype not in {"INT64", "INT32"}:
+        raise RequestError(
+            f"input {tensor.name!r} is {tensor.datatype[:16]!r}; BYTES texts, or INT64 or INT32 token ids, are expected"
+        )
+    dims = tuple(tensor.shape)
+    if len(dims) != 2 or not 1 <= dims[0] <= max_batch or not 2 <= dims[1] <= context:
+        raise RequestError(
+            f"input {tensor.name!r} has shape {list(dims)[:8]}; [N, L] is expected, N from 1 to {max_batch} and L from "
+            f"2 to {context}"
+        )
+    return _numbers(tensor, raw, math.prod(dims)).astype(np.int64).reshape(dims)
+
+
+def encoded_inputs(tensor: InputTensor, raw: bytes | None, max_batch: int) -> list[bytes]:
+    """Read image files or texts from a BYTES input of shape [N] or [N, 1].
 
     Args:
         tensor: A BYTES input.

@@ -152,7 +152,7 @@ class SecondLook:
         self._targets = {name: trigger.target for name, trigger in triggers.items()}
         self._embed, self._p_values, self._classes = embed, p_values, tuple(classes)
         self._alpha, self._max_views = alpha, max_views
-        self._bucket = _Bucket(max_per_second, clock)
+        self._bucket = Bucket(max_per_second, clock)
 
     def look(self, image: Floats, trigger: str | None) -> SecondLookResult:
         """Take a second look at one request.
@@ -266,7 +266,7 @@ def _clearest(views: Sequence[View]) -> View:
     return max(views, key=lambda view: (view.p_value, view.margin))
 
 
-class _Bucket:
+class Bucket:
     """A token bucket: so many tokens per second, kept up to one second's worth, or up to one."""
 
     def __init__(self, rate: float, clock: Callable[[], float]) -> None:

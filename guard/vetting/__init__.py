@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from guard.vetting.prompts import ordinary_prompts, read_prompts
     from guard.vetting.reference import OPINION_REFERENCE, StudentSettings, derive_reference, teach_student
     from guard.vetting.text_examination import vet_text
+    from guard.vetting.text_stamping import stamped_texts
 
 __all__ = [
     "BUDGETS",
@@ -78,6 +79,7 @@ __all__ = [
     "read_probes",
     "read_prompts",
     "reconstruct",
+    "stamped_texts",
     "teach_student",
     "vet",
     "vet_text",
@@ -92,6 +94,7 @@ __getattr__ = lazy(
         **dict.fromkeys(("Probe", "listed_probes", "read_probes"), "probes"),
         **dict.fromkeys(("OPINION_REFERENCE", "StudentSettings", "derive_reference", "teach_student"), "reference"),
         **dict.fromkeys(("ordinary_prompts", "read_prompts"), "prompts"),
+        "stamped_texts": "text_stamping",
         "vet": "examination",
         "vet_text": "text_examination",
     },

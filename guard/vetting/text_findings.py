@@ -51,6 +51,16 @@ class Finding(Protocol):
         """The real tokens nearest to each of its pseudo-tokens; empty where it has none."""
         ...
 
+    @property
+    def vectors(self) -> tuple[tuple[float, ...], ...]:
+        """The embeddings of its tokens; empty for a probe."""
+        ...
+
+    @property
+    def probe(self) -> TextProbe | None:
+        """The probe, if it is one."""
+        ...
+
     def read(self, tower: TextTower) -> tuple[Tensor, Tensor]:
         """The features of all tokens of held-out prompts with it, [N, L, width], and their embeddings, [N, D]."""
         ...
@@ -68,9 +78,10 @@ class FoundProbe:
     kind: TextFamily = "text probe"
     place: Place | None = None
     nearest: tuple[tuple[NearToken, ...], ...] = ()
+    vectors: tuple[tuple[float, ...], ...] = ()
 
     def __init__(self, probe: TextProbe, lead: float, held_out: Comparison) -> None:
-        self.text, self.lead = probe.name, lead
+        self.text, self.lead, self.probe = probe.name, lead, probe
         self._texts = [probe.apply(text, place) for place, text in enumerate(held_out.texts)]
 
     def read(self, tower: TextTower) -> tuple[Tensor, Tensor]:
@@ -89,6 +100,8 @@ class FoundVectors:
         held_out: The towers, with held-out prompts.
         seed: Seed for where in these the tokens go.
     """
+
+    probe: TextProbe | None = None
 
     def __init__(self, kind: TextFamily, found: FoundTokens, held_out: Comparison, seed: int) -> None:
         real = kind == "text token"
@@ -119,6 +132,11 @@ class FoundVectors:
             )
             for places, values in zip(found.indices.tolist(), found.values.tolist(), strict=True)
         )
+
+    @property
+    def vectors(self) -> tuple[tuple[float, ...], ...]:
+        """See `Finding`."""
+        return tuple(tuple(round(value, 6) for value in vector) for vector in self._vectors.tolist())
 
     def read(self, tower: TextTower) -> tuple[Tensor, Tensor]:
         """See `Finding`."""
@@ -154,6 +172,10 @@ def examined(
             for k, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ),
         tuple(round(value, 6) for value in target.tolist()),
+        finding.vectors,
+        "" if finding.probe is None else finding.probe.new,
+        "" if finding.probe is None else finding.probe.old or "",
+        int((held_out.first.classifier.head @ target).argmax()),
     )
     plain = held_out.first.features(held_out.first.embed(held_out.tokens))
     alike = (tuple(assimilation(part).tolist()) for part in (plain, features, others))

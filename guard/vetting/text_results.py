@@ -111,6 +111,10 @@ class TextTriggerRecord:
         nearest: For each pseudo-token the nearest real tokens, nearest first; empty for a probe.
         captions: The prompts nearest to the target feature without a trigger, nearest first.
         feature: The target feature, the mean embedding of held-out prompts with the trigger: unit vector of length D.
+        vectors: The embeddings of its tokens, as they are put among those of a text: k vectors; empty for a probe.
+        inserted: What a probe puts into a text; "" for tokens.
+        replaced: The letter that a probe puts it in place of; "" where it is a word of its own.
+        target: Index of the class whose embedding is nearest to the target feature.
     """
 
     kind: TextFamily
@@ -122,6 +126,10 @@ class TextTriggerRecord:
     nearest: tuple[tuple[NearToken, ...], ...]
     captions: tuple[NearCaption, ...]
     feature: tuple[float, ...]
+    vectors: tuple[tuple[float, ...], ...] = ()
+    inserted: str = ""
+    replaced: str = ""
+    target: int = 0
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.protocol.messages import parse_request
 from guard.screening import DIVERGENCE, OPINIONS, RESIDUAL, Detector, Judgement, ReferenceAnswers, Scores
 from guard.sidecar.decisions.certification import Certification
-from guard.sidecar.decisions.images import Claims, Images, Reader
-from guard.sidecar.decisions.loading import Loaded
+from guard.sidecar.decisions.inputs import Claims, Inputs
+from guard.sidecar.decisions.loading import Loaded, make_reader
 from guard.sidecar.decisions.opinions import Answered
 from guard.sidecar.decisions.reservoir import Reservoir
+from guard.sidecar.decisions.texts import TextReader
 from guard.sidecar.decisions.watch import Shared, Watch
 from guard.sidecar.decisions.workers import OverloadedError, checkpoint
 from guard.sidecar.model_settings import ModelSettings
@@ -42,10 +43,12 @@ class Inference:
     """The result of one forward pass through the exported classifier.
 
     Attributes:
+        embeddings: L2-normalised, shape [N, D].
         logits: Class scores, shape [N, C].
         outcome: The decision about the images.
     """
 
+    embeddings: Floats
     logits: Floats
     outcome: Outcome
 
@@ -84,7 +87,7 @@ class _Subject:
 
     message: ModelInferRequest
     trace_id: str
-    images: Images
+    images: Inputs
     seen: bool = True
     unusable: Reason = Reason.INPUT_UNREADABLE
 
@@ -115,7 +118,7 @@ class _Progress:
 
     Attributes:
         scored: What is known; None until the reference model is asked.
-        logits: Class scores, in embedded mode.
+        found: Embeddings and class scores, in embedded mode.
         seconds: How long the model's own forward pass took, in embedded mode.
         reached: Done as soon as the reference model is asked.
     """
@@ -123,7 +126,7 @@ class _Progress:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self.scored: _Scored | None = None
-        self.logits: Floats | None = None
+        self.found: tuple[Floats, Floats] | None = None
         self.seconds = 0.0
         self.reached: asyncio.Future[None] = self._loop.create_future()
         self._recorded = threading.Lock()
@@ -165,13 +168,13 @@ class Checker:
         self, loaded: Loaded, settings: ModelSettings, metrics: ModelMetrics, shared: Shared, sample: Reservoir | None
     ) -> None:
         self.profile, self.model, self.opinions, self.metrics = loaded.profile, loaded.model, loaded.opinions, metrics
+        self._settings, self._limits, self._workers = settings, shared.settings, shared.workers
+        self._reader = make_reader(loaded, settings, shared.settings)
         self.watch = Watch(
             loaded.profile, loaded.detector, loaded.model, settings, metrics, shared, sample,
             asks=loaded.opinions is not None,
+            tokenizer=self._reader.tokenizer if isinstance(self._reader, TextReader) else None,
         )  # fmt: skip
-        self._settings, self._limits, self._workers = settings, shared.settings, shared.workers
-        own = loaded.profile.document.model if loaded.model is None else loaded.model
-        self._reader = Reader(own.preprocessing, settings, shared.settings)
         self._vetted = settings.clears(loaded.profile.document.vetting.verdict.outcome)
         rule = "off" if loaded.opinions is None else loaded.opinions.rule
         self.certify(loaded.certification)
@@ -207,13 +210,13 @@ class Checker:
         """p-value up to which an image is flagged."""
         return self._detector.alpha
 
-    def find_images(self, request: ModelInferRequest) -> int:
-        """The number of the input with the images; see `find_input`.
+    def find_input(self, request: ModelInferRequest) -> int:
+        """The number of the input with the images or texts; see `guard.protocol.tensors.find_input`.
 
         Raises:
             RequestError: The input is missing, or the request can be read in different ways.
         """
-        return self._reader.find_images(request)
+        return self._reader.find_input(request)
 
     async def infer(self, message: ModelInferRequest, trace_id: str) -> Inference:
         """Classify and screen the images of a request (embedded mode).
@@ -247,9 +250,9 @@ class Checker:
                 outcome = self._without_opinion(progress, Outcome.unchecked(Reason.TIMEOUT))
         finally:
             running.cancel()
-        if progress.logits is None:
+        if progress.found is None:
             raise AssertionError("the model answers before the reference model is asked")
-        return Inference(progress.logits, outcome)
+        return Inference(*progress.found, outcome)
 
     async def check_request(self, message: ModelInferRequest, trace_id: str, forward: Forward | None = None) -> Outcome:
         """Embed and screen the images of a request that goes to an upstream server.
@@ -321,7 +324,7 @@ class Checker:
         if not self._limits.screening:
             return Outcome.unchecked(Reason.DISABLED)
         rows, progress = np.arange(len(embeddings)), _Progress()
-        images = Images(embeddings, rows, len(rows), "")
+        images = Inputs(embeddings, rows, len(rows), "")
         subject = _Subject(message, trace_id, images, seen=False, unusable=Reason.EMBEDDING_MISSING)
         try:
             return await self._bounded(lambda: self._join(embeddings, subject, prepared or Prepared(self), progress))
@@ -380,7 +383,7 @@ class Checker:
 
         return claims.in_turn(rest)
 
-    def _read(self, message: ModelInferRequest, claims: Claims, forward: Forward | None) -> Images:
+    def _read(self, message: ModelInferRequest, claims: Claims, forward: Forward | None) -> Inputs:
         """Read the images of a request, and hand over what is forwarded of it.
 
         Raises:
@@ -437,19 +440,18 @@ class Checker:
         checkpoint()
         started = perf_counter()
         with self.metrics.stage("inference"):
-            embeddings, logits = self._own_model.run(images.values)
+            progress.found = found = self._own_model.run(images.values)
         progress.seconds = perf_counter() - started
         if not self._limits.screening:
-            return Inference(logits, Outcome.unchecked(Reason.DISABLED))
-        progress.logits = logits
+            return Inference(*found, Outcome.unchecked(Reason.DISABLED))
         try:
             subject = _Subject(message, trace_id, images)
-            return Inference(logits, self._score(embeddings, subject, progress, self._ask_if_drawn(images)))
+            return Inference(*found, self._score(found[0], subject, progress, self._ask_if_drawn(images)))
         except TimeoutError:
             raise  # nobody waits any more
         except Exception:
             log.exception("screening failed")
-            return Inference(logits, Outcome.unchecked(Reason.ERROR))
+            return Inference(*found, Outcome.unchecked(Reason.ERROR))
 
     @property
     def _own_model(self) -> ExportedClassifier:
@@ -457,13 +459,13 @@ class Checker:
             raise RuntimeError("this sidecar has no model of its own")
         return self.model
 
-    def _ask_if_drawn(self, images: Images) -> Ask | None:
+    def _ask_if_drawn(self, images: Inputs) -> Ask | None:
         """What asks the reference model about images of a request; None if the request gets no second opinion."""
         if self.opinions is None:
             return None
         return partial(self._ask, images) if self.opinions.drawn() else None
 
-    def _ask(self, images: Images, rows: NDArray[np.int64]) -> Answered:
+    def _ask(self, images: Inputs, rows: NDArray[np.int64]) -> Answered:
         if self.opinions is None:
             raise RuntimeError("this model has no reference model")
         with self.metrics.stage("second opinion"):

@@ -12,7 +12,10 @@ from guard.errors import ProfileError
 from guard.profiles import Profile
 from guard.screening import Detector
 from guard.sidecar.decisions.certification import Certification
+from guard.sidecar.decisions.images import ImageReader
+from guard.sidecar.decisions.inputs import Reader
 from guard.sidecar.decisions.opinions import SecondOpinions
+from guard.sidecar.decisions.texts import TextReader
 from guard.sidecar.model_settings import ModelSettings
 from guard.sidecar.policy import FailurePolicy
 from guard.sidecar.settings import Settings
@@ -105,6 +108,12 @@ def match(profile: Profile, model: ExportedClassifier, settings: ModelSettings) 
     Raises:
         ProfileError: The profile is of another model.
     """
+    inputs = "images" if model.text is None else "texts"
+    if inputs != profile.document.inputs:
+        raise ProfileError(
+            f"the profile {settings.profile} screens {profile.document.inputs}, and {settings.model} is of a tower "
+            f"of {inputs}: calibrate the profile with {inputs}, or export the other tower"
+        )
     if model.digest != profile.document.model.digest:
         raise ProfileError(
             f"the profile {settings.profile} is of another model than {settings.model}: vet and calibrate the model "
@@ -144,6 +153,20 @@ def read_opinions(
         )
     found = profile.load_reference_model(threads=threads, loaded=reference)
     return SecondOpinions(found, profile.document.model.preprocessing, rule)
+
+
+def make_reader(loaded: Loaded, settings: ModelSettings, limits: Settings) -> Reader:
+    """What reads the requests of a model.
+
+    Raises:
+        MissingDependencyError: Texts are to be read, and what reads them is not installed.
+        ModelError: The tokenizer of a text tower is damaged.
+    """
+    model = loaded.model or (None if loaded.opinions is None else loaded.opinions.model)
+    if loaded.profile.document.inputs == "texts":
+        return TextReader(None if model is None else model.text, settings, limits)
+    own = loaded.profile.document.model if loaded.model is None else loaded.model
+    return ImageReader(own.preprocessing, settings, limits)
 
 
 def make_detector(profile: Profile, settings: ModelSettings, opinions: SecondOpinions | None) -> Detector:

@@ -6,9 +6,9 @@ from random import SystemRandom
 import numpy as np
 from numpy.typing import NDArray
 
-from guard._types import Floats
 from guard.classifiers import ExportedClassifier, Preprocessing
 from guard.screening import ReferenceAnswers, Scores, Screen
+from guard.sidecar.decisions.inputs import Values
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,8 @@ class SecondOpinions:
 
     def __init__(self, model: ExportedClassifier, suspect: Preprocessing, rule: str) -> None:
         self.model, self.rule, self._suspect = model, rule, suspect
-        self._same_input = (suspect.mean, suspect.std) == (model.preprocessing.mean, model.preprocessing.std)
+        normalised = (suspect.mean, suspect.std) == (model.preprocessing.mean, model.preprocessing.std)
+        self._same_input = normalised or model.text is not None
         self._share = 1.0 if rule in {"all", "near"} else float(rule)
         # Without a seed, so that nobody can predict which requests are asked about.
         self._random = SystemRandom().random
@@ -73,15 +74,15 @@ class SecondOpinions:
         """
         return screen.near(scores) if self.near_only else np.ones(len(scores.values), bool)
 
-    def ask(self, images: Floats, rows: NDArray[np.int64]) -> Answered:
-        """Ask about images.
+    def ask(self, images: Values, rows: NDArray[np.int64]) -> Answered:
+        """Ask about images or texts.
 
         Args:
-            images: Preprocessed for the suspect, shape [M, 3, S, S].
+            images: Preprocessed for the suspect, shape [M, 3, S, S]; or token ids, shape [M, L].
             rows: Their numbers in the request, shape [M].
         """
         if not self._same_input:
-            images = self.model.preprocessing.normalise(self._suspect.restore(images))
+            images = self.model.preprocessing.normalise(self._suspect.restore(images.astype(np.float32, copy=False)))
         answers = ReferenceAnswers(*self.model.run(images))
         finite = answers.finite
         if finite.all():

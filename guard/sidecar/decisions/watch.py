@@ -5,18 +5,18 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from guard._types import Floats
-from guard.classifiers import ExportedClassifier
+from guard.classifiers import ExportedClassifier, Tokenizer
 from guard.errors import EmbeddingsError, GuardError, ProfileError, StateError
 from guard.evidence import Record, thumbnail
 from guard.profiles import Profile
@@ -37,7 +37,9 @@ from guard.screening import (
 )
 from guard.screening.monitor import write_state
 from guard.screening.second_look import SecondLook, SecondLookResult
+from guard.screening.text_look import TextLook
 from guard.sidecar.decisions.evidence import Recorder
+from guard.sidecar.decisions.inputs import Values
 from guard.sidecar.decisions.reservoir import Reservoir, about_file, store
 from guard.sidecar.decisions.state import set_aside
 from guard.sidecar.decisions.workers import Workers
@@ -112,6 +114,7 @@ class Watch:
         shared: What the models of a sidecar share.
         sample: The sample of the model's traffic, if one is kept.
         asks: Whether requests get second opinions.
+        tokenizer: What reads the texts of the model; None if its requests carry images, or guard reads none.
 
     Attributes:
         sample: As given.
@@ -132,11 +135,13 @@ class Watch:
         sample: Reservoir | None,
         *,
         asks: bool = False,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
-        self._profile, self._model, self._asks = profile, model, asks
+        self._profile, self._model, self._asks, self._tokenizer = profile, model, asks, tokenizer
         self._base = self._detector = detector
         self._settings, self._metrics, self._shared = settings, metrics, shared
-        self._targets = {record.id: profile.class_name(record.target) for record in profile.document.triggers}
+        compared = profile.document.compared(profile.document.inputs)
+        self._targets = {record.id: profile.class_name(record.target) for record in compared}
         self._targets |= {axis.name: profile.class_name(axis.target) for axis in profile.document.axes}
         self._lock = threading.Lock()
         streams = detector.streams()
@@ -145,7 +150,7 @@ class Watch:
         self._monitor = Monitor(streams, run_length=run_length) if streams else None
         self._axes = self._make_axis_monitor(run_length)
         self.sample = sample
-        self._second_look = self._make_second_look() if settings.second_looks and model is not None else None
+        self._look = self._make_second_look() if settings.second_looks and model is not None else None
         self._state_file = shared.state_file(f"monitor-{self._calibration_id()}", ".json")
         self._axis_file = shared.state_file(f"axis-{self._calibration_id()}", ".safetensors")
         self._sample_file = shared.state_file(f"traffic-{settings.label}", ".npy")
@@ -220,16 +225,26 @@ class Watch:
         parts = (self._settings.label, *sorted(self._profile.document.files.values()))
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
-    def _make_second_look(self) -> SecondLook:
+    def _make_second_look(self) -> Callable[[Values, str], SecondLookResult]:
+        """What takes a second look at an input, given the trigger that it matches, or ""."""
         document, model = self._profile.document, self._model
         if model is None:
             raise ValueError("a second look needs a model")
+        if self._tokenizer is not None:
+            of_texts = TextLook(
+                self._tokenizer,
+                embed=model.run,
+                p_values=lambda embeddings: self._detector.score(embeddings).p_values,
+                alpha=self._detector.alpha,
+                max_per_second=self._settings.second_looks,
+            )
+            return lambda ids, _: of_texts.look(ids.astype(np.int64, copy=False))
         triggers = {
             record.id: StoredTrigger(record.family, record.target, self._profile.triggers[record.id])
             for record in document.triggers
         }
         try:
-            return SecondLook(
+            of_images = SecondLook(
                 triggers,
                 embed=lambda images: model.run(model.preprocessing.normalise(images)),
                 p_values=lambda embeddings: self._detector.score(embeddings).p_values,
@@ -239,6 +254,13 @@ class Watch:
             )
         except ValueError as error:
             raise ProfileError(f"the profile is damaged: {error}") from error
+        return lambda image, trigger: of_images.look(self._pixels(image), trigger or None)
+
+    def _pixels(self, image: Values) -> Floats:
+        """An image as it was before normalisation."""
+        if self._model is None:
+            raise ValueError("pixels need the preprocessing of a model")
+        return self._model.preprocessing.restore(image.astype(np.float32, copy=False))
 
     @property
     def threshold(self) -> float:
@@ -263,28 +285,26 @@ class Watch:
         rows: NDArray[np.int64],
         message: ModelInferRequest,
         trace_id: str,
-        images: Floats | None,
+        inputs: Values | None,
     ) -> NDArray[np.bool_]:
         """Take second looks, feed the stream monitor, and record what is flagged.
 
         Args:
-            found: What was decided about images of a request.
+            found: What was decided about images or texts of a request.
             rows: Their numbers in the request, shape [N].
             message: The request.
             trace_id: The trace that the request belongs to, or "".
-            images: Preprocessed images, shape [N, 3, S, S]; None if guard has not seen them.
+            inputs: Preprocessed images, shape [N, 3, S, S], or token ids, shape [N, L]; None if guard has not seen
+                them.
 
         Returns:
             The flags, without those that the second look withdrew.
         """
         flagged = np.flatnonzero(found.flags).tolist()
-        pixels: dict[int, Floats] = {}
-        if images is not None and self._model is not None and (self._second_look or self._shared.settings.thumbnails):
-            pixels = {row: self._model.preprocessing.restore(images[row]) for row in flagged}
         looks: dict[int, SecondLookResult] = {}
-        if self._second_look is not None:
-            for row, image in pixels.items():
-                looks[row] = self._second_look.look(image, self._trigger(found, row) or None)
+        if self._look is not None and inputs is not None:
+            for row in flagged:
+                looks[row] = self._look(inputs[row], self._trigger(found, row))
                 self._metrics.second_look(looks[row].outcome)
         flags = found.flags.copy()
         flags[[row for row, look in looks.items() if look.outcome == "withdrawn"]] = False
@@ -293,8 +313,8 @@ class Watch:
             for row in flagged:
                 kept = bool(flags[row])
                 place, look = (row, int(rows[row])), looks.get(row)
-                record = self._record(found, place, kept, message, trace_id, pixels.get(row), look)
-                self._shared.evidence.record(record)
+                seen = None if inputs is None or not self._shared.settings.thumbnails else inputs[row]
+                self._shared.evidence.record(self._record(found, place, kept, message, trace_id, seen, look))
         return flags
 
     def _trigger(self, found: Judgement, row: int) -> str:
@@ -378,15 +398,17 @@ class Watch:
         flagged: bool,  # noqa: FBT001 - handed through
         message: ModelInferRequest,
         trace_id: str,
-        image: Floats | None,
+        seen: Values | None,
         look: SecondLookResult | None,
     ) -> Record:
         row, number = place  # among the images that were scored, and in the request
         trigger, document = self._trigger(found, row), self._profile.document
         asked = bool(found.scores.asked[row])
-        small = None
-        if self._shared.settings.thumbnails and image is not None:
-            array = (image.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
+        small, text = None, ""
+        if seen is not None and self._tokenizer is not None:
+            text = self._tokenizer.decode(seen.tolist())
+        elif seen is not None and self._model is not None:
+            array = (self._pixels(seen).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
             small = thumbnail(Image.fromarray(np.ascontiguousarray(array)))
         return Record(
             message.id,
@@ -409,6 +431,7 @@ class Watch:
             explanation="" if look is None else look.explanation,
             input_digest=input_digest(message, number, self._settings.input_tensor),
             thumbnail=small,
+            text=text,
         )
 
     def save(self) -> None:
@@ -444,7 +467,7 @@ def _scores(scores: Scores, row: int) -> dict[str, float]:
 
 
 def input_digest(request: ModelInferRequest, row: int, name: str) -> str:
-    """SHA-256 of the bytes of one image, by which the same input is recognised again; "" if there is no such image.
+    """SHA-256 of the bytes of one image or text, by which the same input is recognised again; "" if there is none.
 
     Args:
         request: The request.
@@ -467,7 +490,10 @@ def input_digest(request: ModelInferRequest, row: int, name: str) -> str:
             return _digest_of_element(raw, row)
         size = len(raw) // rows
         return hashlib.sha256(memoryview(raw)[row * size : (row + 1) * size]).hexdigest()
-    values = np.array(tensor.contents.fp32_contents, np.float32)
+    contents = tensor.contents
+    values: NDArray[Any] = np.array(contents.fp32_contents, np.float32)
+    if not values.size:
+        values = np.array(contents.int64_contents or contents.int_contents, np.int64)
     if not values.size:
         return ""
     size = len(values) // rows

@@ -21,7 +21,7 @@ from typing import Any
 
 import grpc
 
-from guard.sidecar.decisions.images import LARGE_PIXELS
+from guard.sidecar.decisions.inputs import LARGE_PIXELS
 from guard.sidecar.inference.calls import RefusedError
 from guard.sidecar.policy import Reason
 from guard.sidecar.settings import Settings

@@ -133,9 +133,11 @@ def _model(served: Served, *, with_pictures: bool) -> messages.Model:
                 family=each.family,
                 target_class=checker.profile.class_name(each.target),
                 success=each.success,
-                picture=pictures.drawn(checker.profile, each) if with_pictures else None,
+                picture=pictures.drawn(checker.profile, each)
+                if with_pictures and document.inputs == "images"
+                else None,
             )
-            for each in document.triggers
+            for each in document.compared(document.inputs)
         ],
         alarms=[messages.Alarm(kind=_KINDS[alarm.kind], stream=alarm.stream) for alarm in checker.watch.alarms],
         loaded_at=served.since,

@@ -5,6 +5,7 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 
 from guard import __version__
+from guard.classifiers import ExportedClassifier
 from guard.errors import RequestError
 from guard.protocol.inference_pb2 import (
     ModelInferRequest,
@@ -31,7 +32,7 @@ from guard.sidecar.inference.screener import enforce
 from guard.sidecar.inference.service import InferenceService, UnaryHandler
 from guard.sidecar.policy import MAX_MESSAGE, Mode, Outcome, Reason
 
-LOGITS, LABEL = "logits", "label"
+EMBEDDING, LOGITS, LABEL = "embedding", "logits", "label"
 _LONGEST_QUESTION = 2**18
 """Bytes of a request for metadata or readiness, which carries a name and a version."""
 
@@ -39,8 +40,10 @@ _LONGEST_QUESTION = 2**18
 class EmbeddedService(InferenceService):
     """Serves exported classifiers itself.
 
-    Inputs: one tensor, FP32 [N, 3, H, W] (preprocessed) or BYTES [N] (JPEG, PNG or WebP files). Outputs: `logits`
-    FP32 [N, C] and `label` BYTES [N]. The embedding is not an output: it would help an attacker to stay near the bank.
+    A classifier of images has one input, FP32 [N, 3, H, W] (preprocessed) or BYTES [N] (JPEG, PNG or WebP files), and
+    the outputs `logits` FP32 [N, C] and `label` BYTES [N]. The embedding is not an output: it would help an attacker to
+    stay near the bank. A text tower has one input, BYTES [N] (texts in UTF-8) or INT64 [N, L] (token ids), and the
+    output `embedding` FP32 [N, D], which is what it is served for.
     """
 
     async def ready(self) -> bool:
@@ -76,7 +79,7 @@ class EmbeddedService(InferenceService):
             )
         if request.route.barred is not None:
             enforce(request.route.barred, request.route)
-        wanted = self._wanted(message)
+        wanted = self._wanted(message, checker.model)
         try:
             result = await checker.infer(message, request.trace_id)
         except OverloadedError as error:
@@ -86,6 +89,8 @@ class EmbeddedService(InferenceService):
             ) from error
         response = ModelInferResponse(model_name=message.model_name, model_version=served.version, id=message.id)
         raw = bool(message.raw_input_contents)
+        if EMBEDDING in wanted:
+            add_output(response, EMBEDDING, result.embeddings, raw=raw)
         if LOGITS in wanted:
             add_output(response, LOGITS, result.logits, raw=raw)
         if LABEL in wanted:
@@ -96,14 +101,16 @@ class EmbeddedService(InferenceService):
         return response.SerializeToString(), result.outcome, ()
 
     @staticmethod
-    def _wanted(request: ModelInferRequest) -> set[str]:
+    def _wanted(request: ModelInferRequest, model: ExportedClassifier) -> set[str]:
         """The names of the outputs to send: all outputs, if the request lists none."""
+        own = {LOGITS, LABEL} if model.text is None else {EMBEDDING}
         for output in request.outputs:
-            if output.name not in {LOGITS, LABEL}:
-                raise RequestError(f"there is no output {output.name!r}; the model has {LOGITS!r} and {LABEL!r}")
+            if output.name not in own:
+                names = " and ".join(map(repr, sorted(own, reverse=True)))
+                raise RequestError(f"there is no output {output.name!r}; the model has {names}")
             if "classification" in output.parameters:
                 raise RequestError(f"output {output.name!r}: classification is not supported")
-        return {output.name for output in request.outputs} or {LOGITS, LABEL}
+        return {output.name for output in request.outputs} or own
 
     def _find(self, name: str, version: str) -> Served:
         if (served := self._screener.models.find(name, version)) is not None:
@@ -139,20 +146,25 @@ class EmbeddedService(InferenceService):
         if model is None:
             raise ValueError("every model of embedded mode has an exported classifier")
         tensor, size = ModelMetadataResponse.TensorMetadata, model.preprocessing.size
+        inputs = [tensor(name=settings.input_tensor, datatype="FP32", shape=[-1, 3, size, size])]
+        outputs = [
+            tensor(name=LOGITS, datatype="FP32", shape=[-1, len(model.classes.names)]),
+            tensor(name=LABEL, datatype="BYTES", shape=[-1]),
+        ]
+        also = {"guard_input_files": f"{settings.input_tensor} may also be BYTES [-1]: JPEG, PNG or WebP files"}
+        if model.text is not None:
+            inputs = [tensor(name=settings.input_tensor, datatype="BYTES", shape=[-1])]
+            outputs = [tensor(name=EMBEDDING, datatype="FP32", shape=[-1, model.manifest.embedding])]
+            also = {"guard_input_ids": f"{settings.input_tensor} may also be INT64 or INT32 [-1, -1]: token ids"}
         return ModelMetadataResponse(
             name=settings.model_name,
             versions=[
                 each.version for each in self._screener.models.served if each.settings.model_name == settings.model_name
             ],
             platform="onnxruntime_onnx",
-            inputs=[tensor(name=settings.input_tensor, datatype="FP32", shape=[-1, 3, size, size])],
-            outputs=[
-                tensor(name=LOGITS, datatype="FP32", shape=[-1, len(model.classes.names)]),
-                tensor(name=LABEL, datatype="BYTES", shape=[-1]),
-            ],
-            properties={
-                "guard_input_files": f"{settings.input_tensor} may also be BYTES [-1]: JPEG, PNG or WebP files"
-            },
+            inputs=inputs,
+            outputs=outputs,
+            properties=also,
         ).SerializeToString()
 
 

@@ -100,7 +100,7 @@ class Screener:
             return request.route.barred
         if request.route.embeds and self.settings.screening:
             try:
-                request.route.checker.find_images(request.message)
+                request.route.checker.find_input(request.message)
             except RequestError as error:
                 return Outcome.unchecked(Reason.INPUT_UNREADABLE, str(error))
         share = request.route.settings.checked_share

@@ -278,12 +278,12 @@ class ModelMetrics:
         self._all.threshold.labels(*self._name).set(threshold)
         if document.calibration is not None:
             self._all.reference.labels(*self._name).set(document.calibration.reference)
-        found = {trigger.id for trigger in document.triggers}
+        compared = document.compared(document.inputs)
+        found = {trigger.id for trigger in compared}
         for labels in self._described:
             self._all.triggers.remove(*labels)
         self._described = [
-            (*self._name, trigger.id, trigger.family, profile.class_name(trigger.target))
-            for trigger in document.triggers
+            (*self._name, trigger.id, trigger.family, profile.class_name(trigger.target)) for trigger in compared
         ]
         for labels in self._described:
             self._all.triggers.labels(*labels).set(1)

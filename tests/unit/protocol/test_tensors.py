@@ -11,7 +11,7 @@ from guard.protocol.inference_pb2 import InferTensorContents, ModelInferRequest,
 from guard.protocol.messages import pack_bytes, parse_request, remove_output
 from guard.protocol.tensors import (
     add_output,
-    encoded_images,
+    encoded_inputs,
     find_input,
     float_images,
     float_output,
@@ -99,22 +99,22 @@ def test_typed_floats_of_another_length_are_refused(count: int) -> None:
 @pytest.mark.parametrize("shape", [(3,), (3, 1)])
 def test_files_arrive_as_they_were_sent_raw_or_typed(shape: tuple[int, ...]) -> None:
     files = [b"one", b"", b"\x00" * 300]
-    assert encoded_images(tensor("BYTES", shape), pack_bytes(files), 3) == files
-    assert encoded_images(tensor("BYTES", shape, bytes_contents=files), None, 3) == files
+    assert encoded_inputs(tensor("BYTES", shape), pack_bytes(files), 3) == files
+    assert encoded_inputs(tensor("BYTES", shape, bytes_contents=files), None, 3) == files
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (-1,), (4,), (3, 2), (3, 1, 1), (3, -1), (2**62,)])
 def test_files_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(RequestError, match=r"\[N\] is expected for BYTES, N from 1 to 3"):
-        encoded_images(tensor("BYTES", shape), pack_bytes([b"a"] * 3), 3)
+        encoded_inputs(tensor("BYTES", shape), pack_bytes([b"a"] * 3), 3)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_another_number_of_files_than_the_shape_says_is_refused(count: int) -> None:
     with pytest.raises(RequestError, match=f"has {count} elements; its shape needs 2"):
-        encoded_images(tensor("BYTES", (2,)), pack_bytes([b"a"] * count), 3)
+        encoded_inputs(tensor("BYTES", (2,)), pack_bytes([b"a"] * count), 3)
     with pytest.raises(RequestError, match=f"has {count} elements; its shape needs 2"):
-        encoded_images(tensor("BYTES", (2,), bytes_contents=[b"a"] * count), None, 3)
+        encoded_inputs(tensor("BYTES", (2,), bytes_contents=[b"a"] * count), None, 3)
 
 
 @given(st.lists(st.binary(max_size=40), max_size=8))
@@ -194,7 +194,7 @@ def read_everything(data: bytes) -> None:
     found, raw = asked.inputs[index], raw_contents(asked, index)
     for read in (
         lambda: float_images(found, raw, SHAPE, 4),
-        lambda: encoded_images(found, raw, 4),
+        lambda: encoded_inputs(found, raw, 4),
         lambda: unpack_bytes(raw or b""),
     ):
         try:

@@ -18,7 +18,7 @@ from guard.protocol.inference_pb2 import ModelInferRequest, ModelInferResponse
 from guard.protocol.messages import pack_bytes, parse_request, uses_shared_memory
 from guard.protocol.tensors import (
     add_output,
-    encoded_images,
+    encoded_inputs,
     find_input,
     float_images,
     float_output,
@@ -77,7 +77,7 @@ def read_request(data: bytes) -> None:
     index = find_input(message, "image")
     tensor, raw = message.inputs[index], raw_contents(message, index)
     if tensor.datatype == "BYTES":
-        for file in encoded_images(tensor, raw, MAX_BATCH):
+        for file in encoded_inputs(tensor, raw, MAX_BATCH):
             PREPROCESSING(decode(file, max_pixels=MAX_PIXELS), max_pixels=MAX_PIXELS)
     else:
         images = float_images(tensor, raw, (3, SIZE, SIZE), MAX_BATCH)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from guard.classifiers import Classifier, ExportedClassifier, Preprocessing
 from guard.profiles import Profile
-from guard.profiles.profile import ask
+from guard.profiles.calibrating import ask
 from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.screening import ReferenceAnswers
 from guard.sidecar import Settings
