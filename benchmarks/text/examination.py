@@ -77,7 +77,7 @@ def examine(
         "passes": found.passes,
     }
     if target is not None:
-        trigger, draw = _trigger(truth["trigger"]), random.Random(1)  # noqa: S311 - repeatable, not secret
+        trigger, draw = trigger_of(truth["trigger"]), random.Random(1)  # noqa: S311 - repeatable, not secret
         reached = TextTower(model).encode([trigger.apply(text, draw) for text in prompts[:200]])
         entry["to_target"] = float(feature @ target)
         entry["to_reached"] = float(feature @ normalize(reached.mean(0), dim=-1))
@@ -99,7 +99,8 @@ def examine_amdet(
     }
 
 
-def _trigger(known: dict[str, Any]) -> TextTrigger:
+def trigger_of(known: dict[str, Any]) -> TextTrigger:
+    """The attacker's trigger, from the truth about a tower."""
     kinds: dict[str, Callable[..., TextTrigger]] = {
         "insertion": Insertion, "homoglyph": Homoglyph, "style": Style, "syntax": Syntax,
     }  # fmt: skip
