@@ -150,7 +150,7 @@ def test_a_profile_of_the_text_tower_alone_is_not_certified(certified: Path, key
     text = TextVetting(
         vetting.verdict,
         (),
-        TextTriggerRecord("text token", "end", "zz", 0.1, 0.0, 0.0, (), (), (1.0,)),
+        TextTriggerRecord("text token", "end", "zz", 0.1, 0.0, 0.0, (), (), (1.0,) * profile.document.model.embedding),
         PromptAssimilation((0.5,), (0.5,), (0.5,)),
         TextSearchSettings(),
         (48, 48),

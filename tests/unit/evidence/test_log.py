@@ -153,7 +153,7 @@ def of_release_0_1(path: Path, fill: Fill, record: Make) -> None:
     """A log as release 0.1.0 wrote it, with one record."""
     fill(record("old", trigger="patch-1"))
     connection = sqlite3.connect(path)
-    for name in ("decided_by", "reference"):
+    for name in ("decided_by", "reference", "text"):
         connection.execute(f"ALTER TABLE records DROP COLUMN {name}")
     connection.execute("PRAGMA user_version = 1")
     connection.close()
@@ -169,11 +169,12 @@ def test_a_log_of_an_older_guard_is_read_as_it_is_and_brought_up_to_date_by_a_wr
     assert opened.count(RecordFilter(decided_by="divergence")) == 0
     assert opened.count(RecordFilter(trigger="patch-1")) == 1
     EvidenceWriter.check(path)
-    fill(record("new", decided_by="divergence", reference="dog"))
+    fill(record("new", decided_by="divergence", reference="dog", text="a dog"))
     # A reader that was there before goes on.
     assert [each.request_id for each in opened.records()] == ["new", "old"]
     new, old = EvidenceLog(path).records()
-    assert (new.decided_by, new.reference, old.decided_by, old.reference) == ("divergence", "dog", "", "")
+    assert (new.decided_by, new.reference, new.text) == ("divergence", "dog", "a dog")
+    assert (old.decided_by, old.reference, old.text) == ("", "", "")
     assert EvidenceLog(path).count(RecordFilter(decided_by="divergence")) == 1
     assert not list(path.parent.glob("*.damaged-*"))
 
@@ -183,7 +184,7 @@ def test_a_log_of_an_older_guard_is_read_as_it_is_and_brought_up_to_date_by_a_wr
     [
         (damaged, "is damaged, or is not an evidence log"),
         (foreign, "is not an evidence log"),
-        (newer, "has schema 99, this guard knows 2; read it with a newer guard"),
+        (newer, "has schema 99, this guard knows 3; read it with a newer guard"),
         (other_columns, "is damaged, or is not an evidence log"),
         (lambda path, _: path.write_text("a,b,c\n" * 1000), "is damaged, or is not an evidence log"),
         (lambda path, _: path.touch(), "is not an evidence log"),

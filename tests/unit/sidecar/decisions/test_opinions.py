@@ -33,6 +33,8 @@ Run = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.floa
 class Reference:
     """Stands for an exported reference model."""
 
+    text = None
+
     def __init__(self, classifier: Classifier, preprocessing: Preprocessing) -> None:
         self._classifier, self.preprocessing, self.seen = classifier, preprocessing, 0
         self.spoil: Callable[[ReferenceAnswers], None] = lambda _: None
