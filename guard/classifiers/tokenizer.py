@@ -220,7 +220,7 @@ def _cleaners() -> tuple[Any, Any]:
     """Ftfy's mending of texts, and what finds the words of one."""
     try:
         import ftfy
-        import regex  # type: ignore[import-untyped] # it publishes no types
+        import regex
     except ImportError as error:
         raise MissingDependencyError("texts are read with ftfy and regex; install clip-guard[text]") from error
     return ftfy.fix_text, regex.compile(_PATTERN, re.IGNORECASE).findall

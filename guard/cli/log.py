@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 LISTED = 50
 _POLL_SECONDS = 0.5
 _HEAD = (
-    "id", "time", "model", "decision", "class", "reference", "decided by", "p-value", "second look", "request", "image"
+    "id", "time", "model", "decision", "class", "reference", "decided by", "p-value", "second look", "request", "image",
+    "text",
 )  # fmt: skip
 
 
@@ -200,6 +201,7 @@ def _cells(record: "Record") -> tuple[str, ...]:
         _short(record.second_look),
         _short(record.request_id),
         str(record.image),
+        _short(record.text),
     )
 
 

@@ -246,7 +246,7 @@ class FollowEvidenceRequest(_message.Message):
     def __init__(self, models: _Optional[_Iterable[str]] = ..., include_withdrawn: bool = ..., include_thumbnails: bool = ..., recent: _Optional[int] = ...) -> None: ...
 
 class Evidence(_message.Message):
-    __slots__ = ("lost", "time", "request_id", "trace_id", "model", "model_digest", "image", "decision", "mode", "predicted_class", "p_value", "alpha", "scores", "thresholds", "trigger", "target_class", "second_look", "explanation", "input_digest", "thumbnail", "decided_by", "reference_class", "record")
+    __slots__ = ("lost", "time", "request_id", "trace_id", "model", "model_digest", "image", "decision", "mode", "predicted_class", "p_value", "alpha", "scores", "thresholds", "trigger", "target_class", "second_look", "explanation", "input_digest", "thumbnail", "decided_by", "reference_class", "record", "text")
     class Decision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         DECISION_UNSPECIFIED: _ClassVar[Evidence.Decision]
@@ -292,6 +292,7 @@ class Evidence(_message.Message):
     DECIDED_BY_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_CLASS_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
     lost: int
     time: _timestamp_pb2.Timestamp
     request_id: str
@@ -315,7 +316,8 @@ class Evidence(_message.Message):
     decided_by: str
     reference_class: str
     record: int
-    def __init__(self, lost: _Optional[int] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., request_id: _Optional[str] = ..., trace_id: _Optional[str] = ..., model: _Optional[str] = ..., model_digest: _Optional[str] = ..., image: _Optional[int] = ..., decision: _Optional[_Union[Evidence.Decision, str]] = ..., mode: _Optional[_Union[Mode, str]] = ..., predicted_class: _Optional[str] = ..., p_value: _Optional[float] = ..., alpha: _Optional[float] = ..., scores: _Optional[_Mapping[str, float]] = ..., thresholds: _Optional[_Mapping[str, float]] = ..., trigger: _Optional[str] = ..., target_class: _Optional[str] = ..., second_look: _Optional[str] = ..., explanation: _Optional[str] = ..., input_digest: _Optional[str] = ..., thumbnail: _Optional[bytes] = ..., decided_by: _Optional[str] = ..., reference_class: _Optional[str] = ..., record: _Optional[int] = ...) -> None: ...
+    text: str
+    def __init__(self, lost: _Optional[int] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., request_id: _Optional[str] = ..., trace_id: _Optional[str] = ..., model: _Optional[str] = ..., model_digest: _Optional[str] = ..., image: _Optional[int] = ..., decision: _Optional[_Union[Evidence.Decision, str]] = ..., mode: _Optional[_Union[Mode, str]] = ..., predicted_class: _Optional[str] = ..., p_value: _Optional[float] = ..., alpha: _Optional[float] = ..., scores: _Optional[_Mapping[str, float]] = ..., thresholds: _Optional[_Mapping[str, float]] = ..., trigger: _Optional[str] = ..., target_class: _Optional[str] = ..., second_look: _Optional[str] = ..., explanation: _Optional[str] = ..., input_digest: _Optional[str] = ..., thumbnail: _Optional[bytes] = ..., decided_by: _Optional[str] = ..., reference_class: _Optional[str] = ..., record: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
 
 class GetConfigurationRequest(_message.Message):
     __slots__ = ()

@@ -57,7 +57,7 @@ class ModelSettings(BaseModel):
     model: Path | None = Field(
         default=None,
         description="Folder of the ONNX model that guard export wrote. Without --upstream, guard serves this model "
-        "itself; with --upstream, guard only computes the embeddings of the images with it.",
+        "itself; with --upstream, guard only computes the embeddings of images or texts with it.",
         examples=["/models/exported"],
     )
     embedding_output: str | None = Field(
@@ -87,7 +87,7 @@ class ModelSettings(BaseModel):
     input_tensor: str = Field(
         default="image",
         min_length=1,
-        description="Name of the input tensor that carries the images.",
+        description="Name of the input tensor that carries the images or the texts.",
         json_schema_extra=metavar("NAME"),
     )
     other_inputs: Names = Field(
@@ -110,8 +110,9 @@ class ModelSettings(BaseModel):
         default="canonical",
         description="Which images an --upstream server receives where guard embeds them with --model. With canonical, "
         "each encoded image is replaced by the pixels that guard checked: a PNG file in 8-bit RGB, of the size of the "
-        "model's input. With as-sent, it is forwarded unchanged, and one that programs decode or resize in different "
-        "ways cannot be checked. In shadow mode with the failure policy open, images are forwarded as sent.",
+        "model's input; each text is replaced by that of its tokens. With as-sent, it is forwarded unchanged, and one "
+        "that programs decode, resize or clean in different ways cannot be checked. In shadow mode with the failure "
+        "policy open, inputs are forwarded as sent.",
     )
     mode: Mode = Field(
         default=Mode.TAG,
@@ -165,7 +166,8 @@ class ModelSettings(BaseModel):
         le=1e6,
         description="Maximum number of flagged images per second that guard examines again, with the suspected trigger "
         "removed from the image. If the decision does not depend on anything that a trigger could be, the flag is "
-        "withdrawn. This needs --model; 0 turns second looks off.",
+        "withdrawn. A flagged text is read again without each of its words, to name the one that makes it suspicious. "
+        "This needs --model; 0 turns second looks off.",
     )
 
     @model_validator(mode="before")

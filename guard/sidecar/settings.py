@@ -309,7 +309,9 @@ class Settings(ModelSettings, BaseSettings):
         description="Number of seconds in which the calls of a connection may finish after --max-connection-age; then "
         "they are ended.",
     )
-    max_batch: int = Field(default=256, ge=1, le=65_536, description="Maximum number of images in one request.")
+    max_batch: int = Field(
+        default=256, ge=1, le=65_536, description="Maximum number of images, or of texts, in one request."
+    )
     max_pixels: int = Field(
         default=50_000_000, ge=1, description="Maximum number of pixels of an encoded image after decoding."
     )
@@ -347,7 +349,8 @@ class Settings(ModelSettings, BaseSettings):
     )
     thumbnails: bool = Field(
         default=False,
-        description="Whether the evidence log keeps small pictures of flagged images. This needs --state-dir.",
+        description="Whether the evidence log keeps small pictures of flagged images, and the first thousand "
+        "characters of flagged texts. This needs --state-dir.",
     )
     evidence_rows: int = Field(
         default=100_000,

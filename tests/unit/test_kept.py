@@ -52,7 +52,7 @@ def test_a_kept_evidence_log_has_its_records(release: str, tmp_path: Path) -> No
     for record in found:
         record["thumbnail"] = record["thumbnail"] and record["thumbnail"].hex()
     # What a release did not know yet is empty.
-    later = dict.fromkeys(("decided_by", "reference"), "")
+    later = dict.fromkeys(("decided_by", "reference", "text"), "")
     assert found == [{**later, **record} for record in expected(KEPT / release / EVIDENCE_FILE)]
 
 

@@ -199,7 +199,7 @@ def evidence(record: Record, lost: int, *, with_thumbnail: bool) -> messages.Evi
     Args:
         record: The record.
         lost: Records before it that the reader lost.
-        with_thumbnail: Whether it contains the picture, if there is one.
+        with_thumbnail: Whether it contains the picture or the text, if there is one.
     """
     return messages.Evidence(
         lost=lost,
@@ -223,6 +223,7 @@ def evidence(record: Record, lost: int, *, with_thumbnail: bool) -> messages.Evi
         explanation=record.explanation,
         input_digest=record.input_digest,
         thumbnail=record.thumbnail if with_thumbnail else None,
+        text=record.text if with_thumbnail else "",
         decided_by=record.decided_by,
         reference_class=record.reference,
         record=record.id,

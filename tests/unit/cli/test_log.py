@@ -58,6 +58,7 @@ def test_it_lists_a_table_with_the_last_first(run: Run) -> None:
         "look",
         "request",
         "image",
+        "text",
     ]
     assert [line.split()[0] for line in lines[1:]] == ["3", "2", "1"]
     assert lines[3].split() == ["1", "2026-05-01T00:00:00.000Z", "m", "flag", "patch-1", "0.0005", "r-1", "0"]

@@ -201,6 +201,10 @@ function drawScores(sidecars) {
 
 // ---- flagged images -----------------------------------------------------------------------------------------------
 
+function requestText(evidence) {
+  return evidence.text ? element("blockquote", { textContent: evidence.text }) : null;
+}
+
 function picture(evidence) {
   if (!evidence.thumbnail) return null;
   const kind = evidence.thumbnail.startsWith("iVBOR") ? "png" : "jpeg";
@@ -275,7 +279,7 @@ async function showRecord(id) {
   const scores = Object.entries(evidence.scores).map(([name, value]) =>
     element("tr", {}, element("th", { scope: "row", textContent: name }), element("td", { textContent: number(value) }), element("td", { textContent: number(evidence.thresholds[name]) })));
   place.replaceChildren(back, element("h1", { textContent: `${words(evidence.decision, "DECISION_") === "flag" ? "Flagged" : "Passed"}: ${evidence.request_id || "request without an id"}, image ${evidence.image}` }),
-    ...[picture(evidence) || element("p", { class: "note", textContent: "Pictures of requests are not kept; --thumbnails keeps them." }), triggerPicture(evidence)].filter(Boolean),
+    ...[picture(evidence) || requestText(evidence) || element("p", { class: "note", textContent: "Pictures and texts of requests are not kept; --thumbnails keeps them." }), triggerPicture(evidence)].filter(Boolean),
     ...evidence.explanation_sentences.map((sentence) => element("p", { textContent: sentence })),
     ...(typeof threshold === "number" ? [scoreBar(evidence.scores.score, threshold)] : []),
     element("h2", { textContent: "Scores" }),
