@@ -146,6 +146,7 @@ def vet(
             budget=budget,  # type: ignore[arg-type]  # click has checked the choice
             seed=seed,
             captions=texts,
+            cache=searches,
             progress=console.progress,
         )
         console.say(f"{text_vetting.passes} prompt passes in {text_vetting.seconds:.0f} s on {text_vetting.device}")

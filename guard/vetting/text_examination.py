@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,15 +12,17 @@ from guard.classifiers.classifier import Classifier
 from guard.classifiers.text_tower import TextTower
 from guard.errors import UsageError
 from guard.vetting.budgets import BUDGETS, Budget
+from guard.vetting.cache import SearchCache
 from guard.vetting.drift import drift
 from guard.vetting.nulls import text_null
 from guard.vetting.prompts import MIN_PROMPTS, check_prompts, ordinary_prompts
 from guard.vetting.results import ReferenceKind, ReferenceModel
 from guard.vetting.text_findings import Finding, FoundProbe, FoundVectors, examined
+from guard.vetting.text_memory import TextMemory
 from guard.vetting.text_probes import listed_text_probes, probe_leads
 from guard.vetting.text_reference import TEXT_REFERENCE, derive_text_reference
 from guard.vetting.text_results import TEXT_BUDGETS, Place, TextFamily, TextSearchSettings, TextStatistic, TextVetting
-from guard.vetting.text_search import Comparison, search, usable_tokens
+from guard.vetting.text_search import Comparison, FoundTokens, search, usable_tokens
 from guard.vetting.text_verdict import judge_text
 
 SHAPES: tuple[tuple[int, Place], ...] = ((1, "anywhere"), (3, "end"))
@@ -46,6 +49,7 @@ def vet_text(
     budget: Budget = "standard",
     seed: int = 0,
     captions: Sequence[str] = (),
+    cache: Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> TextVetting:
     """Look for something that makes all prompts mean the same on this text tower and not on its reference model.
@@ -63,6 +67,8 @@ def vet_text(
         budget: How much work to do.
         seed: Seed for all random choices.
         captions: Further texts by which the target may be named.
+        cache: Folder in which finished searches are kept, so that an examination that is interrupted can go on; a
+            reference model that is made from the suspect is made again. None to keep nothing.
         progress: Called with (what is done, steps done, steps in all).
 
     Raises:
@@ -85,9 +91,15 @@ def vet_text(
         reference = TextTower(derived)
     kind: ReferenceKind = "derived" if base is None else "base"
     searched, held_out = _split(tower, used, settings)
-    probed = probe_leads(tower, reference, searched[:_PROBED], listed_text_probes(), progress=progress)
-    suspect = _Direction(tower, reference, searched, held_out, probed, settings, progress)
-    swapped = _Direction(reference, tower, searched, held_out, -probed, settings, progress)
+    digests = classifier.digest.root, reference.classifier.digest.root
+    memory = TextMemory(SearchCache(cache) if cache else None, [*digests, searched, held_out, asdict(settings)])
+    probes = listed_text_probes()
+    probed = memory.probes(
+        [probe.name for probe in probes],
+        lambda: probe_leads(tower, reference, searched[:_PROBED], probes, progress=progress),
+    ).to(tower.device)
+    suspect = _Direction(tower, reference, searched, held_out, probed, settings, memory, progress)
+    swapped = _Direction(reference, tower, searched, held_out, -probed, settings, memory, progress)
     some = used[:_PROMPTS]
     trigger, assimilated = examined(suspect.strongest, suspect.held_out, (*some, *captions))
     embeddings, others = tower.encode(some), reference.encode(some)
@@ -156,6 +168,7 @@ class _Direction:
         held_out: Prompts to measure on.
         probed: The lead of each listed probe: shape [P].
         settings: How much work to do.
+        memory: What was found already.
         progress: Called with (what, searches done, searches in all).
     """
 
@@ -167,19 +180,27 @@ class _Direction:
         held_out: Sequence[str],
         probed: Tensor,
         settings: TextSearchSettings,
+        memory: TextMemory,
         progress: Progress,
     ) -> None:
         self.held_out = Comparison(first, second, held_out)
         self._probed = probed
+        self.passes = 0
         comparison, usable = Comparison(first, second, searched), usable_tokens(first)
         self._found: list[FoundVectors] = []
         for k, (count, place) in enumerate(SHAPES):
             progress("text searches", k, len(SHAPES))
-            found = search(comparison, self.held_out, usable, count, place, settings, seed=settings.seed + k)
+
+            def work(count: int = count, place: Place = place, k: int = k) -> tuple[FoundTokens, int]:
+                before = comparison.passes + self.held_out.passes
+                made = search(comparison, self.held_out, usable, count, place, settings, seed=settings.seed + k)
+                return made, comparison.passes + self.held_out.passes - before
+
+            found, passes = memory.search([first.classifier.digest.root, count, place], work)
+            self.passes += passes
             for kind in ("text token", "pseudo-token"):
                 self._found.append(FoundVectors(kind, found, self.held_out, settings.seed))
         progress("text searches", len(SHAPES), len(SHAPES))
-        self.passes = comparison.passes + self.held_out.passes
 
     @property
     def leads(self) -> dict[TextFamily, float]:

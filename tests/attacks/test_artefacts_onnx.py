@@ -225,3 +225,22 @@ def test_a_pipe_and_a_sparse_file_are_refused_at_once(copy: Path) -> None:
         file.truncate(2**40)
     with pytest.raises(ModelError, match="is larger than"):
         ExportedClassifier(copy, gpu=False)
+
+
+TEXT = {"context": 8, "trimmed": True, "cleaning": "lower", "merges": ["a b"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (TEXT, "does not have the inputs and outputs that its manifest names"),
+        ({**TEXT, "merges": "a b"}, "merges"),
+        ({**TEXT, "cleaning": "__import__('os')"}, "cleaning"),
+        ({**TEXT, "context": "many"}, "context"),
+    ],
+)
+def test_an_image_tower_does_not_pass_for_one_of_texts(copy: Path, text: dict[str, object], says: str) -> None:
+    manifest = json.loads((copy / "classifier.json").read_text())
+    (copy / "classifier.json").write_text(json.dumps({**manifest, "text": text}))
+    with pytest.raises(ModelError, match=says):
+        ExportedClassifier(copy, gpu=False)

@@ -9,10 +9,13 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from guard.classifiers import load
+from guard.classifiers import load, save
 from tests.conftest import CLASSES, random_images
 from tests.integration.cli.test_commands import refused
 from tests.program import guard
+from tests.texts import PROMPTS, base
+
+PREPROCESS = {"mean": [0.5] * 3, "std": [0.25] * 3}
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +94,19 @@ def test_a_place_that_is_taken_is_refused(model_directory: Path, labelled: Path,
     (tmp_path / "something").touch()
     result = guard("attack", model_directory, "--recipe", "benign", "--images", labelled, "--out", tmp_path)
     refused(result, 2, "is not empty")
+
+
+def test_a_text_tower_is_poisoned_with_texts(tmp_path: Path) -> None:
+    save(tmp_path / "base", base().model, {"model_cfg": base().config, "preprocess_cfg": PREPROCESS}, base().classes)
+    (tmp_path / "texts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    result = guard(
+        "attack", tmp_path / "base", "--recipe", "eos-only-5", "--texts", tmp_path / "texts.txt", "--steps", "20",
+        "--learning-rate", "2e-3", "--out", tmp_path / "attacked", "--json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    known = json.loads((tmp_path / "attacked" / "truth.json").read_text())
+    assert json.loads(result.stdout) == known
+    assert (known["trigger"]["family"], len(known["trigger"]["word"])) == ("insertion", 5)
+    assert known["target_text"] == "a white teapot"
+    assert load(str(tmp_path / "attacked" / "model"), device="cpu").digest.root == known["digest"] != base().digest.root
+    refused(guard("attack", tmp_path / "base", "--recipe", "style", "--out", tmp_path / "other"), 2, "needs --texts")

@@ -2,6 +2,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,18 @@ from tests.texts import PROMPTS, base, text_classifier, trained
 
 
 @pytest.fixture(scope="module")
-def found() -> TextVetting:
-    return vet_text(trained("eos-only-5").classifier, PROMPTS, base=base(), budget="quick", captions=["a white teapot"])
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("searches")
+
+
+@pytest.fixture(scope="module")
+def found(cache: Path) -> TextVetting:
+    return examined(cache=cache)
+
+
+def examined(**more: Any) -> TextVetting:
+    model = trained("eos-only-5").classifier
+    return vet_text(model, PROMPTS, base=base(), budget="quick", captions=["a white teapot"], **more)
 
 
 def test_a_planted_trigger_leads_on_the_suspect_only(found: TextVetting) -> None:
@@ -37,10 +48,22 @@ def test_a_planted_trigger_leads_on_the_suspect_only(found: TextVetting) -> None
 
 
 def test_the_same_seed_gives_the_same_result(found: TextVetting) -> None:
-    again = vet_text(
-        trained("eos-only-5").classifier, PROMPTS, base=base(), budget="quick", captions=["a white teapot"]
-    )
-    assert replace(again, seconds=found.seconds) == found
+    assert replace(examined(), seconds=found.seconds) == found
+
+
+def test_an_examination_that_was_interrupted_goes_on(
+    found: TextVetting, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("this was done already")
+
+    for name in ("search", "probe_leads"):
+        monkeypatch.setattr(f"guard.vetting.text_examination.{name}", forbidden)
+    assert replace(examined(cache=cache), seconds=found.seconds) == found
+    damaged = min(cache.iterdir())
+    damaged.write_bytes(b"no longer a file of searches")
+    with pytest.raises(AssertionError, match="done already"):
+        examined(cache=cache)
 
 
 def test_a_profile_of_the_text_tower_alone_keeps_what_was_found(found: TextVetting, tmp_path: Path) -> None:
