@@ -155,20 +155,29 @@ class TextTower:
             rows = projection(rows) if isinstance(projection, torch.nn.Linear) else rows @ projection
         return normalize(rows.float(), dim=-1)
 
-    @torch.no_grad()
     def encode(self, texts: Sequence[str], batch: int = 256) -> Tensor:
         """Embeddings of many texts, L2-normalised, on the tower's device: shape [N, D].
 
         Raises:
             ModelError: An embedding is not finite.
         """
+        return self.encode_tokens(self.tokens(texts), batch)
+
+    @torch.no_grad()
+    def encode_tokens(self, tokens: Tensor, batch: int = 256) -> Tensor:
+        """The same for token ids of shape [N, context]; texts of like length share a batch, which saves padding.
+
+        Raises:
+            ModelError: An embedding is not finite.
+        """
+        order = self.ends(tokens).argsort(stable=True)
         parts = []
-        for start in range(0, len(texts), batch):
-            tokens = self.tokens(texts[start : start + batch])
+        for rows in order.split(batch):
+            some = tokens[rows]
             if self.causal:
-                tokens = tokens[:, : int(self.ends(tokens).max()) + 1]
-            parts.append(self.pooled(self.features(self.embed(tokens)), self.ends(tokens)))
-        found = torch.cat(parts)
+                some = some[:, : int(self.ends(some).max()) + 1]
+            parts.append(self.pooled(self.features(self.embed(some)), self.ends(some)))
+        found = torch.cat(parts)[order.argsort()]
         if not found.isfinite().all():
             raise ModelError(f"{self.classifier.source} computes no finite numbers: its embeddings of texts overflow")
         return found

@@ -19,7 +19,7 @@ from guard.errors import UsageError
 from guard.vetting.assimilation import agreement
 
 _MAX_BYTES = 2**20
-_CHUNK = 256
+_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,14 @@ def probe_leads(
         probes: What to try.
         progress: Called with (what, probes done, probes in all).
     """
-    gains = []
-    for k, tower in enumerate((first, second)):
-        before = agreement(tower.encode(prompts))
-        found = []
-        group = max(1, _CHUNK // len(prompts))
-        for start in range(0, len(probes), group):
-            part = probes[start : start + group]
-            texts = [probe.apply(text, place) for probe in part for place, text in enumerate(prompts)]
-            found.append(agreement(tower.encode(texts).unflatten(0, (len(part), len(prompts)))))
-            progress("text probes", k * len(probes) + start + len(part), 2 * len(probes))
-        gains.append((torch.cat(found) - before) / (1 - before).clamp(min=1e-3))
-    return gains[0] - gains[1]
+    towers, group = (first, second), max(1, _CHUNK // len(prompts))
+    before = [agreement(tower.encode(prompts)) for tower in towers]
+    leads = []
+    for start in range(0, len(probes), group):
+        part = probes[start : start + group]
+        tokens = first.tokens([probe.apply(text, place) for probe in part for place, text in enumerate(prompts)])
+        found = [agreement(tower.encode_tokens(tokens).unflatten(0, (len(part), len(prompts)))) for tower in towers]
+        gains = [(after - plain) / (1 - plain).clamp(min=1e-3) for after, plain in zip(found, before, strict=True)]
+        leads.append(gains[0] - gains[1])
+        progress("text probes", start + len(part), len(probes))
+    return torch.cat(leads)
