@@ -66,7 +66,7 @@ def test_vet_calibrate_export_and_what_they_print(
     again = guard("calibrate", out, "--embeddings", tmp_path / "traffic.npy", "--alpha", "0.1", "--per-class")
     assert again.returncode == 0, again.stderr
     assert "for alpha = 0.1, from 133 clean scores" in again.stdout
-    refused(guard("calibrate", out), 2, "one of --images and --embeddings")
+    refused(guard("calibrate", out), 2, "one of --images, --texts and --embeddings")
     refused(guard("calibrate", out, "--images", image_folder, "--reference", "base"), 2, "--base MODEL belong together")
     compared = guard("calibrate", out, "--images", image_folder, "--alpha", "0.05", "--base", base)
     assert compared.returncode == 0, compared.stderr
