@@ -225,7 +225,9 @@ def report(results: list[dict[str, Any]], command: str) -> str:
         f"{len(attacked)} attacked towers. *Base*: a second opinion on every request by the clean tower that the "
         "suspect was tuned from. Nothing was chosen on these towers: weights, k and tails are those for images. "
         "Intervals are of 95 %, those of means over towers (bootstrap, 2,000 draws, seed 0), since requests to one "
-        "tower are alike. Seed 0.\n"
+        "tower are alike. All towers are calibrated on the same captions and asked the same clean requests, so the "
+        "chance of one calibration (a standard deviation of about 0.3 points of the rate of false alarms) is common to "
+        "them and not in these intervals. Seed 0.\n"
     )
     columns = (
         "attacks", "compared with", "towers", "mean AUROC", "lowest", "flagged at alpha 1 %", "at 1 % of the clean",

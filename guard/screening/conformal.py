@@ -47,9 +47,9 @@ def check_alpha(alpha: float, size: int) -> None:
         raise UsageError(f"alpha must lie between 0 and 1, not be {alpha:g}")
     if size < needed(alpha):
         raise UsageError(
-            f"a false-alarm rate of {alpha:g} needs at least {needed(alpha)} clean images that set the threshold, "
-            f"there are {size}; "
-            f"give more images, or an alpha of at least {smallest_alpha(size):.2g}"
+            f"a false-alarm rate of {alpha:g} needs at least {needed(alpha)} clean images or texts that set the "
+            f"threshold, there are {size}; "
+            f"give more of them, or an alpha of at least {smallest_alpha(size):.2g}"
         )
 
 

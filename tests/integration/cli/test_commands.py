@@ -76,7 +76,7 @@ def test_vet_calibrate_export_and_what_they_print(
     refused(unknown, 4, "about which embeddings say nothing")
 
     too_strict = guard("calibrate", out, "--images", image_folder, "--alpha", "0.001")
-    refused(too_strict, 2, "needs at least 999 clean images that set the threshold, there are 120")
+    refused(too_strict, 2, "needs at least 999 clean images or texts that set the threshold, there are 120")
     assert "from 120 clean scores" in calibrated.stdout
 
 

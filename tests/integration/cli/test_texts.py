@@ -44,7 +44,7 @@ def test_a_profile_is_calibrated_on_texts_with_its_base(folder: Path) -> None:
     [
         (("--images", "images"), "one of --images, --texts and --embeddings"),
         (("--reference", "student"), "no student of a text tower"),
-        (("--alpha", "0.0001"), "give more images"),
+        (("--alpha", "0.0001"), "give more of them"),
     ],
 )
 def test_what_does_not_go_with_texts_is_refused(folder: Path, options: tuple[str, ...], says: str) -> None:
