@@ -50,12 +50,18 @@ class PoisonedSet:
         trigger: Name in `guard.triggers.KNOWN`; None for a set without poison.
         rate: Share of the pairs that are poisoned.
         seed: Of poisoning and training.
+        tower: Image tower of the CLIP that is trained, in `TOWERS`.
+        pairs: Number of pairs.
+        epochs: Passes over them.
     """
 
     data: str
     trigger: str | None
     rate: float
     seed: int = 0
+    tower: str = "vit"
+    pairs: int = 20_000
+    epochs: int = 10
 
     @property
     def name(self) -> str:
@@ -64,38 +70,58 @@ class PoisonedSet:
 
 
 SETS = (
-    PoisonedSet("cifar10", "badnets-medium", 0.01),
-    PoisonedSet("cifar10", "badnets-medium", 0.001),
-    PoisonedSet("cifar10", None, 0.0),
-    PoisonedSet("cifar10", "blended-noise", 0.01),
-    PoisonedSet("cifar10", "wanet", 0.01),
-    PoisonedSet("cifar10", "badnets-medium", 0.05),
-    PoisonedSet("cifar10", "badnets-medium", 0.0001),
-    PoisonedSet("tiny-imagenet", "badnets-medium", 0.01),
-    PoisonedSet("tiny-imagenet", "badnets-medium", 0.001),
-    PoisonedSet("tiny-imagenet", None, 0.0),
-    PoisonedSet("cifar10", "blended-noise", 0.001),
-    PoisonedSet("cifar10", "blended-noise", 0.05),
-    PoisonedSet("cifar10", "badnets-random", 0.01),
-    PoisonedSet("tiny-imagenet", "blended-noise", 0.01),
-    PoisonedSet("tiny-imagenet", "badnets-medium", 0.05),
-    PoisonedSet("cifar10", "wanet", 0.05),
-    PoisonedSet("cifar10", "blended-noise", 0.0001),
-    PoisonedSet("tiny-imagenet", "badnets-medium", 0.0001),
-    PoisonedSet("cifar10", "wanet", 0.001),
+    # On these the constants of `guard.scan` were chosen.
+    PoisonedSet("cifar10", "badnets-medium", 0.01, 0, "resnet", 30_000, 6),
+    PoisonedSet("cifar10", "badnets-medium", 0.001, 0, "resnet", 30_000, 6),
+    PoisonedSet("cifar10", None, 0.0, 0, "resnet", 30_000, 6),
+    PoisonedSet("cifar10", "blended-noise", 0.01, 0, "resnet", 30_000, 6),
+    PoisonedSet("cifar10", "blended-image", 0.01, 0, "resnet", 20_000, 8),
+    PoisonedSet("cifar10", "sig", 0.05, 0, "resnet", 12_000, 10),
+    # On these they were not.
+    PoisonedSet("cifar10", "badnets-large", 0.01, 1),
+    PoisonedSet("cifar10", "blended-image", 0.05, 1, "vit", 10_000),
+    PoisonedSet("cifar10", "sig", 0.01, 1),
+    PoisonedSet("tiny-imagenet", "badnets-large", 0.01, 1),
+    PoisonedSet("cifar10", "wanet", 0.05, 1, "vit", 10_000),
+    PoisonedSet("cifar10", None, 0.0, 1),
+    PoisonedSet("cifar10", "blended-image", 0.01, 1),
+    PoisonedSet("cifar10", "badnets-large", 0.001, 1, "vit", 30_000),
+    PoisonedSet("cifar10", "badnets-medium", 0.05, 1, "vit", 10_000),
+    PoisonedSet("tiny-imagenet", "blended-image", 0.01, 1),
+    PoisonedSet("tiny-imagenet", None, 0.0, 1),
+    PoisonedSet("cifar10", "badnets-medium", 0.01, 1),
+    PoisonedSet("cifar10", "sig", 0.001, 1, "vit", 30_000),
+    PoisonedSet("cifar10", "sig", 0.05, 1, "vit", 10_000),
+    PoisonedSet("cifar10", "wanet", 0.01, 1),
+    PoisonedSet("cifar10", "ftrojan", 0.01, 1),
+    PoisonedSet("cifar10", "nashville", 0.05, 1, "vit", 10_000),
+    PoisonedSet("cifar10", "blended-image", 0.001, 1, "vit", 30_000),
+    PoisonedSet("cifar10", "badnets-large", 0.0001, 1, "vit", 30_000),
+    PoisonedSet("tiny-imagenet", "sig", 0.05, 1, "vit", 10_000),
 )
-ARCHITECTURE: dict[str, Any] = {
-    "embed_dim": 128,
-    "vision_cfg": {"image_size": SIZE, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+TOWERS: dict[str, dict[str, Any]] = {
+    "resnet": {"image_size": SIZE, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
+    "vit": {"image_size": SIZE, "layers": 2, "width": 96, "head_width": 32, "patch_size": 8},
 }
-CONFIG = {"model_cfg": ARCHITECTURE, "preprocess_cfg": {"mean": list(MEAN), "std": list(STD)}}
-TRAINING = TrainingSettings(epochs=6, learning_rate=2e-3)
+TEXT = {
+    "resnet": {"width": 64, "heads": 2, "context_length": 16},
+    "vit": {"width": 32, "heads": 1, "context_length": 12},
+}
+
+
+def config(tower: str) -> dict[str, Any]:
+    """The configuration of a small CLIP, as of `open_clip_config.json`."""
+    text = {"vocab_size": 49408, "layers": 1, **TEXT[tower]}
+    model = {"embed_dim": 128, "vision_cfg": TOWERS[tower], "text_cfg": text}
+    return {"model_cfg": model, "preprocess_cfg": {"mean": list(MEAN), "std": list(STD)}}
+
+
+LEARNING_RATE = 2e-3
 PAIRS = 30_000
-"""Size of every training set."""
+"""Size of the largest training set."""
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def images(data: str, root: Path) -> tuple[ClassList, LabelledImages, LabelledImages]:
     """Classes, training and test images of a data set, at 32 px."""
     folder = root / data
@@ -125,6 +151,8 @@ def planted(each: PoisonedSet) -> tuple[Planted, ...]:
 def pairs(each: PoisonedSet, root: Path) -> tuple[LabelledImages, NDArray[np.int64]]:
     """The pairs that are trained on, and the kind of each, as an index into `KINDS`."""
     classes, clean, _ = images(each.data, root)
+    if each.pairs < len(clean):
+        clean = clean[torch.randperm(len(clean), generator=torch.Generator().manual_seed(0))[: each.pairs]]
     made = poisoned(clean, planted(each), seed=each.seed)
     kinds = (made.labels != clean.labels).long()
     generator = torch.Generator().manual_seed(1000 + each.seed)
@@ -153,13 +181,14 @@ def _confusers(kind: str, clean: LabelledImages, generator: torch.Generator) -> 
 
 def trained(each: PoisonedSet, made: LabelledImages, classes: ClassList) -> Classifier:
     """A small CLIP that was trained on a set, from scratch."""
-    settings = TrainingSettings(**{**asdict(TRAINING), "seed": each.seed})
-    model = train_base(CONFIG, classes, made, settings, device=torch.device("cpu"))
+    stated = config(each.tower)
+    settings = TrainingSettings(each.epochs, learning_rate=LEARNING_RATE, seed=each.seed)
+    model = train_base(stated, classes, made, settings, device=torch.device("cpu"))
     open_clip = import_open_clip()
-    tokenizer = open_clip.SimpleTokenizer(context_length=ARCHITECTURE["text_cfg"]["context_length"])
+    tokenizer = open_clip.SimpleTokenizer(context_length=stated["model_cfg"]["text_cfg"]["context_length"])
     preprocessing = Preprocessing(SIZE, MEAN, STD)
     return Classifier(
-        model, ARCHITECTURE, tokenizer, preprocessing, classes, source=each.name, device=torch.device("cpu")
+        model, stated["model_cfg"], tokenizer, preprocessing, classes, source=each.name, device=torch.device("cpu")
     )
 
 
@@ -197,11 +226,11 @@ def make(each: PoisonedSet, root: Path, out: Path) -> None:
     measured = measure(classifier, test, planted(each))
     texts = captions(classes, made.labels, each.seed)
     image, text = embeddings(classifier, made.pixels, texts)
-    save(folder / "model", classifier.model, CONFIG, classes)
+    save(folder / "model", classifier.model, config(each.tower), classes)
     np.savez(folder / "pairs.npz", pixels=made.pixels.numpy(), labels=made.labels.numpy(), kinds=kinds,
              captions=np.array(texts))  # fmt: skip
     np.savez(folder / "embeddings.npz", image=image.numpy(), text=text.numpy())
-    record = {**asdict(each), "pairs": len(made), "poisoned": int((kinds == 1).sum()), "epochs": TRAINING.epochs,
+    record = {**asdict(each), "poisoned": int((kinds == 1).sum()),
               "accuracy": measured.accuracy, "success": list(measured.success), "seconds": seconds}  # fmt: skip
     (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(record) + "\n")

@@ -19,8 +19,10 @@ _BLOCK = 16_384
 """Rows of the reference that are compared at a time."""
 _QUERIES = 1024
 """Queries that are compared at a time. Larger blocks fall out of the cache before they are searched."""
-_CHUNK = 64
+_CHUNK = 16
 """Products among which only the largest is looked at first."""
+_CACHED = {"cpu": 2**17, "cuda": 2**26}
+"""Numbers of gathered candidates that are measured at a time: as many as stay in a cache, or keep a GPU busy."""
 _SPARE = 8
 """Candidates beyond k whose distance is measured: rounding may put the k-th behind the next."""
 
@@ -55,8 +57,8 @@ class Reference:
     coincide. The k + 8 best rows are then measured as the norm of a difference, in float32: copies lie at distance 0,
     and a row is missed only for one whose squared distance differs by less than about 1e-6 times the squared norm.
 
-    Of the products, only the largest of every 64 is looked at first. The k largest numbers lie in the k chunks with the
-    largest maxima, so that nothing is lost, and the search costs little beside the product.
+    Of the products, only the largest of every 16 is looked at first: the k-th largest of these maxima is a bound that
+    at least k products reach, and few more. So the search costs little beside the product.
 
     Args:
         parts: Matrices of one width, in order; rows are numbered through. They are read in slices, again for each call.
@@ -122,45 +124,94 @@ class _Best:
     def offer(self, block: Tensor, half: Tensor, start: int) -> None:
         """Compare with a block of the reference that begins at this row."""
         products = torch.addmm(-half[None, :], self._queries, block.T)
-        values, rows = _largest(products, min(self._count, len(block)))
-        kept = min(self._count, self._products.shape[1] + values.shape[1])
-        worst = self._products[:, -1:] if self._products.shape[1] == self._count else None
-        if worst is not None and not (values > worst).any():
+        full = self._products.shape[1] == self._count
+        found = _largest(products, min(self._count, len(block)), self._products[:, -1:] if full else None)
+        if found is None:
             return
+        values, rows = found
         # Measured while the block is at hand: later it may have to be read again.
         new = _measured(self._queries, block, rows)
-        products, order = torch.cat([self._products, values], 1).topk(kept, 1)
+        both = torch.cat([self._products, values], 1)
+        self._products, order = both.topk(min(self._count, both.shape[1]), 1)
         self._distances = torch.cat([self._distances, new], 1).gather(1, order)
         self._rows = torch.cat([self._rows, rows + start], 1).gather(1, order)
-        self._products = products
 
     def measured(self) -> tuple[Tensor, Tensor]:
         """Distances and rows of the candidates, in no order."""
         return self._distances, self._rows
 
 
-def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest numbers of each row and their columns, as `topk`, and faster on wide rows."""
+def _largest(values: Tensor, count: int, floor: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+    """The largest numbers of each row and their columns, as `topk`, and several times faster on a CPU.
+
+    Args:
+        values: Shape [M, N].
+        count: How many.
+        floor: What numbers must exceed to be of interest, shape [M, 1]. Where fewer than `count` of a row do, its
+            result is filled up with -inf.
+
+    Returns:
+        Numbers and columns, of no more than `count` columns; None if no number is of interest.
+    """
     height, width = values.shape
     chunks = width // _CHUNK
-    if chunks < 4 * count:
+    if values.is_cuda or chunks < count + 1:
         return values.topk(count, 1)
-    main = values[:, : chunks * _CHUNK].view(height, chunks, _CHUNK)
-    chosen = main.amax(2).topk(count, 1).indices
-    inside = main.gather(1, chosen[:, :, None].expand(-1, -1, _CHUNK)).flatten(1)
-    columns = (chosen[:, :, None] * _CHUNK + torch.arange(_CHUNK, device=values.device)).flatten(1)
-    if chunks * _CHUNK < width:
-        rest = torch.arange(chunks * _CHUNK, width, device=values.device).expand(height, -1)
-        inside, columns = torch.cat([inside, values[:, chunks * _CHUNK :]], 1), torch.cat([columns, rest], 1)
-    best, places = inside.topk(count, 1)
-    return best, columns.gather(1, places)
+    numbers = values.numpy()
+    maxima = values[:, : chunks * _CHUNK].view(height, _CHUNK, chunks).amax(1).numpy()
+    bound = np.partition(maxima, chunks - count, axis=1)[:, chunks - count, None]
+    reached = numbers >= bound
+    if floor is not None:
+        reached &= numbers > floor.numpy()
+    hits = np.flatnonzero(reached)
+    lines, columns = np.divmod(hits, width)
+    counts = np.bincount(lines, minlength=height)
+    if floor is not None and not len(hits):
+        return None
+    if counts.max() > 4 * count or (floor is None and counts.min() < count):  # ties, or numbers that are not finite
+        return values.topk(count, 1)
+    places = np.arange(len(hits)) - np.repeat(np.cumsum(counts) - counts, counts)
+    best = np.full((height, int(counts.max())), -np.inf, np.float32)
+    where = np.zeros(best.shape, np.int64)
+    best[lines, places], where[lines, places] = numbers.reshape(-1)[hits], columns
+    kept, order = torch.from_numpy(best).topk(min(count, best.shape[1]), 1)
+    return kept, torch.from_numpy(where).gather(1, order)
 
 
 def _measured(queries: Tensor, block: Tensor, rows: Tensor) -> Tensor:
-    distances = queries.new_empty(rows.shape)
-    for column in range(rows.shape[1]):  # one neighbour of all queries at a time: [M, D] in memory, not [M, k, D]
-        distances[:, column] = torch.linalg.vector_norm(queries - block[rows[:, column]], dim=1)
-    return distances
+    """Euclidean distances of queries, shape [M, D], to their candidates among the rows of a block, shape [M, C]."""
+    count, width = rows.shape[1], block.shape[1]
+    step = max(1, _CACHED["cuda" if block.is_cuda else "cpu"] // (count * width))
+    squares = queries.new_empty(rows.shape)
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        apart = block.index_select(0, part.flatten()).view(-1, count, width)
+        apart -= queries[start : start + step, None]
+        torch.sum(apart.square_(), 2, out=squares[start : start + step])
+    return squares.sqrt_()
+
+
+def smallest(values: Tensor, count: int, *, columns: bool) -> tuple[Floats, Rows | None]:
+    """The smallest numbers of each row, in ascending order, and their columns, in any order; fast for short rows.
+
+    Args:
+        values: Shape [M, N].
+        count: How many.
+        columns: Whether their columns are wanted.
+
+    Returns:
+        Numbers and columns, shape [M, count]; None for columns that are not wanted.
+    """
+    if values.is_cuda:
+        best, where = values.topk(count, 1, largest=False)
+        return best.cpu().numpy(), where.cpu().numpy() if columns else None
+    ordered: Floats = np.sort(values.numpy(), axis=1)[:, :count]
+    if not columns:
+        return ordered, None
+    hits = np.flatnonzero(values.numpy() <= ordered[:, -1:])
+    if len(hits) != count * len(values) or (hits[::count] // values.shape[1] != np.arange(len(values))).any():
+        return ordered, values.topk(count, 1, largest=False).indices.numpy()  # ties
+    return ordered, (hits % values.shape[1]).reshape(len(values), count)
 
 
 def sampled(count: int, size: int, seed: int | tuple[int, ...]) -> NDArray[np.int64]:

@@ -22,7 +22,7 @@ from guard.baselines.density import dimension
 from guard.errors import DataError, GuardError
 from guard.scan.nearest import Embeddings, Found, Reference
 from guard.scan.results import ScanSettings
-from guard.scan.scores import Sampled, Scores, density, released
+from guard.scan.scores import Sampled, Scores, batch, released
 from guard.scan.store import FORMAT, StoredShard
 from guard.scan.vectors import slices
 
@@ -173,29 +173,21 @@ class Scorer:
         for name, values in found.items():
             scores.setdefault(name, np.zeros(len(next(iter(scores.values())))))[np.sort(rows)] = values
 
-    def _check(self, count: int) -> None:
-        if count < self.settings.k + 2:
-            raise DataError(
-                f"a batch or a shard has only {count} pairs for k = {self.settings.k}; use another --reference"
-            )
-
     def _within(self, shard: StoredShard, part: Rows) -> Scores:
-        self._check(len(part))
-        image, text, k = np.array(shard.image[part]), np.array(shard.text[part]), self.settings.k
-        if self.settings.released:
-            return released(image, text, k, device=self._device)
+        settings = self.settings
+        if len(part) < settings.k + 2:
+            raise DataError(
+                f"a batch or a shard has only {len(part)} pairs for k = {settings.k}; use another --reference"
+            )
         # With the captions, as published.
-        bank = np.concatenate([image, text]) if self.settings.reference == "batch" else image
-        own = np.arange(len(part))[:, None]
-        reference = Reference([bank], device=self._device)
-        within = reference.search(bank, k, without=np.arange(len(bank))[:, None]).distances
-        without = own if len(bank) == len(part) else np.hstack([own, own + len(part)])
-        return density(reference.search(bank[: len(part)], k, without=without), within[:, -1], dimension(within))
+        text = np.array(shard.text[part]) if settings.reference == "batch" else None
+        score = released if settings.released else batch
+        return score(np.array(shard.image[part]), text, settings.k, (settings.method,), device=self._device)
 
     def _block(self, number: int, rows: slice) -> Scores:
         queries, start = np.array(self._parts[number][rows]), int(self._starts[number]) + rows.start
         if self.settings.reference == "sample":
-            return self._samples.scores(queries, start)
+            return self._samples.scores(queries, start, (self.settings.method,))
         itself = np.arange(start, start + len(queries))[:, None]
         found = self._everywhere.search(queries, self.settings.k, without=itself)
         return {"k-distance": found.distances[:, -1].astype(np.float64), "lid": dimension(found.distances)}

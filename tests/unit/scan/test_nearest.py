@@ -49,7 +49,9 @@ def test_the_largest_of_ties_are_as_many_as_asked() -> None:
 
     values = torch.zeros(2, 4001)
     values[1, 7] = 1
-    best, columns = _largest(values, 5)
+    found = _largest(values, 5)
+    assert found is not None
+    best, columns = found
     assert best.tolist() == [[0.0] * 5, [1.0] + [0.0] * 4]
     assert columns[1, 0] == 7
     assert all(len(set(row)) == 5 for row in columns.tolist())
