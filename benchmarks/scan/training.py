@@ -60,8 +60,8 @@ class PoisonedSet:
     rate: float
     seed: int = 0
     tower: str = "vit"
-    pairs: int = 20_000
-    epochs: int = 10
+    pairs: int = 15_000
+    epochs: int = 8
 
     @property
     def name(self) -> str:
@@ -79,25 +79,25 @@ SETS = (
     PoisonedSet("cifar10", "sig", 0.05, 0, "resnet", 12_000, 10),
     # On these they were not.
     PoisonedSet("cifar10", "badnets-large", 0.01, 1),
-    PoisonedSet("cifar10", "blended-image", 0.05, 1, "vit", 10_000),
+    PoisonedSet("cifar10", "blended-image", 0.05, 1, "vit", 8_000),
     PoisonedSet("cifar10", "sig", 0.01, 1),
     PoisonedSet("tiny-imagenet", "badnets-large", 0.01, 1),
-    PoisonedSet("cifar10", "wanet", 0.05, 1, "vit", 10_000),
+    PoisonedSet("cifar10", "wanet", 0.05, 1, "vit", 8_000),
     PoisonedSet("cifar10", None, 0.0, 1),
     PoisonedSet("cifar10", "blended-image", 0.01, 1),
-    PoisonedSet("cifar10", "badnets-large", 0.001, 1, "vit", 30_000),
-    PoisonedSet("cifar10", "badnets-medium", 0.05, 1, "vit", 10_000),
+    PoisonedSet("cifar10", "badnets-large", 0.001, 1, "vit", 30_000, 6),
+    PoisonedSet("cifar10", "badnets-medium", 0.05, 1, "vit", 8_000),
     PoisonedSet("tiny-imagenet", "blended-image", 0.01, 1),
     PoisonedSet("tiny-imagenet", None, 0.0, 1),
     PoisonedSet("cifar10", "badnets-medium", 0.01, 1),
-    PoisonedSet("cifar10", "sig", 0.001, 1, "vit", 30_000),
-    PoisonedSet("cifar10", "sig", 0.05, 1, "vit", 10_000),
+    PoisonedSet("cifar10", "sig", 0.001, 1, "vit", 30_000, 6),
+    PoisonedSet("cifar10", "sig", 0.05, 1, "vit", 8_000),
     PoisonedSet("cifar10", "wanet", 0.01, 1),
     PoisonedSet("cifar10", "ftrojan", 0.01, 1),
-    PoisonedSet("cifar10", "nashville", 0.05, 1, "vit", 10_000),
-    PoisonedSet("cifar10", "blended-image", 0.001, 1, "vit", 30_000),
-    PoisonedSet("cifar10", "badnets-large", 0.0001, 1, "vit", 30_000),
-    PoisonedSet("tiny-imagenet", "sig", 0.05, 1, "vit", 10_000),
+    PoisonedSet("cifar10", "nashville", 0.05, 1, "vit", 8_000),
+    PoisonedSet("cifar10", "blended-image", 0.001, 1, "vit", 30_000, 6),
+    PoisonedSet("cifar10", "badnets-large", 0.0001, 1, "vit", 30_000, 6),
+    PoisonedSet("tiny-imagenet", "sig", 0.05, 1, "vit", 8_000),
 )
 TOWERS: dict[str, dict[str, Any]] = {
     "resnet": {"image_size": SIZE, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
