@@ -1,8 +1,8 @@
 """Train again on what a scan kept, and compare accuracy and attack success rate.
 
-python -m benchmarks.scan.cleaning --data DIR --sets DIR --set NAME --keep FILE
+python -m benchmarks.scan.cleaning --data DIR --sets DIR --set NAME
 
-SETS and DATA are those of `benchmarks.scan.training`; FILE is the keep.txt of a scan whose keys are numbers of pairs.
+Folders are those of `benchmarks.scan.training`; the set's keep.txt is that of `benchmarks.scan.detection`.
 """
 
 import argparse
@@ -24,15 +24,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--sets", type=Path, required=True)
     parser.add_argument("--set", dest="name", required=True)
-    parser.add_argument("--keep", type=Path, required=True)
     arguments = parser.parse_args()
     (each,) = (one for one in SETS if one.name == arguments.name)
     folder = arguments.sets / each.name
     stored = np.load(folder / "pairs.npz")
-    lines = arguments.keep.read_text(encoding="utf-8").splitlines()
-    kept = np.array(sorted(int(line.rpartition("\t")[2]) for line in lines))
+    lines = (folder / "keep.txt").read_text(encoding="utf-8").splitlines()
+    kept = np.array(sorted(int(line) for line in lines))
     removed = np.setdiff1d(np.arange(len(stored["labels"])), kept)
-    classes, _, test = images(each.data, arguments.data)
+    classes, _, test = images(each.data, arguments.data, each.classes)
     pairs = LabelledImages(torch.from_numpy(stored["pixels"][kept]), torch.from_numpy(stored["labels"][kept]))
     measured = measure(trained(each, pairs, classes), test, planted(each))
     record = {

@@ -69,9 +69,11 @@ def one(folder: Path) -> str:
     removed = np.zeros(len(image), bool)
     for group in accused:
         removed[list(group.pairs)] = True
+    kept = np.flatnonzero(~removed)
+    (folder / "keep.txt").write_text("".join(f"{row}\n" for row in kept), encoding="utf-8")
     final = np.argsort(np.argsort(coarse)) / len(coarse)
     for row, value in probabilities.items():
-        final[row] += value * removed[row]
+        final[row] += value
     success = f", attack success rate {record['success'][0]:.1%}" if record["success"] else ""
     lines = [
         f"## {record['data']}, {record['trigger'] or 'no poison'}, {100 * record['rate']:g} %\n",

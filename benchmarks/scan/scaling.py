@@ -1,13 +1,17 @@
 """What scans and vettings would cost that no single machine can do, from unit costs that were measured here.
 
-python -m benchmarks.scan.scaling --images DIR
+python -m benchmarks.scan.scaling --images DIR --evaluation DIR
 
-Measured are, on one core: decoding and resizing a JPEG file of DIR, scoring a pair (512 numbers), and reading stored
-embeddings back. Everything else is an assumption, and stands in `ASSUMED`. Writes `benchmarks/results/scan-scaling.md`
-and `docs/images/scan-cost.svg`.
+Measured are, on one core: decoding and resizing a JPEG file of the first folder, scoring a pair (512 numbers), and
+reading stored embeddings back; how far the durations of vettings spread is taken from the second, where
+`guard evaluate` left its results. Everything else is an assumption, and stands in `ASSUMED`. From these, shards and
+models are given to machines one after the other, as an engine does. Writes `benchmarks/results/scan-scaling.md` and
+`docs/images/scan-cost.svg`.
 """
 
 import argparse
+import heapq
+import json
 import statistics
 import sys
 import tempfile
@@ -19,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from benchmarks._record import RESULTS, heading
 from guard._plots import BLUE, GREY, RED, plain, svg
@@ -43,6 +48,12 @@ class Assumed:
         cores: Cores of a machine.
         gpus: GPUs of a machine.
         euros: Price of a machine for an hour, with its GPUs; a made-up round number.
+        shard: Pairs in a shard.
+        memory: Bytes of the process that looks for groups, for each pair (`scan-growth.md`, rounded up).
+        passes: Image passes of vetting a ViT-B/32 with 1,000 classes against its base (`real-sizes.md`).
+        operations: Arithmetic of one of these passes, forwards and back.
+        vetting: Hours of one core of the same (`real-sizes.md`).
+        checkpoint: Bytes of a suspect and its base.
     """
 
     embedding: float = 41e9
@@ -53,11 +64,18 @@ class Assumed:
     cores: int = 32
     gpus: int = 4
     euros: float = 10.0
+    shard: int = 10_000
+    memory: float = 100.0
+    passes: int = 193_000
+    operations: float = 26e9
+    vetting: float = 11.4
+    checkpoint: float = 1.2e9
 
 
 ASSUMED = Assumed()
 _COLUMNS = ("set", "machines", "read images, h", "decode, h", "embed, h", "score, h", "read embeddings, h", "in all, h",
-            "saturates", "euros", "embeddings, TB")  # fmt: skip
+            "simulated, h", "saturates", "euros", "embeddings, TB", "memory of the last step, GB")  # fmt: skip
+_MODELS, _SPREAD_OF_SHARDS = 1000, 0.2
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,7 @@ def measured(images: Path) -> Units:
         np.save(file, bank)
         return Units(
             _seconds(lambda: [preprocessing.pixels(decode(data)) for data in encoded]) / len(encoded),
-            _seconds(lambda: sampled.scores(bank, 0)) / len(bank),
+            _seconds(lambda: sampled.scores(bank, 0, (settings.method,))) / len(bank),
             _seconds(lambda: np.load(file, mmap_mode="r").sum()) / len(bank),
         )
 
@@ -123,12 +141,62 @@ def total(hours: dict[str, float]) -> float:
     return first + max(hours["score"], hours["read embeddings"])
 
 
-def report(units: Units) -> str:
+def simulated(pairs: int, machines: int, units: Units, seed: int = 0) -> float:
+    """Hours of a scan whose shards take 20 % more or less at random, each of which one machine works on."""
+    generator = np.random.default_rng(seed)
+    hours = stages(pairs, machines, units)
+    count = -(-pairs // ASSUMED.shard)
+    both = (
+        max(hours[name] for name in ("read images", "decode", "embed")),
+        max(hours["score"], hours["read embeddings"]),
+    )
+    return sum(
+        makespan(generator.lognormal(-(_SPREAD_OF_SHARDS**2) / 2, _SPREAD_OF_SHARDS, count) * part * machines / count,
+                 machines)
+        for part in both
+    )  # fmt: skip
+
+
+def makespan(durations: NDArray[np.float64], workers: int) -> float:
+    """When the last of some tasks ends, if each worker takes the next one as soon as it is free."""
+    free = [0.0] * min(workers, len(durations))
+    for duration in durations.tolist():
+        heapq.heapreplace(free, free[0] + duration)
+    return max(free)
+
+
+def spread(folder: Path) -> NDArray[np.float64]:
+    """Durations of vettings without a base, in units of their mean."""
+    found = [json.loads(file.read_text(encoding="utf-8"))["seconds"] for file in folder.glob("*/vetting-derived.json")]
+    ratios: NDArray[np.float64] = np.array(found) / np.mean(found)
+    return ratios
+
+
+def vettings(ratios: NDArray[np.float64], seed: int = 0) -> list[str]:
+    """Rows: a thousand models, on cores and on GPUs; their one base comes first, alone."""
+    each = np.random.default_rng(seed).choice(ratios, _MODELS)
+    on_gpu = ASSUMED.passes * ASSUMED.operations / ASSUMED.gpu / 3600
+    rows = []
+    for name, hours, width in (("core", ASSUMED.vetting, ASSUMED.cores), ("GPU", on_gpu, ASSUMED.gpus)):
+        for machines in (1, 8, 64):
+            workers = machines * width
+            computing = hours * (ratios.mean() + makespan(each, workers))
+            reading = _MODELS * ASSUMED.checkpoint / min(machines * ASSUMED.network, ASSUMED.storage) / 3600
+            busy = hours * each.sum() / workers / computing
+            slowest = "reading checkpoints" if reading > computing else f"{name}s" if busy > 0.5 else "too few models"
+            times = f"{hours:.3f} | {computing:.2f} | {reading:.2f}"
+            rows.append(f"| {name} | {machines} | {workers} | {times} | {busy:.0%} | {slowest} |")
+    return rows
+
+
+def report(units: Units, ratios: NDArray[np.float64]) -> str:
     """The tables."""
     lines = [
         f"Measured on one core: decoding {1000 * units.decoding:.2f} ms, scoring {1e6 * units.scoring:.1f} µs,",
-        f"reading embeddings {1e6 * units.reading:.2f} µs a pair.\n",
-        f"Assumed: {ASSUMED}\n",
+        f"reading embeddings {1e6 * units.reading:.2f} µs a pair. Durations of {len(ratios)} vettings lie between",
+        f"{ratios.min():.2f} and {ratios.max():.2f} times their mean.\n",
+        f"Assumed: `{ASSUMED}`\n",
+        "## Scans\n",
         "| " + " | ".join(_COLUMNS) + " |",
         "| --- " * len(_COLUMNS) + "|",
     ]
@@ -138,9 +206,23 @@ def report(units: Units) -> str:
             slowest = max(hours, key=lambda stage: hours[stage])
             lines.append(
                 f"| {name} | {machines} | " + " | ".join(f"{value:.2f}" for value in hours.values())
-                + f" | {total(hours):.1f} | {slowest} | {total(hours) * machines * ASSUMED.euros:.0f} | "
-                f"{pairs * 2 * 4 * WIDTH / 1e12:.2f} |"
+                + f" | {total(hours):.2f} | {simulated(pairs, machines, units):.2f} | {slowest} | "
+                f"{total(hours) * machines * ASSUMED.euros:.0f} | {pairs * 2 * 4 * WIDTH / 1e12:.2f} | "
+                f"{pairs * ASSUMED.memory / 1e9:.1f} |"
             )  # fmt: skip
+    lines += [
+        "",
+        "*In all* is the slowest of what overlaps, in each of the two stages; *simulated* gives shards to machines one",
+        "by one. Groups among the candidates come on top: minutes of one core, whatever the set.\n",
+        "The stage with the largest figure of a row limits it: with fewer cores to a GPU decoding,",
+        f"from {int(ASSUMED.storage / ASSUMED.network) + 1} machines on whatever shared storage delivers.\n",
+        f"## {_MODELS:,} models (ViT-B/32, 1,000 classes, a common base)\n",
+        "| on a | machines | tasks at once | one, h | all, h | reading checkpoints, h | busy | limited by |",
+        "| --- " * 8 + "|",
+        *vettings(ratios),
+        "",
+        "Hours of one on a core are measured, those on a GPU assumed: arithmetic at the assumed rate.",
+    ]
     return "\n".join(lines)
 
 
@@ -166,8 +248,11 @@ def main() -> None:
     """Measure, compute, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True)
-    units = measured(parser.parse_args().images)
-    text = heading("Scans beyond one machine", "python -m benchmarks.scan.scaling --images DIR") + report(units)
+    parser.add_argument("--evaluation", type=Path, required=True)
+    arguments = parser.parse_args()
+    units, ratios = measured(arguments.images), spread(arguments.evaluation)
+    command = "python -m benchmarks.scan.scaling --images DIR --evaluation DIR"
+    text = heading("Scans and vettings beyond one machine", command) + report(units, ratios)
     (RESULTS / "scan-scaling.md").write_text(text + "\n", encoding="utf-8")
     (RESULTS.parents[1] / "docs" / "images" / "scan-cost.svg").write_text(plot(units), encoding="utf-8")
     sys.stdout.write(text + "\n")

@@ -10,6 +10,8 @@ writes it; by default embeddings are drawn. Results go to `benchmarks/results/sc
 
 import argparse
 import json
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,12 +25,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks._record import RESULTS, heading
+from guard._plots import BLUE, plain, svg
 from guard.scan.nearest import _BLOCK, _QUERIES, Reference
 from guard.scan.scores import ALL, Sampled, released
 
 K, WIDTH, SEED = 16, 512, 0
+GROWTH = (100_000, 300_000, 1_000_000)
+DOCS = Path(__file__).parents[2] / "docs" / "images"
 _EXACT = "donot_use_mm_for_euclid_dist"
 """How the released code measures distances when it scans."""
 _COLUMNS = ("batch", "score", "released, µs", "ours, µs", "ratio", "default of guard scan, µs", "ratio")
@@ -155,21 +161,22 @@ def watch():
         time.sleep(0.05)
 threading.Thread(target=watch, daemon=True).start()
 scan(Path(sys.argv[1]), Path(sys.argv[2]), settings=ScanSettings(share=0.01, most=2000))
-started = time.monotonic()
 summary = json.loads((Path(sys.argv[2]) / 'summary.json').read_text())
 print(json.dumps({'peak': peak, 'scoring': summary['scoring_seconds']}))
 """
 
 
 def growth(scratch: Path) -> str:
-    """Whole scans of drawn embeddings, each in a process of its own."""
+    """Whole scans of drawn embeddings, each in a process of its own; draws the curve too."""
     lines = [
-        f"Embeddings of {WIDTH} numbers, drawn; 2,000 candidates.",
-        "Memory is the largest anonymous memory of the process, which leaves out mapped files.\n",
-        "| pairs | seconds in all | of these scoring | memory, MiB |",
-        "| --- | --- | --- | --- |",
+        f"Embeddings of {WIDTH} numbers, drawn; 2,000 candidates; {torch.get_num_threads()} thread(s).",
+        "Memory is the largest anonymous memory of the process, which leaves out mapped files. Processor time is",
+        "that of the whole process, from its start to its end.\n",
+        "| pairs | seconds of the clock | of the processor | of these scoring, by the clock | memory, MiB |",
+        "| --- | --- | --- | --- | --- |",
     ]
-    for count in (50_000, 200_000, 1_000_000):
+    points = []
+    for count in GROWTH:
         folder = scratch / str(count)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "drawn.npy"
@@ -178,13 +185,38 @@ def growth(scratch: Path) -> str:
         for start in range(0, count, 50_000):
             mapped[start : start + 50_000] = generator.standard_normal((min(50_000, count - start), WIDTH), np.float32)
         del mapped
-        started = time.monotonic()
+        started, before = time.monotonic(), _children()
         done = subprocess.run(
             [sys.executable, "-c", _ONE, str(file), str(folder / "out")], capture_output=True, text=True, check=True
         )
-        seconds, found = time.monotonic() - started, json.loads(done.stdout)
-        lines.append(f"| {count:,} | {seconds:.0f} | {found['scoring']:.0f} | {found['peak'] / 1024:.0f} |")
-    return "\n".join(lines)
+        seconds, processor, found = time.monotonic() - started, _children() - before, json.loads(done.stdout)
+        shutil.rmtree(folder)
+        points.append((count, processor, found["peak"] / 1024))
+        lines.append(
+            f"| {count:,} | {seconds:.0f} | {processor:.0f} | {found['scoring']:.0f} | {found['peak'] / 1024:.0f} |"
+        )
+        sys.stderr.write(lines[-1] + "\n")
+    (DOCS / "scan-growth.svg").write_text(_curve(points), encoding="utf-8")
+    return "\n".join(lines) + "\n\n![processor time and memory against pairs](../../docs/images/scan-growth.svg)"
+
+
+def _children() -> float:
+    """Processor time of the processes that ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _curve(points: Sequence[tuple[int, float, float]]) -> str:
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    pairs = [point[0] for point in points]
+    for axis, values, label in zip(
+        figure.subplots(1, 2), list(zip(*points, strict=True))[1:], ("processor time, s", "memory, MiB"), strict=True
+    ):
+        axis.loglog(pairs, values, "o-", color=BLUE)
+        axis.set_xlabel("pairs")
+        axis.set_ylabel(label)
+        plain(axis)
+    return svg(figure, "growth of a scan")
 
 
 def _turns(functions: Sequence[Callable[[], object]], turns: int) -> list[float]:
