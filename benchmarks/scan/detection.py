@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from benchmarks._record import RESULTS, heading
 from benchmarks.scan.training import KINDS
 from guard.evaluation.statistics import Rate, auroc
-from guard.scan.fine import Captions, candidates, find_groups, refine
+from guard.scan.captions import Captions
+from guard.scan.fine import examine_set
 from guard.scan.results import ScanSettings
 from guard.scan.scores import Sampled, released
 from guard.scan.vectors import Unit
@@ -59,11 +60,10 @@ def one(folder: Path) -> str:
     device = torch.device("cpu")
     sampled = Sampled([image], SETTINGS.sample, SETTINGS.draws, SETTINGS.k, seed=SETTINGS.seed, device=device)
     ours = sampled.scores(image, 0)
-    coarse, unit = ours[SETTINGS.method], [Unit(image)]
-    found = find_groups(unit, candidates(coarse, SETTINGS.share, SETTINGS.most), seed=SETTINGS.seed, device=device)
+    coarse = ours[SETTINGS.method]
     stated = Captions([(lambda: captions, partial(list, [""] * len(image)))], [len(image)])
-    groups, probabilities = refine(
-        found, coarse, unit, stated, lambda rows: {int(row): pixels[row] for row in rows}, seed=SETTINGS.seed
+    _, groups, probabilities = examine_set(
+        [Unit(image)], coarse, stated, lambda rows: {int(row): pixels[row] for row in rows}, SETTINGS, device
     )
     accused = [group for group in groups if group.kind in ("trigger", "suspected")]
     removed = np.zeros(len(image), bool)

@@ -74,6 +74,13 @@ _NAMES = ("image", "caption", "key")
 @click.option(
     "--most", type=click.IntRange(min=100), default=100_000, show_default=True, help="Largest number of these."
 )
+@click.option(
+    "--words",
+    type=click.IntRange(min=0),
+    default=64,
+    show_default=True,
+    help="Number of words, the most common ones, whose images are searched for a common pattern by their pixels.",
+)
 @click.option("--image-column", default="image", show_default=True, help="Column of a table with paths of images.")
 @click.option("--caption-column", default="caption", show_default=True, help="Column with captions.")
 @click.option("--key-column", default="key", show_default=True, help="Column that names the pairs.")
@@ -97,6 +104,7 @@ def scan(
     neighbours: str,
     share: float,
     most: int,
+    words: int,
     image_column: str,
     caption_column: str,
     key_column: str,
@@ -134,6 +142,7 @@ def scan(
         search=neighbours,  # type: ignore[arg-type]
         share=share,
         most=most,
+        words=words,
         seed=seed,
     )
     import_open_clip()

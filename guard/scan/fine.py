@@ -7,7 +7,7 @@ captions and, above all, their pixels have in common (`guard.scan.groups`).
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 
 from guard._types import Floats, Rows
+from guard.scan.captions import Captions, Reader
 from guard.scan.groups import SHOWN, SMALLEST, Group, common_word, components, count_words, examine, words
 from guard.scan.membership import membership, projections
 from guard.scan.nearest import Embeddings, Reference, sampled
+from guard.scan.patterns import WordPattern, find_patterns
+from guard.scan.results import ScanSettings
 from guard.scan.vectors import gathered, slices
 
-Reader = Callable[[Rows], Mapping[int, NDArray[np.uint8]]]
-"""Reads images by the numbers of their pairs; those that cannot be read are missing in its result."""
 _EDGES = 8
 _CLOSE = 0.3
 """Two candidates belong together if their distance is this part of that to the 16th neighbour in a sample."""
@@ -37,37 +38,6 @@ _SEPARATE = 3.0
 _SMALLEST_SUSPECTED, _GROWTH = 20, 2
 """A group without a pattern must have so many pairs, and not more than twice as many as it was found with."""
 _ORDER = ("trigger", "suspected", "copies", "noise", "cluster")
-
-
-class Captions:
-    """Captions and digests of all pairs, read part by part.
-
-    Args:
-        parts: For each part a function that reads captions, and one that reads digests.
-        sizes: Number of pairs in each part.
-    """
-
-    def __init__(
-        self, parts: Sequence[tuple[Callable[[], Sequence[str]], Callable[[], Sequence[str]]]], sizes: Sequence[int]
-    ) -> None:
-        self._parts = parts
-        self._starts = np.cumsum([0, *sizes])
-
-    def of(self, rows: Rows) -> tuple[dict[int, str], dict[int, str]]:
-        """Captions and digests of some pairs."""
-        captions, digests = dict[int, str](), dict[int, str]()
-        for number, (caption, digest) in enumerate(self._parts):
-            start, stop = self._starts[number], self._starts[number + 1]
-            inside = rows[(rows >= start) & (rows < stop)]
-            if len(inside):
-                texts, sums = caption(), digest()
-                captions |= {int(row): texts[row - start] for row in inside}
-                digests |= {int(row): sums[row - start] for row in inside}
-        return captions, digests
-
-    def all(self) -> Iterable[tuple[int, Sequence[str]]]:
-        """The number of the first pair of each part, and its captions."""
-        return ((int(start), caption()) for start, (caption, _) in zip(self._starts, self._parts, strict=False))
 
 
 def candidates(scores: NDArray[np.float64], share: float, most: int) -> Rows:
@@ -187,15 +157,7 @@ def settle(
     Returns:
         The group with all its pairs, and the probability of each pair that may belong to it.
     """
-    rows = np.array(
-        [
-            start + place
-            for start, each in captions.all()
-            for place, text in enumerate(each)
-            if group.word in text.casefold() and group.word in words(text)
-        ],
-        np.int64,
-    )
+    rows = captions.having(group.word)
     members = np.isin(rows, group.pairs)
     if members.sum() >= SMALLEST and not members.all():
         own: Floats = gathered(parts, rows)
@@ -220,8 +182,8 @@ def refine(
     read: Reader,
     *,
     seed: int,
-) -> tuple[tuple[Group, ...], dict[int, float]]:
-    """Examine and settle groups: triggers first, and the probability of pairs to have one.
+) -> tuple[list[Group], dict[int, float]]:
+    """Examine and settle groups, and the probability of pairs to have a trigger.
 
     Arguments are those of `find_groups`, `examine_groups` and `settle`.
     """
@@ -230,8 +192,93 @@ def refine(
         settled = group
         if group.kind in ("trigger", "suspected"):
             settled, each = settle(group, parts, captions, seed=seed)
-            for row, value in each.items():
-                probabilities[row] = max(value, probabilities.get(row, 0.0))
+            _raise(probabilities, each)
         groups.append(settled)
+    return groups, probabilities
+
+
+def add_patterns(
+    groups: Sequence[Group],
+    probabilities: dict[int, float],
+    patterns: Sequence[WordPattern],
+    scores: NDArray[np.float64],
+    captions: Captions,
+    read: Reader,
+    *,
+    seed: int,
+) -> list[Group]:
+    """Add the pairs that stand apart by their pixels to a group that has them already, or as a group of their own.
+
+    Args:
+        groups: Groups of embeddings.
+        probabilities: Of pairs to have a trigger; those of the patterns are added.
+        patterns: What `find_patterns` found.
+        scores: Scores of all pairs.
+        captions: Captions of all pairs.
+        read: Reads images.
+        seed: Of comparisons.
+    """
+    all_groups = list(groups)
+    for pattern in patterns:
+        own, divided = pattern.pairs, pattern.membership
+        if len(own) < SMALLEST:
+            continue
+        (group,) = examine_groups([own], scores, captions, read, seed=seed)
+        if group.kind not in ("trigger", "suspected"):
+            continue
+        group = replace(group, kind="trigger", count=divided.count, low=divided.low, high=divided.high)
+        for other in [each for each in all_groups if each.word == group.word and _same(each, group)]:
+            all_groups.remove(other)
+            if other.kind in ("trigger", "suspected"):
+                group = _united(group, other)
+        _raise(probabilities, dict(zip(pattern.rows.tolist(), divided.probabilities.tolist(), strict=True)))
+        all_groups.append(group)
+    return all_groups
+
+
+def _raise(probabilities: dict[int, float], more: Mapping[int, float]) -> None:
+    for row, value in more.items():
+        probabilities[row] = max(value, probabilities.get(row, 0.0))
+
+
+def _same(one: Group, two: Group) -> bool:
+    """Whether half of the smaller group is in the other."""
+    return 2 * len(set(one.pairs).intersection(two.pairs)) >= min(len(one.pairs), len(two.pairs))
+
+
+def _united(one: Group, two: Group) -> Group:
+    """One group, by pixels, with the pairs of another, by embeddings."""
+    further = [row for row in two.pairs if row not in set(one.pairs)]
+    count, low, high = (max(getattr(one, name), getattr(two, name)) for name in ("count", "low", "high"))
+    return replace(one, pairs=(*one.pairs, *further), count=count, low=low, high=max(high, len(one.pairs)))
+
+
+def examine_set(
+    parts: Sequence[Embeddings],
+    scores: NDArray[np.float64],
+    captions: Captions,
+    read: Reader,
+    settings: ScanSettings,
+    device: torch.device,
+) -> tuple[Rows, tuple[Group, ...], dict[int, float]]:
+    """The whole fine stage.
+
+    Args:
+        parts: Embeddings of all images, of length 1.
+        scores: Scores of all pairs.
+        captions: Captions of all pairs.
+        read: Reads images.
+        settings: How many candidates and words are looked at, and the seed.
+        device: Where neighbours are searched.
+
+    Returns:
+        The candidates; groups, triggers first; and the probability of pairs to have a trigger.
+    """
+    seed = settings.seed
+    chosen = candidates(scores, settings.share, settings.most)
+    found = find_groups(parts, chosen, seed=seed, device=device)
+    groups, probabilities = refine(found, scores, parts, captions, read, seed=seed)
+    patterns = find_patterns(captions, read, most=settings.words, seed=seed) if settings.words else []
+    groups = add_patterns(groups, probabilities, patterns, scores, captions, read, seed=seed)
     order = sorted(groups, key=lambda group: (_ORDER.index(group.kind), -len(group.pairs), group.pairs[:1]))
-    return tuple(order), probabilities
+    return chosen, tuple(order), probabilities

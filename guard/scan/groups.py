@@ -196,15 +196,15 @@ def common_pattern(images: NDArray[np.uint8], others: NDArray[np.uint8], *, seed
         others: Shape [m, 3, H, W].
         seed: Of the draws.
     """
-    detail, reference = _detail(images), _detail(others)
+    values, reference = detail(images), detail(others)
     centre, spread = reference.mean(0), reference.std(0) + 1.0
-    size = min(len(detail), len(reference))
+    size = min(len(values), len(reference))
     generator = np.random.default_rng(seed)
 
     def strength(part: Floats) -> float:
         return float(np.abs((part.mean(0) - centre) / spread).max() * np.sqrt(len(part)))
 
-    own = strength(detail[:size])
+    own = strength(values[:size])
     chosen = np.zeros((_NULLS, len(reference)), np.float32)
     for row in chosen:
         row[generator.choice(len(reference), size, replace=True)] += 1
@@ -218,13 +218,14 @@ def common_pattern(images: NDArray[np.uint8], others: NDArray[np.uint8], *, seed
     return Pattern(own, own / max(float(nulls.max()), 1e-6), p_value, mean)
 
 
-def _detail(images: NDArray[np.uint8]) -> Floats:
+def detail(images: NDArray[np.uint8]) -> Floats:
+    """Pixels without the mean of the 3 × 3 around them, shape [N, 3, H, W]."""
     values = images.astype(np.float32)
     padded = np.pad(values, ((0, 0), (0, 0), (1, 1), (1, 1)), "edge")
     height, width = values.shape[-2:]
     around = sum(padded[..., y : y + height, x : x + width] for y in range(3) for x in range(3))
-    detail: Floats = values - np.asarray(around, np.float32) / np.float32(9)
-    return detail
+    found: Floats = values - np.asarray(around, np.float32) / np.float32(9)
+    return found
 
 
 def _similarity(images: NDArray[np.uint8]) -> float:

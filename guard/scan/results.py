@@ -32,6 +32,7 @@ class ScanSettings:
         search: How neighbours in the whole set are searched: `auto` searches exactly up to a million pairs.
         share: Share of the pairs with the largest scores that the fine stage looks at, in (0, 1].
         most: Largest number of these.
+        words: Number of words, the most common ones, whose images are searched for a pattern by their pixels.
         seed: Of samples, batches and comparisons.
     """
 
@@ -45,6 +46,7 @@ class ScanSettings:
     search: Search = "auto"
     share: float = 0.1
     most: int = 100_000
+    words: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -56,6 +58,8 @@ class ScanSettings:
             )
         if self.k < 2 or not 0 < self.share <= 1:
             raise UsageError("a scan needs a k of at least 2, and a share above 0 and of at most 1")
+        if self.words < 0:
+            raise UsageError("the number of words cannot be negative")
         if min(self.sample, self.batch) < self.k + 2:
             raise UsageError(f"k = {self.k} needs samples and batches of at least {self.k + 2}")
 

@@ -14,8 +14,9 @@ from guard.classifiers.classes import EVERYDAY
 from guard.classifiers.open_clip import pick_device
 from guard.distributed import Engine, Lost, Serial
 from guard.errors import DataError
+from guard.scan.captions import Captions
 from guard.scan.embedding import BATCH, embed_shard, read_images
-from guard.scan.fine import Captions, candidates, find_groups, refine
+from guard.scan.fine import examine_set
 from guard.scan.given import store_given
 from guard.scan.results import ScanSettings, ScanSummary
 from guard.scan.scoring import Scorer, StoredScores
@@ -109,16 +110,13 @@ def scan(
         raise DataError("a score is not finite; the embeddings are too large to be compared")
     parts = [stored[number] for number in used]
     unit = [Unit(part.image) for part in parts]
-    chosen = candidates(scores, settings.share, settings.most)
-    say(f"{len(chosen)} candidates")
     captions = Captions(
         [(partial(part.column, "caption"), partial(part.column, "digest")) for part in parts],
         [part.note.pairs for part in parts],
     )
     read = _reader([shards[number] for number in used] if shards else [], parts, model, device)
-    found = find_groups(unit, chosen, seed=settings.seed, device=pick_device(device))
-    say(f"{len(found)} groups among them")
-    groups, probabilities = refine(found, scores, unit, captions, read, seed=settings.seed)
+    chosen, groups, probabilities = examine_set(unit, scores, captions, read, settings, pick_device(device))
+    say(f"{len(groups)} groups, of {len(chosen)} candidates and {settings.words} words")
     scorer = _scorer(tuple(stems), settings, device)
     accused = [group for group in groups if group.kind in ("trigger", "suspected")]
     certain = [group for group in groups if group.kind == "trigger"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from guard.baselines import DAO, LID, SLOF, KDistance
-from guard.scan.nearest import Reference, _largest, sampled
+from guard.scan.nearest import Reference, _largest, sampled, smallest
 from guard.scan.scores import Sampled, released
 from guard.scan.vectors import Unit, gathered
 
@@ -75,6 +75,28 @@ def test_scores_against_a_sample_are_those_of_the_baselines(name: str, score: ty
     np.testing.assert_allclose(np.delete(found, rows), expected, rtol=2e-5, atol=1e-5)
     within = score(8).fit(unit[rows]).within()
     np.testing.assert_allclose(found[rows], within, rtol=2e-5, atol=1e-5)
+
+
+def test_copies_of_an_image_are_at_distance_zero_of_it() -> None:
+    import torch
+
+    bank = 100 + embeddings(200)
+    bank[50:150] = bank[0]
+    rows = Sampled([bank], 100, 2, 4, seed=3, device=torch.device("cpu")).scores(bank, 0, ("k-distance",))
+    assert (rows["k-distance"][50:150] == 0).all()
+    assert (np.delete(rows["k-distance"], [0, *range(50, 150)]) > 1).all()
+
+
+def test_the_smallest_of_ties_are_as_many_as_asked() -> None:
+    import torch
+
+    values = torch.tensor([[3.0, 1, 1, 1, 0], [5, 4, 3, 2, 1]])
+    best, columns = smallest(values, 3, columns=True)
+    assert best.tolist() == [[0, 1, 1], [1, 2, 3]]
+    assert columns is not None
+    assert sorted(columns[1].tolist()) == [2, 3, 4]
+    assert len(set(columns[0].tolist())) == 3
+    assert 0 not in columns[0]
 
 
 def test_rows_are_gathered_from_parts() -> None:
