@@ -27,7 +27,7 @@ from tests.cluster import Cluster, Killing, large_zoo
 from tests.conftest import CLASSES, CONFIG, random_images, tiny_model
 from tests.unit.scan.conftest import add, png
 
-MODELS, SHARDS, EMPTY = 24, 24, 200
+MODELS, SHARDS, EMPTY = 21, 12, 200
 SETTINGS = EvaluationSettings("quick", 64, (0.05,), 0, "cpu")
 FILES = ("scores.parquet", "keep.txt", "report.html")
 _ABOUT = f"""\

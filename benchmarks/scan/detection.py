@@ -26,11 +26,15 @@ from guard.scan.vectors import Unit
 SETTINGS = ScanSettings()
 SCORES = ("k-distance", "slof", "lid", "dao")
 _ABOUT = """\
-30,000 pairs at 32 px each, on which a small CLIP (ResNet of width 16, text tower of width 64) was trained from scratch
-for 6 epochs, with captions from 16 templates. Each set has 50 copies of a placeholder, 50 of a photograph and 50
-pictures of noise, with random captions. Seeds are 0. Constants of groups were chosen on cifar10, badnets-medium, 1 %,
-whose figures are therefore no test; all other sets are.
+On each set a small CLIP was trained from scratch, at 32 px, with captions from 16 templates: `resnet` has an image
+tower of width 16, `vit` one of 2 layers of width 96 with patches of 8. Each set has 50 copies of a placeholder, 50 of a
+photograph and 50 pictures of noise, with random captions. Constants of `guard.scan` were chosen on sets with the seed
+0, whose figures are therefore no test; nothing was chosen on those with the seed 1. Where the attack success rate is
+low, the attack did not take. The sets of Tiny-ImageNet have 40 of its classes unless they say 200.
 """
+_COLUMNS = ("set", "tower", "pairs", "poisoned", "accuracy", "attack success", "AUROC as released, k-distance", "DAO",
+            "AUROC of ours, k-distance", "after groups", "FPR at TPR 95 %", "at 100 %", "precision", "recall",
+            "estimate", "clean removed")  # fmt: skip
 
 
 def as_released(image: NDArray[np.float32], text: NDArray[np.float32]) -> dict[str, NDArray[np.float64]]:
@@ -49,6 +53,22 @@ def ranking(label: str, scores: NDArray[np.float64], kinds: NDArray[np.int64]) -
     area = auroc(poisoned.tolist(), clean.tolist())
     rates = [float((clean >= np.quantile(poisoned, 1 - share, method="lower")).mean()) for share in (0.95, 1.0)]
     return f"| {label} | {area.brief} | {rates[0]:.2%} | {rates[1]:.2%} |"
+
+
+def table_line(record: dict[str, Any], ranked: dict[str, str], cut: dict[str, str]) -> str:
+    """The set's line in the table of all sets."""
+    kind = f"{record.get('classes') or 200} classes" if record["data"] == "tiny-imagenet" else ""
+    areas = {label: line.split("|")[2].split()[0] for label, line in ranked.items()}
+    last = ranked["samples, then groups"].split("|") if ranked else []
+    cells = (
+        f"{record['data']} {kind} {record['trigger'] or 'no poison'} {100 * record['rate']:g} %, {record['seed']}",
+        record.get("tower", "resnet"), record["pairs"], record["poisoned"], f"{record['accuracy']:.0%}",
+        f"{record['success'][0]:.0%}" if record["success"] else "",
+        *(areas.get(label, "") for label in ("as released, k-distance", "as released, dao", "samples, k-distance",
+                                             "samples, then groups")),
+        last[3].strip() if last else "", last[4].strip() if last else "", *cut.values(),
+    )  # fmt: skip
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
 def one(folder: Path) -> str:
@@ -76,25 +96,27 @@ def one(folder: Path) -> str:
         final[row] += value
     success = f", attack success rate {record['success'][0]:.1%}" if record["success"] else ""
     lines = [
-        f"## {record['data']}, {record['trigger'] or 'no poison'}, {100 * record['rate']:g} %\n",
+        f"## {record['data']}, {record['trigger'] or 'no poison'}, {100 * record['rate']:g} %, seed {record['seed']}\n",
         f"{record['poisoned']} of {record['pairs']} pairs are poisoned; accuracy {record['accuracy']:.1%}{success}.\n",
     ]
+    ranked: dict[str, str] = {}
     if record["poisoned"]:
+        scores = {f"as released, {name}": values for name, values in as_released(image, text).items()}
+        scores |= {f"samples, {name}": ours[name] for name in SCORES} | {"samples, then groups": final}
+        ranked = {label: ranking(label, values, kinds) for label, values in scores.items()}
         lines += ["| score | AUROC | FPR at TPR 95 % | FPR at TPR 100 % |", "| --- | --- | --- | --- |"]
-        lines += [ranking(f"as released, {name}", values, kinds) for name, values in as_released(image, text).items()]
-        lines += [ranking(f"samples, {name}", ours[name], kinds) for name in SCORES]
-        lines += [ranking("samples, then groups", final, kinds), ""]
+        lines += [*ranked.values(), ""]
     hit, all_removed, poisoned = int((removed & (kinds == 1)).sum()), int(removed.sum()), record["poisoned"]
-    if all_removed:
-        lines.append(f"- precision of the cut: {Rate.of(hit, all_removed).brief}")
-    if poisoned:
-        lines.append(f"- recall of the cut: {Rate.of(hit, poisoned).brief}")
     low = sum(group.low for group in groups if group.kind == "trigger")
     count, high = (sum(getattr(group, name) for group in accused) for name in ("count", "high"))
-    lines.append(f"- estimated number of poisoned pairs: {count} ({low} to {high}); true: {poisoned}")
-    lines.append(
-        f"- clean pairs removed: {Rate.of(int((removed & (kinds == 0)).sum()), int((kinds == 0).sum())).brief}"
-    )
+    cut = {
+        "precision of the cut": Rate.of(hit, all_removed).brief if all_removed else "",
+        "recall of the cut": Rate.of(hit, poisoned).brief if poisoned else "",
+        "estimated number of poisoned pairs": f"{count} ({low} to {high})",
+        "clean pairs removed": Rate.of(int((removed & (kinds == 0)).sum()), int((kinds == 0).sum())).brief,
+    }
+    lines += [f"- {name}: {value}" for name, value in cut.items() if value]
+    (folder / "row.md").write_text(table_line(record, ranked, cut) + "\n", encoding="utf-8")
     for number, kind in enumerate(KINDS[2:], 2):
         lines.append(f"- {kind}: {int(removed[kinds == number].sum())} of {int((kinds == number).sum())} removed")
     lines += [
@@ -124,9 +146,14 @@ def main() -> None:
         part = one(record.parent)
         record.with_name("detection.md").write_text(part, encoding="utf-8")
         sys.stdout.write(part)
-    parts = [path.read_text(encoding="utf-8") for path in sorted(arguments.sets.glob("*/detection.md"))]
+    lines = [path.read_text(encoding="utf-8").strip() for path in sorted(arguments.sets.glob("*/row.md"))]
+    parts = [""]
+    for seed, title in (("1", "Sets that nothing was chosen on"), ("0", "Sets on which constants were chosen")):
+        chosen = [line for line in lines if line.split("|")[1].rstrip().endswith(f", {seed}")]
+        parts += [f"## {title}\n", "| " + " | ".join(_COLUMNS) + " |", "| --- " * len(_COLUMNS) + "|", *chosen, ""]
+    sections = [path.read_text(encoding="utf-8") for path in sorted(arguments.sets.glob("*/detection.md"))]
     title = heading("Poisoned pairs that a scan finds", "python -m benchmarks.scan.detection --sets DIR")
-    (RESULTS / "scan-detection.md").write_text("\n".join([title + _ABOUT, *parts]), encoding="utf-8")
+    (RESULTS / "scan-detection.md").write_text("\n".join([title + _ABOUT, *parts, *sections]), encoding="utf-8")
 
 
 if __name__ == "__main__":

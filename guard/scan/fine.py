@@ -209,6 +209,8 @@ def add_patterns(
 ) -> list[Group]:
     """Add the pairs that stand apart by their pixels to a group that has them already, or as a group of their own.
 
+    A pattern half of whose pairs a larger one has is the same trigger, seen through another word.
+
     Args:
         groups: Groups of embeddings.
         probabilities: Of pairs to have a trigger; those of the patterns are added.
@@ -218,10 +220,11 @@ def add_patterns(
         read: Reads images.
         seed: Of comparisons.
     """
-    all_groups = list(groups)
-    for pattern in patterns:
+    all_groups, taken = list(groups), set[int]()
+    # The target's word has all pairs with the trigger, another common word only some of the same pairs.
+    for pattern in sorted(patterns, key=lambda pattern: -len(pattern.pairs)):
         own, divided = pattern.pairs, pattern.membership
-        if len(own) < SMALLEST:
+        if len(own) < SMALLEST or 2 * len(taken.intersection(own.tolist())) >= len(own):
             continue
         (group,) = examine_groups([own], scores, captions, read, seed=seed)
         if group.kind not in ("trigger", "suspected"):
@@ -231,6 +234,7 @@ def add_patterns(
             all_groups.remove(other)
             if other.kind in ("trigger", "suspected"):
                 group = _united(group, other)
+        taken.update(group.pairs)
         _raise(probabilities, dict(zip(pattern.rows.tolist(), divided.probabilities.tolist(), strict=True)))
         all_groups.append(group)
     return all_groups
