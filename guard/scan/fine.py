@@ -37,6 +37,7 @@ _SEPARATE = 3.0
 """Separation from which a group is taken for one of its own (`Membership`)."""
 _SMALLEST_SUSPECTED, _GROWTH = 20, 2
 """A group without a pattern must have so many pairs, and not more than twice as many as it was found with."""
+_ACCUSED = ("trigger", "suspected")
 _ORDER = ("trigger", "suspected", "copies", "noise", "cluster")
 
 
@@ -190,7 +191,7 @@ def refine(
     groups, probabilities = [], dict[int, float]()
     for group in examine_groups(found, scores, captions, read, seed=seed):
         settled = group
-        if group.kind in ("trigger", "suspected"):
+        if group.kind in _ACCUSED:
             settled, each = settle(group, parts, captions, seed=seed)
             _raise(probabilities, each)
         groups.append(settled)
@@ -209,7 +210,7 @@ def add_patterns(
 ) -> list[Group]:
     """Add the pairs that stand apart by their pixels to a group that has them already, or as a group of their own.
 
-    A pattern half of whose pairs a larger one has is the same trigger, seen through another word.
+    A pattern half of whose pairs are in groups with another word is the same trigger, seen through this one.
 
     Args:
         groups: Groups of embeddings.
@@ -220,21 +221,21 @@ def add_patterns(
         read: Reads images.
         seed: Of comparisons.
     """
-    all_groups, taken = list(groups), set[int]()
+    all_groups = list(groups)
     # The target's word has all pairs with the trigger, another common word only some of the same pairs.
     for pattern in sorted(patterns, key=lambda pattern: -len(pattern.pairs)):
         own, divided = pattern.pairs, pattern.membership
-        if len(own) < SMALLEST or 2 * len(taken.intersection(own.tolist())) >= len(own):
+        accused = [each.pairs for each in all_groups if each.kind in _ACCUSED and each.word != pattern.word]
+        if len(own) < SMALLEST or 2 * len(set(own.tolist()) & set().union(*accused)) >= len(own):
             continue
         (group,) = examine_groups([own], scores, captions, read, seed=seed)
-        if group.kind not in ("trigger", "suspected"):
+        if group.kind not in _ACCUSED:
             continue
         group = replace(group, kind="trigger", count=divided.count, low=divided.low, high=divided.high)
         for other in [each for each in all_groups if each.word == group.word and _same(each, group)]:
             all_groups.remove(other)
-            if other.kind in ("trigger", "suspected"):
+            if other.kind in _ACCUSED:
                 group = _united(group, other)
-        taken.update(group.pairs)
         _raise(probabilities, dict(zip(pattern.rows.tolist(), divided.probabilities.tolist(), strict=True)))
         all_groups.append(group)
     return all_groups
