@@ -1,8 +1,10 @@
 """How widely do the classes of clean models spread? Writes the table that moderates p-values.
 
-python -m benchmarks.nulls --measured FILE [--only probes|families] ZOO...
+python -m benchmarks.nulls --measured FILE [--only probes|families] [--kinds base derived classes] ZOO...
+python -m benchmarks.nulls --measured FILE --compare DIR
 
 Measures what FILE lacks, then writes what it has into guard/vetting/nulls.json; entries that it has nothing for stay.
+With --compare the table stays, and a result in DIR says how what was measured compares with it.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks._record import heading
 from guard._files import replace_file
 from guard.classifiers import Classifier, load
 from guard.evaluation import Zoo
@@ -24,7 +27,7 @@ from guard.evaluation.images import ImageSet, pixels
 from guard.triggers import FAMILIES
 from guard.vetting import DerivedReferenceSettings, InspectionSettings, Inspector, Lead, derive_reference
 from guard.vetting.batches import halves
-from guard.vetting.nulls import Largest, Prior, estimate
+from guard.vetting.nulls import Largest, Prior, estimate, prior
 from guard.vetting.probes import listed_probes, probe_classes
 from guard.vetting.results import PROBES, ReferenceKind
 
@@ -40,6 +43,8 @@ def main() -> None:
     parser.add_argument("--measured", type=Path, required=True)
     parser.add_argument("--models", default="*")
     parser.add_argument("--only", choices=("probes", "families"), help="Default: both.")
+    parser.add_argument("--kinds", nargs="+", default=["derived", "base", "classes"])
+    parser.add_argument("--compare", type=Path)
     parser.add_argument("zoos", type=Path, nargs="*")
     arguments = parser.parse_args()
     known = _read(arguments.measured)
@@ -54,13 +59,17 @@ def main() -> None:
                 kinds.append("classes")
             for kind in kinds:
                 if (
-                    truth
+                    kind in arguments.kinds
+                    and truth
                     and truth.label == "clean"
                     and (name, kind) not in {(row["name"], row["kind"]) for row in known}
                 ):
                     known.append(_measure(zoo, name, kind, arguments.only))
                     with arguments.measured.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(known[-1]) + "\n")
+    if arguments.compare:
+        compare(known, arguments.compare)
+        return
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     priors, maxima = fit(known)
     entries = {**table["priors"], **{"/".join(map(str, key)): asdict(value) for key, value in priors.items()}}
@@ -127,6 +136,32 @@ def fit(rows: list[dict[str, Any]]) -> tuple[dict[tuple[str, str, int], Prior], 
         {key: estimate(*zip(*found, strict=True)) for key, found in variances.items()},
         {key: Largest(float(np.mean(each)), float(np.std(each, ddof=1)), len(each)) for key, each in maxima.items()},
     )
+
+
+def compare(rows: list[dict[str, Any]], out: Path) -> None:
+    """Write how the spread among classes of other clean models compares with the shipped table."""
+    kinds = ", ".join(sorted({row["kind"] for row in rows}))
+    zoos = ", ".join(sorted({row["zoo"] for row in rows}))
+    about = (
+        f"{len(rows)} clean models of the zoos {zoos}; reference: {kinds}. A deviation is the typical standard "
+        "deviation of the statistic among the classes of a clean model; the degrees say how far it is alike for all."
+    )
+    lines = [
+        about,
+        "",
+        "| reference | family | steps | models of the table | deviation, degrees | here | ratio of the deviations |",
+        "| --- " * 7 + "|",
+    ]
+    for (kind, family, steps), here in sorted(fit(rows)[0].items()):
+        table = prior(kind, family, steps)
+        lines.append(
+            f"| {kind} | {family} | {steps} | {table.models} | {table.variance**0.5:.3f}, {table.degrees:.1f} | "
+            f"{here.variance**0.5:.3f}, {here.degrees:.1f} | {(here.variance / table.variance) ** 0.5:.2f} |"
+        )
+    text = heading(
+        "Nulls on other clean models", "python -m benchmarks.nulls --measured FILE --compare benchmarks/results"
+    )
+    (out / "nulls-compared.md").write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _sources(rows: list[dict[str, Any]]) -> dict[str, str]:
