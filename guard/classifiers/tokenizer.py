@@ -108,11 +108,14 @@ class Tokenizer:
         Raises:
             ValueError: A text is longer than `MAX_TEXT`.
         """
-        rows = np.zeros((len(texts), self.form.context), np.int64)
-        for row, text in zip(rows, texts, strict=True):
-            ids = [self._start, *self.encode(text)[: self.form.context - 2], self._end]
-            row[: len(ids)] = ids
-        return rows
+        return np.array([self.framed(self.encode(text)) for text in texts]).reshape(-1, self.form.context)
+
+    def framed(self, ids: Sequence[int]) -> NDArray[np.int64]:
+        """The ids of a text between those of start and end, cut or padded to the context: shape [context]."""
+        row = np.zeros(self.form.context, np.int64)
+        kept = [self._start, *ids[: self.form.context - 2], self._end]
+        row[: len(kept)] = kept
+        return row
 
     def clean(self, text: str) -> str:
         """A text as it is split into words.

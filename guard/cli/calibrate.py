@@ -119,8 +119,8 @@ def calibrate(
 ) -> None:
     """Build the reference banks of PROFILE, make its reference model, and set the threshold for a false-alarm rate.
 
-    The smallest possible false-alarm rate is 1 / (n + 1), where n is 40 % of the number of images, or two thirds of the
-    number of embeddings.
+    The smallest possible false-alarm rate is 1 / (n + 1), where n is 40 % of the number of images or texts, or
+    two thirds of the number of embeddings.
     """
     import guard
     from guard import profiles, report
@@ -139,7 +139,8 @@ def calibrate(
         if embeddings is not None:
             if k is not None or model is not None or base is not None or reference is not None:
                 raise UsageError(
-                    "--k, --model, --base and --reference need --images: with --embeddings the banks stay as they are"
+                    "--k, --model, --base and --reference need --images or --texts: with --embeddings the banks stay "
+                    "as they are"
                 )
             vectors = profiles.read_embeddings(embeddings, stored.document.model.embedding)
             calibrated = stored.recalibrate(vectors, alpha, per_class=per_class, seed=seed)

@@ -103,20 +103,21 @@ class TextReader:
             raise RequestError(f"it has {len(data)} bytes; at most {4 * MAX_TEXT} are read")
         try:
             text = data.decode()
-            ids = self._own.read([text])[0]
-            again = self._own.decode(ids.tolist())
+            ids = self._own.encode(text)
         except UnicodeDecodeError as error:
             raise RequestError("it is not valid UTF-8") from error
         except ValueError as error:
             raise RequestError(str(error)) from error
-        if replaced or not ambiguous:
-            if len(self._own.encode(text)) > self._own.form.context - 2:
-                raise RequestError(f"it has more than {self._own.form.context} tokens, and servers cut it differently")
-            if not np.array_equal(self._own.read([again])[0], ids):
-                raise RequestError("its tokens stand for no text that is read as the same tokens again")
+        if ambiguous and not replaced:
+            return self._own.framed(ids), data
+        again = self._own.decode(ids)
+        if len(ids) > self._own.form.context - 2:
+            raise RequestError(f"it has more than {self._own.form.context} tokens, and servers cut it differently")
+        if self._own.encode(again) != ids:
+            raise RequestError("its tokens stand for no text that is read as the same tokens again")
         if not ambiguous and not self._own.is_plain(text):
             raise RequestError("it has characters that programs clean in different ways")
-        return ids, again.encode() if replaced else data
+        return self._own.framed(ids), again.encode() if replaced else data
 
     def _read_ids(self, request: ModelInferRequest, claims: Claims) -> Inputs:
         form, (start, end) = self._own.form, self._own.ends
