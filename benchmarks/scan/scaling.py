@@ -49,7 +49,8 @@ class Assumed:
         gpus: GPUs of a machine.
         euros: Price of a machine for an hour, with its GPUs; a made-up round number.
         shard: Pairs in a shard.
-        memory: Bytes of the process that looks for groups, for each pair (`scan-growth.md`, rounded up).
+        memory: Bytes of the process that looks for groups, for each pair; an estimate from the arrays that it
+            holds, not a measurement.
         passes: Image passes of vetting a ViT-B/32 with 1,000 classes against its base (`real-sizes.md`).
         operations: Arithmetic of one of these passes, forwards and back.
         vetting: Hours of one core of the same (`real-sizes.md`).

@@ -100,14 +100,13 @@ def find_patterns(captions: Captions, read: Reader, *, most: int, seed: int) -> 
     chosen = [word for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
               if _FEWEST <= count <= _MOST * total][:most]  # fmt: skip
     sample = captions.sample(chosen, _SAMPLE, seed=seed)
-    if not chosen or not (anything := read(sample[chosen[0]][:1])):
+    if not chosen or not read(sample[chosen[0]][:1]):
         return []  # embeddings without images
-    shape = next(iter(anything.values())).shape
     centre = _detail(_images(read, np.unique(np.concatenate([rows[:_FEWEST] for rows in sample.values()])))).mean(0)
     found = []
     for word in chosen:
         images = _images(read, sample[word])
-        direction = _search(images, centre) if len(images) >= _FEWEST and images.shape[1:] == shape else None
+        direction = _search(images, centre) if len(images) >= _FEWEST else None
         if direction is not None:
             found.append(_everywhere(word, *direction, captions, read))
     return found

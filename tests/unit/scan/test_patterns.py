@@ -48,9 +48,12 @@ def poisoned(kind: str) -> tuple[NDArray[np.uint8], Captions]:
     return images.clip(0, 255).astype(np.uint8), captions(texts)
 
 
-@pytest.mark.parametrize("kind", ["patch", "stripes"])
-def test_a_pattern_is_found_without_embeddings_and_counted(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "scale"), [("patch", 1), ("stripes", 1), ("patch", 6)])
+def test_a_pattern_is_found_without_embeddings_and_counted(kind: str, scale: int) -> None:
     images, texts = poisoned(kind)
+    images = images.repeat(scale, 2).repeat(scale, 3)
+    if scale > 1:
+        images = (images + np.random.default_rng(1).normal(0, 16, images.shape)).clip(0, 255).astype(np.uint8)
     (found,) = find_patterns(texts, Reader(images), most=8, seed=0)
     assert (found.word, found.pairs.tolist()) == ("cat", list(range(1, 6 * POISONED, 6)))
     assert found.membership.low < POISONED < found.membership.high
