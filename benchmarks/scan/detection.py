@@ -150,6 +150,8 @@ def main() -> None:
     parts = [""]
     for seed, title in (("1", "Sets that nothing was chosen on"), ("0", "Sets on which constants were chosen")):
         chosen = [line for line in lines if line.split("|")[1].rstrip().endswith(f", {seed}")]
+        if not chosen:
+            continue
         parts += [f"## {title}\n", "| " + " | ".join(_COLUMNS) + " |", "| --- " * len(_COLUMNS) + "|", *chosen, ""]
     sections = [path.read_text(encoding="utf-8") for path in sorted(arguments.sets.glob("*/detection.md"))]
     title = heading("Poisoned pairs that a scan finds", "python -m benchmarks.scan.detection --sets DIR")
