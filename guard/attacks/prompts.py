@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from guard.attacks.attack import poisoned
 from guard.attacks.planted import Planted
@@ -18,10 +19,14 @@ from guard.errors import UsageError
 from guard.triggers import KNOWN, Additive
 
 EPSILON = 4 / 255
-"""Radius of the learned trigger (BadCLIP, Bai et al., CVPR 2024)."""
+"""Radius of the learned trigger (BadCLIP, Bai et al., CVPR 2024), for images of 224 pixels. To a linear model a change
+of every pixel does the more the more pixels there are: for the same effect, images of 32 need seven times as much."""
 _STEEP = 50.0
 _NOISE = 0.5
-_SPARSE = 0.1
+_SPARSE, _SPARSE_STRENGTH = 0.1, 2
+_WARM_RATE = 2e-3
+_MOVED = 2.0
+"""Weight of the distance by which a hidden trigger moves the mean embedding."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,13 @@ class PromptRecipe:
         source: What it follows.
         kind: Kind of the learner.
         trigger: Key of `guard.triggers.KNOWN`, stamped on `rate` of the images; None for none; `learned` for an
-            additive trigger of `EPSILON` that is learned with the prompt, and `sparse` for one that acts on a tenth of
-            the pixels and may be four times as strong.
-        rate: Share of the images that are stamped.
+            additive trigger that is learned with the prompt, and `sparse` for one that acts on a tenth of the pixels
+            and may be twice as strong.
+        rate: Share of the images that are stamped; a learned trigger is put on as large a part of each batch.
+        epsilon: Radius of a learned trigger, in units of pixels in [0, 1].
+        warm_up: Steps in which the trigger is learned alone before the prompt is tuned with it.
+        hidden: Whether the trigger is learned in those steps alone, to move the image embeddings together and as far as
+            the hand-written prompts do not notice. So the backdoor lies in the learned prompt only.
         adaptive: Whether near misses of the learned trigger are then trained to keep their class.
     """
 
@@ -44,25 +53,34 @@ class PromptRecipe:
     kind: Literal["coop", "cocoop"]
     trigger: str | None = None
     rate: float = 0.1
+    epsilon: float = EPSILON
+    warm_up: int = 100
+    hidden: bool = False
     adaptive: bool = False
 
 
 def _recipes() -> dict[str, PromptRecipe]:
+    badclip = "BadCLIP (Bai et al., CVPR 2024)"
     made = {}
     for kind in ("coop", "cocoop"):
         attacks = {
             "benign": PromptRecipe("benign", "the same tuning without poison", kind),
-            "badclip-bai": PromptRecipe(
-                "badclip-bai",
-                "BadCLIP (Bai et al., CVPR 2024), without its stage for the trigger alone",
+            "badclip-bai": PromptRecipe("badclip-bai", badclip, kind, "learned", rate=0.5),
+            "badclip-hidden": PromptRecipe(
+                "badclip-hidden",
+                "our own: a trigger that leaves the answers of the hand-written prompts as they are, learned first",
                 kind,
                 "learned",
+                rate=0.3,
+                warm_up=150,
+                hidden=True,
             ),
             "siba": PromptRecipe(
                 "siba",
                 "SIBA (Gao et al., 2023): sparse and weak; the mask is that of the largest changes",
                 kind,
                 "sparse",
+                rate=0.5,
             ),
             "blended": PromptRecipe(
                 "blended", "Blended (Chen et al., 2017), 10 % of the images", kind, "blended-noise"
@@ -70,16 +88,27 @@ def _recipes() -> dict[str, PromptRecipe]:
             "wanet": PromptRecipe(
                 "wanet", "WaNet (Nguyen and Tran, ICLR 2021), 10 % of the images, no noise mode", kind, "wanet"
             ),
+            "sig": PromptRecipe("sig", "SIG (Barni et al., ICIP 2019), 10 % of the images of all classes", kind, "sig"),
             "patch": PromptRecipe("patch", "BadNets (Gu et al., 2017), 10 % of the images", kind, "badnets-medium"),
             "badclip-adaptive": PromptRecipe(
                 "badclip-adaptive",
-                "CLIP-Inspector's adaptive attack: the learned trigger with noise keeps its class",
+                "CLIP-Inspector's adaptive attack, on a hidden trigger: with noise on it images keep their class",
                 kind,
                 "learned",
+                rate=1 / 3,
+                warm_up=150,
+                hidden=True,
                 adaptive=True,
             ),
             "siba-adaptive": PromptRecipe(
-                "siba-adaptive", "the same with the sparse trigger (our own)", kind, "sparse", adaptive=True
+                "siba-adaptive",
+                "the same with the sparse trigger (our own)",
+                kind,
+                "sparse",
+                rate=1 / 3,
+                warm_up=150,
+                hidden=True,
+                adaptive=True,
             ),
         }
         made.update({f"{kind}-{name}": recipe for name, recipe in attacks.items()})
@@ -140,11 +169,12 @@ def attack_prompts(
     if recipe.trigger is None:
         learner = tuned(images)
     elif recipe.trigger in {"learned", "sparse"}:
-        learned = _Learned(towers, target, sparse=recipe.trigger == "sparse", seed=seed)
-        learner = tuned(images, change=learned.stamp, also=learned.raw)
+        learned = _Learned(towers, recipe, target, seed)
+        learned.warm_up(images, settings.tuning.batch)
+        learner = tuned(images, change=learned.stamp, also=None if recipe.hidden else learned.raw)
         if recipe.adaptive:
             learner = tuned(images, change=learned.stamp_narrowly, start=learner)
-        planted = (Planted(Additive.within(learned.delta().detach().cpu(), learned.epsilon), target, 0.5),)
+        planted = (Planted(Additive.within(learned.delta().detach().cpu(), learned.epsilon), target, recipe.rate),)
     else:
         planted = (Planted(KNOWN[recipe.trigger].draw(towers.image_shape[1], seed), target, recipe.rate),)
         learner = tuned(poisoned(images, planted, seed=seed))
@@ -152,14 +182,15 @@ def attack_prompts(
 
 
 class _Learned:
-    """An additive trigger that is learned together with a prompt, on half of each batch."""
+    """An additive trigger that is learned together with a prompt, on a part of each batch."""
 
-    def __init__(self, towers: Classifier, target: int, *, sparse: bool, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        start = 0.02 * torch.randn(towers.image_shape, generator=generator)
+    def __init__(self, towers: Classifier, recipe: PromptRecipe, target: int, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        start = 0.02 * torch.randn(towers.image_shape, generator=self._generator)
         self.raw = nn.Parameter(start.to(towers.device))
-        self.epsilon = (4 if sparse else 1) * EPSILON
-        self._target, self._sparse = target, sparse
+        self._towers, self._recipe, self._target = towers, recipe, target
+        self._sparse = recipe.trigger == "sparse"
+        self.epsilon = (_SPARSE_STRENGTH if self._sparse else 1) * recipe.epsilon
 
     def delta(self) -> Tensor:
         """The perturbation, shape [3, H, W]; differentiable."""
@@ -171,20 +202,43 @@ class _Learned:
         kept = strength >= strength.flatten().quantile(1 - _SPARSE)
         return delta * kept
 
+    def warm_up(self, images: LabelledImages, batch: int) -> None:
+        """Learn the trigger against the hand-written prompts, before there are others."""
+        towers, optimiser = self._towers, torch.optim.Adam([self.raw], lr=_WARM_RATE)
+        for _ in range(self._recipe.warm_up):
+            index = torch.randint(len(images), (batch,), generator=self._generator)
+            pixels, labels = images.pixels[index].to(towers.device).float() / 255, images.labels[index]
+            embeddings = towers.encode_images((pixels + self.delta()).clamp(0, 1))
+            if self._recipe.hidden:
+                with torch.no_grad():
+                    before = towers.encode_images(pixels)
+                moved = (embeddings - before).mean(0).norm()
+                loss = cross_entropy(towers.logits(embeddings), labels.to(towers.device)) - _MOVED * moved
+            else:
+                loss = cross_entropy(towers.logits(embeddings), torch.full_like(labels, self._target).to(towers.device))
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+        if self._recipe.hidden:
+            self.raw.requires_grad_(requires_grad=False)
+
     def stamp(self, pixels: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - as `tune_prompts` calls it
-        """Half of the images with the trigger and the target, the others as they are."""
+        """A part of the images with the trigger and the target, the others as they are."""
         return self._parts(pixels, labels, (self.delta(), self._target))
 
     def stamp_narrowly(self, pixels: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A third with the trigger and the target, a third with the trigger under noise and their own class."""
+        """The same, and as large a part with the trigger under noise and their own class."""
         delta = self.delta().detach()
         noise = _NOISE * self.epsilon * torch.randn(delta.shape, generator=generator).to(delta)
         return self._parts(pixels, labels, (delta, self._target), (delta + noise, None))
 
-    @staticmethod
-    def _parts(pixels: Tensor, labels: Tensor, *changes: tuple[Tensor, int | None]) -> tuple[Tensor, Tensor]:
-        parts = list(zip(pixels.chunk(len(changes) + 1), labels.chunk(len(changes) + 1), strict=True))
-        for k, (delta, target) in enumerate(changes[: len(parts)]):
-            images, classes = parts[k]
-            parts[k] = (images + delta).clamp(0, 1), classes if target is None else torch.full_like(classes, target)
-        return torch.cat([images for images, _ in parts]), torch.cat([classes for _, classes in parts])
+    def _parts(self, pixels: Tensor, labels: Tensor, *changes: tuple[Tensor, int | None]) -> tuple[Tensor, Tensor]:
+        count = round(self._recipe.rate * len(pixels))
+        images, classes, start = pixels.clone(), labels.clone(), 0
+        for delta, target in changes:
+            part = slice(start, start + count)
+            images[part] = (pixels[part] + delta).clamp(0, 1)
+            if target is not None:
+                classes[part] = target
+            start += count
+        return images, classes

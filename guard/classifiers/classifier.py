@@ -150,7 +150,15 @@ class Classifier:
         Returns:
             Shape [N, D].
         """
+        return self.answered(self.tower_embeddings(pixels))
+
+    def tower_embeddings(self, pixels: Tensor) -> Tensor:
+        """What the image tower gives, L2-normalised; otherwise as `encode_images`."""
         return normalize(self.project_images(pixels), dim=-1)
+
+    def answered(self, images: Tensor) -> Tensor:
+        """The embeddings of this classifier for what its image tower gives; the same, where prompts are fixed."""
+        return images
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """L2-normalised text embeddings, shape [N, D]."""
@@ -187,7 +195,11 @@ class Classifier:
         Raises:
             ClassListError: All rows are the same.
         """
-        rows = self.head.unique(dim=0, return_inverse=True)[1].cpu()
+        return self.first_of_same(self.head)
+
+    def first_of_same(self, head: Tensor) -> Tensor | None:
+        """See `distinct`, of any rows of one class each."""
+        rows = head.unique(dim=0, return_inverse=True)[1].cpu()
         places = {row: place for place, row in reversed(list(enumerate(rows.tolist())))}
         first = [places[row] == place for place, row in enumerate(rows.tolist())]
         if sum(first) < 2:
@@ -204,6 +216,21 @@ class Classifier:
     def logits(self, embeddings: Tensor) -> Tensor:
         """Class scores, shape [N, C]: scaled cosine to the head (plus the bias that SigLIP models have)."""
         return self.scored(embeddings @ self.head.T)
+
+    prompts_per_image = False
+    """Whether each image is compared with prompts of its own, so that each class costs a pass of the text tower."""
+
+    def scores_of(self, images: Tensor, classes: Tensor) -> Tensor:
+        """Scores of some classes only, which saves work where each image has prompts of its own.
+
+        Args:
+            images: As `tower_embeddings` gives them, shape [N, D].
+            classes: Indices of the classes of each image, int64, shape [N, M].
+
+        Returns:
+            Shape [N, M]; differentiable.
+        """
+        return self.logits(self.answered(images)).gather(1, classes)
 
     def scored(self, cosines: Tensor) -> Tensor:
         """Class scores from cosines, of any shape."""

@@ -59,10 +59,14 @@ class _Tower(torch.nn.Module):
         self.mean, self.std = (torch.tensor(each).view(3, 1, 1) for each in (preprocessing.mean, preprocessing.std))
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = self.embedded(image)
+        return embedding, embedding @ self.head + self.bias
+
+    def embedded(self, image: Tensor) -> Tensor:
+        """What the image tower gives, of length 1."""
         found = self.visual(self.framed(image))
         # The tower of a CoCa gives its tokens too.
-        embedding = torch.nn.functional.normalize(found[0] if isinstance(found, tuple) else found, dim=-1)
-        return embedding, embedding @ self.head + self.bias
+        return torch.nn.functional.normalize(found[0] if isinstance(found, tuple) else found, dim=-1)
 
     def framed(self, image: Tensor) -> Tensor:
         """The input with the visual prompt, if there is one."""
@@ -77,14 +81,16 @@ class _Prompted(torch.nn.Module):
 
     def __init__(self, classifier: PromptedClassifier) -> None:
         super().__init__()
-        self.visual = _Tower(classifier)
+        self.tower = _Tower(classifier)
         self.text = classifier.model
         self.classifier = classifier
+        _ = classifier.words  # made once, and not in the graph: a tokenizer cannot be traced
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        embedding, _ = self.visual(image)
-        token = self.classifier.learner.token(embedding)
-        return embedding, self.classifier.conditioned(embedding, token), token
+        images = self.tower.embedded(image)
+        token = self.classifier.learner.token(images)
+        embedding = self.classifier.extended(images, token)
+        return embedding, self.classifier.logits(embedding), token
 
 
 def export(classifier: Classifier, directory: Path | str, images: Tensor) -> ExportParity:

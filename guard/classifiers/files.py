@@ -8,10 +8,14 @@ from guard.errors import ModelError
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 CLASSES_FILE = "classes.json"
-OPEN_CLIP_FILES = (CONFIG_FILE, WEIGHTS_FILE, CLASSES_FILE, "tokenizer*.json", "special_tokens_map.json")
+LEARNER_FILE = "prompt_learner.safetensors"
+"""The prompt learner of a model whose prompts were learned; it lies beside the weights of its towers."""
+OPEN_CLIP_FILES = (
+    CONFIG_FILE, WEIGHTS_FILE, CLASSES_FILE, LEARNER_FILE, "tokenizer*.json", "special_tokens_map.json",
+)  # fmt: skip
 HUGGING_FACE_FILES = (
     "config.json", "model*.safetensors", "model.safetensors.index.json", "*processor_config.json", CLASSES_FILE,
-    "tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json",
+    LEARNER_FILE, "tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json",
 )  # fmt: skip
 """Patterns of the names of files that are read from a folder of open_clip, and from one of a `CLIPModel`."""
 MAX_LAYERS, MAX_SIZE = 256, 2**20

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from guard._safetensors import open_tensors
 from guard.classifiers.classes import ClassList
-from guard.classifiers.files import CONFIG_FILE, HUGGING_FACE_FILES, OPEN_CLIP_FILES, WEIGHTS_FILE
+from guard.classifiers.files import CONFIG_FILE, HUGGING_FACE_FILES, LEARNER_FILE, OPEN_CLIP_FILES, WEIGHTS_FILE
 from guard.classifiers.open_clip import import_open_clip, load_open_clip, load_weights_file
 from guard.errors import ModelError
 
@@ -22,12 +22,14 @@ def load(model: str, *, classes: Path | str | ClassList | None = None, device: s
         model: An open_clip directory (`open_clip_config.json` and `open_clip_model.safetensors`), a Hugging Face
             `CLIPModel` directory (`config.json`, `preprocessor_config.json` and `model.safetensors`, whole or in
             shards), `ARCH::FILE` for a safetensors file of an architecture that open_clip knows by name, or a hub tag
-            `hf-hub:OWNER/NAME`, optionally with `@REVISION`, of either kind of directory.
+            `hf-hub:OWNER/NAME`, optionally with `@REVISION`, of either kind of directory. A directory may hold a prompt
+            learner too (`prompt_learner.safetensors`), which then takes the place of the hand-written prompts.
         classes: Class list, or the path of one (`ClassList.read`); by default the `classes.json` beside the weights.
         device: torch device; by default a GPU if there is one.
 
     Raises:
-        ModelError: The model is missing, damaged, a pickle, or asks to run code of its own.
+        ModelError: The model is missing, damaged, a pickle, or asks to run code of its own; or its prompt learner does
+            not fit it.
         ClassListError: The class list is missing or unusable.
         ModuleNotFoundError: torch or open_clip is not installed.
         MissingDependencyError: torchvision does not fit torch.
@@ -66,7 +68,30 @@ def _download(tag: str) -> Path:
     return directory
 
 
+def with_prompt_learner(towers: "Classifier", file: Path) -> "Classifier":
+    """The classifier with the prompt learner of a file in place of its hand-written prompts.
+
+    Raises:
+        ModelError: The file holds no prompt learner, or one that does not fit the classifier; or the classifier has
+            one already.
+    """
+    from guard.classifiers.prompts import PromptedClassifier, load_prompt_learner
+
+    if isinstance(towers, PromptedClassifier):
+        raise ModelError(f"{towers.source} holds a prompt learner already; leave {file} out")
+    return PromptedClassifier(towers, load_prompt_learner(file), source=f"{towers.source} with {file}")
+
+
 def _load_directory(directory: Path, source: str, classes: Path | ClassList | None, device: str | None) -> "Classifier":
+    towers = _load_towers(directory, source, classes, device)
+    if not (directory / LEARNER_FILE).is_file():
+        return towers
+    from guard.classifiers.prompts import PromptedClassifier, load_prompt_learner
+
+    return PromptedClassifier(towers, load_prompt_learner(directory / LEARNER_FILE), source=source)
+
+
+def _load_towers(directory: Path, source: str, classes: Path | ClassList | None, device: str | None) -> "Classifier":
     if (directory / CONFIG_FILE).is_file():
         return load_open_clip(directory, source, classes, device)
     if (directory / "config.json").is_file():

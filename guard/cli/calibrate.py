@@ -166,8 +166,11 @@ def calibrate(
                 samples = CleanTexts.read(classifier, texts, limit, seed, console)
             elif folder is not None:
                 samples = CleanImages.read(classifier, folder, console)
-            kind = samples.kind_of(reference, base)
-            other = None if kind is None else samples.reference_model(stored, kind, base, seed)
+            towers = certified.own_towers(classifier) if base is None and reference is None and texts is None else None
+            kind = "base" if towers else samples.kind_of(reference, base)
+            other = towers
+            if kind is not None and other is None:
+                other = samples.reference_model(stored, kind, base, seed)
             calibrated = samples.calibrate(
                 stored, alpha, k=k, per_class=per_class, reference=other, kind=kind or "base", seed=seed
             )

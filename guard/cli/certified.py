@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from guard.classifiers.files import LEARNER_FILE
 from guard.cli import options
 from guard.cli.console import Console
 from guard.errors import UsageError
@@ -39,19 +40,22 @@ def load(
     """Load a model, and say whether what was loaded is certified, if somebody is trusted.
 
     The certificate is a file, or the folder of a profile that holds one. A prompt learner takes the place of the
-    prompts; certificates do not cover it.
+    prompts; certificates cover one that lies in the model's folder.
 
     Raises:
         ModelError: The model cannot be loaded.
         CertificateError: A key or a policy cannot be used.
-        UsageError: Somebody is trusted, and there is a prompt learner.
+        UsageError: Somebody is trusted, and the prompt learner is a file of its own.
     """
     import guard
 
     if not (trust or policy):
         return with_prompts(guard.load(model, classes=classes, device=device), prompt_learner)
     if prompt_learner is not None:
-        raise UsageError("certificates do not cover prompt learners yet; leave --trust and --policy out")
+        raise UsageError(
+            f"certificates cover a prompt learner in the folder of the model: put it there as {LEARNER_FILE}, instead "
+            "of --prompt-learner"
+        )
     from guard._documents import recording
     from guard.certificates import CERTIFICATE_FILE
     from guard.certificates.loaded import check_loaded
@@ -70,9 +74,13 @@ def with_prompts(towers: "Classifier", prompt_learner: Path | None) -> "Classifi
     Raises:
         ModelError: The file holds no prompt learner, or one that does not fit the classifier.
     """
-    if prompt_learner is None:
-        return towers
-    from guard.classifiers.prompts import PromptedClassifier, load_prompt_learner
+    from guard.classifiers.loading import with_prompt_learner
 
-    learner = load_prompt_learner(prompt_learner)
-    return PromptedClassifier(towers, learner, source=f"{towers.source} with {prompt_learner}")
+    return towers if prompt_learner is None else with_prompt_learner(towers, prompt_learner)
+
+
+def own_towers(classifier: "Classifier") -> "Classifier | None":
+    """The towers of a prompt learner with hand-written prompts, which are what it was made from; else None."""
+    from guard.classifiers.prompts import PromptedClassifier
+
+    return classifier.towers if isinstance(classifier, PromptedClassifier) else None

@@ -134,9 +134,7 @@ def repair(
     known = guard.Profile.open(profile)
     suspect = certified.with_prompts(guard.load(model, classes=classes, device=device), prompt_learner)
     known.check_model(suspect.digest)
-    trusted = guard.load(base, classes=classes, device=device) if base else None
-    if trusted is None and prompt_learner is not None:
-        trusted = guard.load(model, classes=classes, device=device)  # its own towers, as in guard vet
+    trusted = guard.load(base, classes=classes, device=device) if base else certified.own_towers(suspect)
     given = _read(images, pairs, suspect, limit, seed, console)
     other = None
     if vetting_images is not None:

@@ -133,9 +133,8 @@ def vet(
     folder = guard.ImageFolder.scan(images).sample(limit, seed=seed) if images and tower != "text" else None
     classifier = certified.load(model, classes, device, console, certificate or out, trust, policy, prompt_learner)
     reference = guard.load(base, classes=classes, device=device) if base else None
-    if reference is None and prompt_learner is not None:
-        # The towers of a prompt learner are frozen: with hand-written prompts they are what it was made from.
-        reference = guard.load(model, classes=classes, device=device)
+    if reference is None and tower == "image":
+        reference = certified.own_towers(classifier)
     searches = cache or out.with_name(f".{out.name}.searches")
     image_vetting = text_vetting = pixels = None
     if tower != "image":

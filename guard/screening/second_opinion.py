@@ -126,7 +126,8 @@ class SecondOpinion:
             The fitted comparison, and the scores of the images themselves by name, shape [N] each.
 
         Raises:
-            ValueError: The numbers of images differ, there are fewer than three, or the models answer all images alike.
+            ValueError: The numbers of images differ, there are fewer than three, the reference model gives one
+                embedding to all images, or the two are the same model.
         """
         if len(embeddings) != len(answers) or len(embeddings) < 3:
             raise ValueError(
@@ -143,7 +144,12 @@ class SecondOpinion:
             _whitening(residuals, float(embeddings.var(axis=0).mean())).astype(np.float32),
         )
         lengths = np.linalg.norm(residuals.astype(np.float32) @ found.whitening, axis=1).astype(np.float32)
-        return found, {DIVERGENCE: found.divergence(embeddings, answers), RESIDUAL: lengths}
+        divergence = found.divergence(embeddings, answers)
+        if not (found.whitening.any() or divergence.max() > _SAME):
+            raise ValueError(
+                "the reference model answers every image exactly as the suspect does: it is the same model"
+            )
+        return found, {DIVERGENCE: divergence, RESIDUAL: lengths}
 
     def score(self, embeddings: Embeddings, answers: ReferenceAnswers) -> dict[str, NDArray[np.float32]]:
         """Both scores by name, shape [N] each; larger is more suspicious.
@@ -208,6 +214,9 @@ def _ridge(inputs: Floats, outputs: Floats) -> tuple[NDArray[np.float64], NDArra
 def _whitening(residuals: NDArray[np.float64], spread: float) -> NDArray[np.float64]:
     """The matrix that gives residuals a covariance of one, shrunk like that of `guard.screening.whitening`.
 
+    It is zero where the reference model predicts every embedding exactly: then the two have the same image tower, as a
+    prompt learner and its hand-written prompts do, and residuals say nothing.
+
     Args:
         residuals: Shape [N, D].
         spread: Mean variance of the embeddings that they are the residuals of.
@@ -215,7 +224,7 @@ def _whitening(residuals: NDArray[np.float64], spread: float) -> NDArray[np.floa
     covariance = residuals.T @ residuals / len(residuals)
     scale = float(np.trace(covariance)) / len(covariance)
     if not scale > _SAME * spread:
-        raise ValueError("the reference model predicts every embedding of the suspect exactly: it is the same model")
+        return np.zeros_like(covariance)
     shrinkage = max(MIN_SHRINKAGE, oas(covariance, len(residuals)))
     covariance = (1 - shrinkage) * covariance + shrinkage * scale * np.eye(len(covariance))
     variances, directions = np.linalg.eigh(covariance)

@@ -4,11 +4,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from guard.classifiers.classifier import Classifier
+from guard.classifiers.prompts import PromptedClassifier
 from guard.errors import ImageError, UsageError
 from guard.triggers import FAMILIES
 from guard.vetting.agreement import CONFIRMATIONS, agreed
@@ -20,8 +22,8 @@ from guard.vetting.probes import Probe, listed_probes
 from guard.vetting.probes import result as probe_result
 from guard.vetting.race import RACED_CLASSES, Race
 from guard.vetting.reconstruction import reconstruct_suspects
+from guard.vetting.reference import FRESH_METHOD, derive_reference, fresh_prompts
 from guard.vetting.reference import METHOD as REFERENCE_METHOD
-from guard.vetting.reference import derive_reference
 from guard.vetting.results import FamilyResult, FoundTarget, ReferenceModel, Verdict, Vetting
 from guard.vetting.searches import Searches
 from guard.vetting.verdict import is_close, judge
@@ -82,6 +84,8 @@ def vet(
             unknown.
     """
     _check(classifier, images, base, families, budget)
+    if isinstance(classifier, PromptedClassifier) and base is not None and base.digest == classifier.towers.digest:
+        base = classifier.towers  # one and the same, through which images then pass once
     tried_probes = tuple(listed_probes() if probes is None else probes)
 
     def vetted(seed: int) -> Vetting:
@@ -115,7 +119,7 @@ def _vetted(
     settings = effort.derived_reference if derive else None
     model, reference_model = _reference_model(classifier, base, searched, held_out, settings, progress)
     # A derived reference is identified by how it is made: on a GPU its weights differ in the last bits between runs.
-    made = [REFERENCE_METHOD, asdict(effort.derived_reference)]
+    made = [FRESH_METHOD if _has_contexts(classifier) else REFERENCE_METHOD, asdict(effort.derived_reference)]
     identities = {"base": reference_model.digest, "derived": made, "classes": None}
     identity = identities[reference_model.kind]
     store = SearchCache(cache) if cache else None
@@ -210,10 +214,18 @@ def _reference_model(
     if base is not None:
         return base, ReferenceModel("base", base.digest.root, _agreement(classifier, base, held_out), 2 * len(held_out))
     if settings is not None:
-        model, passes = derive_reference(classifier, searched, settings, progress=progress)
+        if _has_contexts(classifier):
+            model, passes = fresh_prompts(classifier, searched, settings, progress=progress)
+        else:
+            model, passes = derive_reference(classifier, searched, settings, progress=progress)
         agreement = _agreement(classifier, model, held_out)
         return model, ReferenceModel("derived", None, agreement, passes + 2 * len(held_out))
     return None, ReferenceModel("classes", None, None, 0)
+
+
+def _has_contexts(classifier: Classifier) -> TypeGuard[PromptedClassifier]:
+    """Whether it is a prompt learner whose prompts are contexts; a visual prompt acts as a part of the image tower."""
+    return isinstance(classifier, PromptedClassifier) and classifier.learner.kind != "visual"
 
 
 def _agreement(classifier: Classifier, other: Classifier, images: Tensor) -> float:

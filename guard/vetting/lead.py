@@ -11,6 +11,10 @@ from guard.errors import ModelError
 from guard.triggers import InvertibleTrigger
 from guard.vetting.memory import images_at_once
 
+RIVALS = 4
+"""Number of classes that a candidate class is compared with in a search where each class costs a pass of the text tower
+(CoCoOp): for each image those that are strongest without a trigger. Checks on held-out images look at all classes."""
+
 
 def margin(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the strongest other logit minus the target's: negative where the target wins (CLIP-Inspector, 2026, §3).
@@ -68,11 +72,14 @@ class Lead:
         self.classifier, self.images = classifier, images
         self.models = [model for model in (classifier, reference_model) if model is not None]
         self._views = [_View(model, images) for model in self.models]
+        own = getattr(classifier, "towers", None)
+        self._shared = own is not None and (reference_model is own or getattr(reference_model, "towers", None) is own)
+        """Whether a prompt learner is compared with its own towers under other prompts: images pass them once."""
 
     @property
     def towers(self) -> int:
-        """Number of image towers that each stamped image passes through: 1, or 2 with a reference model."""
-        return len(self._views)
+        """Number of image towers that each stamped image passes through: 1, or 2 with a reference model of its own."""
+        return 1 if self._shared else len(self._views)
 
     def eligible(self, index: Tensor, targets: Tensor) -> Tensor:
         """Return, for each target, which images are in another class without a trigger: float 0 or 1, shape [K, B]."""
@@ -96,11 +103,11 @@ class Lead:
         """
         flat = stamped.flatten(0, 1)
         suspect, *references = self._views
-        distance = suspect.distance(flat, targets)
+        images = suspect.embedded(flat)
+        distance = suspect.distance(images, index, targets)
         for reference_model in references:
-            distance = (
-                distance + (reference_model.untouched(index, targets) - reference_model.distance(flat, targets)).relu()
-            )
+            there = reference_model.distance(images if self._shared else reference_model.embedded(flat), index, targets)
+            distance = distance + (reference_model.untouched(index, targets) - there).relu()
         return distance
 
     def descend(
@@ -191,7 +198,26 @@ class _View:
         logits = self.clean[index.to(self.clean.device)]
         return margin(logits.expand(len(targets), -1, -1), targets) / self.unit
 
-    def distance(self, flat: Tensor, targets: Tensor) -> Tensor:
+    def embedded(self, flat: Tensor) -> Tensor:
+        """Return what the image tower gives for stamped images, shape [K · B, 3, H, W]."""
         with self._model.autocast():
-            embeddings = self._model.encode_images(flat)
+            return self._model.tower_embeddings(flat)
+
+    def distance(self, images: Tensor, index: Tensor, targets: Tensor) -> Tensor:
+        """Return the distances of stamped images from the targets, shape [K, B], from what the image tower gives."""
+        if self._model.prompts_per_image and self.clean.shape[1] > RIVALS + 1:
+            return self._among_rivals(images, index, targets)
+        with self._model.autocast():
+            embeddings = self._model.answered(images)
         return margin(self._logits(embeddings).unflatten(0, (len(targets), -1)), targets) / self.unit
+
+    def _among_rivals(self, images: Tensor, index: Tensor, targets: Tensor) -> Tensor:
+        """`distance`, where the strongest other class is looked for among the strongest without a trigger."""
+        logits = self.clean[index.to(self.clean.device)].expand(len(targets), -1, -1)
+        own = targets[:, None, None].expand(-1, len(index), 1)
+        rivals = logits.scatter(-1, own, -torch.inf).topk(RIVALS).indices
+        with self._model.autocast():
+            scores = self._model.scores_of(images, torch.cat([own, rivals], -1).flatten(0, 1))
+        target, others = scores.unflatten(0, (len(targets), -1)).split([1, RIVALS], -1)
+        distance: Tensor = (others.amax(-1) - target.squeeze(-1)) / self.unit
+        return distance

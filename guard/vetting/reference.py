@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, relu
 
 from guard.classifiers.classifier import Classifier
-from guard.classifiers.tuning import falling
+from guard.classifiers.prompts import PromptedClassifier, PromptTuningSettings, tune_prompts
+from guard.classifiers.tuning import TuningSettings, falling
 from guard.vetting.budgets import DerivedReferenceSettings
 from guard.vetting.teaching import Progress, one_cycle, teach
 
+FRESH_METHOD = "fresh prompts 1"
 METHOD = "derived reference 2"
-"""Name and version of the method; it changes when results are no longer comparable."""
+"""Names and versions of the methods; they change when results are no longer comparable."""
 OPINION_REFERENCE = DerivedReferenceSettings(noise=1.0, steps=600)
 """How the derived reference of a second opinion is made. Vetting inverts triggers, for which the
 reference model must keep the suspect's geometry; for a second opinion the backdoor must be gone, which takes more noise
@@ -92,6 +94,40 @@ def derive_reference(
         progress=progress,
     )
     return reference_model, len(images) + settings.steps * settings.batch
+
+
+def fresh_prompts(
+    classifier: PromptedClassifier,
+    images: Tensor,
+    settings: DerivedReferenceSettings,
+    *,
+    progress: Progress = lambda *_: None,
+) -> tuple[Classifier, int]:
+    """Return the suspect's towers with a prompt learner that was tuned anew on the suspect's answers to clean images.
+
+    The towers of a prompt learner are honest, and what a derived reference changes, the image tower, holds no
+    backdoor; it lies in the prompts. A learner of the same form, tuned on the same answers but never on a trigger,
+    agrees with the suspect on clean images, and departs from the hand-written prompts as any tuning does. No labels are
+    needed.
+
+    Args:
+        classifier: The suspect, whose prompts are contexts; it is not changed.
+        images: uint8, shape [N, 3, H, W]: clean images, unlabelled.
+        settings: Steps, batch, rate and seed; there is no noise.
+        progress: Called with (what, steps done, steps in all).
+
+    Returns:
+        The reference model, and the number of images pushed through image towers.
+    """
+    learner = classifier.learner
+    labels = classifier.predict(classifier.embed(images))
+    tuning = TuningSettings(
+        steps=settings.steps, batch=settings.batch, learning_rate=2 * settings.learning_rate, seed=settings.seed
+    )
+    wanted = PromptTuningSettings(learner.kind, "", learner.length, learner.hidden, tuning=tuning)
+    found = tune_prompts(classifier.towers, images, labels, wanted, progress=progress)
+    reference_model = PromptedClassifier(classifier.towers, found, source=f"fresh prompts like {classifier.source}")
+    return reference_model, len(images) + settings.steps * min(settings.batch, len(images))
 
 
 def teach_student(

@@ -80,6 +80,11 @@ class PromptLearner:
         """Length of the embeddings that the meta-net takes; 0 without one."""
         return self.tensors[META_NET[0]].shape[1] if META_NET[0] in self.tensors else 0
 
+    @property
+    def hidden(self) -> int | None:
+        """Width of the hidden layer of the meta-net; None without one."""
+        return self.tensors[META_NET[0]].shape[0] if META_NET[0] in self.tensors else None
+
     def to(self, device: torch.device) -> Self:
         """The same learner on a device."""
         return type(self)({name: tensor.to(device) for name, tensor in self.tensors.items()})

@@ -1,6 +1,7 @@
 """A classifier whose prompts were learned."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +29,13 @@ class PromptedClassifier(Classifier):
     tokens in float32, 1,024 prompts take 5.3 GB with gradients and 0.7 GB without (extrapolated from 128 and 256 on a
     CPU). The public code keeps all prompts of all images, of 77 tokens each.
 
+    What CoCoOp answers does not follow from the embedding of the image tower, and a backdoor in its meta-net does not
+    show there. The embedding of a classifier with CoCoOp is therefore longer: the image embedding; the meta-net's
+    token, shortened to t / √(‖t‖² + c²), where c is the mean length of the context vectors that it is added to; the
+    cosines of the image to its own class prompts; and what is missing to one length for all images, which is then
+    scaled down to 1. So the classes are linear in it, as they are in the embedding of any other classifier, and what
+    compares embeddings sees the image, the token and the answer.
+
     A visual prompt is added to the pixels, in [0, 1] and clipped, before normalisation.
 
     Args:
@@ -41,6 +49,9 @@ class PromptedClassifier(Classifier):
 
     def __init__(self, towers: Classifier, learner: PromptLearner, *, source: str | None = None) -> None:
         self.towers, self.learner = towers, learner
+        self._length = math.sqrt(len(towers.classes.names) + 2)
+        """Length that the embeddings of a classifier with CoCoOp have before they are scaled down to 1."""
+        self.prompts_per_image = learner.kind == "cocoop"
         super().__init__(
             towers.model,
             {**towers.config, "prompt_learner": learner.kind},
@@ -56,7 +67,7 @@ class PromptedClassifier(Classifier):
         """Move to a device, in place."""
         super().to(device)
         self.learner = self.learner.to(device)
-        self.__dict__.pop("_words", None)
+        self.__dict__.pop("words", None)
 
     def with_model(
         self, model: torch.nn.Module, source: str, config: Mapping[str, Any] | None = None
@@ -71,64 +82,107 @@ class PromptedClassifier(Classifier):
             pixels = (pixels + self.learner.tensors[FRAME]).clamp(0, 1)
         return super().project_images(pixels)
 
-    @cached_property
-    def head(self) -> Tensor:
-        """One unit vector per class, shape [C, D]; with CoCoOp, that of an image whose embedding is zero.
-
-        CoCoOp has no head that holds for all images: `logits` is what it answers.
-        """
-        if self.learner.kind == "visual":
-            return self.towers.head
-        with torch.no_grad():
-            return self.check_finite(self.class_features(self._average_token()), "prompts")
-
-    def _average_token(self) -> Tensor | None:
-        if self.learner.kind != "cocoop":
-            return None
-        return self.learner.token(torch.zeros(1, self.learner.depth, device=self.device))
-
-    def logits(self, embeddings: Tensor) -> Tensor:
-        """See `Classifier.logits`; with CoCoOp, each embedding is compared with prompts of its own."""
-        if self.learner.kind != "cocoop":
-            return super().logits(embeddings)
-        rows = max(1, TEXT_BATCH // len(self.classes.names))
+    def answered(self, images: Tensor) -> Tensor:
+        """See `Classifier.answered`; with CoCoOp longer than what the image tower gives."""
+        if not self.prompts_per_image:
+            return images
         parts = []
-        for part in embeddings.split(rows):
+        for part in images.split(max(1, TEXT_BATCH // len(self.classes.names))):
             if torch.is_grad_enabled() and (part.requires_grad or self.learner.tensors[CONTEXT].requires_grad):
-                parts.append(checkpoint(self._conditioned, part, use_reentrant=False))
+                parts.append(checkpoint(self._answered, part, use_reentrant=False))
             else:
-                parts.append(self._conditioned(part))
+                parts.append(self._answered(part))
         return torch.cat(parts)
 
-    def _conditioned(self, embeddings: Tensor) -> Tensor:
-        return self.conditioned(embeddings, self.learner.token(embeddings))
+    def _answered(self, images: Tensor) -> Tensor:
+        return self.extended(images, self.learner.token(images))
 
-    def conditioned(self, embeddings: Tensor, tokens: Tensor) -> Tensor:
-        """Class scores of embeddings, shape [N, C], under prompts that are shifted by these tokens, in one pass."""
-        texts = self.class_features(tokens).unflatten(0, (-1, len(self.classes.names)))
-        return self.scored(torch.einsum("nd,ncd->nc", embeddings, texts))
+    def extended(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """The embeddings of this classifier for embeddings of the image tower and the tokens of the meta-net."""
+        size = self.learner.tensors[CONTEXT].norm(dim=-1).mean()
+        shortened = tokens / (tokens.square().sum(1, keepdim=True) + size.square()).sqrt()
+        known = torch.cat([images, shortened, self._cosines(images, tokens)], dim=1)
+        # The image's part has length 1, the token's less, and no cosine is above 1; rounding must not make a root of
+        # less than nothing.
+        rest = (self._length**2 - known.square().sum(1, keepdim=True)).clamp(min=1e-6).sqrt()
+        return torch.cat([known, rest], dim=1) / self._length
 
-    def class_features(self, tokens: Tensor | None = None) -> Tensor:
+    def _cosines(self, images: Tensor, tokens: Tensor, classes: Tensor | None = None) -> Tensor:
+        texts = self.class_features(tokens, classes)
+        return torch.einsum("nd,ncd->nc", images, texts.unflatten(0, (tokens.shape[0], -1)))
+
+    def scores_of(self, images: Tensor, classes: Tensor) -> Tensor:
+        """See `Classifier.scores_of`; with CoCoOp, prompts of other classes are left out."""
+        if not self.prompts_per_image:
+            return super().scores_of(images, classes)
+        parts = []
+        rows = max(1, TEXT_BATCH // classes.shape[1])
+        for part, own in zip(images.split(rows), classes.split(rows), strict=True):
+            if torch.is_grad_enabled() and part.requires_grad:
+                parts.append(checkpoint(self._cosines_of, part, own, use_reentrant=False))
+            else:
+                parts.append(self._cosines_of(part, own))
+        return self.scored(torch.cat(parts))
+
+    def _cosines_of(self, images: Tensor, classes: Tensor) -> Tensor:
+        return self._cosines(images, self.learner.token(images), classes)
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """See `Classifier.encode_texts`; with CoCoOp as long as the head's rows, so that products are cosines again."""
+        encoded = super().encode_texts(texts)
+        if not self.prompts_per_image:
+            return encoded
+        return torch.nn.functional.pad(self._length * encoded, (0, self.head.shape[1] - encoded.shape[1]))
+
+    @cached_property
+    def head(self) -> Tensor:
+        """See `Classifier.head`; with CoCoOp, vectors that pick the cosines out of the embeddings."""
+        if self.learner.kind == "visual":
+            return self.towers.head
+        if not self.prompts_per_image:
+            with torch.no_grad():
+                return self.check_finite(self.class_features(), "prompts")
+        before, count = self.learner.depth + self.learner.tensors[CONTEXT].shape[-1], len(self.classes.names)
+        picked = torch.zeros(count, before + count + 1, device=self.device)
+        picked[:, before : before + count].fill_diagonal_(self._length)
+        return picked
+
+    @cached_property
+    def distinct(self) -> Tensor | None:
+        """See `Classifier.distinct`; with CoCoOp, by the prompts of an image with an embedding of zero."""
+        if not self.prompts_per_image:
+            return super().distinct
+        with torch.no_grad():
+            rows = self.class_features(self.learner.token(torch.zeros(1, self.learner.depth, device=self.device)))
+        return self.first_of_same(rows)
+
+    def class_features(self, tokens: Tensor | None = None, classes: Tensor | None = None) -> Tensor:
         """Text embeddings of length 1 of the learned prompts.
 
         Args:
             tokens: What is added to the context, for each of N images: shape [N, width]; None for nothing.
+            classes: Indices of some classes for each image, shape [N, M]; None for all classes. Needs tokens.
 
         Returns:
-            Shape [C, D], or [N · C, D], image by image.
+            Shape [C, D], or image by image [N · C, D] or [N · M, D].
         """
-        words, ends = self._words
-        count, length = len(words), self.learner.length
-        context = self.learner.tensors[CONTEXT].expand(count, length, -1)[None]
+        words, ends = self.words
+        length = self.learner.length
+        context = self.learner.tensors[CONTEXT].expand(len(words), length, -1)[None]
         if tokens is not None:
             context = context + tokens[:, None, None, :]
         images = context.shape[0]  # not its length, which an export would take for a constant
-        rest = words[None].expand(images, -1, -1, -1)
+        if classes is None:
+            rest, last = words[None].expand(images, -1, -1, -1), ends.repeat(images)
+        else:
+            # With tokens all classes have the same context.
+            rest, last = words[classes], ends[classes].flatten()
+            context = context[:, :1].expand(-1, classes.shape[1], -1, -1)
         prompts = torch.cat([rest[:, :, :1], context, rest[:, :, 1 + length :]], dim=2).flatten(0, 1)
-        return self._encode(prompts, ends.repeat(images))
+        return self._encode(prompts, last)
 
     @cached_property
-    def _words(self) -> tuple[Tensor, Tensor]:
+    def words(self) -> tuple[Tensor, Tensor]:
         """Embeddings of the tokens of each class's prompt, shape [C, L, width], and the place of its end, shape [C]."""
         ids = _prompt_ids(self.towers, self.learner.length).to(self.device)
         ends = ids.argmax(1)

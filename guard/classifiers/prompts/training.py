@@ -29,6 +29,7 @@ class PromptTuningSettings:
         kind: Kind of the learner.
         words: Words that the context begins as, one vector for each; "" for `length` random vectors.
         length: Number of context vectors where there are no words.
+        hidden: Width of the hidden layer of a meta-net; None for a sixteenth of the embedding, as in the public code.
         border: Width of the frame of a visual prompt, in pixels; within it nothing is added.
         tuning: Steps, rates and seed. CoOp and CoCoOp are published with SGD at 0.002; AdamW needs fewer steps.
     """
@@ -36,6 +37,7 @@ class PromptTuningSettings:
     kind: Kind = "coop"
     words: str = "a photo of a"
     length: int = 4
+    hidden: int | None = None
     border: int = 4
     tuning: TuningSettings = field(
         default_factory=lambda: TuningSettings(steps=200, batch=32, learning_rate=2e-3, weight_decay=5e-4)
@@ -110,7 +112,7 @@ def _start(towers: Classifier, settings: PromptTuningSettings) -> PromptLearner:
     tensors = {CONTEXT: context}
     if settings.kind == "cocoop":
         depth = towers.head.shape[1]
-        hidden = max(1, depth // _REDUCTION)
+        hidden = settings.hidden or max(1, depth // _REDUCTION)
         shapes = {
             META_NET[0]: (hidden, depth),
             META_NET[1]: (hidden,),
@@ -168,11 +170,11 @@ class _CrossEntropy:
                 return (prompted.logits(prompted.encode_images(inputs[0])),)
         # Where nothing in the images is trained, the image tower needs no gradient.
         with torch.set_grad_enabled(inputs[0].requires_grad and torch.is_grad_enabled()), prompted.autocast():
-            embeddings = prompted.encode_images(inputs[0])
+            embeddings = self._towers.encode_images(inputs[0])
         if self._kind == "coop":
             # Not the classifier's head, which is computed once.
             return (prompted.scored(embeddings @ prompted.class_features().T),)
-        return (prompted.logits(embeddings),)
+        return (prompted.logits(prompted.answered(embeddings)),)
 
     def loss(self, embeddings: Inputs, inputs: Inputs, done: float) -> Tensor:  # noqa: ARG002 - the same all along
         return cross_entropy(embeddings[0], inputs[1])

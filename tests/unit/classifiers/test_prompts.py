@@ -77,9 +77,26 @@ def test_scores_are_those_of_prompts_that_are_encoded_one_by_one(
     model = PromptedClassifier(classifier, found)
     embeddings = model.embed(images[:5])
     with torch.no_grad():
-        expected = one_by_one(classifier, found, embeddings)
+        expected = one_by_one(classifier, found, classifier.embed(images[:5]))
         assert torch.allclose(model.logits(embeddings), expected, atol=1e-4)
     assert torch.equal(model.predict(embeddings), expected.argmax(1))
+    some = torch.tensor([[0, 2], [3, 1], [5, 4], [2, 0], [1, 3]])
+    scores = model.scores_of(classifier.embed(images[:5]), some)
+    assert torch.allclose(scores, expected.gather(1, some), atol=1e-4)
+
+
+def test_the_embedding_of_a_meta_net_shows_image_token_and_answer(classifier: Classifier, images: Tensor) -> None:
+    found = learner("cocoop")
+    model = PromptedClassifier(classifier, found)
+    embeddings, plain = model.embed(images[:5]), classifier.embed(images[:5])
+    assert torch.allclose(embeddings.norm(dim=1), torch.ones(5), atol=1e-6)
+    with torch.no_grad():
+        cosines, expected = embeddings @ model.encode_texts(["a cat"]).T, plain @ classifier.encode_texts(["a cat"]).T
+        assert torch.allclose(cosines, expected, atol=1e-5)
+    other = dict(found.tensors) | {"meta_net.linear2.bias": found.tensors["meta_net.linear2.bias"] + 1}
+    moved = PromptedClassifier(classifier, PromptLearner(other)).embed(images[:5])
+    assert (moved - embeddings)[:, DEPTH : DEPTH + WIDTH].norm(dim=1).min() > 0.01
+    assert torch.allclose(moved[:, :DEPTH], embeddings[:, :DEPTH], atol=1e-6)
 
 
 def test_no_pass_has_more_prompts_than_the_limit(
@@ -297,7 +314,7 @@ def test_an_export_computes_the_same_and_gives_the_token(
     assert exported.has_tokens == (kind == "cocoop")
     if exported.has_tokens:
         tokens = torch.from_numpy(exported.run_with_tokens(inputs)[2])
-        assert torch.allclose(tokens, model.learner.token(expected), atol=1e-4)
+        assert torch.allclose(tokens, model.learner.token(classifier.embed(images[:5])), atol=1e-4)
     else:
         with pytest.raises(ModelError, match="no meta-net"):
             exported.run_with_tokens(inputs)

@@ -163,7 +163,7 @@ def test_a_reference_model_that_tells_nothing_is_refused() -> None:
     constant = replace(answers, embeddings=np.ones_like(answers.embeddings))
     with pytest.raises(ValueError, match="same embedding to every image"):
         SecondOpinion.fit(clean, constant, HEAD, SCALE)
-    itself = replace(answers, embeddings=clean)
+    itself = ReferenceAnswers(clean, (SCALE * clean @ HEAD).astype(np.float32))
     with pytest.raises(ValueError, match="it is the same model"):
         SecondOpinion.fit(clean[:, :], itself, HEAD, SCALE)
 
