@@ -118,13 +118,15 @@ def main() -> None:
     parser.add_argument("--measured", type=Path, required=True)
     parser.add_argument("--only", default="*", help="Shell pattern of the names of the learners.")
     parser.add_argument("--fresh", action="store_true", help="Compare with freshly tuned prompts.")
+    parser.add_argument("--note", default="", help="What to say in the report of what was measured.")
     arguments = parser.parse_args()
     if arguments.what == "run":
         if arguments.zoo is None:
             parser.error("run needs --zoo")
         run(arguments.part, arguments.zoo, arguments.measured, arguments.only, fresh=arguments.fresh)
     else:
-        write([json.loads(line) for line in arguments.measured.read_text(encoding="utf-8").splitlines()])
+        rows = [json.loads(line) for line in arguments.measured.read_text(encoding="utf-8").splitlines()]
+        write(rows, arguments.note)
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ class _Learned:
             loss.backward()
             optimiser.step()
         if self._recipe.hidden:
-            self.raw.requires_grad_(requires_grad=False)
+            self.raw.requires_grad_(False)  # noqa: FBT003 - torch names it otherwise for tensors
 
     def stamp(self, pixels: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - as `tune_prompts` calls it
         """A part of the images with the trigger and the target, the others as they are."""

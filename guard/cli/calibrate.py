@@ -63,7 +63,8 @@ _ENOUGH_AGREEMENT = 0.9
     help="The reference model that gives second opinions. base: that of --base. student: a small network that learns "
     "from the model what it answers to the clean images, and costs little per request; there is none for texts. "
     "derived: the model itself, disturbed and taught again. none: no second opinions. By default, it is base if --base "
-    "is given, and otherwise student for images and none for texts.",
+    "is given, the towers of a prompt learner with hand-written prompts, and otherwise student for images and none for "
+    "texts.",
 )
 @click.option(
     "--k",

@@ -40,7 +40,8 @@ prompt_learner = click.option(
     "--prompt-learner",
     type=PATH,
     help="Safetensors file of a prompt learner (CoOp, CoCoOp or a visual prompt) that takes the place of MODEL's "
-    "prompts. The command guard convert makes it of a checkpoint.",
+    "prompts. The command guard convert makes it of a checkpoint. One that lies in MODEL's folder as "
+    "prompt_learner.safetensors is taken anyway, and certificates cover it.",
 )
 
 

@@ -41,8 +41,8 @@ EXIT_CODES = {"no evidence": 0, "backdoored": 1, "inconclusive": 3}
 @options.prompt_learner
 @click.option(
     "--base",
-    help="Trusted model to compare MODEL with, such as the checkpoint that MODEL was fine-tuned from. With "
-    "--prompt-learner, it is MODEL with hand-written prompts by default.",
+    help="Trusted model to compare MODEL with, such as the checkpoint that MODEL was fine-tuned from. For a "
+    "prompt learner, it is MODEL with hand-written prompts by default.",
 )
 @click.option(
     "--vocabulary",

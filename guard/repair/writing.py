@@ -15,13 +15,14 @@ from guard.certificates import CERTIFICATE_FILE, Envelope
 from guard.certificates.envelope import MAX_BYTES
 from guard.certificates.revocation import revocation
 from guard.classifiers import Classifier, save
+from guard.classifiers.files import LEARNER_FILE
 from guard.classifiers.prompts import PromptedClassifier, save_prompt_learner
 from guard.errors import CertificateError, UsageError
 from guard.profiles import Profile
 from guard.repair.repairing import Repair, Repaired
 
 RECORD_FILE, REVOKED_FILE, REPORT_FILE = "repair.json", "revoked.toml", "report.html"
-_MODEL, _LEARNER, _PROFILE = "model", "learner.safetensors", "profile"
+_MODEL, _PROFILE = "model", "profile"
 INVALID = (
     "Whatever was computed from embeddings of the old model must be computed again: stored indices and vectors, linear "
     "probes, reference banks and thresholds of profiles, prompt learners, and models that read these embeddings."
@@ -44,7 +45,7 @@ def write(
 ) -> None:
     """Write the model, its profile with a report, the record, and the tables that revoke the old model.
 
-    Of a model with a prompt learner, the learner alone is written: its towers are as they were.
+    A prompt learner is written into the folder of the model, beside its towers, which are as they were.
 
     The record is written last. Where nothing was found to repair, there is no model, no profile and nothing to revoke;
     the report is that of the old profile.
@@ -60,11 +61,12 @@ def write(
     sections = [section(repaired.repair)]
     if repaired.vetting is not None:
         found = repaired.classifier
-        if isinstance(found, PromptedClassifier):
-            save_prompt_learner(out / _LEARNER, found.learner)
-        else:
-            config = {"model_cfg": suspect.config, "preprocess_cfg": asdict(suspect.preprocessing)}
-            save(out / _MODEL, found.model, config, suspect.classes)
+        prompted = found if isinstance(found, PromptedClassifier) else None
+        architecture = prompted.towers.config if prompted else suspect.config
+        config = {"model_cfg": architecture, "preprocess_cfg": asdict(suspect.preprocessing)}
+        save(out / _MODEL, found.model, config, suspect.classes)
+        if prompted:
+            save_prompt_learner(out / _MODEL / LEARNER_FILE, prompted.learner)
         new = Profile.build(found, repaired.vetting)
         text = report.render(new, report.examples(new, images), sections=sections)
         new.save(out / _PROFILE, report=text)
@@ -119,7 +121,7 @@ def summary(repair: Repair, out: Path) -> str:
     lines.append(f"  {repair.passes} image passes, and {repair.vetting_passes} of vetting, in {repair.seconds:.0f} s")
     lines += [
         INVALID,
-        f"model: {out / (_LEARNER if (out / _LEARNER).exists() else _MODEL)}",
+        f"model: {out / _MODEL}",
         f"profile: {out / _PROFILE}",
     ]
     lines.append(f"report: {out / _PROFILE / REPORT_FILE}")
