@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from guard.classifiers import Classifier, load
 from guard.demo.data import DemoData
 from guard.evaluation import Zoo
 from guard.profiles import Profile
-from guard.profiles.profile import ask
+from guard.profiles.calibrating import ask
 from guard.vetting import Vetting, vet
 from guard.vetting.verdict import suspicion
 
@@ -59,7 +60,15 @@ def examine(zoo: Zoo, name: str, data: DemoData, *, fresh: bool) -> dict[str, An
     known = json.loads((zoo.root / "truth" / f"{name}.json").read_text(encoding="utf-8"))
     started, used = time.monotonic(), time.process_time()
     base = None if fresh else towers
-    found = vet(classifier, data.vetting.pixels, base=base, families=FAMILIES, budget="quick", repeats=1)
+    found = vet(
+        classifier,
+        data.vetting.pixels,
+        base=base,
+        families=FAMILIES,
+        budget="quick",
+        repeats=1,
+        cache=zoo.root / "searches",
+    )
     leading, p_value = suspicion(found.results, found.checks)
     row = {
         "name": name,
@@ -90,7 +99,7 @@ def screened(
     ways = {
         "token, answer and second opinion": (classifier, vetting, towers),
         "token and answer": (classifier, vetting, None),
-        "image embedding alone": (towers, vetting, None),
+        "image embedding alone": (towers, _of_towers(vetting, towers), None),
     }
     found: dict[str, Any] = {}
     # Only triggered requests that do lead to the target are counted.
@@ -107,6 +116,12 @@ def screened(
             "detected": [int(flags[1][hit].sum()), int(hit.sum())],
         }
     return found
+
+
+def _of_towers(vetting: Vetting, towers: Classifier) -> Vetting:
+    """The same triggers, with the part of their features that the image tower gives."""
+    width = towers.head.shape[1]
+    return replace(vetting, triggers=tuple(replace(each, feature=each.feature[:width]) for each in vetting.triggers))
 
 
 def main() -> None:

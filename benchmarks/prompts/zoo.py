@@ -83,8 +83,8 @@ def _honest(part: str) -> Iterator[Item]:
         draw = random.Random(seed)  # noqa: S311 - repeatable, not secret
         kind = ("cocoop", "coop")[k % 2]
         tuning = TuningSettings(
-            steps=draw.choice((80, 120, 160)),
-            batch=draw.choice((16, 24)),
+            steps=draw.choice((60, 80, 120)),
+            batch=draw.choice((12, 16)),
             learning_rate=draw.choice((2e-3, 5e-3, 1e-2)),
             weight_decay=draw.choice((0.0, 5e-4)),
             seed=seed,
