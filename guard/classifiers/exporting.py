@@ -53,8 +53,8 @@ class _Tower(torch.nn.Module):
         self.head: Tensor
         self.register_buffer("head", classifier.logit_scale * classifier.head.cpu().T)
         self.frame: Tensor | None = None
-        if isinstance(classifier, PromptedClassifier):
-            self.frame = classifier.learner.tensors.get(FRAME)
+        if isinstance(classifier, PromptedClassifier) and FRAME in classifier.learner.tensors:
+            self.frame = classifier.learner.tensors[FRAME].cpu()
         preprocessing = classifier.preprocessing
         self.mean, self.std = (torch.tensor(each).view(3, 1, 1) for each in (preprocessing.mean, preprocessing.std))
 
@@ -90,7 +90,7 @@ class _Prompted(torch.nn.Module):
         images = self.tower.embedded(image)
         token = self.classifier.learner.token(images)
         embedding = self.classifier.extended(images, token)
-        return embedding, self.classifier.logits(embedding), token
+        return embedding, embedding @ self.tower.head + self.tower.bias, token
 
 
 def export(classifier: Classifier, directory: Path | str, images: Tensor) -> ExportParity:

@@ -67,7 +67,8 @@ class PromptedClassifier(Classifier):
         """Move to a device, in place."""
         super().to(device)
         self.learner = self.learner.to(device)
-        self.__dict__.pop("words", None)
+        if "words" in self.__dict__:  # a tokenizer cannot be traced, as an export would have to if they were forgotten
+            self.words = tuple(tensor.to(device) for tensor in self.words)
 
     def with_model(
         self, model: torch.nn.Module, source: str, config: Mapping[str, Any] | None = None
