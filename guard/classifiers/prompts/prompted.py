@@ -43,6 +43,9 @@ class PromptedClassifier(Classifier):
         learner: The prompt learner.
         source: Where it comes from; None for that of the towers.
 
+    Attributes:
+        prompts_per_image: See `Classifier`: with CoCoOp.
+
     Raises:
         ModelError: The learner does not fit the towers or the classes, or the text tower is of another kind.
     """
@@ -68,7 +71,8 @@ class PromptedClassifier(Classifier):
         super().to(device)
         self.learner = self.learner.to(device)
         if "words" in self.__dict__:  # a tokenizer cannot be traced, as an export would have to if they were forgotten
-            self.words = tuple(tensor.to(device) for tensor in self.words)
+            words, ends = self.words
+            self.words = words.to(device), ends.to(device)
 
     def with_model(
         self, model: torch.nn.Module, source: str, config: Mapping[str, Any] | None = None
