@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from guard.classifiers.classifier import Classifier
+from guard.classifiers.prompts import PromptedClassifier
 from guard.errors import ModelError
 from guard.triggers import InvertibleTrigger
 from guard.vetting.memory import images_at_once
@@ -72,8 +73,7 @@ class Lead:
         self.classifier, self.images = classifier, images
         self.models = [model for model in (classifier, reference_model) if model is not None]
         self._views = [_View(model, images) for model in self.models]
-        own = getattr(classifier, "towers", None)
-        self._shared = own is not None and (reference_model is own or getattr(reference_model, "towers", None) is own)
+        self._shared = reference_model is not None and _looks_at(classifier) is _looks_at(reference_model)
         """Whether a prompt learner is compared with its own towers under other prompts: images pass them once."""
 
     @property
@@ -167,6 +167,11 @@ class Lead:
         """
         if not all(each.grad is None or bool(each.grad.isfinite().all()) for each in parameters):
             raise ModelError(f"{self.classifier.source} computes no finite numbers: gradients of its scores overflow")
+
+
+def _looks_at(model: Classifier) -> Classifier:
+    """The classifier whose image tower sees the pixels as they are: that of the towers, where contexts were learned."""
+    return model.towers if isinstance(model, PromptedClassifier) and model.learner.kind != "visual" else model
 
 
 class _View:

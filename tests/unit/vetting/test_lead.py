@@ -2,11 +2,13 @@ import pytest
 import torch
 
 from guard.classifiers import Classifier
+from guard.classifiers.prompts import Kind, PromptedClassifier
 from guard.triggers import FAMILIES, InvertibleTrigger
 from guard.vetting import InspectionSettings, Inspector, Lead, memory
 from guard.vetting.lead import margin
 from tests.conftest import random_images
 from tests.toy import checkerboard, toy
+from tests.unit.classifiers.test_prompts import learner
 
 IMAGES = random_images(40)
 INDEX = torch.arange(40)
@@ -133,3 +135,34 @@ def test_what_a_backward_pass_needs_is_counted_in_bytes(
     assert both == alone // 2
     monkeypatch.setattr(memory, "_ON_CPU", 1)
     assert memory.images_at_once([classifier]) == 1
+
+
+@pytest.mark.parametrize("kind", ["coop", "cocoop", "visual"])
+def test_a_prompt_learner_and_its_towers_share_what_the_image_tower_gives_only_where_it_is_the_same(
+    kind: Kind, classifier: Classifier, images: torch.Tensor
+) -> None:
+    suspect = PromptedClassifier(classifier, learner(kind))
+    apart = classifier.with_model(classifier.model, "the same towers, as another classifier")
+    index, targets = torch.arange(12), torch.tensor([1, 4])
+    together, separate = (Lead(suspect, images[:12], base) for base in (classifier, apart))
+    assert (together.towers, separate.towers) == (2 if kind == "visual" else 1, 2)
+    pixels = (together.pixels(index) * 0.8)[None].expand(2, -1, -1, -1, -1)
+    with torch.no_grad():
+        found = together.distance(pixels, index, targets)
+        torch.testing.assert_close(found, separate.distance(pixels, index, targets))
+
+
+def test_among_rivals_a_distance_is_that_to_the_classes_that_were_strongest(
+    classifier: Classifier, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suspect, index, targets = PromptedClassifier(classifier, learner("cocoop")), torch.arange(12), torch.tensor([1, 4])
+    pixels = (images[:12].float() / 255)[None].expand(2, -1, -1, -1, -1)
+    with torch.no_grad():
+        monkeypatch.setattr("guard.vetting.lead.RIVALS", 5)  # all other classes
+        exact = Lead(suspect, images[:12]).distance(pixels, index, targets)
+        monkeypatch.setattr("guard.vetting.lead.RIVALS", 2)
+        few = Lead(suspect, images[:12]).distance(pixels, index, targets)
+        none = Lead(suspect, images[:12]).distance(pixels * 0, index, targets)
+    # Without a trigger the strongest other class is among those that are looked at.
+    torch.testing.assert_close(few, exact)
+    assert not torch.allclose(none, exact)
