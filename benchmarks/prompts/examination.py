@@ -141,7 +141,7 @@ def main() -> None:
         run(arguments.part, arguments.zoo, arguments.measured, arguments.only, fresh=arguments.fresh)
     else:
         rows = [json.loads(line) for line in arguments.measured.read_text(encoding="utf-8").splitlines()]
-        write(rows, arguments.note)
+        write(rows, arguments.part, arguments.note)
 
 
 if __name__ == "__main__":

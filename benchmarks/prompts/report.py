@@ -15,9 +15,9 @@ takes if its success is at least 80 % and at most 3 points of accuracy are lost 
 """
 
 
-def write(rows: list[dict[str, Any]], note: str) -> None:
-    """Write it, with a note on what was measured."""
-    command = "python -m benchmarks.prompts.examination run --part reported; … report"
+def write(rows: list[dict[str, Any]], part: str, note: str) -> None:
+    """Write it of a part of the zoo, with a note on what was measured."""
+    command = f"python -m benchmarks.prompts.examination run --part {part}"
     text = heading("Prompt learners: attacks, vetting, screening", command) + f"{_NOTE}\n"
     parts = [note] * bool(note)
     for reference in dict.fromkeys(row["reference"] for row in rows):
