@@ -194,6 +194,7 @@ def test_without_the_race_everything_is_searched_and_the_verdict_is_the_same(
         base=BASE,
         budget="quick",
         families=["additive", "warp"],
+        repeats=1,
         race=race,
         progress=lambda what, _, total: searched.update({what: total}),
     )
