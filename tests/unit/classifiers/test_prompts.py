@@ -24,6 +24,8 @@ from guard.classifiers.prompts import (
     tune_prompts,
 )
 from guard.errors import ModelError
+from guard.vetting.budgets import DerivedReferenceSettings
+from guard.vetting.reference import fresh_prompts
 from tests.conftest import CLASSES, SIZE
 
 WIDTH = DEPTH = 16
@@ -318,3 +320,23 @@ def test_an_export_computes_the_same_and_gives_the_token(
     else:
         with pytest.raises(ModelError, match="no meta-net"):
             exported.run_with_tokens(inputs)
+
+
+@pytest.mark.parametrize("kind", ["coop", "cocoop"])
+def test_fresh_prompts_answer_as_the_suspect_does_on_the_same_towers(
+    kind: Kind, classifier: Classifier, images: Tensor
+) -> None:
+    suspect = PromptedClassifier(classifier, learner(kind))
+    answers = suspect.predict(suspect.embed(images))
+
+    def surprise(model: Classifier) -> float:
+        return float(cross_entropy(model.logits(model.embed(images)), answers))
+
+    settings = DerivedReferenceSettings(steps=40, batch=32, learning_rate=0.02)
+    fresh, passes = fresh_prompts(suspect, images, settings)
+    assert isinstance(fresh, PromptedClassifier)
+    assert fresh.towers is suspect.towers
+    assert fresh.learner.kind == kind
+    assert fresh.digest != suspect.digest
+    assert surprise(fresh) < surprise(classifier)
+    assert passes == len(images) + 40 * 32
