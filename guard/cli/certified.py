@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from guard.classifiers.files import LEARNER_FILE
 from guard.cli import options
 from guard.cli.console import Console
 from guard.errors import UsageError
@@ -48,6 +47,7 @@ def load(
         UsageError: Somebody is trusted, and the prompt learner is a file of its own.
     """
     import guard
+    from guard.classifiers.files import LEARNER_FILE
 
     if not (trust or policy):
         return with_prompts(guard.load(model, classes=classes, device=device), prompt_learner)

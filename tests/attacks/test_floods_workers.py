@@ -19,7 +19,7 @@ from guard.errors import RequestError
 from guard.profiles import Profile
 from guard.protocol.inference_pb2 import ModelInferRequest
 from guard.sidecar import Settings
-from guard.sidecar.decisions import images
+from guard.sidecar.decisions import images, inputs
 from guard.sidecar.decisions.checking import Checker
 from guard.sidecar.decisions.evidence import Recorder
 from guard.sidecar.decisions.loading import Loaded
@@ -207,7 +207,7 @@ async def test_a_check_that_is_given_up_stops_at_its_next_image(
 
 
 async def test_large_images_are_decoded_by_turns(checker: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "LARGE_PIXELS", 1000)
+    monkeypatch.setattr(inputs, "LARGE_PIXELS", 1000)
     results = await asyncio.gather(*(checker.infer(jpegs(2, side), "") for side in (20, 100, 100, 20)))
     assert np.allclose(results[1].logits, results[2].logits)
     assert all(len(each.logits) == 2 for each in results)
