@@ -29,8 +29,10 @@ _ABOUT = """\
 On each set a small CLIP was trained from scratch, at 32 px, with captions from 16 templates: `resnet` has an image
 tower of width 16, `vit` one of 2 layers of width 96 with patches of 8. Each set has 50 copies of a placeholder, 50 of a
 photograph and 50 pictures of noise, with random captions. Constants of `guard.scan` were chosen on sets with the seed
-0, whose figures are therefore no test; nothing was chosen on those with the seed 1. Where the attack success rate is
-low, the attack did not take. The sets of Tiny-ImageNet have 40 of its classes unless they say 200.
+0, whose figures are therefore no test; no constant was chosen on those with the seed 1. Two of these (blended 5 %,
+badnets-large 1 %), of which nothing was found before, were the reason to look at pixels, and the rule that a trigger
+seen through several words counts once, which changes the estimate alone, was made after two of them. Where the attack
+success rate is low, the attack did not take. The sets of Tiny-ImageNet have 40 of its classes unless they say 200.
 """
 _COLUMNS = ("set", "tower", "pairs", "poisoned", "accuracy", "attack success", "AUROC as released, k-distance", "DAO",
             "AUROC of ours, k-distance", "after groups", "FPR at TPR 95 %", "at 100 %", "precision", "recall",
@@ -148,7 +150,7 @@ def main() -> None:
         sys.stdout.write(part)
     lines = [path.read_text(encoding="utf-8").strip() for path in sorted(arguments.sets.glob("*/row.md"))]
     parts = [""]
-    for seed, title in (("1", "Sets that nothing was chosen on"), ("0", "Sets on which constants were chosen")):
+    for seed, title in (("1", "Sets that no constant was chosen on"), ("0", "Sets on which constants were chosen")):
         chosen = [line for line in lines if line.split("|")[1].rstrip().endswith(f", {seed}")]
         if not chosen:
             continue
