@@ -253,7 +253,8 @@ def _same(one: Group, two: Group) -> bool:
 
 def _united(one: Group, two: Group) -> Group:
     """One group, by pixels, with the pairs of another, by embeddings."""
-    further = [row for row in two.pairs if row not in set(one.pairs)]
+    known = set(one.pairs)
+    further = [row for row in two.pairs if row not in known]
     count, low, high = (max(getattr(one, name), getattr(two, name)) for name in ("count", "low", "high"))
     return replace(one, pairs=(*one.pairs, *further), count=count, low=low, high=max(high, len(one.pairs)))
 
