@@ -80,7 +80,6 @@ def derive_reference(
                 parameter.add_(settings.noise * parameter.std() * noise)
     reference_model = classifier.with_model(model, f"derived reference of {classifier.source}")
     reference_model.head = classifier.head  # the same text tower; the prompts of 1,000 classes take minutes on a CPU
-    reference_model.head = classifier.head
     teach(
         reference_model,
         classifier,
@@ -160,7 +159,6 @@ def teach_student(
     model.visual = _WithTokens(tower) if pair else tower
     config = {**classifier.config, "student": asdict(settings)}
     student = classifier.with_model(model, f"student of {classifier.source}", config)
-    student.head = classifier.head
     student.head = classifier.head
     student.model.visual.train()
     teach(
