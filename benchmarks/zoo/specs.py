@@ -165,6 +165,22 @@ BASES: dict[str, Base] = {
         images=2_500,
         pretrained=True,
     ),
+    # The same once more at a size at which its features are what they were trained to be. For a GPU.
+    "cifar10-efficientnet-lite0-128": Base(
+        "cifar10",
+        {
+            "embed_dim": 128,
+            "vision_cfg": {
+                "image_size": 128, "timm_model_name": "tf_efficientnet_lite0", "timm_model_pretrained": False,
+                "timm_pool": "avg", "timm_proj": "linear",
+            },
+            "text_cfg": _text(),
+        },
+        TrainingSettings(epochs=3, batch=128, learning_rate=5e-4, shift=8, freeze_statistics=True),
+        TrainingSettings(epochs=3, batch=128, learning_rate=5e-4, shift=8, freeze_statistics=True),
+        images=10_000,
+        pretrained=True,
+    ),
 }  # fmt: skip
 """Every base by name."""
 
@@ -175,6 +191,8 @@ _ADDED = (
 )  # fmt: skip
 """Attacks that zoos gained later. Their models come after all others, which keep name, base, seed and target, so that a
 zoo that was built before only lacks these."""
+_ELSEWHERE = {"digits-weak", "cifar10-efficientnet-lite0", "cifar10-efficientnet-lite0-128"}
+"""Bases of zoos of their own, which the zoo `full` leaves out."""
 _ATTACKS = tuple(name for name, recipe in RECIPES.items() if recipe.poisons and name not in _ADDED)
 
 
@@ -307,11 +325,25 @@ def _pretrained(seed: int) -> Spec:
     return zoo.spec()
 
 
+def _pretrained_large(seed: int) -> Spec:
+    zoo = _Zoo("pretrained-128", seed)
+    base = zoo.base("cifar10-efficientnet-lite0-128", 0)
+    zoo.attacks(
+        base,
+        ("badnets-medium", "sig", "badnets-large", "visual", "wanet", "blended-image", "ftrojan", "badclip",
+         "blended-noise", "badnets-stripes"),
+    )  # fmt: skip
+    for recipe in ("partial", "noised", "shifted"):
+        zoo.add(base, recipe)
+    for number in (1, 2):
+        zoo.add(base, "benign", number)
+        zoo.add(base, "benign-visual", number)
+    return zoo.spec()
+
+
 def _full(seed: int) -> Spec:
     zoo = _Zoo("full", seed)
-    bases = {
-        kind: _every_recipe(zoo, kind) for kind in BASES if kind not in {"digits-weak", "cifar10-efficientnet-lite0"}
-    }
+    bases = {kind: _every_recipe(zoo, kind) for kind in BASES if kind not in _ELSEWHERE}
     for own in bases.values():
         _added(zoo, own)
         _more_negatives(zoo, own)
@@ -324,6 +356,7 @@ SPECS = {
     "weak": _weak,
     "medium": _medium,
     "pretrained": _pretrained,
+    "pretrained-128": _pretrained_large,
     "full": _full,
 }
 """Makers of the zoos, by name; each takes the first seed."""
