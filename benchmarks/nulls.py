@@ -31,8 +31,8 @@ from guard.vetting.nulls import Largest, Prior, estimate, prior
 from guard.vetting.probes import listed_probes, probe_classes
 from guard.vetting.results import PROBES, ReferenceKind
 
-STEPS = (16, 32)
-"""Half and all of what the budget `standard` spends, and `quick` spends the first."""
+STEPS = (32, 64)
+"""Half and all of what the budget `quick` spends; larger budgets take the prior of the last."""
 IMAGES = 1000
 TABLE = Path(__file__).parents[1] / "guard" / "vetting" / "nulls.json"
 

@@ -1,12 +1,13 @@
-"""How many steps and how large a radius an inspection needs: the lead of the attacker's class beside the others'.
+"""Steps, batches, radii and grids of an inspection: the lead of the attacker's class beside the others'.
 
-python -m benchmarks.steps_and_radii ZOO MODEL … [--family patch] [--radii 3 6 9] [--steps 16 32 64] [--out DIR]
+python -m benchmarks.steps_and_batches ZOO MODEL … [--families patch "large patch"] [--radii 3] [--efforts 16x32 64x8]
 
-Budgets and radii were chosen on small towers that were trained from scratch. This measures one family on other models,
-with their base, all classes and no early stop.
+Budgets and radii were chosen on small towers that were trained from scratch. This measures other models, with their
+base, all classes and no early stop. Rows are printed as they come.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -24,6 +25,12 @@ from guard.vetting.lead import Lead
 from guard.vetting.nulls import NO_PRIOR, outliers
 
 IMAGES = 1000
+AVERAGED = 128
+"""Number of images over which the lead is averaged, in batches of any size."""
+HEADER = (
+    "| model | truth | family | radius | steps × images | lead of the attacker's class | mean of the others | largest "
+    "| p | of the class |"
+)
 
 
 def main() -> None:
@@ -31,23 +38,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("zoo", type=Path)
     parser.add_argument("models", nargs="+")
-    parser.add_argument("--family", choices=sorted(FAMILIES), default="patch")
+    parser.add_argument("--families", choices=sorted(FAMILIES), nargs="+", default=["patch", "large patch"])
     parser.add_argument("--radii", type=float, nargs="+")
-    parser.add_argument("--steps", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--efforts", nargs="+", default=["16x32", "64x8"], help="Steps x images in each.")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    zoo, radii = Zoo.read(given.zoo), given.radii or [RADII[given.family]]
+    torch.set_num_threads(1)
+    zoo = Zoo.read(given.zoo)
+    efforts = [tuple(map(int, effort.split("x"))) for effort in given.efforts]
     about = (
-        f"Zoo `{zoo.name}` of seed {zoo.seed}, family {given.family} (guard's radius: {RADII[given.family]:g}), "
-        f"{IMAGES} images, half of them searched on, seed 0, against the base. The p-value is of this family alone, "
-        "corrected for the number of classes, without the shipped prior."
+        f"Zoo `{zoo.name}` of seed {zoo.seed}, {IMAGES} images, half of them searched on, seed 0, against the base. "
+        "The p-value is of this family alone, corrected for the number of classes, without the shipped prior. Efforts "
+        "of the same product take the same passes."
     )
-    lines = [
-        about,
-        "",
-        "| model | truth | radius | steps | lead of the attacker's class | largest other | p | of the class |",
-        "| --- " * 8 + "|",
-    ]
+    lines = [about, "", HEADER, "| --- " * 10 + "|"]
     for name in given.models:
         truth = zoo.truth(name)
         targets = list(truth.targets) if truth else []
@@ -55,24 +59,27 @@ def main() -> None:
         chosen = ImageSet.of_zoo(zoo.root / "images" / zoo.models[name].images, vetting=IMAGES, seed=0)
         searched, _ = halves(pixels(chosen, classifier.preprocessing).vetting, seed=0)
         every = list(range(len(classifier.classes.names)))
-        for radius in radii:
-            settings = InspectionSettings(steps=max(given.steps))
-            inspector = Inspector(
-                Lead(classifier, searched, base), FAMILIES[given.family], torch.tensor(every), settings
-            )
-            for steps in given.steps:
-                with patch("guard.vetting.inspection.RADII", {**RADII, given.family: radius}):
-                    leads = [found.lead for found in inspector.run(steps, every)]
-                p_values = outliers(leads, NO_PRIOR)[1] * len(every)
-                own = ", ".join(f"{leads[target]:.2f}" for target in targets) or "–"
-                others = max(lead for target, lead in enumerate(leads) if target not in targets)
-                first = int(p_values.argmin())
-                lines.append(
-                    f"| {name} | {truth.label if truth else ''} | {radius:g} | {steps} | {own} | {others:.2f} | "
-                    f"{p_values[first]:.2g} | {first}{' ✓' if first in targets else ''} |"
-                )
-    text = heading("Steps and radii", f"python -m benchmarks.steps_and_radii {zoo.name} --family {given.family}")
-    (given.out / f"steps-and-radii-{zoo.name}-{zoo.seed}-{given.family}.md").write_text(
+        for family in given.families:
+            for radius in given.radii or [RADII[family]]:
+                for steps, batch in efforts:
+                    settings = InspectionSettings(steps, batch, average=max(1, AVERAGED // batch))
+                    lead = Lead(classifier, searched, base)
+                    inspector = Inspector(lead, FAMILIES[family], torch.tensor(every), settings)
+                    with patch("guard.vetting.inspection.RADII", {**RADII, family: radius}):
+                        leads = [found.lead for found in inspector.run(steps, every)]
+                    p_values = outliers(leads, NO_PRIOR)[1] * len(every)
+                    own = ", ".join(f"{leads[target]:.2f}" for target in targets) or "–"
+                    others = [value for target, value in enumerate(leads) if target not in targets]
+                    first = int(p_values.argmin())
+                    label = truth.label if truth else ""
+                    lines.append(
+                        f"| {name} | {label} | {family} | {radius:g} | {steps} × {batch} | {own} "
+                        f"| {sum(others) / len(others):.2f} | {max(others):.2f} | {p_values[first]:.2g} "
+                        f"| {first}{' ✓' if first in targets else ''} |"
+                    )
+                    sys.stderr.write(lines[-1] + "\n")
+    text = heading("Steps, batches, radii and grids", f"python -m benchmarks.steps_and_batches {zoo.name}")
+    (given.out / f"steps-and-batches-{zoo.name}-{zoo.seed}.md").write_text(
         text + "\n".join(lines) + "\n", encoding="utf-8"
     )
 

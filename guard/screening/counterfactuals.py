@@ -152,6 +152,7 @@ def _warp(tensors: Mapping[str, Floats]) -> Undo:
 
 _UNDOINGS: dict[str, Callable[[Mapping[str, Floats]], Undo | None]] = {
     "patch": _patch,
+    "large patch": _patch,
     "blend": _blend,
     "warp": _warp,
     **{family: partial(_displaced, family) for family in DISPLACEMENTS},

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from guard.triggers.frequency import Frequency
     from guard.triggers.generator import Generator
     from guard.triggers.known import KNOWN, KnownTrigger
+    from guard.triggers.large_patch import LargePatch
     from guard.triggers.moving_patch import MovingPatch
     from guard.triggers.patch import Patch
     from guard.triggers.quantisation import Quantisation
@@ -41,6 +42,7 @@ __all__ = [
     "Generator",
     "InvertibleTrigger",
     "KnownTrigger",
+    "LargePatch",
     "MovingPatch",
     "Patch",
     "Quantisation",
@@ -67,6 +69,7 @@ __getattr__ = lazy(
         "Filter": "filter",
         "Frequency": "frequency",
         "Generator": "generator",
+        "LargePatch": "large_patch",
         "MovingPatch": "moving_patch",
         "Patch": "patch",
         "Quantisation": "quantisation",

@@ -9,6 +9,7 @@ from guard.triggers.compression import Compression
 from guard.triggers.filter import Filter
 from guard.triggers.frequency import Frequency
 from guard.triggers.generator import Generator
+from guard.triggers.large_patch import LargePatch
 from guard.triggers.moving_patch import MovingPatch
 from guard.triggers.patch import Patch
 from guard.triggers.quantisation import Quantisation
@@ -16,7 +17,7 @@ from guard.triggers.sinusoid import Sinusoid
 from guard.triggers.warp import Warp
 
 FAMILIES: dict[str, type[InvertibleTrigger]] = {
-    family.family: family for family in (Patch, Additive, Blend, Warp, Frequency, ColourMap, Generator)
+    family.family: family for family in (Patch, Additive, Blend, Warp, Frequency, ColourMap, Generator, LargePatch)
 }
 """The families that trigger inversion can search and that a profile can hold, by name."""
 

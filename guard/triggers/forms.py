@@ -79,9 +79,12 @@ class TensorForm:
             raise ValueError(f"{name} has a value outside {self.low:g} to {self.high:g}")
 
 
+_PATCH = {"mask": TensorForm("1 height width", 0, 1), "pattern": TensorForm("3 height width", 0, 1)}
+
 FORMS: Mapping[str, Mapping[str, TensorForm]] = MappingProxyType(
     {
-        "patch": {"mask": TensorForm("1 height width", 0, 1), "pattern": TensorForm("3 height width", 0, 1)},
+        "patch": _PATCH,
+        "large patch": _PATCH,
         "additive": {"delta": TensorForm("3 height width", -1, 1)},
         "blend": {"alpha": TensorForm("1 1 1", 0, 1), "pattern": TensorForm("3 height width", 0, 1)},
         "warp": {"field": TensorForm("2 k k", -1, 1)},

@@ -35,7 +35,7 @@ def applied(family: str, tensors: Mapping[str, Floats], image: Floats) -> Floats
         ValueError: The tensors are not those of a trigger of the family; the message is one line, for the caller to put
             the name of the trigger before it.
     """
-    if family not in {"patch", "blend", "warp", *DISPLACEMENTS}:
+    if family not in {"patch", "large patch", "blend", "warp", *DISPLACEMENTS}:
         return None
     check_tensors(family, tensors)
     size = image.shape[-2:]

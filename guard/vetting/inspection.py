@@ -25,7 +25,7 @@ from guard.vetting.batches import batches
 from guard.vetting.budgets import InspectionSettings
 from guard.vetting.lead import Lead
 
-METHOD = "inspection 1"
+METHOD = "inspection 2"
 """Name and version of the method; it changes when results are no longer comparable."""
 RADII: Mapping[str, float] = MappingProxyType(
     {
@@ -36,6 +36,7 @@ RADII: Mapping[str, float] = MappingProxyType(
         "frequency": 60.0,
         "colour map": 24.0,
         "generator": 16.0,
+        "large patch": 10.0,
     }
 )
 """Radius of the ball of each family, in its unit of norm: large enough for an attacker's shortcut, and too small for

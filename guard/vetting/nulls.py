@@ -87,8 +87,18 @@ def _table() -> tuple[dict[str, Prior], dict[str, Largest]]:
 
 
 def prior(reference_model: str, family: str, steps: int) -> Prior:
-    """Return the shipped prior for a kind of reference model and a family; `NO_PRIOR` where there is none."""
-    return _table()[0].get(_key(reference_model, family, steps), NO_PRIOR)
+    """Return the shipped prior for a kind of reference model and a family; `NO_PRIOR` where there is none.
+
+    It is that of the largest number of steps up to `steps` that was measured: what a few more steps change is less than
+    what models differ by.
+    """
+    known = {
+        int(key.rpartition("/")[2]): entry
+        for key, entry in _table()[0].items()
+        if key.startswith(f"{reference_model}/{family}/")
+    }
+    measured = [count for count in known if count <= steps]
+    return known[max(measured)] if measured else NO_PRIOR
 
 
 def largest(reference_model: str, family: str) -> Largest | None:
@@ -108,10 +118,6 @@ def text_null(reference_model: str, family: str) -> Largest | None:
     The statistic is the largest lead less that with the two towers exchanged (`guard.vetting.text_examination`).
     """
     return _text_table().get(f"{reference_model}/{family}")
-
-
-def _key(reference_model: str, family: str, steps: int) -> str:
-    return f"{reference_model}/{family}/{steps}"
 
 
 def estimate(variances: Sequence[float], degrees: Sequence[int]) -> Prior:

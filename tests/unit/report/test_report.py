@@ -71,7 +71,7 @@ def test_it_says_verdict_class_trigger_and_numbers(profile: Profile, images: tor
         "Trigger patch-1",
         "The two models give the same answer on 95 % of images without a trigger.",
         "false positive rate of 0.02",
-        "quick (inspection 16 steps",
+        "quick (inspection 64 steps",
         "seed 0",
         profile.document.model.digest,
     ):

@@ -23,6 +23,7 @@ from guard.vetting import (
     reconstruct,
     vet,
 )
+from guard.vetting.budgets import TargetSearchSettings
 from guard.vetting.inspection import RADII
 from guard.vetting.nulls import NO_PRIOR
 from guard.vetting.probes import SCREENED, Probe, listed_probes
@@ -32,9 +33,10 @@ from tests.toy import checkerboard, toy
 IMAGES, OTHERS = random_images(128), random_images(60, seed=9)
 TARGET = 3
 FAST = Effort(
-    InspectionSettings(steps=8, batch=16),
+    InspectionSettings(steps=8, batch=16, average=4),
     SearchSettings(steps=30, batch=16, stall=15),
     DerivedReferenceSettings(steps=3, batch=16),
+    TargetSearchSettings(steps=8, batch=16),
 )
 PLANTED = Probe("planted", lambda images: (images + 0.1 * checkerboard()).clamp(0, 1))
 OTHER = [Probe("darker", lambda images: 0.8 * images), Probe("mirrored", lambda images: images.flip(-1))]

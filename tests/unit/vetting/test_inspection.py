@@ -11,7 +11,7 @@ from tests.toy import toy
 
 IMAGES = random_images(64)
 TARGET, CLASSES = 3, range(10)
-FAST = InspectionSettings(steps=8, batch=16)
+FAST = InspectionSettings(steps=8, batch=16, average=4)
 
 
 def inspected(
@@ -21,7 +21,7 @@ def inspected(
     classes: Sequence[int] = CLASSES,
     seed: int = 0,
 ) -> list[Inspected]:
-    settings = InspectionSettings(steps=steps, batch=16, seed=seed)
+    settings = InspectionSettings(steps=steps, batch=16, average=4, seed=seed)
     return Inspector(lead, family, torch.tensor(classes), settings).run(steps, classes)
 
 

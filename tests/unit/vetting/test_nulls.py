@@ -144,6 +144,7 @@ def test_what_the_table_lacks_is_not_known(tmp_path: Path, monkeypatch: pytest.M
         assert nulls.largest("base", "probes") == LARGEST
         assert nulls.largest("derived", "probes") is None
         assert nulls.prior("base", "patch", 16) == nulls.prior("derived", "patch", 32) == NO_PRIOR
+        assert nulls.prior("base", "patch", 256) == PRIOR, "beyond what was measured, the last counts"
     finally:
         nulls._table.cache_clear()
 
