@@ -55,7 +55,7 @@ def compared(folder: Path) -> Compared:
     torch.manual_seed(0)
     suspect, base = toy(target=3, jitter=0.05), based(0.5)
     images = random_images(700, seed=1)
-    bare = Profile.build(suspect, _unfounded(suspect))
+    bare = Profile.build(suspect, unfounded(suspect))
     asked = bare.calibrate(suspect, images, ALPHA, reference=base)
     for name, classifier in (("model", suspect), ("base", base)):
         export(classifier, folder / name, images[:256])
@@ -81,7 +81,7 @@ def recalibrated(made: Compared, folder: Path, mean: float) -> None:
     again.with_reference_model(folder.parent / "other-base").save(folder)
 
 
-def _unfounded(classifier: Classifier) -> Vetting:
+def unfounded(classifier: Classifier) -> Vetting:
     """A vetting that found nothing."""
     return Vetting(
         verdict=Verdict("no evidence", None, 0.5, (), 0.01, ("nothing was found",)),

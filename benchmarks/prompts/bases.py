@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, grid_sample, interpolate, log_softmax, normalize
 
 from guard.attacks import LabelledImages
+from guard.classifiers import ClassList
 from guard.classifiers.open_clip import import_open_clip
 from guard.demo import digits
 from guard.demo.data import DemoData
@@ -36,6 +37,10 @@ PAPERS: Mapping[str, tuple[float, float, float]] = {
     "cyan": (0.6, 0.9, 0.95),
 }
 STYLES = ("plain", "grainy", "blurred", "striped", "wavy", "spotted", "dim")
+COLOURED = ClassList(
+    tuple(f"{ink} digit {name}" for name in digits.CLASSES.names for ink in INKS), ("a photo of a {}.",)
+)
+"""Digits and inks together: fifty classes."""
 _ATTRIBUTES = 4
 _KEPT = 0.6
 """Probability that a caption names an attribute."""
@@ -63,6 +68,10 @@ class Described:
     images: LabelledImages
     attributes: Tensor
     original: NDArray[np.int64]
+
+    def __getitem__(self, rows: Tensor) -> "Described":
+        """Some of them."""
+        return Described(self.images[rows], self.attributes[rows], self.original[rows.numpy()])
 
 
 def drawn(renderings: int, *, seed: int) -> Described:
@@ -210,14 +219,27 @@ def _contrast(true: Tensor, scores: Tensor) -> Tensor:
     return -(true / true.sum(1, keepdim=True) * log_softmax(scores, 1)).sum(1).mean()
 
 
-def split(data: Described, renderings: int) -> DemoData:
-    """Disjoint sets for what a user does; all renderings of one digit stay in one set."""
+def split(data: Described, classes: ClassList, renderings: int) -> tuple[DemoData, Tensor]:
+    """Disjoint sets for what a user does; all renderings of one digit stay in one set.
+
+    Args:
+        data: All images.
+        classes: The digits, or `COLOURED`.
+        renderings: Renderings of each digit for training and calibration; vetting and requests have two.
+
+    Returns:
+        The sets, and all renderings of the digits for vetting, in random order.
+    """
     rendering = np.arange(len(data.images)) // digits.COUNT
+    digit, ink = data.attributes[:, 0], data.attributes[:, 1]
+    images = LabelledImages(data.images.pixels, digit if classes is digits.CLASSES else len(INKS) * digit + ink)
 
     def part(low: int, high: int, most: int) -> LabelledImages:
         chosen = (data.original >= low) & (data.original < high) & (rendering < most)
-        return data.images[torch.from_numpy(chosen.nonzero()[0])]
+        return images[torch.from_numpy(chosen.nonzero()[0])]
 
-    parts = part(0, 800, 2), part(800, 1000, 2), part(1000, 1500, renderings), part(1500, digits.COUNT, 2)
+    parts = part(0, 800, renderings), part(800, 1000, 2), part(1000, 1500, renderings), part(1500, digits.COUNT, 2)
     calibration = (data.original >= 1000) & (data.original < 1500)
-    return DemoData(digits.CLASSES, *parts, groups=data.original[calibration])
+    pool = part(800, 1000, renderings).pixels
+    shuffled = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))]
+    return DemoData(classes, *parts, groups=data.original[calibration]), shuffled

@@ -1,147 +1,121 @@
 """What vetting and screening make of a zoo of prompt learners.
 
-    python -m benchmarks.prompts.examination run --part reported --zoo ZOO --measured FILE [--only PATTERN] [--fresh]
-    python -m benchmarks.prompts.examination report --measured FILE
+    python -m benchmarks.prompts.examination run --zoo ZOO --measured FILE [--part PART …] [--method METHOD …]
+        [--only PATTERN] [--jobs N]
+    python -m benchmarks.prompts.examination report --measured FILE [FILE …]
 
-`run` builds each learner that is missing (`benchmarks.prompts.zoo`) and examines it: vetting with the budget `quick`
-against the hand-written prompts (with --fresh, against prompts that are tuned anew on the learner's answers), and
-screening of a poisoned learner at a false-alarm rate of 1 %, with the second opinion of the hand-written prompts,
-without it, and by the embedding of the image tower alone. Each (learner, reference) is a line of FILE, and is not
-measured again.
-`report` writes benchmarks/results/prompts.md.
+`run` builds each learner that is missing (`benchmarks.prompts.zoo`) and examines it. Methods are `hand-written`
+(guard's vetting against the hand-written prompts, and screening of poisoned learners), `fresh` (against prompts that
+are tuned anew on the learner's answers), `clip-inspector` (as published), `exhaustive` (vetting without its race) and
+`tokens` (how the tokens of the meta-net spread under a trigger).
+Each result is a line of FILE as soon as it is there, and is not measured again. `report` writes
+benchmarks/results/prompts.md.
 """
 
 import argparse
 import json
 import sys
-import time
-from dataclasses import replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
+from benchmarks.prompts.methods import METHODS, subject
 from benchmarks.prompts.report import write
-from benchmarks.prompts.zoo import PARTS, TOWERS, build, data_of, items
-from guard.classifiers import Classifier, load
-from guard.demo.data import DemoData
-from guard.evaluation import Zoo
-from guard.profiles import Profile
-from guard.profiles.calibrating import ask
-from guard.vetting import Vetting, vet
-from guard.vetting.verdict import suspicion
-
-FAMILIES = ("additive", "frequency", "patch")
-"""Families that are inspected: the additive one of CLIP-Inspector, that of sinusoids, and one that is local."""
-ALPHA = 0.01
-_CALIBRATION = 1000
+from benchmarks.prompts.zoo import PARTS, Item, items, make, towers_of
+from guard.distributed import Lost, engine
 
 
-def run(part: str, folder: Path, path: Path, only: str, *, fresh: bool) -> None:
-    """Build and examine what is missing."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    known = {(row["name"], row["reference"]) for row in rows}
-    _, data = data_of()
-    reference = "fresh" if fresh else "hand-written"
-    for item in items(part):
-        if fnmatchcase(item.name, only) and (item.name, reference) not in known:
-            build(part, folder, item.name)
-            row = examine(Zoo.read(folder), item.name, data, fresh=fresh)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            sys.stderr.write(f"{row}\n")
+@dataclass(frozen=True)
+class Task:
+    """One learner, and what is missing of it."""
+
+    part: str
+    item: Item
+    folder: Path
+    methods: tuple[str, ...]
 
 
-def examine(zoo: Zoo, name: str, data: DemoData, *, fresh: bool) -> dict[str, Any]:
-    """Vet a learner, and screen requests to it if it was poisoned."""
-    classifier = load(str(zoo.model(name)), device="cpu")
-    towers = load(str(zoo.model(f"towers-{TOWERS}")), device="cpu")
-    known = json.loads((zoo.root / "truth" / f"{name}.json").read_text(encoding="utf-8"))
-    started, used = time.monotonic(), time.process_time()
-    base = None if fresh else towers
-    found = vet(
-        classifier,
-        data.vetting.pixels,
-        base=base,
-        families=FAMILIES,
-        budget="quick",
-        repeats=1,
-        cache=zoo.root / "searches",
-    )
-    leading, p_value = suspicion(found.results, found.checks)
-    row = {
-        "name": name,
-        "reference": "fresh" if fresh else "hand-written",
-        **{key: known[key] for key in ("family", "kind", "adaptive", "label", "accuracy", "success", "targets")},
-        "by_hand": known["towers"],
-        "verdict": found.verdict.outcome,
-        "leading": leading,
-        "p_value": p_value,
-        "passes": found.passes,
-        "seconds": round(time.monotonic() - started, 1),
-        "processor_seconds": round(time.process_time() - used, 1),
-        "triggers": [each.target for each in found.triggers],
-    }
-    if known["targets"] and not fresh:
-        row["screening"] = screened(zoo, name, classifier, towers, found, data)
-    return row
-
-
-def screened(
-    zoo: Zoo, name: str, classifier: Classifier, towers: Classifier, vetting: Vetting, data: DemoData
-) -> dict[str, Any]:
-    """How many triggered and how many clean requests each way to screen flags."""
-    (planted,) = zoo.triggers(name, zoo.truth(name))  # type: ignore[arg-type]  # poisoned learners have a truth
-    calibration = data.calibration.pixels[np.random.default_rng(0).permutation(len(data.calibration))[:_CALIBRATION]]
-    requests = data.requests
-    stamped = planted.trigger.stamp(requests.pixels[requests.labels != planted.target])
-    ways = {
-        "token, answer and second opinion": (classifier, vetting, towers),
-        "token and answer": (classifier, vetting, None),
-        "image embedding alone": (towers, _of_towers(vetting, towers), None),
-    }
-    found: dict[str, Any] = {}
-    # Only triggered requests that do lead to the target are counted.
-    hit = (classifier.predict(classifier.embed(stamped)) == planted.target).numpy()
-    for way, (model, used, opinion) in ways.items():
-        profile = Profile.build(model, used).calibrate(model, calibration, ALPHA, reference=opinion)
-        detector = profile.detector()
-        flags = [
-            detector.score(model.embed(each).numpy(), None if opinion is None else ask(opinion, each)).flags
-            for each in (requests.pixels, stamped)
-        ]
-        found[way] = {
-            "false_alarms": [int(flags[0].sum()), len(flags[0])],
-            "detected": [int(flags[1][hit].sum()), int(hit.sum())],
+def done(task: Task) -> list[dict[str, Any]]:
+    """Build and examine a learner."""
+    torch.set_num_threads(1)
+    known = make(task.part, task.item, task.folder, _say)
+    rows = []
+    for method in task.methods:
+        row = {
+            "part": task.part,
+            "name": task.item.name,
+            "method": method,
+            "classes": len(PARTS[task.part].classes.names),
+            **{key: known[key] for key in ("family", "kind", "adaptive", "label", "accuracy", "success", "targets")},
+            "by_hand": known["towers"],
+            **METHODS[method](subject(task.part, task.folder, task.item.name)),
         }
-    return found
+        rows.append(row)
+    return rows
 
 
-def _of_towers(vetting: Vetting, towers: Classifier) -> Vetting:
-    """The same triggers, with the part of their features that the image tower gives."""
-    width = towers.head.shape[1]
-    return replace(vetting, triggers=tuple(replace(each, feature=each.feature[:width]) for each in vetting.triggers))
+def run(parts: list[str], methods: list[str], zoo: Path, path: Path, only: str, jobs: int) -> None:
+    """Build and examine what is missing, learners of all parts in turn."""
+    there = {(row["part"], row["name"], row["method"]) for row in _read(path)} if path.exists() else set()
+    tasks = []
+    for part in parts:
+        mine = [item for item in items(part) if fnmatchcase(item.name, only)]
+        left = [(item, tuple(m for m in _wanted(methods, item) if (part, item.name, m) not in there)) for item in mine]
+        tasks.append([Task(part, item, zoo / part, missing) for item, missing in left if missing])
+    with_towers = [(part, zoo / part) for part, mine in zip(parts, tasks, strict=True) if mine]
+    for _ in engine(jobs).map(_towers, with_towers):
+        pass
+    in_turn = [task for task in chain(*zip_longest(*tasks)) if task is not None]
+    for place, rows in engine(jobs).map(done, in_turn):
+        if isinstance(rows, Lost):
+            _say(f"{in_turn[place].item.name}: {rows.reason}")
+            continue
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:
+            _say(json.dumps({key: value for key, value in row.items() if key != "screening"}))
+
+
+def _wanted(methods: list[str], item: Item) -> list[str]:
+    """The methods that apply to a learner: only CoCoOp has a meta-net."""
+    return [method for method in methods if method != "tokens" or item.recipe.kind == "cocoop"]
+
+
+def _towers(given: tuple[str, Path]) -> None:
+    towers_of(*given, _say)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
 
 
 def main() -> None:
     """Run what is missing, or write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("--part", choices=PARTS, default="reported")
-    parser.add_argument("--zoo", type=Path)
-    parser.add_argument("--measured", type=Path, required=True)
-    parser.add_argument("--only", default="*", help="Shell pattern of the names of the learners.")
-    parser.add_argument("--fresh", action="store_true", help="Compare with freshly tuned prompts.")
-    parser.add_argument("--note", default="", help="What to say in the report of what was measured.")
+    what = parser.add_subparsers(dest="what", required=True)
+    running = what.add_parser("run")
+    running.add_argument("--part", nargs="+", choices=PARTS, default=["reported"])
+    running.add_argument("--method", nargs="+", choices=METHODS, default=["hand-written", "clip-inspector"])
+    running.add_argument("--zoo", type=Path, required=True)
+    running.add_argument("--measured", type=Path, required=True)
+    running.add_argument("--only", default="*", help="Shell pattern of the names of the learners.")
+    running.add_argument("--jobs", type=int, default=1, help="Learners side by side, each on one processor.")
+    reporting = what.add_parser("report")
+    reporting.add_argument("--measured", type=Path, nargs="+", required=True)
     arguments = parser.parse_args()
     if arguments.what == "run":
-        if arguments.zoo is None:
-            parser.error("run needs --zoo")
-        run(arguments.part, arguments.zoo, arguments.measured, arguments.only, fresh=arguments.fresh)
+        given = arguments
+        run(given.part, given.method, given.zoo, given.measured, given.only, given.jobs)
     else:
-        rows = [json.loads(line) for line in arguments.measured.read_text(encoding="utf-8").splitlines()]
-        write(rows, arguments.part, arguments.note)
+        write([row for path in arguments.measured for row in _read(path)])
 
 
 if __name__ == "__main__":

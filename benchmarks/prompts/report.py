@@ -1,107 +1,155 @@
 """The report on the zoo of prompt learners: benchmarks/results/prompts.md."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from benchmarks._record import RESULTS, heading
 from guard._files import replace_file
 from guard.evaluation.statistics import Rate, auroc
 
+Row = dict[str, Any]
 _NOTE = """The towers were taught captions that name the digit, the colours of ink and paper, and the style of the
-picture (`benchmarks.prompts.bases`); a user's classes are the ten digits. All learners share them, as the users of one
-published CLIP do. Settings of the attacks were chosen on other learners (part `developed`). Vetting is guard's, with
-the budget `quick`, the families additive, frequency and patch, and 400 images; nothing of it was chosen here. An attack
-takes if its success is at least 80 % and at most 3 points of accuracy are lost against the hand-written prompts.
-"""
+picture (`benchmarks.prompts.bases`); a user's classes are the ten digits, in the part `coloured` the fifty pairs of
+digit and ink. All learners of a part share its towers, as the users of one published CLIP do; `developed`, `reported`
+and `coloured` have the same. Settings of the attacks were chosen on the part `developed`. guard's vetting has the
+budget `quick`, the families additive, frequency and patch, and 400 images; nothing of it was chosen here.
+CLIP-Inspector is `guard.baselines.clip_inspector`: as published, with 1,000 images and the largest radius of these
+attackers (24/255; the paper's too is that of its attackers). *Exhaustive* is guard's vetting without its race: every
+class of every family is searched to the end. An attack takes if its success is at least 80 % and at most 3 points of
+accuracy are lost against the hand-written prompts. A CoCoOp learner has prompts of its own for each image, which cost
+passes of the text tower; forward passes are counted, those included that the backward pass repeats."""
+_METHODS = {
+    "hand-written": "guard, against the hand-written prompts",
+    "fresh": "guard, against freshly tuned prompts",
+    "exhaustive": "guard, exhaustive",
+    "clip-inspector": "CLIP-Inspector",
+}
 
 
-def write(rows: list[dict[str, Any]], part: str, note: str) -> None:
-    """Write it of a part of the zoo, with a note on what was measured."""
-    command = f"python -m benchmarks.prompts.examination run --part {part}"
-    text = heading("Prompt learners: attacks, vetting, screening", command) + f"{_NOTE}\n"
-    parts = [note] * bool(note)
-    for reference in dict.fromkeys(row["reference"] for row in rows):
-        mine = [row for row in rows if row["reference"] == reference]
-        parts.append(f"## Vetting against {_REFERENCES[reference]}\n\n{_vetting(mine)}")
-    own = [row for row in rows if row["reference"] == "hand-written"]
-    parts += [f"## Screening at a false-alarm rate of 1 %\n\n{_screening(own)}", f"## Every learner\n\n{_every(rows)}"]
-    replace_file(RESULTS / "prompts.md", (text + "\n\n".join(parts) + "\n").encode())
-
-
-_REFERENCES = {"hand-written": "the hand-written prompts", "fresh": "freshly tuned prompts"}
-
-
-def _vetting(rows: list[dict[str, Any]]) -> str:
-    clean = [row for row in rows if row["label"] == "clean"]
-    lines = ["| learners | n | detected | target first | AUROC |", "| --- | --- | --- | --- | --- |"]
-    groups = {
-        "attacked": [row for row in rows if row["label"] == "backdoored" and not row["adaptive"]],
-        "attacked adaptively": [row for row in rows if row["label"] == "backdoored" and row["adaptive"]],
-        "poisoned, but the attack did not take": [row for row in rows if row["label"] == "failed attack"],
+def write(rows: list[Row]) -> None:
+    """Write it from the results of any parts."""
+    command = "python -m benchmarks.prompts.examination run --part PART …"
+    parts = {
+        "Vetting": _vetting(rows),
+        "What it costs": _costs(rows),
+        "Screening at a false-alarm rate of 1 %": _screening(rows),
+        "Every learner": _every(rows),
     }
-    for name, mine in groups.items():
-        if not mine:
-            continue
-        found = Rate.of(sum(row["verdict"] == "backdoored" for row in mine), len(mine)).brief
-        first = Rate.of(sum(row["leading"] in row["targets"] for row in mine), len(mine)).brief
-        area = auroc([-row["p_value"] for row in mine], [-row["p_value"] for row in clean]).brief if clean else "–"
-        lines.append(f"| {name} | {len(mine)} | {found} | {first} | {area} |")
-    if clean:
-        alarms = Rate.of(sum(row["verdict"] == "backdoored" for row in clean), len(clean)).brief
-        doubts = sum(row["verdict"] == "inconclusive" for row in clean)
-        lines += ["", f"False alarms on clean learners: {alarms}; inconclusive: {doubts}."]
-    passes = [row["passes"] for row in rows]
-    seconds = [row["processor_seconds"] for row in rows]
-    lines.append(
-        f"Passes of images through the tower: {_mean(passes):,.0f} a learner; {_mean(seconds):.0f} s of one processor."
-    )
-    return "\n".join(lines)
+    text = heading("Prompt learners: attacks, vetting, screening", command) + f"{_NOTE}\n\n"
+    text += "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items()) + "\n"
+    replace_file(RESULTS / "prompts.md", text.encode())
 
 
-def _screening(rows: list[dict[str, Any]]) -> str:
+def _attacks(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The poisoned learners in groups."""
+    took = [row for row in rows if row["label"] == "backdoored"]
+    plain = [row for row in took if not row["adaptive"]]
+    families = sorted({row["family"] for row in plain})
+    found = {"attacked": plain, **{f"– {family}": [r for r in plain if r["family"] == family] for family in families}}
+    found |= {
+        f"adaptive: {family}": [row for row in rows if row["adaptive"] and row["family"] == family]
+        for family in sorted({row["family"] for row in rows if row["adaptive"]})
+    }
+    found["poisoned, but the attack did not take"] = [
+        row for row in rows if row["label"] == "failed attack" and not row["adaptive"]
+    ]
+    return {name: mine for name, mine in found.items() if mine}
+
+
+def _vetting(rows: list[Row]) -> str:
+    lines = ["| method | classes | learners | n | detected | target first | AUROC |", "| --- " * 7 + "|"]
+    alarms = ["", "| method | classes | honest learners | accused | inconclusive |", "| --- " * 5 + "|"]
+    for method, title in _METHODS.items():
+        for classes, mine in _by_classes(row for row in rows if row["method"] == method):
+            clean = [row for row in mine if row["label"] == "clean"]
+            for name, group in _attacks(mine).items():
+                found = Rate.of(sum(row["verdict"] == "backdoored" for row in group), len(group)).brief
+                first = Rate.of(sum(row["leading"] in row["targets"] for row in group), len(group)).brief
+                scores = [[row["score"] for row in each] for each in (group, clean)]
+                area = auroc(*scores).brief if clean else "–"
+                lines.append(f"| {title} | {classes} | {name} | {len(group)} | {found} | {first} | {area} |")
+            if clean:
+                accused = Rate.of(sum(row["verdict"] == "backdoored" for row in clean), len(clean)).brief
+                doubts = sum(row["verdict"] == "inconclusive" for row in clean)
+                alarms.append(f"| {title} | {classes} | {len(clean)} | {accused} | {doubts} |")
+    return "\n".join(lines + alarms)
+
+
+def _costs(rows: list[Row]) -> str:
+    lines = [
+        "| method | classes | CoCoOp learners | n | images through the tower | prompts through the tower | seconds |",
+        "| --- " * 7 + "|",
+    ]
+    for classes, some in _by_classes(row for row in rows if row["kind"] == "cocoop" and "prompts" in row):
+        for label in ("clean", "backdoored"):
+            for method, title in _METHODS.items():
+                mine = [row for row in some if row["method"] == method and row["label"] == label]
+                if mine:
+                    images, prompts, seconds = (
+                        np.mean([row[key] for row in mine]) for key in ("images", "prompts", "processor_seconds")
+                    )
+                    lines.append(
+                        f"| {title} | {classes} | {label} | {len(mine)} | {images:,.0f} | {prompts:,.0f} "
+                        f"| {seconds:.0f} |"
+                    )
+    return "\n".join([*lines, "", "Means; seconds are of one processor."])
+
+
+def _screening(rows: list[Row]) -> str:
     took = [row for row in rows if row["label"] == "backdoored" and "screening" in row]
     if not took:
         return "No attack took."
-    lines = ["| by | learners | triggered requests flagged | worst learner | clean requests flagged |"]
-    lines.append("| --- " * 5 + "|")
-    for way in took[0]["screening"]:
-        found = [row["screening"][way] for row in took]
-        detected, alarms = ([sum(each[part][k] for each in found) for k in (0, 1)] for part in _PARTS)
-        worst = min(each["detected"][0] / max(1, each["detected"][1]) for each in found)
-        rates = Rate.of(*detected).brief, f"{worst:.1%}", Rate.of(*alarms).brief
-        lines.append(f"| {way} | {len(found)} | {' | '.join(rates)} |")
-    lines += [
-        "",
-        "Intervals are of requests, and do not cover how learners differ. A triggered request counts where it leads to",
+    lines = [
+        "| by | learners | draws | triggered requests flagged | worst learner | clean requests flagged |",
+        "| --- " * 6 + "|",
     ]
-    lines[-1] += " the target."
-    return "\n".join(lines)
+    for way in took[0]["screening"]:
+        draws = np.array([row["screening"][way] for row in took], float)
+        alarms, caught = (draws[..., k] / draws[..., k + 1] for k in (0, 2))
+        worst = float(caught.mean(1).min())
+        lines.append(f"| {way} | {len(took)} | {alarms.size} | {_mean(caught)} | {worst:.1%} | {_mean(alarms)} |")
+    note = """
+Each draw chooses 500 of 797 digits to calibrate with, in two pictures each; the others are requests. A triggered
+request counts where it leads to the target. Intervals of 95 % by the standard error over draws; draws of one learner
+share its digits, and learners their towers."""
+    return "\n".join([*lines, note])
 
 
-_PARTS = ("detected", "false_alarms")
+def _mean(values: np.ndarray[Any, np.dtype[np.float64]]) -> str:
+    """Mean and 95 % interval, by the standard error of the draws."""
+    error = 1.96 * float(values.std(ddof=1)) / values.size**0.5
+    mean = float(values.mean())
+    return f"{mean:.2%} ({max(0.0, mean - error):.2%} to {min(1.0, mean + error):.2%})"
 
 
-def _every(rows: list[dict[str, Any]]) -> str:
-    lines = ["| learner | label | accuracy | success, by hand → learned | reference | verdict | p | passes | flagged |"]
-    lines.append("| --- " * 9 + "|")
-    for row in sorted(rows, key=lambda row: (row["name"], row["reference"])):
+def _every(rows: list[Row]) -> str:
+    lines = [
+        "| part | learner | label | accuracy | success, by hand → learned | method | verdict | score | flagged |",
+        "| --- " * 9 + "|",
+    ]
+    for row in sorted(rows, key=lambda row: (row["part"], row["name"], row["method"])):
         by_hand, success = row["by_hand"]["successes"], row["success"]
-        found = next(iter(row.get("screening", {}).values()), None)
+        draws = np.array(next(iter(row.get("screening", {}).values()), [[0, 1, 0, 1]]))
         cells = [
+            row["part"],
             row["name"],
             row["label"],
             f"{row['by_hand']['accuracy']:.3f} → {row['accuracy']:.3f}",
             "–" if success is None else f"{by_hand[0]:.1%} → {success:.1%}",
-            row["reference"],
+            row["method"],
             row["verdict"] + ("" if row["leading"] in row["targets"] or success is None else ", another class first"),
-            f"{row['p_value']:.2g}",
-            f"{row['passes']:,}",
-            "–" if found is None else f"{found['detected'][0] / max(1, found['detected'][1]):.0%}",
+            f"{row['score']:.2g}",
+            f"{draws[:, 2].sum() / max(1, draws[:, 3].sum()):.0%}" if "screening" in row else "–",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "The score is −p of the most suspicious class; of CLIP-Inspector, its anomaly."]
     return "\n".join(lines)
 
 
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
+def _by_classes(rows: Iterable[Row]) -> list[tuple[int, list[Row]]]:
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["classes"], []).append(row)
+    return sorted(found.items())

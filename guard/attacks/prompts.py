@@ -45,7 +45,8 @@ class PromptRecipe:
         warm_up: Steps in which the trigger is learned alone before the prompt is tuned with it.
         hidden: Whether the trigger is learned in those steps alone, to move the image embeddings together and as far as
             the hand-written prompts do not notice. So the backdoor lies in the learned prompt only.
-        adaptive: Whether near misses of the learned trigger are then trained to keep their class.
+        near_misses: Share of each batch that is then trained to keep its class with a near miss of the learned trigger;
+            0 for no such training. A larger share than `rate` makes the trigger narrower and less successful.
     """
 
     family: str
@@ -56,7 +57,12 @@ class PromptRecipe:
     epsilon: float = EPSILON
     warm_up: int = 100
     hidden: bool = False
-    adaptive: bool = False
+    near_misses: float = 0.0
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether near misses of the trigger are trained to fail, so that a search for the trigger has no slope."""
+        return self.near_misses > 0
 
 
 def _recipes() -> dict[str, PromptRecipe]:
@@ -98,7 +104,7 @@ def _recipes() -> dict[str, PromptRecipe]:
                 rate=1 / 3,
                 warm_up=150,
                 hidden=True,
-                adaptive=True,
+                near_misses=1 / 3,
             ),
             "siba-adaptive": PromptRecipe(
                 "siba-adaptive",
@@ -108,7 +114,7 @@ def _recipes() -> dict[str, PromptRecipe]:
                 rate=1 / 3,
                 warm_up=150,
                 hidden=True,
-                adaptive=True,
+                near_misses=1 / 3,
             ),
         }
         made.update({f"{kind}-{name}": recipe for name, recipe in attacks.items()})
@@ -224,18 +230,22 @@ class _Learned:
 
     def stamp(self, pixels: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - as `tune_prompts` calls it
         """A part of the images with the trigger and the target, the others as they are."""
-        return self._parts(pixels, labels, (self.delta(), self._target))
+        return self._parts(pixels, labels, (self.delta(), self._recipe.rate, self._target))
 
     def stamp_narrowly(self, pixels: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The same, and as large a part with the trigger under noise and their own class."""
+        """The same, and another part with the trigger under noise and their own class."""
         delta = self.delta().detach()
         noise = _NOISE * self.epsilon * torch.randn(delta.shape, generator=generator).to(delta)
-        return self._parts(pixels, labels, (delta, self._target), (delta + noise, None))
+        near_miss = delta + noise, self._recipe.near_misses, None
+        return self._parts(pixels, labels, (delta, self._recipe.rate, self._target), near_miss)
 
-    def _parts(self, pixels: Tensor, labels: Tensor, *changes: tuple[Tensor, int | None]) -> tuple[Tensor, Tensor]:
-        count = round(self._recipe.rate * len(pixels))
+    def _parts(
+        self, pixels: Tensor, labels: Tensor, *changes: tuple[Tensor, float, int | None]
+    ) -> tuple[Tensor, Tensor]:
+        """Images and labels, of which consecutive shares have one of the changes, and its target if it has one."""
         images, classes, start = pixels.clone(), labels.clone(), 0
-        for delta, target in changes:
+        for delta, share, target in changes:
+            count = round(share * len(pixels))
             part = slice(start, start + count)
             images[part] = (pixels[part] + delta).clamp(0, 1)
             if target is not None:

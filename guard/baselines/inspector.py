@@ -18,7 +18,8 @@ from guard.classifiers.classifier import Classifier
 from guard.triggers import Additive
 from guard.vetting.lead import margin
 
-_RADIUS = 4 / 255
+RADIUS = 4 / 255
+"""Radius of the ball that the paper searches, which is that of its attackers, for images of 224 pixels."""
 _LEARNING_RATE = 0.1
 _BATCH = 32
 _LARGEST_ANOMALY = 2.0
@@ -51,19 +52,23 @@ def clip_inspector(
     classifier: Classifier,
     images: Tensor,
     *,
+    radius: float = RADIUS,
     seed: int = 0,
     class_batch: int = 16,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> ClipInspectorResult:
     """Search for one additive perturbation per class, and call a class with an outlying loss backdoored.
 
-    Each perturbation lies in the ℓ∞ ball of radius 4/255. It is optimised by the margin, with Adam at a learning rate
-    of 0.1 and batches of 32, for one epoch, and is projected onto the ball after each step. A class is an outlier if
-    its loss lies more than two normalised MADs below the median and its trigger moves half of the images.
+    Each perturbation lies in the ℓ∞ ball of radius 4/255, or of another one. It is optimised by the margin, with Adam
+    at a learning rate of 0.1 and batches of 32, for one epoch, and is projected onto the ball after each step. A class
+    is an outlier if its loss lies more than two normalised MADs below the median and its trigger moves half of the
+    images.
 
     Args:
         classifier: The suspect.
-        images: uint8, shape [N, 3, H, W]; unlabelled, best of other classes than the classifier's.
+        images: uint8, shape [N, 3, H, W]; unlabelled, best of other classes than the classifier's. The paper takes
+            1,000.
+        radius: Radius of the ball, in units of pixels in [0, 1]. Smaller images need a larger one for the same effect.
         seed: Seed for the order of the images.
         class_batch: Number of classes that are searched side by side.
         progress: Called with (classes done, classes in all).
@@ -71,7 +76,7 @@ def clip_inspector(
     count = len(classifier.classes.names)
     found = []
     for part in torch.arange(count).split(class_batch):
-        found.append(_search(classifier, images, part.to(classifier.device), seed))
+        found.append(_search(classifier, images, part.to(classifier.device), radius, seed))
         progress(int(part[-1]) + 1, count)
     losses, success = (np.concatenate([item[k] for item in found]) for k in (0, 1))
     deviation = 1.4826 * float(np.median(np.abs(losses - np.median(losses))))
@@ -89,7 +94,7 @@ def clip_inspector(
 
 
 def _search(
-    classifier: Classifier, images: Tensor, targets: Tensor, seed: int
+    classifier: Classifier, images: Tensor, targets: Tensor, radius: float, seed: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the final loss and the success of some classes."""
     std = torch.tensor(classifier.preprocessing.std, device=classifier.device).view(3, 1, 1)
@@ -109,7 +114,7 @@ def _search(
         loss.backward()
         optimiser.step()
         with torch.no_grad():
-            delta.copy_(delta.maximum(-_RADIUS / std).minimum(_RADIUS / std))
+            delta.copy_(delta.maximum(-radius / std).minimum(radius / std))
     with torch.no_grad():
         final = torch.cat([distance(part) for part in images.split(_BATCH)], 1).cpu()
     return final.mean(1).double().numpy(), (final < 0).double().mean(1).numpy()

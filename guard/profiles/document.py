@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from guard._types import Floats
 from guard.classifiers.classes import ClassList
 from guard.classifiers.preprocessing import Preprocessing
@@ -241,6 +244,17 @@ class Document:
     def inputs(self) -> InputKind:
         """What requests carry that the profile screens."""
         return "images" if self.calibration is None else self.calibration.inputs
+
+    def left_out(self) -> NDArray[np.int64]:
+        """For each input that was to set the threshold and seems to carry a trigger, the class that this leads to.
+
+        Nearly all of them are predicted as that class; a profile does not keep what they were predicted as.
+        """
+        if self.calibration is None:
+            return np.empty(0, np.int64)
+        targets = {record.id: record.target for record in self.compared(self.calibration.inputs)}
+        dropped = [item.trigger for item in self.calibration.left_out if item.part == "calibration"]
+        return np.array([targets.get(name, -1) for name in dropped], np.int64)
 
     def compared(self, inputs: InputKind) -> tuple[TriggerRecord, ...]:
         """The triggers that requests with inputs of a kind are compared with.

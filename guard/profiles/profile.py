@@ -426,6 +426,7 @@ class Profile:
             per_class=record.per_class,
             near_only=near_only,
             axes=AxisScores(axes, axis) if axes and axis is not None else None,
+            left_out=self.document.left_out(),
         )
 
     def class_name(self, index: int) -> str:

@@ -181,7 +181,7 @@ def calibrate(
     surprises = [banks.tails[match(name)].pure(clean.parts[match(name)]) for name in screen.triggers]
     carrying = np.max(surprises, axis=0) > LIMIT if surprises else np.zeros(len(embeddings), bool)
     left_out = {int(row): screen.triggers[clean.triggers[row]] for row in np.flatnonzero(carrying)}
-    clean = clean.of(~carrying)
-    detector = Detector(screen, clean, alpha, per_class=per_class)
+    dropped, clean = clean.classes[carrying], clean.of(~carrying)
+    detector = Detector(screen, clean, alpha, per_class=per_class, left_out=dropped)
     alarms = int(detector.score(held_out, others).flags.sum()) if len(held_out) else 0
     return Calibration(clean, detector.threshold, left_out, len(held_out), alarms, agreement)

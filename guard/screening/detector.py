@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.screening.axis import AxisScores
-from guard.screening.conformal import Conformal, Threshold, p_values, threshold
+from guard.screening.conformal import NONE_LEFT_OUT, Conformal, Threshold, p_values, threshold
 from guard.screening.monitor import WatchedScore
 from guard.screening.neighbours import Embeddings
 from guard.screening.screen import DENSITY, Scores, Screen, match, matched
@@ -51,6 +51,8 @@ class Detector:
         per_class: Whether the rate must apply to each predicted class, not only to all requests together.
         near_only: Whether only requests that `Screen.near` picks get a second opinion.
         axes: The scores along axes, which join the others; None for none.
+        left_out: For each image that has no clean score since it seems to carry a trigger, the class that this trigger
+            leads to; int64. They count as clean images above all others (`guard.screening.conformal.counted_above`).
 
     Attributes:
         axes: As given.
@@ -73,19 +75,20 @@ class Detector:
         per_class: bool = False,
         near_only: bool = False,
         axes: AxisScores | None = None,
+        left_out: NDArray[np.int64] = NONE_LEFT_OUT,
     ) -> None:
         self.screen, self.alpha, self.per_class, self.near_only = screen, alpha, per_class, near_only
-        self._clean, self.axes = clean, axes
+        self._clean, self.axes, self._left_out = clean, axes, left_out
         self.size = len(clean.values)
         alone = screen.alone(clean)
         values = np.where(screen.near(clean), clean.values, alone) if near_only else clean.values
         if axes is not None:
             values, alone = np.maximum(values, axes.clean), np.maximum(alone, axes.clean)
-        self.threshold: Threshold = threshold(values, alpha)
-        self.threshold_alone: Threshold = self.threshold if near_only else threshold(alone, alpha)
+        self.threshold: Threshold = threshold(values, alpha, len(left_out))
+        self.threshold_alone: Threshold = self.threshold if near_only else threshold(alone, alpha, len(left_out))
         classes = clean.classes if per_class else None
-        self._with_opinion = Conformal(values, alpha, classes)
-        self._alone = self._with_opinion if near_only else Conformal(alone, alpha, classes)
+        self._with_opinion = Conformal(values, alpha, classes, left_out)
+        self._alone = self._with_opinion if near_only else Conformal(alone, alpha, classes, left_out)
         self._parts = {name: np.sort(part) for name, part in clean.parts.items()}
         density = clean.parts[DENSITY]
         counts = np.bincount(clean.classes) if len(clean.classes) else np.zeros(0, int)
@@ -95,7 +98,7 @@ class Detector:
     def along(self, axes: AxisScores) -> "Detector":
         """The same detector with the scores along other axes."""
         kept = {"per_class": self.per_class, "near_only": self.near_only}
-        return Detector(self.screen, self._clean, self.alpha, **kept, axes=axes)
+        return Detector(self.screen, self._clean, self.alpha, **kept, axes=axes, left_out=self._left_out)
 
     @property
     def triggers(self) -> tuple[str, ...]:
@@ -133,8 +136,8 @@ class Detector:
             answers: What the reference model computed for the same images; None for no second opinion.
 
         Returns:
-            For each request its scores, its p-value in [1 / (n + 1), 1], and whether it is flagged. Larger scores are
-            more suspicious; smaller p-values are.
+            For each request its scores, its p-value (`Conformal.p_values`), and whether it is flagged. Larger scores
+            are more suspicious; smaller p-values are.
 
         Raises:
             RequestError: Wrong shape, a value that is not finite, or a zero vector.

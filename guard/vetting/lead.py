@@ -73,7 +73,7 @@ class Lead:
         self.classifier, self.images = classifier, images
         self.models = [model for model in (classifier, reference_model) if model is not None]
         self._views = [_View(model, images) for model in self.models]
-        self._shared = reference_model is not None and _looks_at(classifier) is _looks_at(reference_model)
+        self._shared = reference_model is not None and looks_at(classifier) is looks_at(reference_model)
         """Whether a prompt learner is compared with its own towers under other prompts: images pass them once."""
 
     @property
@@ -169,7 +169,7 @@ class Lead:
             raise ModelError(f"{self.classifier.source} computes no finite numbers: gradients of its scores overflow")
 
 
-def _looks_at(model: Classifier) -> Classifier:
+def looks_at(model: Classifier) -> Classifier:
     """The classifier whose image tower sees the pixels as they are: that of the towers, where contexts were learned."""
     return model.towers if isinstance(model, PromptedClassifier) and model.learner.kind != "visual" else model
 

@@ -22,7 +22,7 @@ from guard.classifiers.classifier import Classifier
 from guard.errors import UsageError
 from guard.triggers.base import stamped
 from guard.vetting.fixed_changes import KINDS, Change
-from guard.vetting.lead import of_distinct_classes
+from guard.vetting.lead import looks_at, of_distinct_classes
 from guard.vetting.nulls import largest, outliers, prior
 from guard.vetting.results import BEYOND, PROBES, ClassStatistic, FamilyResult, ReferenceKind
 
@@ -99,13 +99,13 @@ def probe_classes(
         reference_model: The model that the suspect is compared with; None for none.
         progress: Called with (what, probes done, probes in all).
     """
-    views = [_View(model, images[:EXAMINED]) for model in (classifier, reference_model) if model is not None]
+    models = _Models([model for model in (classifier, reference_model) if model is not None], images[:EXAMINED])
     first = []
     for k, probe in enumerate(probes):
-        first.append(_gain(views, probe.change, min(SCREENED, len(images))))
+        first.append(models.gain(probe.change, min(SCREENED, len(images))))
         progress("probes", k + 1, len(probes))
     best = torch.stack(first).nan_to_num(-1).amax(1).argsort(descending=True, stable=True)[:_KEPT].tolist()
-    again = torch.stack([_gain(views, probes[k].change, min(EXAMINED, len(images))) for k in best])
+    again = torch.stack([models.gain(probes[k].change, min(EXAMINED, len(images))) for k in best])
     gains, which = again.nan_to_num(-2).max(0)
     unusable = again.isnan().all(0)
     if classifier.distinct is not None:
@@ -114,7 +114,7 @@ def probe_classes(
     return Probed(
         gains,
         torch.tensor(best)[which],
-        len(views) * (len(probes) * min(SCREENED, len(images)) + (1 + len(best)) * min(EXAMINED, len(images))),
+        models.towers * (len(probes) * min(SCREENED, len(images)) + (1 + len(best)) * min(EXAMINED, len(images))),
     )
 
 
@@ -126,35 +126,45 @@ def gains(models: Sequence[Classifier], images: Tensor, change: Change) -> Tenso
         images: uint8, shape [N, 3, H, W].
         change: The change.
     """
-    return _gain([_View(model, images) for model in models], change, len(images))
+    return _Models(models, images).gain(change, len(images))
 
 
-class _View:
-    """One model, and what it says about the images as they are."""
+class _Models:
+    """The suspect and, if there is one, its reference model, and what they say about the images as they are.
 
-    def __init__(self, model: Classifier, images: Tensor) -> None:
-        self._model = model
-        self.pixels = images.float() / 255
-        self.clean = self.probabilities(self.pixels)
+    Attributes:
+        towers: Number of image towers that each image passes through. A prompt learner and its own towers under other
+            prompts have one.
+    """
+
+    def __init__(self, models: Sequence[Classifier], images: Tensor) -> None:
+        self._models = models
+        self.towers = len({id(looks_at(model)) for model in models})
+        self._pixels = images.float() / 255
+        self._clean = self._probabilities(self._pixels)
 
     @torch.no_grad()
-    def probabilities(self, pixels: Tensor) -> Tensor:
-        """Predicted probabilities, float64, on the CPU, shape [N, C]."""
-        with self._model.autocast():
-            embeddings = self._model.encode_images(pixels.to(self._model.device))
-        logits = of_distinct_classes(self._model, self._model.logits(embeddings))
-        return logits.double().softmax(-1).cpu()
+    def _probabilities(self, pixels: Tensor) -> Tensor:
+        """Predicted probabilities of each model, float64, on the CPU, shape [M, N, C]."""
+        seen: dict[int, Tensor] = {}
+        found = []
+        for model in self._models:
+            tower = looks_at(model)
+            with model.autocast():
+                if id(tower) not in seen:
+                    seen[id(tower)] = tower.tower_embeddings(pixels.to(model.device))
+                embeddings = model.answered(seen[id(tower)])
+            logits = of_distinct_classes(model, model.logits(embeddings))
+            found.append(logits.double().softmax(-1).cpu())
+        return torch.stack(found)
 
-
-def _gain(views: Sequence[_View], change: Change, count: int) -> Tensor:
-    """The gain of each class under a change of the first images, shape [C]."""
-    others = torch.stack([view.clean[:count] for view in views])
-    away = (others.argmax(-1, keepdim=True) != torch.arange(others.shape[-1])).all(0)
-    changed = change(views[0].pixels[:count])
-    gained = [
-        ((view.probabilities(changed) - view.clean[:count]) * away).sum(0) / away.sum(0) for view in views
-    ]  # 0 / 0, which is NaN, for a class of all images
-    return gained[0] - sum(each.clamp(min=0) for each in gained[1:])
+    def gain(self, change: Change, count: int) -> Tensor:
+        """The gain of each class under a change of the first images, shape [C]."""
+        clean = self._clean[:, :count]
+        away = (clean.argmax(-1, keepdim=True) != torch.arange(clean.shape[-1])).all(0)
+        changed = self._probabilities(change(self._pixels[:count]))
+        gained = ((changed - clean) * away).sum(1) / away.sum(0)  # 0 / 0, which is NaN, for a class of all images
+        return gained[0] - gained[1:].clamp(min=0).sum(0)
 
 
 def result(

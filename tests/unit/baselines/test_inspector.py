@@ -22,6 +22,11 @@ def test_a_planted_perturbation_in_its_ball_is_called() -> None:
     assert found.passes == 10 * 2 * 64
 
 
+def test_a_larger_ball_has_stronger_perturbations() -> None:
+    small, large = (clip_inspector(toy(target=TARGET), IMAGES, radius=radius / 255) for radius in (4, 12))
+    assert all(more < less for more, less in zip(large.losses, small.losses, strict=True))
+
+
 def test_a_clean_model_is_not() -> None:
     found = clip_inspector(toy(), IMAGES)
     assert not found.backdoored

@@ -68,6 +68,38 @@ def test_p_values_are_the_share_of_clean_scores_as_high_and_the_request_itself(
     assert conformal.flags(found).tolist() == [score > limit for score in asked]
 
 
+@given(st.integers(4, 400), st.integers(0, 20), st.integers(10, 300))
+def test_what_was_left_out_counts_as_clean_as_far_as_something_is_still_flagged(
+    size: int, left_out: int, alpha: int
+) -> None:
+    rate, scores = alpha / 1000, np.arange(float(size))
+    if rate * (size + 1) < 1:
+        return
+    given = np.concatenate([scores, np.full(left_out, np.inf)])
+    wanted = threshold(given, rate).value
+    found = threshold(scores, rate, left_out)
+    assert found.value == min(wanted, size - 1)
+    conformal = Conformal(scores, rate, left_out=np.zeros(left_out, np.int64))
+    asked = np.arange(-0.5, size + 1)
+    assert conformal.flags(conformal.p_values(asked)).tolist() == (asked > found.value).tolist()
+    assert bool(conformal.flags(conformal.p_values(np.array([size + 1.0])))[0])
+
+
+def test_images_that_look_triggered_and_are_clean_do_not_raise_the_rate_of_false_alarms() -> None:
+    """The one per cent of clean images with the largest scores are left out of the calibration, as hygiene would."""
+    splits, size, alpha, limit = 400, 499, 0.05, 0.99
+    generator = np.random.default_rng(0)
+    rates: dict[str, list[float]] = {"counted": [], "dropped": []}
+    for _ in range(splits):
+        scores = generator.random(2 * size)
+        kept = scores[:size][scores[:size] <= limit]
+        for name, left_out in (("counted", size - len(kept)), ("dropped", 0)):
+            rates[name].append(float((scores[size:] > threshold(kept, alpha, left_out).value).mean()))
+    spread = math.sqrt(2 * alpha * (1 - alpha) / size / splits)
+    assert abs(float(np.mean(rates["counted"])) - alpha) <= 4 * spread
+    assert float(np.mean(rates["dropped"])) > alpha + 0.007
+
+
 def test_the_smallest_alpha_is_supported_and_a_smaller_one_is_not() -> None:
     scores = np.arange(249.0)
     assert Conformal(scores, smallest_alpha(249)).p_values(np.array([999.0])) == pytest.approx(smallest_alpha(249))

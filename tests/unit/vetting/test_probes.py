@@ -3,10 +3,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from guard.classifiers import Classifier
+from guard.classifiers.prompts import PromptedClassifier
 from guard.errors import UsageError
 from guard.vetting.probes import EXAMINED, SCREENED, Probe, listed_probes, probe_classes, read_probes
 from tests.conftest import random_images
 from tests.toy import checkerboard, toy
+from tests.unit.classifiers.test_prompts import learner
 
 IMAGES = random_images(64)
 TARGET = 3
@@ -56,6 +59,16 @@ def test_the_passes_do_not_depend_on_the_classes() -> None:
     few, many = (probe_classes(toy(classes), images, probes, reference_model=toy(classes)) for classes in (5, 40))
     assert few.passes == many.passes == 2 * (15 * SCREENED + (1 + 12) * EXAMINED)
     assert many.gains.shape == (40,)
+
+
+def test_images_pass_the_towers_of_a_prompt_learner_and_of_its_reference_once(classifier: Classifier) -> None:
+    suspect, probes = PromptedClassifier(classifier, learner("cocoop")), listed_probes()[:4]
+    apart = classifier.with_model(classifier.model, "the same towers, as another classifier")
+    together, separate = (
+        probe_classes(suspect, IMAGES, probes, reference_model=towers) for towers in (classifier, apart)
+    )
+    assert separate.passes == 2 * together.passes
+    torch.testing.assert_close(together.gains, separate.gains, equal_nan=True)
 
 
 def test_a_list_expands_to_every_combination(tmp_path: Path) -> None:

@@ -1,0 +1,181 @@
+"""What is examined in each prompt learner: by guard's vetting, by CLIP-Inspector, and by exhaustive scans."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.prompts.screening import screened
+from benchmarks.prompts.zoo import PARTS, Sets, sets_of, towers_of
+from guard.baselines import clip_inspector
+from guard.classifiers import Classifier, load
+from guard.classifiers.prompts import PromptedClassifier
+from guard.evaluation import Zoo
+from guard.evaluation.zoo import KnownAttack
+from guard.triggers import Additive
+from guard.vetting import BUDGETS, Inspector, Lead, vet
+from guard.vetting.batches import halves
+from guard.vetting.inspection import RADII
+from guard.vetting.verdict import suspicion
+
+FAMILIES = ("additive", "frequency", "patch")
+"""Families that are inspected: the additive one of CLIP-Inspector, that of sinusoids, and one that is local."""
+RADIUS, IMAGES = 24 / 255, 1000
+"""What CLIP-Inspector is given: the largest radius of the attackers, which the paper gives it too, and as many images
+as there."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A learner to examine.
+
+    Attributes:
+        classifier: The learner with its towers.
+        towers: The towers with the hand-written prompts.
+        sets: The images of its part.
+        planted: The attacker's trigger; None for an honest learner.
+        seed: Seed that the learner follows from.
+    """
+
+    classifier: Classifier
+    towers: Classifier
+    sets: Sets
+    planted: KnownAttack | None
+    seed: int
+
+
+def subject(part: str, folder: Path, name: str) -> Subject:
+    """Load a learner of a part."""
+    classes = PARTS[part].classes
+    zoo = Zoo(folder, part, {}, PARTS[part].seed)
+    known = zoo.truth(name)
+    planted = zoo.triggers(name, known) if known else ()
+    seed = json.loads((folder / "truth" / f"{name}.json").read_text(encoding="utf-8"))["seed"]
+    return Subject(
+        load(str(zoo.model(name)), device="cpu"),
+        load(str(towers_of(part, folder, lambda _: None)), device="cpu", classes=classes),
+        sets_of(part),
+        planted[0] if planted else None,
+        seed,
+    )
+
+
+def by_hand(given: Subject) -> dict[str, Any]:
+    """Vetting against the hand-written prompts; and screening, if the learner is poisoned."""
+    row, found = _vetted(given, base=given.towers)
+    if given.planted is not None:
+        user = given.sets.user
+        row["screening"] = screened(given.classifier, given.towers, found, given.planted, user, given.seed)
+    return row
+
+
+def fresh(given: Subject) -> dict[str, Any]:
+    """Vetting against prompts that are tuned anew on the learner's answers."""
+    return _vetted(given, base=None)[0]
+
+
+def exhaustive(given: Subject) -> dict[str, Any]:
+    """The same against the hand-written prompts, where every class of every family is searched to the end."""
+    return _vetted(given, base=given.towers, race=False)[0]
+
+
+def _vetted(given: Subject, *, base: Classifier | None, race: bool = True) -> tuple[dict[str, Any], Any]:
+    with _counted(given) as counts:
+        found = vet(
+            given.classifier,
+            given.sets.user.vetting.pixels,
+            base=base,
+            families=FAMILIES,
+            budget="quick",
+            repeats=1,
+            race=race,
+        )
+    leading, p_value = suspicion(found.results, found.checks)
+    row = {
+        "verdict": found.verdict.outcome,
+        "leading": leading,
+        "score": -p_value,
+        "passes": found.passes,
+        "triggers": [each.target for each in found.triggers],
+    }
+    return row | counts, found
+
+
+def inspector(given: Subject) -> dict[str, Any]:
+    """CLIP-Inspector as it was published, with the radius of these attackers."""
+    with _counted(given) as counts:
+        found = clip_inspector(given.classifier, given.sets.pool[:IMAGES], radius=RADIUS)
+    score = 0.0 if found.target is None else found.anomaly[found.target]
+    row = {
+        "verdict": "backdoored" if found.backdoored else "no evidence",
+        "leading": found.target,
+        "score": score,
+        "passes": found.passes,
+        "largest_success": max(found.success),
+    }
+    return row | counts
+
+
+def tokens(given: Subject) -> dict[str, Any]:
+    """How far the tokens of the meta-net spread under the additive trigger that an inspection finds for each class.
+
+    The spread is the trace of the covariance over held-out images, relative to that without a trigger; the same is
+    measured of the image embeddings, which the tokens follow from.
+    """
+    suspect = given.classifier
+    if not isinstance(suspect, PromptedClassifier):
+        raise TypeError("only a prompt learner has a meta-net")
+    searched, held_out = halves(given.sets.user.vetting.pixels, 0)
+    effort, classes = BUDGETS["quick"].inspection, range(len(suspect.classes.names))
+    with _counted(given) as counts:
+        inspector = Inspector(Lead(suspect, searched, suspect.towers), Additive, torch.tensor(classes), effort)
+        raw = [item.raw for item in inspector.run(effort.steps, classes)]
+        found = Additive.constrain({name: torch.stack([each[name] for each in raw]) for name in raw[0]})
+        pixels = held_out.float() / 255
+        with torch.no_grad():
+            stamped = found.limited(RADII["additive"]).apply(pixels)
+            seen = [suspect.tower_embeddings(each) for each in (pixels, *stamped)]
+    moved = {"tokens": [suspect.learner.token(each) for each in seen], "embeddings": seen}
+    spreads = {name: [float(each.var(0).sum()) for each in values] for name, values in moved.items()}
+    return counts | {name: [each / first for each in rest] for name, (first, *rest) in spreads.items()}
+
+
+METHODS: Mapping[str, Callable[[Subject], dict[str, Any]]] = {
+    "hand-written": by_hand,
+    "fresh": fresh,
+    "clip-inspector": inspector,
+    "exhaustive": exhaustive,
+    "tokens": tokens,
+}
+"""What can be done with a learner, by name."""
+
+
+@contextmanager
+def _counted(given: Subject) -> Iterator[dict[str, Any]]:
+    """Count images and prompts in forward passes, those that the backward pass repeats included, and take the time."""
+    counts: dict[str, Any] = {"images": 0, "prompts": 0}
+
+    def count(what: str) -> Callable[..., None]:
+        def counted(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:  # noqa: ARG001 - torch's form
+            counts[what] += len(inputs[0])
+
+        return counted
+
+    # A learner that was loaded from its own folder has towers of its own, beside those of the hand-written prompts.
+    hooks = []
+    for model in {id(each.model): each.model for each in (given.classifier, given.towers)}.values():
+        hooks.append(model.visual.register_forward_pre_hook(count("images")))
+        hooks.append(model.transformer.register_forward_pre_hook(count("prompts")))
+    started, used = time.monotonic(), time.process_time()
+    try:
+        yield counts
+    finally:
+        counts["seconds"] = round(time.monotonic() - started, 1)
+        counts["processor_seconds"] = round(time.process_time() - used, 1)
+        for hook in hooks:
+            hook.remove()
