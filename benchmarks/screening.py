@@ -154,7 +154,8 @@ def _detector(profile: Profile, alpha: float, *, per_class: bool = False) -> Det
     """The same banks and clean scores at another false-alarm rate, on the whole or per class."""
     if profile.reference is None:
         raise AssertionError("calibration leaves a reference")
-    return Detector(profile.detector().screen, profile.reference.clean, alpha, per_class=per_class)
+    left_out = profile.document.left_out()
+    return Detector(profile.detector().screen, profile.reference.clean, alpha, per_class=per_class, left_out=left_out)
 
 
 def _splits(profile: Profile, detector: Detector, requests: Floats, alpha: float) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """How many requests to a prompt learner are flagged, over random choices of calibration images and requests."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,10 @@ from guard._types import Floats
 from guard.classifiers import Classifier
 from guard.demo.data import DemoData
 from guard.evaluation.zoo import KnownAttack
-from guard.profiles import Profile
 from guard.profiles.calibrating import Calibrated, Rules, ask, calibrate
 from guard.profiles.document import InputKind
 from guard.screening import Detector, ReferenceAnswers, Screen
-from guard.vetting import Vetting
+from guard.vetting import ReconstructedTrigger, Vetting
 
 ALPHA, DRAWS = 0.01, 10
 RENDERINGS, CALIBRATION_DIGITS = 2, 500
@@ -80,27 +79,28 @@ def screened(
     digits = np.arange(len(user.requests)) % (len(user.requests) // RENDERINGS)
     groups = np.concatenate([known[:count], 10_000 + digits])
     stamped = planted.trigger.stamp(pixels)
+    attacked = _embedded(classifier, (), towers, stamped)
+    of_learner = _embedded(classifier, vetting.triggers, towers, pixels), attacked
+    of_towers = _embedded(towers, vetting.triggers, None, pixels), _embedded(towers, (), None, stamped)
     # Only triggered requests that do lead to the target are counted.
-    hit = (classifier.predict(classifier.embed(stamped)) == planted.target).numpy() & (labels != planted.target)
-    found: dict[str, Any] = {}
-    for way, (model, used, opinion, grouped) in {
-        "token, answer and second opinion": (classifier, vetting, towers, True),
-        "token and answer": (classifier, vetting, None, True),
-        "image embedding alone": (towers, _of_towers(vetting, towers), None, True),
-        "token, answer and second opinion, every picture a group of its own": (classifier, vetting, towers, False),
-    }.items():
-        clean = _embedded(model, used, opinion, pixels)
-        attacked = model.embed(stamped).numpy(), None if opinion is None else ask(opinion, stamped)
-        draws = []
-        for draw in range(DRAWS):
-            rng = np.random.default_rng([seed, draw])
-            chosen = np.isin(groups, rng.permutation(np.unique(groups))[:CALIBRATION_DIGITS])
+    hit = (classifier.predict(torch.from_numpy(attacked.clean)) == planted.target).numpy() & (labels != planted.target)
+    ways = {
+        "token, answer and second opinion": (classifier, of_learner, towers, True),
+        "token and answer": (classifier, of_learner, None, True),
+        "image embedding alone": (towers, of_towers, None, True),
+        "token, answer and second opinion, every picture a group of its own": (classifier, of_learner, towers, False),
+    }
+    found: dict[str, Any] = {name: [] for name in ways}
+    for draw in range(DRAWS):
+        rng = np.random.default_rng([seed, draw])
+        chosen = np.isin(groups, rng.permutation(np.unique(groups))[:CALIBRATION_DIGITS])
+        for name, (model, (clean, moved), opinion, grouped) in ways.items():
             detector = _detector(clean[chosen], model, opinion, groups[chosen] if grouped else None, seed + draw)
-            asked, left = ~chosen, ~chosen & hit
-            alarms = detector.score(clean.clean[asked], None if clean.answers is None else clean.answers[asked]).flags
-            caught = detector.score(attacked[0][left], None if attacked[1] is None else attacked[1][left]).flags
-            draws.append([int(alarms.sum()), len(alarms), int(caught.sum()), len(caught)])
-        found[way] = draws
+            counts: list[int] = []
+            for samples in (clean[~chosen], moved[~chosen & hit]):
+                flags = detector.score(samples.clean, samples.answers if opinion else None).flags
+                counts += [int(flags.sum()), len(flags)]
+            found[name].append(counts)
     return found
 
 
@@ -110,13 +110,10 @@ def _groups(user: DemoData) -> NDArray[np.int64]:
     return user.groups
 
 
-def _embedded(model: Classifier, vetting: Vetting, opinion: Classifier | None, pixels: torch.Tensor) -> _Embedded:
-    profile = Profile.build(model, vetting)
-    targets = {record.id: record.target for record in profile.document.triggers}
-    triggered = {
-        name: (targets[name], model.embed(trigger.stamp(pixels)).numpy())
-        for name, trigger in profile.load_triggers().items()
-    }
+def _embedded(
+    model: Classifier, triggers: Sequence[ReconstructedTrigger], opinion: Classifier | None, pixels: torch.Tensor
+) -> _Embedded:
+    triggered = {each.id: (each.target, model.embed(each.trigger.stamp(pixels)).numpy()) for each in triggers}
     return _Embedded(model.embed(pixels).numpy(), triggered, None if opinion is None else ask(opinion, pixels))
 
 
@@ -136,9 +133,3 @@ def _detector(
     )
     count = sum(item.part == "calibration" for item in found.record.left_out)
     return Detector(Screen(found.reference.banks), found.reference.clean, ALPHA, left_out=np.full(count, -1))
-
-
-def _of_towers(vetting: Vetting, towers: Classifier) -> Vetting:
-    """The same triggers, with the part of their features that the image tower gives."""
-    width = towers.head.shape[1]
-    return replace(vetting, triggers=tuple(replace(each, feature=each.feature[:width]) for each in vetting.triggers))

@@ -71,7 +71,14 @@ _FIRST = {
     "coop-badclip-hidden": Plan(1, 0.2, 24),
     "coop-sig": Plan(1, 0.15),
 }
-_LATER = _FIRST
+_LATER = {
+    "cocoop-badclip-hidden": Plan(3, 0.3, 24),
+    "cocoop-badclip-adaptive": Plan(2, 0.35, 24, steps=400, hidden=64, renderings=6, near_misses=0.15),
+    "cocoop-sig": Plan(3, 0.15),
+    "cocoop-badclip-bai": Plan(2, 0.2, 16, steps=400, hidden=64, renderings=6),
+    "cocoop-siba-adaptive": Plan(2, 0.3, 48, steps=400, hidden=64, renderings=6, near_misses=0.12),
+}
+"""As on learners of the part `developed` the attacks took best."""
 
 
 @dataclass(frozen=True)

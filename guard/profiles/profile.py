@@ -125,8 +125,9 @@ class Profile:
         trained on: a model knows its training images better, and the threshold would be too low.
 
         Images that seem to carry a reconstructed trigger are left out of banks and threshold, and listed
-        (`guard.screening.hygiene`). Where these were clean after all, the rate of false alarms may exceed alpha by the
-        share of them among the images that set the threshold.
+        (`guard.screening.hygiene`). They may be clean and only look so, and therefore count as clean images above all
+        others (`guard.screening.conformal.counted_above`). Where alpha or more of the images that set the threshold are
+        left out, the rate of false alarms may exceed alpha by their share.
 
         Args:
             classifier: The classifier of this profile; it computes the embeddings.
