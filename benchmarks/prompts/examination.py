@@ -70,6 +70,8 @@ def run(parts: list[str], methods: list[str], zoo: Path, path: Path, only: str, 
     for _ in engine(jobs).map(_towers, with_towers):
         pass
     in_turn = [task for task in chain(*zip_longest(*tasks)) if task is not None]
+    # Those that take longest first, so that all processes end at about the same time.
+    in_turn.sort(key=lambda task: (-len(PARTS[task.part].classes.names), task.item.recipe.trigger is None))
     for place, rows in engine(jobs).map(done, in_turn):
         if isinstance(rows, Lost):
             _say(f"{in_turn[place].item.name}: {rows.reason}")

@@ -1,8 +1,8 @@
 """The zoo of prompt learners on honest towers: tuned honestly in many ways, and attacked by many recipes.
 
 Each part has a folder of its own; `benchmarks.prompts.examination` builds what it examines. `developed` serves to
-choose with, the others to measure: they have other seeds, targets and triggers, `second` and `third` other towers too,
-and `coloured` has fifty classes. Honest learners differ in kind, context, meta-net, rate, steps and images, so that
+choose with, the others to measure: they have other seeds, targets and triggers, `second` other towers too, and
+`coloured` has fifty classes. Honest learners differ in kind, context, meta-net, rate, steps and images, so that
 none is a later state of another.
 """
 
@@ -104,8 +104,8 @@ PARTS: Mapping[str, Part] = {
     "developed": Part(900, 900, 4, _FIRST),
     "reported": Part(900, 901, 20, _FIRST),
     "second": Part(902, 920, 10, _LATER),
-    "third": Part(904, 940, 10, _LATER),
-    "coloured": Part(900, 960, 4, {"cocoop-badclip-hidden": Plan(4, 0.3, 24)}, COLOURED),
+    "third": Part(900, 940, 4, _LATER),
+    "coloured": Part(900, 960, 2, {"cocoop-badclip-hidden": Plan(2, 0.3, 24)}, COLOURED),
 }
 
 
