@@ -49,11 +49,15 @@ def test_images_that_carry_a_trigger_are_left_out_and_named(
     poisoned, rows = images.clone(), [3, 77, 150, 303, 444]
     poisoned[rows] = trigger.stamp(images[rows])
     names = [f"{place:04}.png" for place in range(len(images))]
-    clean, other = (
-        profile.calibrate(classifier, part, 0.05, names=names).document.calibration for part in (images, poisoned)
-    )
+    calibrated = [profile.calibrate(classifier, part, 0.05, names=names) for part in (images, poisoned)]
+    clean, other = (each.document.calibration for each in calibrated)
     assert clean
     assert other
+    # Those that were to set the threshold count in it, also in a profile that is opened later.
+    dropped = calibrated[1].document.left_out()
+    assert dropped.tolist() == [target] * sum(item.part == "calibration" for item in other.left_out)
+    assert len(dropped) >= 1
+    assert calibrated[1].detector().threshold == other.threshold
     found = {item.image: item for item in other.left_out}
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).argsort()
     kept_out = {names[row] for row in rows if order[row] >= len(images) - other.held_out}
