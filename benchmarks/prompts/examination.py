@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.prompts.methods import METHODS, subject
 from benchmarks.prompts.report import write
-from benchmarks.prompts.zoo import PARTS, Item, items, make, towers_of
+from benchmarks.prompts.zoo import PARTS, Item, items, make, towers_of, write_list
 from guard.distributed import Lost, engine
 
 
@@ -80,6 +80,8 @@ def run(parts: list[str], methods: list[str], zoo: Path, path: Path, only: str, 
             file.writelines(json.dumps(row) + "\n" for row in rows)
         for row in rows:
             _say(json.dumps({key: value for key, value in row.items() if key != "screening"}))
+    for part, folder in with_towers:
+        write_list(part, folder)
 
 
 def _wanted(methods: list[str], item: Item) -> list[str]:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.prompts.bases import COLOURED, CONFIG, Described, drawn, split, train_towers
+from benchmarks.zoo.data import write as write_images
+from guard._files import replace_directory, replace_file
 from guard.attacks import LabelledImages, measure
 from guard.attacks.prompts import PROMPT_RECIPES, PromptRecipe, attack_prompts
 from guard.attacks.record import truth, write_truth
@@ -33,6 +35,7 @@ RENDERINGS, _BASE_STEPS, _BASE_BATCH = 6, 1500, 128
 OWN = 800
 """Digits that towers and prompts are trained on; vetting, calibration and requests have others."""
 _LENGTH = 4
+_FORMAT, _IMAGES = 1, "described-digits"
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,17 @@ def _make(item: Item, towers: Classifier, sets: Sets, folder: Path, path: Path) 
         "seconds": round(made.seconds, 1),
     }
     write_truth(path, known, made.planted)
+
+
+def write_list(part: str, folder: Path) -> None:
+    """Make the folder a zoo as docs/zoo.md describes it: write its images and the list of the models that are there."""
+    if not (folder / "images" / _IMAGES).exists():
+        with replace_directory(folder / "images" / _IMAGES, marker="vetting") as temporary:
+            write_images(sets_of(part).user, temporary)
+    entry = {"base": f"towers-{PARTS[part].towers}", "images": _IMAGES}
+    models = {path.stem: entry for path in sorted((folder / "truth").glob("*.json"))}
+    document = {"format": _FORMAT, "name": "prompts", "seed": PARTS[part].seed, "models": models}
+    replace_file(folder / "zoo.json", (json.dumps(document, indent=1) + "\n").encode())
 
 
 def _some(sets: Sets, item: Item) -> LabelledImages:
