@@ -4,12 +4,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks._record import RESULTS, heading
 from guard._files import replace_file
 from guard.evaluation.statistics import Rate, auroc
 
 Row = dict[str, Any]
+Array = NDArray[np.float64]
 _NOTE = """The towers were taught captions that name the digit, the colours of ink and paper, and the style of the
 picture (`benchmarks.prompts.bases`); a user's classes are the ten digits, in the part `coloured` the fifty pairs of
 digit and ink. All learners of a part share its towers, as the users of one published CLIP do; `developed`, `reported`
@@ -35,7 +37,8 @@ def write(rows: list[Row]) -> None:
         "Vetting": _vetting(rows),
         "What it costs": _costs(rows),
         "Screening at a false-alarm rate of 1 %": _screening(rows),
-        "Every learner": _every(rows),
+        "Whether tokens of the meta-net lie closer together under a trigger": _tokens(rows),
+        "Every learner": _every([row for row in rows if row["method"] in _METHODS]),
     }
     text = heading("Prompt learners: attacks, vetting, screening", command) + f"{_NOTE}\n\n"
     text += "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items()) + "\n"
@@ -44,17 +47,20 @@ def write(rows: list[Row]) -> None:
 
 def _attacks(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The poisoned learners in groups."""
-    took = [row for row in rows if row["label"] == "backdoored"]
-    plain = [row for row in took if not row["adaptive"]]
-    families = sorted({row["family"] for row in plain})
-    found = {"attacked": plain, **{f"– {family}": [r for r in plain if r["family"] == family] for family in families}}
-    found |= {
-        f"adaptive: {family}": [row for row in rows if row["adaptive"] and row["family"] == family]
-        for family in sorted({row["family"] for row in rows if row["adaptive"]})
-    }
-    found["poisoned, but the attack did not take"] = [
-        row for row in rows if row["label"] == "failed attack" and not row["adaptive"]
-    ]
+
+    def of(label: str, *, adaptive: bool, family: str | None = None) -> list[Row]:
+        return [
+            row
+            for row in rows
+            if row["label"] == label and row["adaptive"] == adaptive and family in {None, row["family"]}
+        ]
+
+    families = sorted({row["family"] for row in rows})
+    found = {"attacked": of("backdoored", adaptive=False)}
+    found |= {f"– {family}": of("backdoored", adaptive=False, family=family) for family in families}
+    found |= {f"adaptively: {family}": of("backdoored", adaptive=True, family=family) for family in families}
+    found["poisoned, but the attack did not take"] = of("failed attack", adaptive=False)
+    found["the same, adaptive"] = of("failed attack", adaptive=True)
     return {name: mine for name, mine in found.items() if mine}
 
 
@@ -117,7 +123,37 @@ share its digits, and learners their towers."""
     return "\n".join([*lines, note])
 
 
-def _mean(values: np.ndarray[Any, np.dtype[np.float64]]) -> str:
+def _tokens(rows: list[Row]) -> str:
+    mine = [row for row in rows if row["method"] == "tokens"]
+    attacked, clean = ([row for row in mine if row["label"] == label] for label in ("backdoored", "clean"))
+    if not attacked or not clean:
+        return "Not measured."
+    lines = ["| score | attacked, honest | AUROC | target first |", "| --- " * 4 + "|"]
+    for what in ("tokens", "embeddings"):
+        spreads = [[np.log(row[what]) for row in group] for group in (attacked, clean)]
+        for name, score in (("smallest spread of any class", _least), ("how far it is below the others", _outlying)):
+            area = auroc(*([score(each) for each in group] for group in spreads)).brief
+            hits = sum(int(each.argmin()) in row["targets"] for each, row in zip(spreads[0], attacked, strict=True))
+            lines.append(
+                f"| {what}: {name} | {len(attacked)}, {len(clean)} | {area} | {Rate.of(hits, len(attacked)).brief} |"
+            )
+    note = """
+The spread is the trace of the covariance under the additive trigger that an inspection of the suspect against its
+hand-written prompts finds for a class, relative to that of the same images without it; the second score is its distance
+from the median of the classes in normalised MADs. CoCoOp learners only."""
+    return "\n".join([*lines, note])
+
+
+def _least(spreads: Array) -> float:
+    return -float(spreads.min())
+
+
+def _outlying(spreads: Array) -> float:
+    deviation = 1.4826 * float(np.median(np.abs(spreads - np.median(spreads))))
+    return float(np.median(spreads) - spreads.min()) / max(deviation, 1e-9)
+
+
+def _mean(values: Array) -> str:
     """Mean and 95 % interval, by the standard error of the draws."""
     error = 1.96 * float(values.std(ddof=1)) / values.size**0.5
     mean = float(values.mean())
