@@ -25,12 +25,13 @@ def heading(title: str, command: str) -> str:
         f"- command: `{command}`\n"
         f"- commit: {commit}\n"
         f"- date: {datetime.now(UTC):%Y-%m-%d}\n"
-        f"- machine: {_processor()}, {platform.system()}, Python {platform.python_version()}\n"
+        f"- machine: {processor()}, {platform.system()}, Python {platform.python_version()}\n"
         f"- versions: {versions}\n\n"
     )
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the processor, and number of cores."""
     cores = name = ""
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):

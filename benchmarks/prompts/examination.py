@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks._record import processor
 from benchmarks.prompts.methods import METHODS, subject
 from benchmarks.prompts.report import write
 from benchmarks.prompts.zoo import PARTS, Item, items, make, towers_of, write_list
@@ -50,6 +51,7 @@ def done(task: Task) -> list[dict[str, Any]]:
             "name": task.item.name,
             "method": method,
             "classes": len(PARTS[task.part].classes.names),
+            "machine": processor(),
             **{key: known[key] for key in ("family", "kind", "adaptive", "label", "accuracy", "success", "targets")},
             "by_hand": known["towers"],
             **METHODS[method](subject(task.part, task.folder, task.item.name)),

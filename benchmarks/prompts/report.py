@@ -1,5 +1,6 @@
 """The report on the zoo of prompt learners: benchmarks/results/prompts.md."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ def write(rows: list[Row]) -> None:
         "Every learner": _every([row for row in rows if row["method"] in _METHODS]),
     }
     text = heading("Prompt learners: attacks, vetting, screening", command) + f"{_NOTE}\n\n"
+    machines = Counter(row["machine"] for row in rows)
+    text += f"Results by machine: {', '.join(f'{name} {count}' for name, count in machines.items())}.\n\n"
     text += "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items()) + "\n"
     replace_file(RESULTS / "prompts.md", text.encode())
 
