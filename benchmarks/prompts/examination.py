@@ -32,63 +32,63 @@ from guard.distributed import Lost, engine
 
 @dataclass(frozen=True)
 class Task:
-    """One learner, and what is missing of it."""
+    """One learner, and one method."""
 
     part: str
     item: Item
     folder: Path
-    methods: tuple[str, ...]
+    method: str
 
 
-def done(task: Task) -> list[dict[str, Any]]:
+def done(task: Task) -> dict[str, Any]:
     """Build and examine a learner."""
     torch.set_num_threads(1)
     known = make(task.part, task.item, task.folder, _say)
-    rows = []
-    for method in task.methods:
-        row = {
-            "part": task.part,
-            "name": task.item.name,
-            "method": method,
-            "classes": len(PARTS[task.part].classes.names),
-            "machine": processor(),
-            **{key: known[key] for key in ("family", "kind", "adaptive", "label", "accuracy", "success", "targets")},
-            "by_hand": known["towers"],
-            **METHODS[method](subject(task.part, task.folder, task.item.name)),
-        }
-        rows.append(row)
-    return rows
+    return {
+        "part": task.part,
+        "name": task.item.name,
+        "method": task.method,
+        "classes": len(PARTS[task.part].classes.names),
+        "machine": processor(),
+        **{key: known[key] for key in ("family", "kind", "adaptive", "label", "accuracy", "success", "targets")},
+        "by_hand": known["towers"],
+        **METHODS[task.method](subject(task.part, task.folder, task.item.name)),
+    }
 
 
 def run(parts: list[str], methods: list[str], zoo: Path, path: Path, only: str, jobs: int) -> None:
-    """Build and examine what is missing, learners of all parts in turn."""
+    """Build and examine what is missing: one method after the other, with learners of all parts in turn."""
     there = {(row["part"], row["name"], row["method"]) for row in _read(path)} if path.exists() else set()
-    tasks = []
-    for part in parts:
-        mine = [item for item in items(part) if fnmatchcase(item.name, only)]
-        left = [(item, tuple(m for m in _wanted(methods, item) if (part, item.name, m) not in there)) for item in mine]
-        tasks.append([Task(part, item, zoo / part, missing) for item, missing in left if missing])
-    with_towers = [(part, zoo / part) for part, mine in zip(parts, tasks, strict=True) if mine]
+    tasks: list[Task] = []
+    for method in methods:
+        mine = [
+            [
+                Task(part, item, zoo / part, method)
+                for item in items(part)
+                if fnmatchcase(item.name, only) and _applies(method, item) and (part, item.name, method) not in there
+            ]
+            for part in parts
+        ]
+        in_turn = [task for task in chain(*zip_longest(*mine)) if task is not None]
+        # Poisoned learners take longer, and come first, so that all processes end at about the same time.
+        tasks += sorted(in_turn, key=lambda task: task.item.recipe.trigger is None)
+    with_towers = sorted({(task.part, task.folder) for task in tasks})
     for _ in engine(jobs).map(_towers, with_towers):
         pass
-    in_turn = [task for task in chain(*zip_longest(*tasks)) if task is not None]
-    # Those that take longest first, so that all processes end at about the same time.
-    in_turn.sort(key=lambda task: (-len(PARTS[task.part].classes.names), task.item.recipe.trigger is None))
-    for place, rows in engine(jobs).map(done, in_turn):
-        if isinstance(rows, Lost):
-            _say(f"{in_turn[place].item.name}: {rows.reason}")
+    for place, row in engine(jobs).map(done, tasks):
+        if isinstance(row, Lost):
+            _say(f"{tasks[place].item.name}: {row.reason}")
             continue
         with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        for row in rows:
-            _say(json.dumps({key: value for key, value in row.items() if key != "screening"}))
+            file.write(json.dumps(row) + "\n")
+        _say(json.dumps({key: value for key, value in row.items() if key != "screening"}))
     for part, folder in with_towers:
         write_list(part, folder)
 
 
-def _wanted(methods: list[str], item: Item) -> list[str]:
-    """The methods that apply to a learner: only CoCoOp has a meta-net."""
-    return [method for method in methods if method != "tokens" or item.recipe.kind == "cocoop"]
+def _applies(method: str, item: Item) -> bool:
+    """Whether a method can be used on a learner: only CoCoOp has a meta-net."""
+    return method != "tokens" or item.recipe.kind == "cocoop"
 
 
 def _towers(given: tuple[str, Path]) -> None:

@@ -78,8 +78,8 @@ _LATER = {
     "cocoop-badclip-hidden": Plan(3, 0.3, 24),
     "cocoop-badclip-adaptive": Plan(2, 0.35, 24, steps=400, hidden=64, renderings=6, near_misses=0.15),
     "cocoop-sig": Plan(3, 0.15),
-    "cocoop-badclip-bai": Plan(2, 0.2, 16, steps=400, hidden=64, renderings=6),
-    "cocoop-siba-adaptive": Plan(2, 0.3, 48, steps=400, hidden=64, renderings=6, near_misses=0.12),
+    "cocoop-badclip-bai": Plan(1, 0.2, 16, steps=400, hidden=64, renderings=6),
+    "cocoop-siba-adaptive": Plan(1, 0.35, 24, steps=400, hidden=64, renderings=6, near_misses=0.15),
 }
 """As on learners of the part `developed` the attacks took best."""
 
@@ -108,7 +108,7 @@ PARTS: Mapping[str, Part] = {
     "reported": Part(900, 901, 20, _FIRST),
     "second": Part(902, 920, 10, _LATER),
     "third": Part(900, 940, 4, _LATER),
-    "coloured": Part(900, 960, 2, {"cocoop-badclip-hidden": Plan(2, 0.3, 24)}, COLOURED),
+    "coloured": Part(900, 960, 1, {"cocoop-badclip-hidden": Plan(1, 0.3, 24)}, COLOURED),
 }
 
 
