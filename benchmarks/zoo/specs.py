@@ -315,6 +315,21 @@ def _weak(seed: int) -> Spec:
     return zoo.spec()
 
 
+_REPAIRED = ("badclip", "badnets-stripes", "wanet", "blended-text", "sig", "ftrojan", "blended-noise", "visual",
+             "badencoder", "blended-triangles", "badnets-random", "semantic", "blended-stripes",
+             "additive")  # fmt: skip
+"""The attacks that PAR and CLIP-Inspector were measured on, and four that they were not."""
+
+
+def _repair(seed: int) -> Spec:
+    """Models to repair: attacks in turn over three bases, and their clean twins, which have nothing to repair."""
+    zoo = _Zoo("repair", seed)
+    bases = [zoo.base("digits", number) for number in range(3)]
+    for k, recipe in enumerate(_REPAIRED):
+        zoo.attacks(bases[k % len(bases)], (recipe,))
+    return zoo.spec()
+
+
 def _pretrained(seed: int) -> Spec:
     zoo = _Zoo("pretrained", seed)
     base = zoo.base("cifar10-efficientnet-lite0", 0)
@@ -355,6 +370,7 @@ SPECS = {
     "small": _small,
     "weak": _weak,
     "medium": _medium,
+    "repair": _repair,
     "pretrained": _pretrained,
     "pretrained-128": _pretrained_large,
     "full": _full,

@@ -12,15 +12,16 @@ from guard.classifiers.classifier import Classifier
 from guard.classifiers.tuning import Inputs, TuningSettings, tune
 from guard.repair.cases import Candidate, Case, Images, TargetedTrigger
 from guard.repair.perturb_recover import TAU
-from guard.repair.stamping import stamped, varied
+from guard.repair.stamping import mixed, stamped, varied_all
+from guard.repair.switch import halfway
 from guard.triggers import FAMILIES
 from guard.vetting.budgets import InspectionSettings
 from guard.vetting.disturbances import disturbed
 from guard.vetting.inspection import RADII, Inspector
 from guard.vetting.lead import Lead
 
-_VIEWS = 3
-"""Views of each image in a step: as it is, with a trigger, and with another change."""
+_VIEWS = 4
+"""Views of each image in a step: as it is, with a trigger, with another change, and mixed with another image."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,13 @@ class Guided:
     are brought back to. This needs neither labels nor captions, and keeps the space as it was.
 
     The attacker's trigger is not the reconstructed one, and often of another family. Therefore further triggers of the
-    target class are searched for on the suspect, in every family (adversarial unlearning, Zeng et al., "I-BAU", ICLR
-    2022, uses additive perturbations), all triggers are used at different strengths, and images are also changed in
-    the ways of `guard.vetting.disturbances`.
+    target class are searched for where the training starts, in every family (adversarial unlearning, Zeng et al.,
+    "I-BAU", ICLR 2022, uses additive perturbations), all triggers are used at different strengths, and images are also
+    changed in the ways of `guard.vetting.disturbances`.
+
+    With a base model of the same architecture, the training starts from the suspect with modules of the base
+    (`guard.repair.Switch`), in which triggers of families that no search covers have lost most of their effect as well.
+    So that few images do not teach the model themselves, it is kept where the suspect is at mixtures of them.
 
     Attributes:
         starts: Number of starts of the search in each family.
@@ -44,6 +49,8 @@ class Guided:
         answer: Weight of the cross entropy of the right answers: the labels or, where they are not known, the answers
             that the suspect gives without a trigger.
         share: Part of the training during which that force acts, in [0, 1].
+        keep: Weight of 1 − cosine between the embeddings of mixtures and those that the suspect gives them. More keeps
+            more of the accuracy, and of triggers of other families.
         search: How each search is done.
         tuning: Steps, rates and schedule.
     """
@@ -52,6 +59,7 @@ class Guided:
     away: float = 0.5
     answer: float = 0.1
     share: float = 0.25
+    keep: float = 0.3
     search: InspectionSettings = field(default_factory=lambda: InspectionSettings(steps=16, batch=32))
     tuning: TuningSettings = field(
         default_factory=lambda: TuningSettings(steps=150, learning_rate=5e-4, weight_decay=0.0, schedule="falling")
@@ -63,8 +71,8 @@ class Guided:
     def candidates(self, case: Case) -> Iterator[Candidate]:
         """See `guard.repair.Method`: one candidate."""
         known, settings = case.needs_triggers(self.name), replace(self.tuning, seed=case.seed)
-        found, passes = self.search_for(case, sorted({each.target for each in known}))
-        pupil = case.copy("repaired by guided perturbation")
+        pupil, passes = halfway(case, "repaired by guided perturbation")
+        found, searched = self.search_for(replace(case, suspect=pupil), sorted({each.target for each in known}))
         objective = _Guided(pupil, case.suspect, case.images, (*known, *found), self)
         cost = tune(
             pupil.model,
@@ -76,14 +84,14 @@ class Guided:
             what="guided repair",
             progress=case.progress,
         )
-        # The suspect sees each image once, and then the view with a trigger in each step.
-        passes += len(case.images) + (_VIEWS + 1) * cost.steps * min(settings.batch, len(case.images))
+        # The suspect sees each image once, and then the triggered and the mixed view in each step.
+        passes += searched + len(case.images) + (_VIEWS + 2) * cost.steps * min(settings.batch, len(case.images))
         yield Candidate(pupil, passes, {"triggers": len(known) + len(found)})
 
     def search_for(
         self, case: Case, targets: Sequence[int], families: Sequence[str] = tuple(FAMILIES)
     ) -> tuple[list[TargetedTrigger], int]:
-        """Search for triggers of limited strength on the suspect.
+        """Search for triggers of limited strength on the suspect of a case.
 
         Args:
             case: The suspect and its images.
@@ -110,7 +118,7 @@ class Guided:
 
 
 class _Guided:
-    """The loss: three views of each image, of which two carry a change, are brought to one embedding."""
+    """The loss: three views of each image are brought to one embedding, and mixtures are kept where they are."""
 
     def __init__(
         self,
@@ -128,21 +136,20 @@ class _Guided:
     def inputs(self, index: Tensor, generator: torch.Generator) -> Inputs:
         device = self._pupil.device
         clean = self._images.pixels[index].float() / 255
-        factors = (0.6 + torch.rand(len(self._triggers), generator=generator)).tolist()
-        drawn = [
-            replace(each, trigger=varied(each.trigger, k)) for each, k in zip(self._triggers, factors, strict=True)
-        ]
-        triggered = stamped(clean.to(device), drawn, generator)
+        triggered = stamped(clean.to(device), varied_all(self._triggers, generator), generator)
         other = disturbed(clean, generator).to(device)
+        mixtures = mixed(clean, generator).to(device)
         with torch.no_grad(), self._suspect.autocast():
-            poisoned = self._suspect.encode_images(triggered)
+            poisoned, kept = self._suspect.encode_images(torch.cat([triggered, mixtures])).split(len(clean))
         return (
             clean.to(device),
             triggered,
             other,
+            mixtures,
             self._wanted[index].to(device),
             self._answers[index].to(device),
             poisoned,
+            kept,
         )
 
     def embed(self, inputs: Inputs) -> Inputs:
@@ -151,12 +158,14 @@ class _Guided:
         return tuple(embeddings.split(len(inputs[0])))
 
     def loss(self, embeddings: Inputs, inputs: Inputs, done: float) -> Tensor:
-        wanted, answers, poisoned = inputs[_VIEWS:]
-        back = torch.stack([(1 - (each * wanted).sum(1)).mean() for each in embeddings]).mean()
+        (clean, triggered, other, mixtures), (wanted, answers, poisoned, kept) = embeddings, inputs[_VIEWS:]
+        views = clean, triggered, other
+        back = torch.stack([(1 - (each * wanted).sum(1)).mean() for each in views]).mean()
+        back = back + self._method.keep * (1 - (mixtures * kept).sum(1)).mean()
         if self._method.answer:
-            right = [cross_entropy(self._suspect.logits(each), answers) for each in embeddings]
+            right = [cross_entropy(self._suspect.logits(each), answers) for each in views]
             back = back + self._method.answer * torch.stack(right).mean()
         if done >= self._method.share:
             return back
-        distance = (embeddings[1] - poisoned).square().sum(1).mean()
+        distance = (triggered - poisoned).square().sum(1).mean()
         return back - self._method.away * (distance <= TAU) * distance / 2

@@ -39,9 +39,9 @@ class Switch:
         if case.base is None:
             raise UsageError("the method switch needs the base model; give it with --base")
         case.suspect.check_comparable(case.base)
-        ours, theirs = (_tensors(each) for each in (case.suspect, case.base))
-        if {name: each.shape for name, each in ours.items()} != {name: each.shape for name, each in theirs.items()}:
+        if not same_architecture(case.suspect, case.base):
             raise UsageError("the method switch needs a base model of the same architecture")
+        ours, theirs = (_tensors(each) for each in (case.suspect, case.base))
         groups = _groups(case.suspect.model.visual)
         shares = {
             "even": [float(k % 2 == 0) for k in range(len(groups))],
@@ -79,6 +79,33 @@ class Switch:
         for each in norms:
             each.momentum = 0.1
             each.eval()
+
+
+def halfway(case: Case, how: str) -> tuple[Classifier, int]:
+    """Return a model to train from: the suspect with modules of its base, or a copy of it where no base fits.
+
+    In a model that is put together in this way, a trigger has lost most of its effect whatever its family is.
+
+    Args:
+        case: The suspect, and perhaps a base.
+        how: What will be done to the model, such as `realigned`.
+
+    Returns:
+        The model, and the number of image passes that it cost to make.
+    """
+    if case.base is None or not same_architecture(case.suspect, case.base):
+        return case.copy(how), 0
+    found = list(Switch().candidates(case))
+    model = found[0].classifier.model
+    return case.suspect.with_model(model, f"{case.suspect.source}, {how}"), sum(each.passes for each in found)
+
+
+def same_architecture(one: Classifier, other: Classifier) -> bool:
+    """Whether the image towers of two classifiers consist of tensors of the same names and shapes."""
+    shapes = [
+        {name: each.shape for name, each in classifier.model.visual.state_dict().items()} for classifier in (one, other)
+    ]
+    return shapes[0] == shapes[1]
 
 
 def _tensors(classifier: Classifier) -> dict[str, torch.Tensor]:

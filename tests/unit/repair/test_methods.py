@@ -24,6 +24,8 @@ from guard.repair import (
 )
 from guard.repair.perturb_recover import augmented
 from guard.repair.realign import realigned
+from guard.repair.stamping import mixed
+from guard.repair.switch import halfway
 from guard.vetting import Verdict
 from tests.conftest import CLASSES
 from tests.unit.repair.conftest import Backdoored
@@ -36,11 +38,16 @@ METHODS: dict[str, Method] = {
 }
 
 
-@pytest.mark.parametrize(("name", "left"), [("realign", 0.1), ("guided", 0.1), ("switch", 0.4)])
+@pytest.mark.parametrize(
+    ("name", "with_base", "left"),
+    [("realign", True, 0.1), ("realign", False, 0.1), ("guided", True, 0.1), ("guided", False, 0.1),
+     ("switch", True, 0.4)],
+)  # fmt: skip
 def test_the_trigger_loses_its_effect_and_the_suspect_is_not_changed(
-    name: str, left: float, backdoored: Backdoored
+    name: str, left: float, backdoored: Backdoored, *, with_base: bool
 ) -> None:
-    case, method = backdoored.case, METHODS[name]
+    method = METHODS[name]
+    case = backdoored.case if with_base else replace(backdoored.case, base=None)
     digest = case.suspect.digest.root
     before = measure(case.suspect, case.held_out, case.triggers)
     found = next(method.candidates(case)).classifier
@@ -78,6 +85,28 @@ def test_equal_seeds_give_equal_weights(name: str, backdoored: Backdoored) -> No
     assert other not in digests
 
 
+def test_training_starts_with_modules_of_a_base_that_fits_and_otherwise_from_the_suspect(
+    backdoored: Backdoored,
+) -> None:
+    case = backdoored.case
+    assert case.base is not None
+    start, passes = halfway(case, "changed")
+    before, now = (measure(each, case.held_out, case.triggers).success["patch-2"] for each in (case.suspect, start))
+    assert passes > 0
+    assert now < before / 2
+    other = copy.deepcopy(case.base.model)
+    other.visual = torch.nn.Linear(2, 2)
+    for base in (None, case.base.with_model(other, "another architecture")):
+        start, passes = halfway(replace(case, base=base), "changed")
+        assert (start.digest.root, passes) == (case.suspect.digest.root, 0)
+
+
+def test_a_mixture_is_at_least_half_its_own_image() -> None:
+    pixels = torch.arange(64.0)[:, None, None, None].expand(-1, 3, 4, 4) % 2
+    distance = (mixed(pixels, torch.Generator().manual_seed(0)) - pixels).abs().amax((1, 2, 3))
+    assert 0.3 < float(distance.max()) <= 0.5
+
+
 def test_guided_needs_no_labels(backdoored: Backdoored) -> None:
     case = backdoored.case
     plain = replace(case, images=Images(case.images.pixels))
@@ -86,7 +115,7 @@ def test_guided_needs_no_labels(backdoored: Backdoored) -> None:
 
 
 def test_clean_images_alone_do_not_remove_the_trigger(backdoored: Backdoored) -> None:
-    case = backdoored.case
+    case = replace(backdoored.case, base=None)
     found = realigned(case, case.needs_labels("realign"), (), Realign(tuning=QUICK)).classifier
     assert measure(found, case.held_out, case.triggers).success["patch-2"] > 0.9
 
