@@ -41,19 +41,21 @@ PAR = replace(_PAR, tuning=replace(_PAR.tuning, steps=300, batch=128, learning_r
 REPAIR, MANY = "guard repair", "perturb-recover (3000)"
 METHODS: dict[str, Callable[[Case], Iterator[Candidate]]] = {
     "guided": Guided().candidates,
-    "guided, no base": lambda case: Guided().candidates(replace(case, base=None)),
     "realign": Realign().candidates,
-    "realign, no base": lambda case: Realign().candidates(replace(case, base=None)),
     "switch": Switch().candidates,
     "subtract": Subtract().candidates,
-    MANY: PAR.candidates,
+    "realign, no base": lambda case: Realign().candidates(replace(case, base=None)),
     "realign: clean images only": lambda case: _control(case, ()),
     "realign: random noise": lambda case: _control(case, _noise(case)),
     "realign: trigger of another class": lambda case: _control(case, _of_another_class(case)),
-    "perturb-recover": PAR.candidates,
+    MANY: PAR.candidates,
+    "guided, no base": lambda case: Guided().candidates(replace(case, base=None)),
     "guided, no labels": lambda case: Guided().candidates(_unlabelled(case)),
+    "perturb-recover": PAR.candidates,
 }
 """What makes the model of each row of the table; `REPAIR` is a row as well: the whole of `guard.repair.repair`."""
+ORDER = (*list(METHODS)[:8], REPAIR, *list(METHODS)[8:])
+"""All rows of a model, the most important first."""
 TRIGGERLESS = {"switch", MANY, "perturb-recover", "realign: clean images only"}
 
 
