@@ -13,6 +13,9 @@ from guard.errors import UsageError
 from guard.repair.cases import Candidate, Case
 from guard.repair.measuring import answers, moved
 
+AGREEING = 0.8
+"""Smallest share of held-out images to which modules of two models answer as the suspect does, to train on them."""
+
 
 @dataclass(frozen=True)
 class Switch:
@@ -84,7 +87,8 @@ class Switch:
 def halfway(case: Case, how: str) -> tuple[Classifier, int]:
     """Return a model to train from: the suspect with modules of its base, or a copy of it where no base fits.
 
-    In a model that is put together in this way, a trigger has lost most of its effect whatever its family is.
+    In a model that is put together in this way, a trigger has lost most of its effect whatever its family is. Where it
+    answers otherwise than the suspect too often (`AGREEING`), too much is lost to start from it.
 
     Args:
         case: The suspect, and perhaps a base.
@@ -96,8 +100,11 @@ def halfway(case: Case, how: str) -> tuple[Classifier, int]:
     if case.base is None or not same_architecture(case.suspect, case.base):
         return case.copy(how), 0
     found = list(Switch().candidates(case))
-    model = found[0].classifier.model
-    return case.suspect.with_model(model, f"{case.suspect.source}, {how}"), sum(each.passes for each in found)
+    start, passes = found[0].classifier, sum(each.passes for each in found) + 2 * len(case.held_out)
+    same = answers(start, case.held_out) == answers(case.suspect, case.held_out)
+    if float(same.float().mean()) < AGREEING:
+        return case.copy(how), passes
+    return case.suspect.with_model(start.model, f"{case.suspect.source}, {how}"), passes
 
 
 def same_architecture(one: Classifier, other: Classifier) -> bool:
