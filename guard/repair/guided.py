@@ -71,7 +71,8 @@ class Guided:
     def candidates(self, case: Case) -> Iterator[Candidate]:
         """See `guard.repair.Method`: one candidate."""
         known, settings = case.needs_triggers(self.name), replace(self.tuning, seed=case.seed)
-        pupil, passes = halfway(case, "repaired by guided perturbation")
+        start = halfway(case, "repaired by guided perturbation")
+        pupil, passes = start.classifier, start.passes
         found, searched = self.search_for(replace(case, suspect=pupil), sorted({each.target for each in known}))
         objective = _Guided(pupil, case.suspect, case.images, (*known, *found), self)
         cost = tune(

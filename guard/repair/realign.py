@@ -37,12 +37,15 @@ class Realign:
         share: Share of each batch that is stamped, in (0, 1].
         anchor: For towers: weight of 1 − cosine between the embeddings of mixtures and those that the suspect gives
             them.
+        alone: For towers: factor of the learning rate where training starts from the suspect itself, without a base,
+            and has further to go.
         tuning: Steps, rates and schedule.
     """
 
     share: float = 0.5
-    anchor: float = 5.0
-    tuning: TuningSettings = field(default_factory=lambda: TuningSettings(steps=150, learning_rate=4e-3))
+    anchor: float = 2.0
+    alone: float = 4.0
+    tuning: TuningSettings = field(default_factory=lambda: TuningSettings(steps=150, learning_rate=1e-3))
 
     name: ClassVar[str] = "realign"
     uses_triggers: ClassVar[bool] = True
@@ -65,8 +68,9 @@ def realigned(case: Case, labels: Tensor, triggers: tuple[TargetedTrigger, ...],
         triggers: What is stamped; without any, all images stay clean, which is the paper's first control.
         method: Settings.
     """
-    settings = replace(method.tuning, seed=case.seed)
-    pupil, passes = halfway(case, "realigned")
+    start = halfway(case, "realigned")
+    pupil, rate = start.classifier, method.tuning.learning_rate * (1.0 if start.from_base else method.alone)
+    settings = replace(method.tuning, learning_rate=rate, seed=case.seed)
     objective = _TrueLabels(pupil, case.suspect, case.images, labels, triggers, method)
     tower = list(pupil.model.visual.parameters())
     cost = tune(
@@ -80,7 +84,7 @@ def realigned(case: Case, labels: Tensor, triggers: tuple[TargetedTrigger, ...],
         progress=case.progress,
     )
     # The suspect sees the mixtures as well.
-    return Candidate(pupil, passes + (_VIEWS + 1) * cost.steps * min(settings.batch, len(case.images)), {})
+    return Candidate(pupil, start.passes + (_VIEWS + 1) * cost.steps * min(settings.batch, len(case.images)), {})
 
 
 def _realigned_prompts(

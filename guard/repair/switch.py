@@ -84,7 +84,22 @@ class Switch:
             each.eval()
 
 
-def halfway(case: Case, how: str) -> tuple[Classifier, int]:
+@dataclass(frozen=True, eq=False)
+class Start:
+    """A model to train from.
+
+    Attributes:
+        classifier: The model.
+        from_base: Whether modules of the base are in it; otherwise it is a copy of the suspect.
+        passes: Number of image passes that it cost to make.
+    """
+
+    classifier: Classifier
+    from_base: bool
+    passes: int
+
+
+def halfway(case: Case, how: str) -> Start:
     """Return a model to train from: the suspect with modules of its base, or a copy of it where no base fits.
 
     In a model that is put together in this way, a trigger has lost most of its effect whatever its family is. Where it
@@ -93,18 +108,15 @@ def halfway(case: Case, how: str) -> tuple[Classifier, int]:
     Args:
         case: The suspect, and perhaps a base.
         how: What will be done to the model, such as `realigned`.
-
-    Returns:
-        The model, and the number of image passes that it cost to make.
     """
     if case.base is None or not same_architecture(case.suspect, case.base):
-        return case.copy(how), 0
+        return Start(case.copy(how), from_base=False, passes=0)
     found = list(Switch().candidates(case))
     start, passes = found[0].classifier, sum(each.passes for each in found) + 2 * len(case.held_out)
     same = answers(start, case.held_out) == answers(case.suspect, case.held_out)
     if float(same.float().mean()) < AGREEING:
-        return case.copy(how), passes
-    return case.suspect.with_model(start.model, f"{case.suspect.source}, {how}"), passes
+        return Start(case.copy(how), from_base=False, passes=passes)
+    return Start(case.suspect.with_model(start.model, f"{case.suspect.source}, {how}"), from_base=True, passes=passes)
 
 
 def same_architecture(one: Classifier, other: Classifier) -> bool:
