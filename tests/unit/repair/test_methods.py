@@ -118,7 +118,7 @@ def test_guided_needs_no_labels(backdoored: Backdoored) -> None:
 
 def test_clean_images_alone_do_not_remove_the_trigger(backdoored: Backdoored) -> None:
     case = replace(backdoored.case, base=None)
-    found = realigned(case, case.needs_labels("realign"), (), Realign(tuning=QUICK)).classifier
+    found = realigned(case, case.needs_labels("realign"), (), Realign(alone=1.0, tuning=QUICK)).classifier
     assert measure(found, case.held_out, case.triggers).success["patch-2"] > 0.9
 
 
