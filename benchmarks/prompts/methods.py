@@ -20,7 +20,7 @@ from guard.evaluation.zoo import KnownAttack
 from guard.triggers import Additive
 from guard.vetting import BUDGETS, Inspector, Lead, vet
 from guard.vetting.batches import halves
-from guard.vetting.inspection import RADII
+from guard.vetting.inspection import METHOD, RADII
 from guard.vetting.verdict import suspicion
 
 FAMILIES = ("additive", "frequency", "patch")
@@ -97,6 +97,7 @@ def _vetted(given: Subject, *, base: Classifier | None, race: bool = True) -> tu
         )
     leading, p_value = suspicion(found.results, found.checks)
     row = {
+        "vetting": METHOD,
         "verdict": found.verdict.outcome,
         "leading": leading,
         "score": -p_value,

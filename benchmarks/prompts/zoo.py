@@ -107,7 +107,7 @@ PARTS: Mapping[str, Part] = {
     "developed": Part(900, 900, 4, _FIRST),
     "reported": Part(900, 901, 20, _FIRST),
     "second": Part(902, 920, 10, _LATER),
-    "third": Part(900, 940, 4, _LATER),
+    "third": Part(900, 940, 10, _LATER),
     "coloured": Part(900, 960, 1, {"cocoop-badclip-hidden": Plan(1, 0.3, 24)}, COLOURED),
 }
 
