@@ -26,6 +26,7 @@ passes of the text tower; forward passes are counted, those included that the ba
 _METHODS = {
     "hand-written": "guard, against the hand-written prompts",
     "fresh": "guard, against freshly tuned prompts",
+    "both": "guard, against the first and, if they accuse, the second",
     "exhaustive": "guard, exhaustive",
     "clip-inspector": "CLIP-Inspector",
 }
@@ -34,18 +35,37 @@ _METHODS = {
 def write(rows: list[Row]) -> None:
     """Write it from the results of any parts."""
     command = "python -m benchmarks.prompts.examination run --part PART …"
+    rows = [*rows, *_both(rows)]
     parts = {
         "Vetting": _vetting(rows),
         "What it costs": _costs(rows),
         "Screening at a false-alarm rate of 1 %": _screening(rows),
         "Whether tokens of the meta-net lie closer together under a trigger": _tokens(rows),
-        "Every learner": _every([row for row in rows if row["method"] in _METHODS]),
+        "Every learner": _every([row for row in rows if row["method"] in _METHODS and row["method"] != "both"]),
     }
     text = heading("Prompt learners: attacks, vetting, screening", command) + f"{_NOTE}\n\n"
-    machines = Counter(row["machine"] for row in rows)
+    machines = Counter(row["machine"] for row in rows if row["method"] != "both")
     text += f"Results by machine: {', '.join(f'{name} {count}' for name, count in machines.items())}.\n\n"
     text += "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items()) + "\n"
     replace_file(RESULTS / "prompts.md", text.encode())
+
+
+def _both(rows: list[Row]) -> list[Row]:
+    """What vetting would say if it accused only where both references do: computed from the two vettings."""
+    fresh = {(row["part"], row["name"]): row for row in rows if row["method"] == "fresh"}
+    found = []
+    for row in rows:
+        other = fresh.get((row["part"], row["name"]))
+        if row["method"] != "hand-written" or other is None:
+            continue
+        accused = row["verdict"] == "backdoored"
+        agreed = not accused or (other["verdict"], other["leading"]) == ("backdoored", row["leading"])
+        counts = {key: row[key] + accused * other[key] for key in ("images", "prompts", "processor_seconds")}
+        verdict = row["verdict"] if agreed else "inconclusive"
+        both = {**row, **counts, "method": "both", "verdict": verdict, "score": min(row["score"], other["score"])}
+        both.pop("screening", None)
+        found.append(both)
+    return found
 
 
 def _attacks(rows: Sequence[Row]) -> dict[str, list[Row]]:
