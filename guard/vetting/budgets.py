@@ -12,8 +12,8 @@ class InspectionSettings:
     """How much work an inspection does (`guard.vetting.inspection`).
 
     Many steps of few images find more than few steps of many, at the same number of passes: on a fine-tuned
-    EfficientNet-Lite0 a white square of 10 × 10 of 32 × 32 pixels stands out after 64 steps of 8 images, and not after
-    16 of 32 (`benchmarks/results/steps-and-batches.md`).
+    EfficientNet-Lite0 a white square of 10 × 10 of 32 × 32 pixels leads by 2.4 after 128 steps of 8 images, and by
+    −0.55 after 32 of 32 (`benchmarks/results/steps-and-batches-pretrained-60.md`).
 
     Attributes:
         steps: Optimiser steps per class and family.
