@@ -31,6 +31,8 @@ MAX_DEGREES = 20.0
 """Largest number of degrees of freedom that a prior may add. With one clean model at a time left out of the table, an
 unlimited prior accuses those that were fine-tuned on shifted images."""
 _MOST_DEGREES = 1e3
+_LOOKS = 2
+"""Factor for looking twice: at a class alone, and at it together with the largest other one."""
 
 
 @dataclass(frozen=True)
@@ -148,9 +150,14 @@ def outliers(
 
     Under the null the statistics are exchangeable and roughly normal, so that one of them, minus the mean of n others,
     over s·√(1 + 1/n), follows Student's t, with s moderated by `known`. A class is left out of its own null, so that
-    the target does not widen the spread by which it is judged. The MAD rule of Neural Cleanse and CLIP-Inspector
-    ("anomaly index > 2") accuses 33 % of clean ten-class models and 88 % of clean hundred-class ones on normal
-    statistics (20,000 simulated).
+    the target does not widen the spread by which it is judged. Each of two targets would widen it for the other. So a
+    class is also looked at together with the largest other one: the smaller of both is compared with the rest (the
+    second step of Rosner's test for several outliers, Technometrics 1983), at `_LOOKS` times its p-value. That costs
+    next to nothing, since the second largest of ordinary classes is rarely far from the third: of 6,000 simulated clean
+    models with 10 and with 13 classes, 0.7 and 1.1 % had a corrected p-value of at most 1 %, in place of 0.6 and 1.0 %.
+
+    The MAD rule of Neural Cleanse and CLIP-Inspector ("anomaly index > 2") accuses 33 % of clean ten-class models and
+    88 % of clean hundred-class ones on normal statistics (20,000 simulated).
 
     Args:
         statistics: One per class; None where a class has none, and then it neither gets a score nor joins a null.
@@ -163,14 +170,23 @@ def outliers(
     values = np.array([np.nan if value is None else value for value in statistics], dtype=np.float64)
     usable = ~np.isnan(values) & (np.ones(len(values), bool) if reference is None else np.asarray(reference, bool))
     scores, p_values = np.full_like(values, np.nan), np.full_like(values, np.nan)
-    degrees = min(known.degrees, MAX_DEGREES)
     for k in np.flatnonzero(~np.isnan(values)):
         others = values[usable & (np.arange(len(values)) != k)]
         if len(others) < MIN_NULL:
             continue
-        own = len(others) - 1
-        spread = float(others.var(ddof=1))
-        variance = max(spread, (degrees * known.variance + own * spread) / (degrees + own))
-        scores[k] = (values[k] - others.mean()) / np.sqrt(max(variance, 1e-12) * (1 + 1 / len(others)))
-        p_values[k] = _upper_tail(float(scores[k]), degrees + own)
+        scores[k], p_values[k] = _compared(values[k], others, known)
+        largest, rest = others.max(), np.delete(others, others.argmax())
+        if len(rest) >= MIN_NULL:
+            score, p_value = _compared(min(values[k], largest), rest, known)
+            if _LOOKS * p_value < p_values[k]:
+                scores[k], p_values[k] = score, _LOOKS * p_value
     return scores, p_values
+
+
+def _compared(value: float, others: NDArray[np.float64], known: Prior) -> tuple[float, float]:
+    """The score of a value against others, and its p-value."""
+    degrees, own = min(known.degrees, MAX_DEGREES), len(others) - 1
+    spread = float(others.var(ddof=1))
+    variance = max(spread, (degrees * known.variance + own * spread) / (degrees + own))
+    score = float((value - others.mean()) / np.sqrt(max(variance, 1e-12) * (1 + 1 / len(others))))
+    return score, _upper_tail(score, degrees + own)

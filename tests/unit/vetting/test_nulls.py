@@ -119,6 +119,23 @@ def test_models_that_differ_no_more_than_by_chance_count_in_full() -> None:
     assert found.variance == pytest.approx(4, rel=0.15)
 
 
+def test_two_targets_do_not_hide_each_other() -> None:
+    """Leads of a backdoored model of the zoo `small`: classes 6 and 7 are the attacker's."""
+    leads = [0.24, -0.06, -0.12, -0.03, 0.15, -0.23, 1.56, 1.65, 0.11, -0.05]
+    scores, p_values = outliers(leads)
+    assert sorted(np.argsort(p_values)[:2]) == [6, 7]
+    assert 10 * p_values[[6, 7]].max() < 0.001
+    assert 10 * np.delete(p_values, [6, 7]).min() > 1
+    assert scores[[6, 7]].min() > 5
+
+
+@pytest.mark.parametrize("classes", [10, 13])
+def test_looking_for_two_keeps_the_level(classes: int) -> None:
+    rng = np.random.default_rng(1)
+    alarms = [classes * outliers(rng.normal(size=classes).tolist())[1].min() <= 0.05 for _ in range(1500)]
+    assert np.mean(alarms) < 0.065
+
+
 def test_models_that_have_nothing_in_common_hardly_count() -> None:
     assert estimate([1e-6, 1e-3, 1.0, 1e3, 1e6], [9] * 5).degrees < 0.5
 
