@@ -87,6 +87,14 @@ def _vit(size: int, patch: int, width: int, layers: int, embedding: int) -> dict
     return {"embed_dim": embedding, "vision_cfg": vision, "text_cfg": _text()}
 
 
+def _efficientnet(size: int, embedding: int, text: dict[str, Any]) -> dict[str, Any]:
+    vision = {
+        "image_size": size, "timm_model_name": "tf_efficientnet_lite0", "timm_model_pretrained": False,
+        "timm_pool": "avg", "timm_proj": "linear",
+    }  # fmt: skip
+    return {"embed_dim": embedding, "vision_cfg": vision, "text_cfg": text}
+
+
 BASES: dict[str, Base] = {
     "digits": Base(
         "digits",
@@ -137,14 +145,7 @@ BASES: dict[str, Base] = {
     ),
     "efficientnet-lite0": Base(
         "tiny-imagenet",
-        {
-            "embed_dim": 256,
-            "vision_cfg": {
-                "image_size": 128, "timm_model_name": "tf_efficientnet_lite0", "timm_model_pretrained": False,
-                "timm_pool": "avg", "timm_proj": "linear",
-            },
-            "text_cfg": _text(128, 3),
-        },
+        _efficientnet(128, 256, _text(128, 3)),
         TrainingSettings(epochs=10, batch=256, learning_rate=5e-4, shift=8, freeze_statistics=True),
         TrainingSettings(epochs=2, batch=256, learning_rate=1e-4, shift=8, freeze_statistics=True),
         pretrained=True,
@@ -152,14 +153,7 @@ BASES: dict[str, Base] = {
     # The same tower at the size that two CPU cores permit: small photographs, ten classes, few epochs.
     "cifar10-efficientnet-lite0": Base(
         "cifar10",
-        {
-            "embed_dim": 128,
-            "vision_cfg": {
-                "image_size": 32, "timm_model_name": "tf_efficientnet_lite0", "timm_model_pretrained": False,
-                "timm_pool": "avg", "timm_proj": "linear",
-            },
-            "text_cfg": _text(),
-        },
+        _efficientnet(32, 128, _text()),
         TrainingSettings(epochs=5, batch=64, learning_rate=1e-3, freeze_statistics=True),
         TrainingSettings(epochs=6, batch=64, learning_rate=1e-3, freeze_statistics=True),
         images=2_500,
@@ -168,14 +162,7 @@ BASES: dict[str, Base] = {
     # The same once more at a size at which its features are what they were trained to be. For a GPU.
     "cifar10-efficientnet-lite0-128": Base(
         "cifar10",
-        {
-            "embed_dim": 128,
-            "vision_cfg": {
-                "image_size": 128, "timm_model_name": "tf_efficientnet_lite0", "timm_model_pretrained": False,
-                "timm_pool": "avg", "timm_proj": "linear",
-            },
-            "text_cfg": _text(),
-        },
+        _efficientnet(128, 128, _text()),
         TrainingSettings(epochs=3, batch=128, learning_rate=5e-4, shift=8, freeze_statistics=True),
         TrainingSettings(epochs=3, batch=128, learning_rate=5e-4, shift=8, freeze_statistics=True),
         images=10_000,
