@@ -21,7 +21,7 @@ from guard.triggers import Additive
 from guard.vetting import BUDGETS, Inspector, Lead, vet
 from guard.vetting.batches import halves
 from guard.vetting.inspection import METHOD, RADII
-from guard.vetting.verdict import suspicion
+from guard.vetting.verdict import class_results, suspicion
 
 FAMILIES = ("additive", "frequency", "patch")
 """Families that are inspected: the additive one of CLIP-Inspector, that of sinusoids, and one that is local."""
@@ -101,6 +101,7 @@ def _vetted(given: Subject, *, base: Classifier | None, race: bool = True) -> tu
         "verdict": found.verdict.outcome,
         "leading": leading,
         "score": -p_value,
+        "p_values": {each.target: each.p_value for each in class_results(found.results)},
         "passes": found.passes,
         "triggers": [each.target for each in found.triggers],
     }
