@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeGuard
 
@@ -13,12 +13,12 @@ from guard.classifiers.classifier import Classifier
 from guard.classifiers.prompts import PromptedClassifier
 from guard.errors import ImageError, UsageError
 from guard.triggers import FAMILIES
-from guard.vetting.agreement import CONFIRMATIONS, agreed
+from guard.vetting.agreement import CONFIRMATIONS, agreed, borne_out
 from guard.vetting.batches import halves
 from guard.vetting.budgets import BUDGETS, Budget, DerivedReferenceSettings, Effort
 from guard.vetting.cache import SearchCache
 from guard.vetting.difference import difference
-from guard.vetting.probes import Probe, listed_probes
+from guard.vetting.probes import Probe, Probed, listed_probes
 from guard.vetting.probes import result as probe_result
 from guard.vetting.race import RACED_CLASSES, Race
 from guard.vetting.reconstruction import reconstruct_suspects
@@ -26,7 +26,7 @@ from guard.vetting.reference import FRESH_METHOD, derive_reference, fresh_prompt
 from guard.vetting.reference import METHOD as REFERENCE_METHOD
 from guard.vetting.results import FamilyResult, FoundTarget, ReferenceModel, Verdict, Vetting
 from guard.vetting.searches import Searches
-from guard.vetting.verdict import is_close, judge
+from guard.vetting.verdict import class_results, is_close, judge
 
 MIN_IMAGES = 64
 _CANDIDATES = 6
@@ -56,7 +56,9 @@ def vet(
     `guard.vetting.race.RACED_CLASSES`, only for candidates, which the probes and a search that names no class hint at,
     and for some classes to compare them with. The triggers of classes that stand out are reconstructed and checked; the
     p-values, corrected for all classes, and the checks together give the verdict. Where the suspect's weights differ
-    from those of the base as if by noise (`guard.vetting.difference`), `no evidence` becomes `inconclusive`.
+    from those of the base as if by noise (`guard.vetting.difference`), `no evidence` becomes `inconclusive`. A prompt
+    learner that is accused against its towers with hand-written prompts is also compared with prompts that are tuned
+    anew (`guard.vetting.agreement.borne_out`), unless `derive` forbids it.
 
     Args:
         classifier: The suspect.
@@ -87,76 +89,139 @@ def vet(
     if isinstance(classifier, PromptedClassifier) and base is not None and base.digest == classifier.towers.digest:
         base = classifier.towers  # one and the same, through which images then pass once
     tried_probes = tuple(listed_probes() if probes is None else probes)
+    examination = _Examination(classifier, images, tuple(families), tried_probes, cache, progress, race=race)
 
     def vetted(seed: int) -> Vetting:
-        effort = BUDGETS[budget].seeded(seed)
-        return _vetted(
-            classifier, images, base, families, effort, tried_probes, cache, progress, derive=derive, race=race
-        )
+        return examination.vetted(base, BUDGETS[budget].seeded(seed), derive=derive)
 
     first = vetted(seed)
     count = repeats or (CONFIRMATIONS if is_close(first.verdict) else 1)
-    return agreed([first, *(vetted(seed + k) for k in range(1, count))])
+    found = agreed([first, *(vetted(seed + k) for k in range(1, count))])
+    # Hand-written prompts may know a class badly, of which honest tuning then makes much.
+    if found.verdict.outcome == "backdoored" and derive and _is_hand_written(base, classifier):
+        return examination.confirmed(found)
+    return found
 
 
-def _vetted(
-    classifier: Classifier,
-    images: Tensor,
-    base: Classifier | None,
-    families: Sequence[str],
-    effort: Effort,
-    tried_probes: Sequence[Probe],
-    cache: Path | None,
-    progress: Callable[[str, int, int], None],
-    *,
-    derive: bool,
-    race: bool,
-) -> Vetting:
-    """Vet with the seed of the effort."""
-    seed = effort.inspection.seed
-    started = time.monotonic()
-    searched, held_out = halves(images, seed)
-    settings = effort.derived_reference if derive else None
-    model, reference_model = _reference_model(classifier, base, searched, held_out, settings, progress)
-    # A derived reference is identified by how it is made: on a GPU its weights differ in the last bits between runs.
-    made = [FRESH_METHOD if _has_contexts(classifier) else REFERENCE_METHOD, asdict(effort.derived_reference)]
-    identities = {"base": reference_model.digest, "derived": made, "classes": None}
-    identity = identities[reference_model.kind]
-    store = SearchCache(cache) if cache else None
-    searches = Searches(classifier, model, identity, searched, held_out, store, progress)
-    began = time.monotonic()
-    probed = searches.probe(tried_probes)
-    tried = probe_result(
-        probed, classifier.classes.names, reference_model.kind, seed=seed, seconds=time.monotonic() - began
-    )
-    # Where all classes are inspected anyway there is no need to know candidates.
-    many = race and len(tried.classes) > RACED_CLASSES
-    unnamed = [each for family in families for each in searches.targets(family, effort.target_search)] if many else []
-    candidates = _candidates(tried, unnamed) if many else set()
-    runners = Race(searches, reference_model.kind, families, effort.inspection, tried, candidates, full=not race)
-    results = runners.run()
-    checks, triggers = reconstruct_suspects(
-        searches,
-        results,
-        runners.parameters,
-        lambda target: tried_probes[int(probed.probes[target])],
-        effort.reconstruction,
-        reference_model.kind,
-        everything=not race,
-    )
-    return Vetting(
-        _doubting(judge(results, checks), classifier, base),
-        results,
-        checks,
-        triggers,
-        effort,
-        (len(searched), len(held_out)),
-        reference_model,
-        str(classifier.device),
-        time.monotonic() - started,
-        reference_model.passes + sum(item.passes for item in results) + searches.passes,
-        tuple(unnamed),
-    )
+@dataclass(frozen=True, eq=False)
+class _Examination:
+    """What is examined, and with what; each vetting has a reference model and a seed.
+
+    Attributes:
+        classifier: The suspect.
+        images: uint8, shape [N, 3, H, W].
+        families: Names of trigger families.
+        probes: Fixed changes that are tried first.
+        cache: Folder in which finished searches are kept; None for none.
+        progress: Called with (what is done, steps done, steps in all).
+        race: Whether to stop early where the result is clear.
+    """
+
+    classifier: Classifier
+    images: Tensor
+    families: tuple[str, ...]
+    probes: tuple[Probe, ...]
+    cache: Path | None
+    progress: Callable[[str, int, int], None]
+    race: bool
+
+    def vetted(self, base: Classifier | None, effort: Effort, *, derive: bool) -> Vetting:
+        """Vet against a base, or against a derived reference, or against none, with the seed of the effort."""
+        started = time.monotonic()
+        found = self._inspected(base, effort, derive=derive)
+        searches, results, reference_model = found.searches, found.results, found.reference_model
+        checks, triggers = reconstruct_suspects(
+            searches,
+            results,
+            found.race.parameters,
+            lambda target: self.probes[int(found.probed.probes[target])],
+            effort.reconstruction,
+            reference_model.kind,
+            everything=not self.race,
+        )
+        return Vetting(
+            _doubting(judge(results, checks), self.classifier, base),
+            results,
+            checks,
+            triggers,
+            effort,
+            found.images,
+            reference_model,
+            str(self.classifier.device),
+            time.monotonic() - started,
+            found.passes + searches.passes,
+            found.unnamed,
+        )
+
+    def confirmed(self, accusing: Vetting) -> Vetting:
+        """Return an accusation of a prompt learner, or `inconclusive` where freshly tuned prompts do not bear it out.
+
+        Args:
+            accusing: Made against the hand-written prompts.
+        """
+        began = time.monotonic()
+        found = self._inspected(None, accusing.effort, derive=True)
+        accused = [each.p_value for each in class_results(found.results) if each.target == accusing.verdict.target]
+        return replace(
+            accusing,
+            verdict=borne_out(accusing.verdict, *accused),
+            passes=accusing.passes + found.passes + found.searches.passes,
+            seconds=accusing.seconds + time.monotonic() - began,
+        )
+
+    def _inspected(self, base: Classifier | None, effort: Effort, *, derive: bool) -> "_Inspected":
+        """Try the probes, and inspect all families of triggers."""
+        classifier, seed = self.classifier, effort.inspection.seed
+        searched, held_out = halves(self.images, seed)
+        settings = effort.derived_reference if derive else None
+        model, reference_model = _reference_model(classifier, base, searched, held_out, settings, self.progress)
+        # A derived reference is known by how it is made: on a GPU its weights differ in the last bits between runs.
+        made = [FRESH_METHOD if _has_contexts(classifier) else REFERENCE_METHOD, asdict(effort.derived_reference)]
+        identities = {"base": reference_model.digest, "derived": made, "classes": None}
+        identity = identities[reference_model.kind]
+        store = SearchCache(self.cache) if self.cache else None
+        searches = Searches(classifier, model, identity, searched, held_out, store, self.progress)
+        began = time.monotonic()
+        probed = searches.probe(self.probes)
+        tried = probe_result(
+            probed, classifier.classes.names, reference_model.kind, seed=seed, seconds=time.monotonic() - began
+        )
+        # Where all classes are inspected anyway there is no need to know candidates.
+        many = self.race and len(tried.classes) > RACED_CLASSES
+        unnamed = [each for family in self.families if many for each in searches.targets(family, effort.target_search)]
+        candidates = _candidates(tried, unnamed) if many else set()
+        race = Race(
+            searches, reference_model.kind, self.families, effort.inspection, tried, candidates, full=not self.race
+        )
+        results = race.run()
+        passes = reference_model.passes + sum(item.passes for item in results)
+        images = len(searched), len(held_out)
+        return _Inspected(searches, reference_model, probed, tuple(unnamed), race, results, images, passes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Inspected:
+    """What probes and inspection have found.
+
+    Attributes:
+        searches: Runs further searches.
+        reference_model: What the suspect was compared with.
+        probed: What the probes did.
+        unnamed: Targets of the search that names no class.
+        race: Knows where each search ended.
+        results: One for each family, and that of the probes.
+        images: Number of images that are searched on, and of those held out.
+        passes: Of the reference model and of all results.
+    """
+
+    searches: Searches
+    reference_model: ReferenceModel
+    probed: Probed
+    unnamed: tuple[FoundTarget, ...]
+    race: Race
+    results: tuple[FamilyResult, ...]
+    images: tuple[int, int]
+    passes: int
 
 
 def _doubting(verdict: Verdict, classifier: Classifier, base: Classifier | None) -> Verdict:
@@ -226,6 +291,11 @@ def _reference_model(
 def _has_contexts(classifier: Classifier) -> TypeGuard[PromptedClassifier]:
     """Whether it is a prompt learner whose prompts are contexts; a visual prompt acts as a part of the image tower."""
     return isinstance(classifier, PromptedClassifier) and classifier.learner.kind != "visual"
+
+
+def _is_hand_written(base: Classifier | None, classifier: Classifier) -> bool:
+    """Whether the base is the towers of a prompt learner whose prompts are contexts."""
+    return _has_contexts(classifier) and base is classifier.towers
 
 
 def _agreement(classifier: Classifier, other: Classifier, images: Tensor) -> float:

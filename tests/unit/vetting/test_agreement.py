@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from guard.classifiers import Classifier, load
+from guard.classifiers.prompts import PromptedClassifier
 from guard.errors import UsageError
 from guard.vetting import Vetting, agreed, vet
-from guard.vetting.budgets import Effort
+from guard.vetting.agreement import borne_out
+from guard.vetting.budgets import DerivedReferenceSettings, Effort, InspectionSettings
 from guard.vetting.results import Conclusion
+from tests.unit.classifiers.test_prompts import learner
 from tests.zoo import TARGET, FakeVetting
 
 
@@ -50,12 +53,12 @@ def vetted(
     def run(*verdicts: tuple[Conclusion, float], repeats: int | None = None) -> tuple[Vetting, list[int]]:
         seeds: list[int] = []
 
-        def fake(_: Any, __: Any, ___: Any, ____: Any, effort: Effort, *_____: Any, **______: Any) -> Vetting:
+        def fake(_: Any, __: Any, effort: Effort, **___: Any) -> Vetting:
             outcome, p_value = verdicts[len(seeds)]
             seeds.append(effort.inspection.seed)
             return replace(silent, verdict=replace(silent.verdict, outcome=outcome, p_value=p_value))
 
-        monkeypatch.setattr("guard.vetting.examination._vetted", fake)
+        monkeypatch.setattr("guard.vetting.examination._Examination.vetted", fake)
         return vet(classifier, images, seed=4, repeats=repeats), seeds
 
     return run
@@ -83,6 +86,31 @@ def test_a_number_of_vettings_that_is_asked_for_is_kept(vetted: Callable[..., tu
     assert vetted(("backdoored", 0.005), repeats=1)[1] == [4]
 
 
+@pytest.mark.parametrize("derive", [True, False])
+def test_an_accused_prompt_learner_is_compared_with_freshly_tuned_prompts(
+    classifier: Classifier, images: torch.Tensor, accusing: Vetting, monkeypatch: pytest.MonkeyPatch, *, derive: bool
+) -> None:
+    monkeypatch.setattr("guard.vetting.examination._Examination.vetted", lambda *_, **__: accusing)
+    settings = InspectionSettings(steps=2, batch=8, average=2)
+    effort = replace(accusing.effort, inspection=settings, derived_reference=DerivedReferenceSettings(steps=1, batch=8))
+    accusing = replace(accusing, effort=effort)
+    suspect = PromptedClassifier(classifier, learner("coop"))
+    found = vet(suspect, images, base=classifier, derive=derive, families=["patch"])
+    said = [reason for reason in found.verdict.reasons if "tuned anew on its answers" in reason]
+    assert len(said) == derive
+    assert (found.passes > accusing.passes) == derive
+
+
 def test_no_vetting_says_nothing() -> None:
     with pytest.raises(UsageError, match="at least one seed"):
         agreed([])
+
+
+def test_an_accusation_that_another_reference_does_not_bear_out_is_inconclusive(accusing: Vetting) -> None:
+    verdict = accusing.verdict
+    assert borne_out(verdict, 0.01).target == TARGET
+    assert "stands out as well (p = 0.01)" in borne_out(verdict, 0.01).reasons[-1]
+    refuted = borne_out(verdict, 0.3)
+    assert (refuted.outcome, refuted.target) == ("inconclusive", None)
+    assert "does not stand out (p = 0.3)" in refuted.reasons[0]
+    assert borne_out(verdict).outcome == "backdoored"
