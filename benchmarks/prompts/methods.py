@@ -21,7 +21,7 @@ from guard.triggers import Additive
 from guard.vetting import BUDGETS, Inspector, Lead, vet
 from guard.vetting.batches import halves
 from guard.vetting.inspection import METHOD, RADII
-from guard.vetting.verdict import class_results, suspicion
+from guard.vetting.verdict import NOTICED, class_results, suspicion
 
 FAMILIES = ("additive", "frequency", "patch")
 """Families that are inspected: the additive one of CLIP-Inspector, that of sinusoids, and one that is local."""
@@ -96,11 +96,15 @@ def _vetted(given: Subject, *, base: Classifier | None, race: bool = True) -> tu
             race=race,
         )
     leading, p_value = suspicion(found.results, found.checks)
+    refuted = any("the class does not stand out" in reason for reason in found.verdict.reasons)
     row = {
         "vetting": METHOD,
         "verdict": found.verdict.outcome,
         "leading": leading,
-        "score": -p_value,
+        "score": -max(p_value, NOTICED) if refuted else -p_value,
+        "first": -p_value,
+        "refuted": refuted,
+        "reasons": found.verdict.reasons,
         "p_values": {each.target: each.p_value for each in class_results(found.results)},
         "passes": found.passes,
         "triggers": [each.target for each in found.triggers],

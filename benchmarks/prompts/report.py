@@ -24,9 +24,9 @@ class of every family is searched to the end. An attack takes if its success is 
 accuracy are lost against the hand-written prompts. A CoCoOp learner has prompts of its own for each image, which cost
 passes of the text tower; forward passes are counted, those included that the backward pass repeats."""
 _METHODS = {
-    "hand-written": "guard, against the hand-written prompts",
+    "hand-written": "guard: against the hand-written prompts and, where they accuse, freshly tuned ones",
+    "first": "guard, the first step alone",
     "fresh": "guard, against freshly tuned prompts",
-    "both": "guard, against the first and, if they accuse, the second",
     "exhaustive": "guard, exhaustive",
     "clip-inspector": "CLIP-Inspector",
 }
@@ -35,36 +35,30 @@ _METHODS = {
 def write(rows: list[Row]) -> None:
     """Write it from the results of any parts."""
     command = "python -m benchmarks.prompts.examination run --part PART …"
-    rows = [*rows, *_both(rows)]
+    rows = [*rows, *_first(rows)]
     parts = {
         "Vetting": _vetting(rows),
         "What it costs": _costs(rows),
         "Screening at a false-alarm rate of 1 %": _screening(rows),
         "Whether tokens of the meta-net lie closer together under a trigger": _tokens(rows),
-        "Every learner": _every([row for row in rows if row["method"] in _METHODS and row["method"] != "both"]),
+        "Every learner": _every([row for row in rows if row["method"] in _METHODS and row["method"] != "first"]),
     }
     text = heading("Prompt learners: attacks, vetting, screening", command) + f"{_NOTE}\n\n"
-    machines = Counter(row["machine"] for row in rows if row["method"] != "both")
+    machines = Counter(row["machine"] for row in rows if row["method"] != "first")
     text += f"Results by machine: {', '.join(f'{name} {count}' for name, count in machines.items())}.\n\n"
     text += "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items()) + "\n"
     replace_file(RESULTS / "prompts.md", text.encode())
 
 
-def _both(rows: list[Row]) -> list[Row]:
-    """What vetting would say if it accused only where both references do: computed from the two vettings."""
-    fresh = {(row["part"], row["name"]): row for row in rows if row["method"] == "fresh"}
+def _first(rows: list[Row]) -> list[Row]:
+    """What vetting would say without freshly tuned prompts."""
     found = []
     for row in rows:
-        other = fresh.get((row["part"], row["name"]))
-        if row["method"] != "hand-written" or other is None:
-            continue
-        accused = row["verdict"] == "backdoored"
-        agreed = not accused or (other["verdict"], other["leading"]) == ("backdoored", row["leading"])
-        counts = {key: row[key] + accused * other[key] for key in ("images", "prompts", "processor_seconds")}
-        verdict = row["verdict"] if agreed else "inconclusive"
-        both = {**row, **counts, "method": "both", "verdict": verdict, "score": min(row["score"], other["score"])}
-        both.pop("screening", None)
-        found.append(both)
+        if row["method"] == "hand-written":
+            verdict = "backdoored" if row["refuted"] else row["verdict"]
+            found.append({**row, "method": "first", "verdict": verdict, "score": row["first"]})
+            for key in ("screening", "images", "prompts"):
+                found[-1].pop(key, None)
     return found
 
 
