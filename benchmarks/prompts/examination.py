@@ -6,8 +6,8 @@
 
 `run` builds each learner that is missing (`benchmarks.prompts.zoo`) and examines it. Methods are `hand-written`
 (guard's vetting against the hand-written prompts, and screening of poisoned learners), `fresh` (against prompts that
-are tuned anew on the learner's answers), `clip-inspector` (as published), `exhaustive` (vetting without its race) and
-`tokens` (how the tokens of the meta-net spread under a trigger).
+are tuned anew on the learner's answers), `clip-inspector` (as published), `exhaustive` (vetting without its race),
+`tokens` (how the tokens of the meta-net spread under a trigger) and `realign` (repair, beside its controls).
 Each result is a line of FILE as soon as it is there, and is not measured again. `report` writes
 benchmarks/results/prompts.md.
 """
@@ -87,8 +87,8 @@ def run(parts: list[str], methods: list[str], zoo: Path, path: Path, only: str, 
 
 
 def _applies(method: str, item: Item) -> bool:
-    """Whether a method can be used on a learner: only CoCoOp has a meta-net."""
-    return method != "tokens" or item.recipe.kind == "cocoop"
+    """Whether a method can be used on a learner: only CoCoOp has a meta-net, and only the attacked are repaired."""
+    return {"tokens": item.recipe.kind == "cocoop", "realign": item.recipe.trigger is not None}.get(method, True)
 
 
 def _towers(given: tuple[str, Path]) -> None:

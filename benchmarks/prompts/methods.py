@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,14 @@ import torch
 
 from benchmarks.prompts.screening import screened
 from benchmarks.prompts.zoo import PARTS, Sets, sets_of, towers_of
+from guard.attacks import Planted, measure
 from guard.baselines import clip_inspector
 from guard.classifiers import Classifier, load
 from guard.classifiers.prompts import PromptedClassifier
 from guard.evaluation import Zoo
 from guard.evaluation.zoo import KnownAttack
+from guard.repair import Case, Guided, Images, Realign, TargetedTrigger
+from guard.repair.realign import realigned
 from guard.triggers import Additive
 from guard.vetting import BUDGETS, Inspector, Lead, vet
 from guard.vetting.batches import halves
@@ -72,6 +75,50 @@ def by_hand(given: Subject) -> dict[str, Any]:
         user = given.sets.user
         row["screening"] = screened(given.classifier, given.towers, found, given.planted, user, given.seed)
     return row
+
+
+def realign(given: Subject) -> dict[str, Any]:
+    """CLIP-Inspector's realignment of an attacked learner with what vetting found, and the paper's controls.
+
+    All have the same 400 labelled images of vetting, of which two fifths are held out. Each has the success of the
+    attacker's own trigger and the accuracy on requests; of the realignment, also what a new vetting says.
+    """
+    if given.planted is None:
+        return {"vetting": None}
+    before, found = _vetted(given, base=given.towers)
+    labelled, classes = given.sets.user.vetting, len(given.classifier.classes.names)
+    triggers = tuple(TargetedTrigger(each.id, each.trigger, each.target) for each in found.triggers)
+    train, held_out = Images(labelled.pixels, labelled.labels).parts(given.seed)
+    case = Case(given.classifier, train, held_out, triggers, given.towers, given.seed)
+    row: dict[str, Any] = {"vetting": before["verdict"], "before": _measured(given, given.classifier), "after": {}}
+    if not triggers:
+        return row
+    noise = torch.rand(given.classifier.image_shape, generator=torch.Generator().manual_seed(given.seed))
+    signs = Additive(((noise < 0.5).float() * 2 - 1) * RADII["additive"] / 255)
+    another, _ = Guided().search_for(case, [(triggers[0].target + 1) % classes], ["additive"])
+    used = {
+        "realign": triggers,
+        "clean images only": (),
+        "random noise": (TargetedTrigger("noise", signs, triggers[0].target),),
+        "trigger of another class": tuple(another),
+    }
+    for name, each in used.items():
+        with _counted(given) as counts:
+            pupil = realigned(case, case.needs_labels("realign"), each, Realign()).classifier
+        row["after"][name] = _measured(given, pupil) | counts
+        if name == "realign":
+            again, _ = _vetted(replace(given, classifier=pupil), base=given.towers)
+            row["verdict"], row["score"] = again["verdict"], again["score"]
+    return row
+
+
+def _measured(given: Subject, classifier: Classifier) -> dict[str, float]:
+    planted = given.planted
+    if planted is None:
+        raise ValueError("an honest learner has no trigger")
+    attack = Planted(planted.trigger, planted.target, 0.0, planted.sources)
+    found = measure(classifier, given.sets.user.requests, [attack])
+    return {"success": found.success[0], "accuracy": found.accuracy}
 
 
 def fresh(given: Subject) -> dict[str, Any]:
@@ -157,6 +204,7 @@ METHODS: Mapping[str, Callable[[Subject], dict[str, Any]]] = {
     "clip-inspector": inspector,
     "exhaustive": exhaustive,
     "tokens": tokens,
+    "realign": realign,
 }
 """What can be done with a learner, by name."""
 

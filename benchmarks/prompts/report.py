@@ -41,6 +41,7 @@ def write(rows: list[Row]) -> None:
         "What it costs": _costs(rows),
         "Screening at a false-alarm rate of 1 %": _screening(rows),
         "Whether tokens of the meta-net lie closer together under a trigger": _tokens(rows),
+        "Repair by realignment, beside its controls": _repairs(rows),
         "Every learner": _every([row for row in rows if row["method"] in _METHODS and row["method"] != "first"]),
     }
     text = heading("Prompt learners: attacks, vetting, screening", command) + f"{_NOTE}\n\n"
@@ -159,6 +160,32 @@ The spread is the trace of the covariance under the additive trigger that an ins
 hand-written prompts finds for a class, relative to that of the same images without it; the second score is its distance
 from the median of the classes in normalised MADs. CoCoOp learners only."""
     return "\n".join([*lines, note])
+
+
+def _repairs(rows: list[Row]) -> str:
+    mine = [row for row in rows if row["method"] == "realign" and row["label"] == "backdoored"]
+    fixed = [row for row in mine if row["after"]]
+    if not fixed:
+        return "Not measured."
+    lines = [
+        "| tuned on | learners | attack success, mean | worst | accuracy, change in points, mean | worst | seconds |",
+        "| --- " * 7 + "|",
+    ]
+    before = np.array([[row["before"][key] for key in ("success", "accuracy")] for row in fixed])
+    lines.append(f"| nothing | {len(fixed)} | {before[:, 0].mean():.1%} | {before[:, 0].max():.1%} | – | – | – |")
+    for name in fixed[0]["after"]:
+        each = [row["after"][name] for row in fixed]
+        left = np.array([one["success"] for one in each])
+        lost = 100 * (np.array([one["accuracy"] for one in each]) - before[:, 1])
+        seconds = np.mean([one["processor_seconds"] for one in each])
+        lines.append(
+            f"| {name} | {len(each)} | {left.mean():.1%} | {left.max():.1%} | {lost.mean():+.2f} | {lost.min():+.2f} "
+            f"| {seconds:.0f} |"
+        )
+    verdicts = Counter(row["verdict"] for row in fixed)
+    said = ", ".join(f"{verdict} {count}" for verdict, count in verdicts.most_common())
+    return "\n".join([*lines, "", f"A new vetting after `realign` says: {said}. {len(mine) - len(fixed)} learners had no"
+                      " reconstructed trigger, and are left out."])  # fmt: skip
 
 
 def _least(spreads: Array) -> float:

@@ -52,11 +52,7 @@ class Realign:
 
     def candidates(self, case: Case) -> Iterator[Candidate]:
         """See `guard.repair.Method`: one candidate."""
-        labels, triggers = case.needs_labels(self.name), case.needs_triggers(self.name)
-        if isinstance(case.suspect, PromptedClassifier):
-            yield _realigned_prompts(case, case.suspect, labels, triggers, self)
-        else:
-            yield realigned(case, labels, triggers, self)
+        yield realigned(case, case.needs_labels(self.name), case.needs_triggers(self.name), self)
 
 
 def realigned(case: Case, labels: Tensor, triggers: tuple[TargetedTrigger, ...], method: Realign) -> Candidate:
@@ -68,6 +64,8 @@ def realigned(case: Case, labels: Tensor, triggers: tuple[TargetedTrigger, ...],
         triggers: What is stamped; without any, all images stay clean, which is the paper's first control.
         method: Settings.
     """
+    if isinstance(case.suspect, PromptedClassifier):
+        return _realigned_prompts(case, case.suspect, labels, triggers, method)
     start = halfway(case, "realigned")
     pupil, rate = start.classifier, method.tuning.learning_rate * (1.0 if start.from_base else method.alone)
     settings = replace(method.tuning, learning_rate=rate, seed=case.seed)
@@ -95,7 +93,7 @@ def _realigned_prompts(
     settings = PromptTuningSettings(kind=suspect.learner.kind, tuning=tuning)
 
     def change(pixels: Tensor, classes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        count = max(1, round(method.share * len(pixels)))
+        count = max(1, round(method.share * len(pixels))) if triggers else 0
         return torch.cat([stamped(pixels[:count], triggers, generator), pixels[count:]]), classes
 
     learner = tune_prompts(
