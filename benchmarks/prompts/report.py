@@ -184,8 +184,8 @@ def _repairs(rows: list[Row]) -> str:
         )
     verdicts = Counter(row["verdict"] for row in fixed)
     said = ", ".join(f"{verdict} {count}" for verdict, count in verdicts.most_common())
-    return "\n".join([*lines, "", f"A new vetting after `realign` says: {said}. {len(mine) - len(fixed)} learners had no"
-                      " reconstructed trigger, and are left out."])  # fmt: skip
+    rest = f"{len(mine) - len(fixed)} learners had no reconstructed trigger, and are left out."
+    return "\n".join([*lines, "", f"A new vetting after `realign` says: {said}. {rest}"])
 
 
 def _least(spreads: Array) -> float:
