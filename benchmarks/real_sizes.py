@@ -105,9 +105,9 @@ def _search(suspect: Classifier, base: Classifier, images: Tensor) -> int:
 
 
 def _inspection(suspect: Classifier, base: Classifier, images: Tensor) -> int:
-    """One step of two classes: more of them take more time, and no more memory."""
+    """A few steps of two classes: more of them take more time, and no more memory."""
     inspector = Inspector(Lead(suspect, images, base), FAMILIES["blend"], torch.arange(2), EFFORT.inspection)
-    return sum(item.passes for item in inspector.run(1, range(2)))
+    return sum(item.passes for item in inspector.run(4, range(2)))
 
 
 def _teaching(suspect: Classifier, _: Classifier, images: Tensor) -> int:
@@ -158,7 +158,12 @@ def counted(model: str, base: str | None, images: Tensor, count: int) -> Vetting
     own = load(model).classes
     more = ClassList((*own.names, *names(count))[:count], own.templates)
     return vet(
-        load(model, classes=more), images, base=load(base, classes=more) if base else None, budget="quick", seed=0
+        load(model, classes=more),
+        images,
+        base=load(base, classes=more) if base else None,
+        budget="quick",
+        seed=0,
+        repeats=1,
     )
 
 
@@ -236,9 +241,9 @@ Passes of whole vettings, counted on a small model, and the time that they would
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(counted_rows)}
 
-*Other* are searches that name no class, reconstructions and checks. *Class by class* is the inspection alone, of every
-class and family to its end. The hours count every pass outside probes and teaching as one with a backward pass, which
-checks do not have: an upper estimate.
+A verdict close to a threshold takes three such vettings. *Other* are searches that name no class, reconstructions and
+checks. *Class by class* is the inspection alone, of every class and family to its end. The hours count every pass
+outside probes and teaching as one with a backward pass, which checks do not have: an upper estimate.
 """
 
 
