@@ -144,7 +144,10 @@ def estimate(variances: Sequence[float], degrees: Sequence[int]) -> Prior:
 
 
 def outliers(
-    statistics: Sequence[float | None], known: Prior = NO_PRIOR, reference: Sequence[bool] | None = None
+    statistics: Sequence[float | None],
+    known: Prior = NO_PRIOR,
+    reference: Sequence[bool] | None = None,
+    alike: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Score each class against the others, and compute its one-sided p-value for being larger.
 
@@ -163,6 +166,8 @@ def outliers(
         statistics: One per class; None where a class has none, and then it neither gets a score nor joins a null.
         known: Prior knowledge about the variance, from clean models.
         reference: Whether each class is part of the null; by default all are.
+        alike: Which classes resemble which, shape [K, K]: a class is left out of the null of those that it resembles,
+            unless fewer than `MIN_NULL` others were left.
 
     Returns:
         Scores and p-values, shape [K]; NaN for a class without a statistic or with fewer than `MIN_NULL` others.
@@ -171,7 +176,9 @@ def outliers(
     usable = ~np.isnan(values) & (np.ones(len(values), bool) if reference is None else np.asarray(reference, bool))
     scores, p_values = np.full_like(values, np.nan), np.full_like(values, np.nan)
     for k in np.flatnonzero(~np.isnan(values)):
-        others = values[usable & (np.arange(len(values)) != k)]
+        null = usable & (np.arange(len(values)) != k)
+        unlike = null if alike is None else null & ~alike[k]
+        others = values[unlike if unlike.sum() >= MIN_NULL else null]
         if len(others) < MIN_NULL:
             continue
         scores[k], p_values[k] = _compared(values[k], others, known)

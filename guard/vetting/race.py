@@ -5,6 +5,9 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from guard.triggers import FAMILIES, Raw
 from guard.vetting.budgets import InspectionSettings
@@ -18,6 +21,10 @@ RACED_CLASSES = 32
 """Number of classes up to which all are inspected. Of more, only candidates are, and null classes."""
 _NULL_CLASSES = 12
 """Number of classes, drawn in advance, that candidates among more than `RACED_CLASSES` are compared with."""
+_ALIKE = 0.5
+"""Cosine of two classes' rows of the head, less the mean of all rows, from which they resemble each other. What moves
+images to a class moves them towards the classes that resemble it, which then say little about ordinary classes. Of ten
+digits no two are as close (at most 0.3)."""
 _KEPT = 0.1
 """Share of the inspected classes that go on besides the null classes."""
 _TIE = 0.1
@@ -68,6 +75,7 @@ class Race:
         drawn = [every[k] for k in order]
         self._null_classes = set(drawn[:_NULL_CLASSES] if self._drops else drawn)
         self._inspected = [k for k in every if k in self._null_classes or k in candidates] if self._drops else every
+        self._alike = _alike(searches.classifier.head) if self._drops else None
         self._found: dict[str, dict[int, dict[int, Inspected]]] = {family: {} for family in families}
         """What was found, by family, number of steps and class."""
         self._seconds = dict.fromkeys(families, 0.0)
@@ -116,7 +124,7 @@ class Race:
             values = [found[target].lead if target in found else None for target in range(len(self._names))]
             null = [target in self._null_classes for target in range(len(self._names))]
             judged = np.array([target in latest and latest[target][0] == steps for target in range(len(self._names))])
-            fresh = outliers(values, prior(self._reference_model, family, steps), null)
+            fresh = outliers(values, prior(self._reference_model, family, steps), null, self._alike)
             scores, p_values = (np.where(judged, new, old) for new, old in zip(fresh, (scores, p_values), strict=True))
         classes = tuple(
             ClassStatistic(
@@ -154,6 +162,13 @@ class Race:
             self._seconds[family],
             self._classes,
         )
+
+
+def _alike(head: Tensor) -> NDArray[np.bool_]:
+    """Which classes resemble each other, by their rows of the head: bool, shape [C, C]."""
+    centred = normalize(head.float() - head.float().mean(0), dim=1)
+    found: NDArray[np.bool_] = (centred @ centred.T >= _ALIKE).cpu().numpy()
+    return found
 
 
 def _is_settled(results: Sequence[FamilyResult]) -> bool:
