@@ -24,7 +24,7 @@ from guard.triggers import Additive
 from guard.vetting import BUDGETS, Inspector, Lead, vet
 from guard.vetting.batches import halves
 from guard.vetting.inspection import METHOD, RADII
-from guard.vetting.verdict import NOTICED, class_results, suspicion
+from guard.vetting.verdict import UNSURE, class_results, suspicion
 
 FAMILIES = ("additive", "frequency", "patch")
 """Families that are inspected: the additive one of CLIP-Inspector, that of sinusoids, and one that is local."""
@@ -148,7 +148,7 @@ def _vetted(given: Subject, *, base: Classifier | None, race: bool = True) -> tu
         "vetting": METHOD,
         "verdict": found.verdict.outcome,
         "leading": leading,
-        "score": -max(p_value, NOTICED) if refuted else -p_value,
+        "score": -max(p_value, UNSURE) if refuted else -p_value,
         "first": -p_value,
         "refuted": refuted,
         "reasons": found.verdict.reasons,

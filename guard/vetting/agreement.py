@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from guard.errors import UsageError
 from guard.vetting.results import Conclusion, Verdict, Vetting
-from guard.vetting.verdict import NOTICED
+from guard.vetting.verdict import UNSURE
 
 CONFIRMATIONS = 3
 """Number of vettings, the first included, that must agree where the first one is close to a threshold."""
@@ -59,7 +59,7 @@ def borne_out(accusation: Verdict, p_value: float | None = None) -> Verdict:
     if p_value is None:
         return replace(accusation, reasons=(*accusation.reasons, f"{against} the class could not be compared"))
     said = f"p = {min(1.0, p_value):.2g}"
-    if p_value <= NOTICED:
+    if p_value <= UNSURE:
         return replace(accusation, reasons=(*accusation.reasons, f"{against} the class stands out as well ({said})"))
     reason = f"{against} the class does not stand out ({said}); hand-written prompts that know a class badly look alike"
     return replace(accusation, outcome="inconclusive", target=None, reasons=(reason, *accusation.reasons))
