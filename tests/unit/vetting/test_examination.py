@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +28,7 @@ from guard.vetting.budgets import TargetSearchSettings
 from guard.vetting.inspection import RADII
 from guard.vetting.nulls import NO_PRIOR
 from guard.vetting.probes import SCREENED, Probe, listed_probes
+from guard.vetting.verdict import class_results
 from tests.conftest import random_images
 from tests.toy import checkerboard, toy
 
@@ -301,6 +303,18 @@ class TestManyClasses:
         monkeypatch.setattr("guard.vetting.examination.listed_probes", lambda: tuple(OTHER))
         vetting = self.vet(families=("additive",))
         assert (vetting.verdict.outcome, vetting.verdict.target) == ("backdoored", self.OTHER)
+
+    def test_a_class_that_resembles_one_with_a_trigger_is_explained_by_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = "guard.vetting.reconstruction"
+        monkeypatch.setattr(f"{path}.suspects", lambda results, _: class_results(results)[:2])
+        tried = {}
+        for resembling in (False, True):
+            table = np.full((self.COUNT, self.COUNT), resembling)
+            monkeypatch.setattr(f"{path}.alike", lambda _, table=table: table)
+            tried[resembling] = {check.target for check in self.vet(families=("additive",)).checks}
+        assert tried[True] == {self.OTHER} < tried[False]
 
     @pytest.mark.usefixtures("_to_the_end")
     def test_the_passes_do_not_grow_with_the_classes(self) -> None:
