@@ -16,10 +16,11 @@ Where `nulls.json` has no entry, the variance is not moderated.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,7 +148,7 @@ def outliers(
     statistics: Sequence[float | None],
     known: Prior = NO_PRIOR,
     reference: Sequence[bool] | None = None,
-    alike: NDArray[np.bool_] | None = None,
+    alike: Mapping[int, NDArray[np.bool_]] = MappingProxyType({}),
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Score each class against the others, and compute its one-sided p-value for being larger.
 
@@ -166,8 +167,8 @@ def outliers(
         statistics: One per class; None where a class has none, and then it neither gets a score nor joins a null.
         known: Prior knowledge about the variance, from clean models.
         reference: Whether each class is part of the null; by default all are.
-        alike: Which classes resemble which, shape [K, K]: a class is left out of the null of those that it resembles,
-            unless fewer than `MIN_NULL` others were left.
+        alike: For some of the classes, which ones resemble it, shape [K]: these are left out of its null, unless fewer
+            than `MIN_NULL` others were left.
 
     Returns:
         Scores and p-values, shape [K]; NaN for a class without a statistic or with fewer than `MIN_NULL` others.
@@ -175,9 +176,9 @@ def outliers(
     values = np.array([np.nan if value is None else value for value in statistics], dtype=np.float64)
     usable = ~np.isnan(values) & (np.ones(len(values), bool) if reference is None else np.asarray(reference, bool))
     scores, p_values = np.full_like(values, np.nan), np.full_like(values, np.nan)
-    for k in np.flatnonzero(~np.isnan(values)):
+    for k in np.flatnonzero(~np.isnan(values)).tolist():
         null = usable & (np.arange(len(values)) != k)
-        unlike = null if alike is None else null & ~alike[k]
+        unlike = null & ~alike[k] if k in alike else null
         others = values[unlike if unlike.sum() >= MIN_NULL else null]
         if len(others) < MIN_NULL:
             continue

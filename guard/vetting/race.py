@@ -75,7 +75,8 @@ class Race:
         drawn = [every[k] for k in order]
         self._null_classes = set(drawn[:_NULL_CLASSES] if self._drops else drawn)
         self._inspected = [k for k in every if k in self._null_classes or k in candidates] if self._drops else every
-        self._alike = alike(searches.classifier.head) if self._drops else None
+        head = searches.classifier.head
+        self._alike = {k: resembling(head, k) for k in self._inspected} if self._drops else {}
         self._found: dict[str, dict[int, dict[int, Inspected]]] = {family: {} for family in families}
         """What was found, by family, number of steps and class."""
         self._seconds = dict.fromkeys(families, 0.0)
@@ -164,10 +165,10 @@ class Race:
         )
 
 
-def alike(head: Tensor) -> NDArray[np.bool_]:
-    """Which classes resemble each other, by their rows of the head, shape [C, D]: bool, shape [C, C]."""
+def resembling(head: Tensor, target: int) -> NDArray[np.bool_]:
+    """Which classes resemble one, itself included, by their rows of the head, shape [C, D]: bool, shape [C]."""
     centred = normalize(head.float() - head.float().mean(0), dim=1)
-    found: NDArray[np.bool_] = (centred @ centred.T >= _ALIKE).cpu().numpy()
+    found: NDArray[np.bool_] = (centred @ centred[target] >= _ALIKE).cpu().numpy()
     return found
 
 

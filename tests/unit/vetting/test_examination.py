@@ -311,8 +311,8 @@ class TestManyClasses:
         monkeypatch.setattr(f"{path}.suspects", lambda results, _: class_results(results)[:2])
         tried = {}
         for resembling in (False, True):
-            table = np.full((self.COUNT, self.COUNT), resembling)
-            monkeypatch.setattr(f"{path}.alike", lambda _, table=table: table)
+            row = np.full(self.COUNT, resembling)
+            monkeypatch.setattr(f"{path}.resembling", lambda _, __, row=row: row)
             tried[resembling] = {check.target for check in self.vet(families=("additive",)).checks}
         assert tried[True] == {self.OTHER} < tried[False]
 

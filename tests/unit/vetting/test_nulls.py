@@ -180,8 +180,10 @@ def test_a_class_does_not_widen_the_null_of_one_that_it_resembles() -> None:
     values = [*VALUES[:5], 3.0, 9.0]  # the last draws the one before it along
     alike = np.eye(7, dtype=bool)
     alike[5, 6] = alike[6, 5] = True
-    apart = outliers(values, alike=alike)[1]
+    apart = outliers(values, alike=dict(enumerate(alike)))[1]
     assert apart[6] < outliers(values)[1][6]
     np.testing.assert_allclose(apart[6], outliers([*VALUES[:5], None, 9.0])[1][6])
     # Where all resemble each other there would be nothing to compare with.
-    np.testing.assert_array_equal(outliers(values, alike=np.ones((7, 7), bool))[1], outliers(values)[1])
+    np.testing.assert_array_equal(
+        outliers(values, alike=dict(enumerate(np.ones((7, 7), bool))))[1], outliers(values)[1]
+    )
