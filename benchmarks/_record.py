@@ -1,10 +1,12 @@
-"""What every result says about itself: machine, date, commit, versions."""
+"""What every result says about itself (machine, date, commit, versions), and the rows that it is made of."""
 
 import importlib.metadata
+import json
 import platform
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "open_clip_torch", "onnxruntime-gpu", "grpcio", "numpy")
@@ -37,3 +39,8 @@ def processor() -> str:
         if line.startswith("model name"):
             name, cores = line.partition(":")[2].strip(), f"{int(cores or 0) + 1}"
     return f"{name} ({cores} cores)"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of measurements, oldest first; none if there is no such file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks._record import RESULTS, heading
+from benchmarks._record import RESULTS, heading, read_rows
 from benchmarks.screening import CORRUPTIONS, _changed
 from guard.evaluation import Zoo
 from guard.evaluation.images import ImageSet
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--clean", type=int, default=10_000_000)
     arguments = parser.parse_args()
     path: Path = arguments.measured
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    rows = read_rows(path)
     zoo, sets = Zoo.read(arguments.zoo), {}
     for name in sorted(zoo.select(arguments.models), key=lambda name: _label(zoo, name) != "backdoored"):
         label = _label(zoo, name)

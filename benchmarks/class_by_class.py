@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks._record import RESULTS, heading
+from benchmarks._record import RESULTS, heading, read_rows
 from benchmarks.real_sizes import names
 from guard.classifiers import ClassList, load
 from guard.evaluation import Zoo
@@ -57,7 +57,7 @@ def main() -> None:
     zoo = Zoo.read(given.zoo)
     if given.what == "report":
         text = heading("Vetting by stages and class by class", f"python -m benchmarks.class_by_class run {zoo.name}")
-        (RESULTS / "class-by-class.md").write_text(text + report(zoo, _read(given.rows)), encoding="utf-8")
+        (RESULTS / "class-by-class.md").write_text(text + report(zoo, read_rows(given.rows)), encoding="utf-8")
     else:
         run(zoo, given)
 
@@ -69,7 +69,7 @@ def run(zoo: Zoo, given: argparse.Namespace) -> None:
     ]  # fmt: skip
     random.Random(0).shuffle(chosen)  # noqa: S311 - the order of a sample
     number, shares = map(int, given.share.split("/"))
-    done = {(row["model"], row["classes"], row["way"]) for row in _read(given.rows)}
+    done = {(row["model"], row["classes"], row["way"]) for row in read_rows(given.rows)}
     for name in chosen[number - 1 :: shares]:
         base, truth = zoo.models[name].base, zoo.truth(name)
         if base is None or truth is None or not fnmatchcase(name, given.models):
@@ -92,10 +92,6 @@ def run(zoo: Zoo, given: argparse.Namespace) -> None:
                 }  # fmt: skip
                 with given.rows.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-
-
-def _read(rows: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.exists() else []
 
 
 def report(zoo: Zoo, rows: list[dict[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks._record import heading
+from benchmarks._record import heading, read_rows
 from guard._files import replace_file
 from guard.classifiers import Classifier, load
 from guard.evaluation import Zoo
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--compare", type=Path)
     parser.add_argument("zoos", type=Path, nargs="*")
     arguments = parser.parse_args()
-    known = _read(arguments.measured)
+    known = read_rows(arguments.measured)
     for root in arguments.zoos:
         zoo = Zoo.read(root)
         for name in zoo.select(arguments.models):
@@ -77,12 +77,6 @@ def main() -> None:
     sources = {**table["source"], **_sources(known)}
     document = {"source": sources, "priors": dict(sorted(entries.items())), "largest": dict(sorted(largest.items()))}
     replace_file(TABLE, (json.dumps(document, indent=1) + "\n").encode())
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _measure(zoo: Zoo, name: str, kind: ReferenceKind, only: str | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from scipy.stats import betabinom
 
-from benchmarks._record import RESULTS, heading
+from benchmarks._record import RESULTS, heading, read_rows
 from guard.classifiers import ImageFolder
 from guard.evaluation import Zoo
 from guard.evaluation.images import ImageSet
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--large", type=Path)
     arguments = parser.parse_args()
     path: Path = arguments.measured
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    rows = read_rows(path)
     zoo, sets = Zoo.read(arguments.zoo), {}
     large = arguments.large
     for name in zoo.select(arguments.models):

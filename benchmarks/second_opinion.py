@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks._record import RESULTS, heading
+from benchmarks._record import RESULTS, heading, read_rows
 from benchmarks.screening import CORRUPTIONS, _changed
 from guard.baselines import BdetClip, Lorex
 from guard.classifiers import Classifier
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--only-measure", action="store_true", help="Write no result, because other processes go on.")
     arguments = parser.parse_args()
     path: Path = arguments.measured
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    rows = read_rows(path)
     zoo = Zoo.read(arguments.zoo)
     for subject in subjects(zoo, arguments.models, arguments.vetting or "quick"):
         if subject.name in {row["model"] for row in rows}:

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks._record import RESULTS, heading
+from benchmarks._record import RESULTS, heading, read_rows
 from guard.classifiers import load
 from guard.evaluation import Zoo
 from guard.evaluation.images import ImageSet, pixels
@@ -41,14 +41,9 @@ def main() -> None:
     given = parser.parse_args()
     zoo = Zoo.read(given.zoo)
     if given.what == "report":
-        report(zoo, read(given.rows), given.seeds, given.out)
+        report(zoo, read_rows(given.rows), given.seeds, given.out)
     else:
         run(zoo, given)
-
-
-def read(rows: Path) -> list[dict[str, Any]]:
-    """The vettings that were made."""
-    return [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.exists() else []
 
 
 def run(zoo: Zoo, given: argparse.Namespace) -> None:
@@ -57,7 +52,7 @@ def run(zoo: Zoo, given: argparse.Namespace) -> None:
     random.Random(0).shuffle(names)  # noqa: S311 - the order of a sample
     number, count = map(int, given.share.split("/"))
     kind = "derived" if given.without_base else "base"
-    done = {(row["model"], row["reference"], row["seed"]) for row in read(given.rows)}
+    done = {(row["model"], row["reference"], row["seed"]) for row in read_rows(given.rows)}
     for name in names[number - 1 :: count]:
         truth, trusted = zoo.truth(name), zoo.models[name].base
         left = [seed for seed in range(given.seeds) if (name, kind, seed) not in done]

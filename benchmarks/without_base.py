@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks._record import RESULTS, heading
-from benchmarks.seeds import read
+from benchmarks._record import RESULTS, heading, read_rows
 from guard.classifiers import Classifier, load
 from guard.evaluation import Truth, Zoo
 from guard.evaluation.images import ImageSet, pixels
@@ -168,7 +167,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     zoo = Zoo.read(given.zoo)
-    rows = read(given.rows)
+    rows = read_rows(given.rows)
     if given.what == "report":
         report(zoo, rows, given.out)
         return

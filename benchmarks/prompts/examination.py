@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._record import processor
+from benchmarks._record import processor, read_rows
 from benchmarks.prompts.methods import METHODS, subject
 from benchmarks.prompts.report import write
 from benchmarks.prompts.zoo import PARTS, Item, items, make, towers_of, write_list
@@ -58,7 +58,7 @@ def done(task: Task) -> dict[str, Any]:
 
 def run(parts: list[str], methods: list[str], zoo: Path, path: Path, only: str, jobs: int) -> None:
     """Build and examine what is missing: one method after the other, with learners of all parts in turn."""
-    there = {(row["part"], row["name"], row["method"]) for row in _read(path)} if path.exists() else set()
+    there = {(row["part"], row["name"], row["method"]) for row in read_rows(path)}
     tasks: list[Task] = []
     for method in methods:
         mine = [
@@ -95,10 +95,6 @@ def _towers(given: tuple[str, Path]) -> None:
     towers_of(*given, _say)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def _say(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
@@ -121,7 +117,7 @@ def main() -> None:
         given = arguments
         run(given.part, given.method, given.zoo, given.measured, given.only, given.jobs)
     else:
-        write([row for path in arguments.measured for row in _read(path)])
+        write([row for path in arguments.measured for row in read_rows(path)])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from guard.triggers import Additive
 from guard.vetting import BUDGETS, Inspector, Lead, vet
 from guard.vetting.batches import halves
 from guard.vetting.inspection import METHOD, RADII
-from guard.vetting.verdict import UNSURE, class_results, suspicion
+from guard.vetting.verdict import UNSURE, class_results, judge, suspicion
 
 FAMILIES = ("additive", "frequency", "patch")
 """Families that are inspected: the additive one of CLIP-Inspector, that of sinusoids, and one that is local."""
@@ -143,7 +143,8 @@ def _vetted(given: Subject, *, base: Classifier | None, race: bool = True) -> tu
             race=race,
         )
     leading, p_value = suspicion(found.results, found.checks)
-    refuted = any("the class does not stand out" in reason for reason in found.verdict.reasons)
+    # What fresh prompts do not bear out was accused before.
+    refuted = judge(found.results, found.checks).outcome == "backdoored" != found.verdict.outcome
     row = {
         "vetting": METHOD,
         "verdict": found.verdict.outcome,

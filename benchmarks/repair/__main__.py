@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
-from benchmarks._record import RESULTS, heading
+from benchmarks._record import RESULTS, heading, read_rows
 from benchmarks.repair.measurement import ORDER, REPAIR, Place, measured, vetted
 from benchmarks.repair.report import report
 from guard._workers import workers
@@ -42,7 +42,7 @@ def main() -> None:
         names = [name for part in arguments.models.split(",") for name in Zoo.read(arguments.zoo).select(part)]
         run(Place(arguments.zoo, arguments.out), names, arguments.methods.split(","), arguments.jobs)
         return
-    rows = [row for folder in arguments.folders for row in read(folder / "rows.jsonl")]
+    rows = [row for folder in arguments.folders for row in read_rows(folder / "rows.jsonl")]
     text = heading("Repair: methods, attacks and cost", "python -m benchmarks.repair run ZOO --out FOLDER")
     (RESULTS / "repair.md").write_text(text + f"{arguments.note}\n\n" * bool(arguments.note) + report(rows), "utf-8")
 
@@ -61,7 +61,7 @@ def run(place: Place, names: list[str], methods: list[str], jobs: int) -> None:
     truths = {name: zoo.truth(name) for name in names if zoo.models[name].base is not None}
     labels = {name: truth.label for name, truth in truths.items() if truth and truth.label != "failed attack"}
     chosen = sorted(labels, key=lambda name: labels[name] == "clean")
-    known = {(row["model"], row["method"]) for row in read(path)}
+    known = {(row["model"], row["method"]) for row in read_rows(path)}
     ready = {name for name in chosen if (place.profile(name) / "profile.json").exists()}
     unvetted = [name for name in chosen if name not in ready]
     tasks = [(name, method) for method in methods for name in chosen if (name, method) not in known]
@@ -94,11 +94,6 @@ def run(place: Place, names: list[str], methods: list[str], jobs: int) -> None:
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 sys.stderr.write(f"{name}, {method}: {row['success']}, {row['accuracy']}, {row['outcome']}\n")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 if __name__ == "__main__":
