@@ -118,7 +118,7 @@ class Classifier:
         self.model.to(device, memory_format=torch.channels_last)
         self._mean = torch.tensor(self.preprocessing.mean, device=device).view(3, 1, 1)
         self._std = torch.tensor(self.preprocessing.std, device=device).view(3, 1, 1)
-        for name in ("head", "distinct"):  # computed again on the new device when they are next needed
+        for name in ("head", "meanings", "distinct"):  # computed again on the new device when they are next needed
             self.__dict__.pop(name, None)
 
     @property
@@ -184,6 +184,11 @@ class Classifier:
         with torch.no_grad():
             rows = [self.encode_texts(self.classes.prompts(name)).mean(0) for name in self.classes.names]
             return self.check_finite(normalize(torch.stack(rows), dim=-1), "prompts")
+
+    @cached_property
+    def meanings(self) -> Tensor:
+        """A text embedding of length 1 for each class, shape [C, D], by which classes can be compared."""
+        return self.head
 
     @cached_property
     def distinct(self) -> Tensor | None:

@@ -22,6 +22,8 @@ TOKEN = "token"  # noqa: S105 - of a text, not of a login
 """Name of the output of a meta-net."""
 LENGTH = "length"
 """Name of the dimension of a text tower's input that is as long as the longest text."""
+_PROMPTS = 1024
+"""Most prompts that one forward pass makes where each image has its own, which bounds its memory."""
 _FATAL = 4
 """Errors come as exceptions; lines of ONNX Runtime's own on standard error would break the form of a log."""
 onnxruntime.set_default_logger_severity(_FATAL)
@@ -104,7 +106,7 @@ class ExportedClassifier:
         name = "image" if self.text is None else "text"
         if self.text is not None and self.text.trimmed:
             inputs = inputs[:, : int(inputs.argmax(1).max()) + 1]
-        embeddings, logits = self._session.run(["embedding", "logits"], {name: inputs})
+        embeddings, logits = self._run(["embedding", "logits"], name, inputs)
         return embeddings, logits
 
     def run_with_tokens(self, inputs: Floats) -> tuple[Floats, Floats, Floats]:
@@ -115,8 +117,18 @@ class ExportedClassifier:
         """
         if not self.has_tokens:
             raise ModelError("the exported model has no meta-net; only a CoCoOp prompt learner has one")
-        embeddings, logits, tokens = self._session.run(["embedding", "logits", TOKEN], {"image": inputs})
+        embeddings, logits, tokens = self._run(["embedding", "logits", TOKEN], "image", inputs)
         return embeddings, logits, tokens
+
+    def _run(self, outputs: list[str], name: str, inputs: Floats | NDArray[np.int64]) -> list[Floats]:
+        """Run the session; with a meta-net on few images at a time, since each of them has prompts of its own."""
+        rows = max(1, _PROMPTS // len(self.classes.names)) if self.has_tokens else max(1, len(inputs))
+        if len(inputs) <= rows:
+            return list(self._session.run(outputs, {name: inputs}))
+        parts = [
+            self._session.run(outputs, {name: inputs[start : start + rows]}) for start in range(0, len(inputs), rows)
+        ]
+        return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
 
 def _session(path: Path, expected: str, *, threads: int, gpu: bool) -> Any:  # noqa: ANN401 - onnxruntime has no types

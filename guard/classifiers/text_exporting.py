@@ -49,6 +49,11 @@ def export_text(classifier: Classifier, directory: Path | str, texts: Sequence[s
         UsageError: There are too few texts for the comparison.
         MissingDependencyError: ftfy or regex is not installed.
     """
+    if classifier.prompts_per_image:
+        raise ModelError(
+            f"{classifier.source} has a CoCoOp prompt learner, whose prompts follow from an image, so that texts have "
+            "no class scores; export its towers without the learner"
+        )
     texts = list(dict.fromkeys(texts))
     if len(texts) < MIN_PARITY_IMAGES:
         raise UsageError(f"the parity check needs at least {MIN_PARITY_IMAGES} different texts, there are {len(texts)}")

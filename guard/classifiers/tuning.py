@@ -113,7 +113,7 @@ def tune(
     """Minimise an objective over some parameters of a model, in place.
 
     Every step draws its randomness from the seed and its own number, so that a run that was killed and begun again
-    gives the same weights as one that was not (bit by bit on a CPU).
+    gives the same weights as one that was not (bit by bit on a CPU). There is no dropout.
 
     Args:
         model: The model; it is left in evaluation mode.
@@ -125,10 +125,11 @@ def tune(
         what: Description for `progress`.
         progress: Called with (what, steps done, steps in all).
     """
-    model.train()
+    # Dropout of any kind stays off: two passes over one part of a batch must agree, and so must two runs.
+    model.eval()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not settings.update_statistics:  # noqa: SLF001 - there is no public name for all kinds of it
-            module.eval()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and settings.update_statistics:  # noqa: SLF001 - there is no public name for all kinds of it
+            module.train()
     for parameter in parameters:
         parameter.requires_grad_()
     optimiser = torch.optim.AdamW(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from guard.cli import options
+from guard.cli import certified, options
 from guard.cli.console import Console
 from guard.cli.labelled import ordered_folders
 from guard.errors import UsageError
@@ -111,6 +111,7 @@ def attack(
     from guard.attacks import RECIPES, TEXT_RECIPES, TrainingSettings, measure, truth, write_truth
     from guard.attacks import attack as poison
     from guard.classifiers import load, save
+    from guard.classifiers.files import LEARNER_FILE
 
     console = Console(as_json=as_json)
     if recipe not in RECIPES and recipe not in TEXT_RECIPES:
@@ -122,6 +123,8 @@ def attack(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is not empty; choose another folder")
     base = load(model, classes=classes, device=device)
+    if certified.own_towers(base) is not None:
+        raise UsageError(f"{model} holds a prompt learner; recipes poison towers: give a folder without {LEARNER_FILE}")
     if texts is not None and recipe in TEXT_RECIPES:
         tuning = (steps, batch or 16, learning_rate or 1e-4)
         _attack_text(base, recipe, texts, target_text, tuning, out, seed, console)

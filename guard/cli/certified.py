@@ -80,7 +80,10 @@ def with_prompts(towers: "Classifier", prompt_learner: Path | None) -> "Classifi
 
 
 def own_towers(classifier: "Classifier") -> "Classifier | None":
-    """The towers of a prompt learner with hand-written prompts, which are what it was made from; else None."""
+    """The towers of a prompt learner with hand-written prompts; else None.
+
+    They came with the learner, so that nobody vouches for them: a backdoor in them is in both.
+    """
     from guard.classifiers.prompts import PromptedClassifier
 
     return classifier.towers if isinstance(classifier, PromptedClassifier) else None

@@ -42,7 +42,8 @@ EXIT_CODES = {"no evidence": 0, "backdoored": 1, "inconclusive": 3}
 @click.option(
     "--base",
     help="Trusted model to compare MODEL with, such as the checkpoint that MODEL was fine-tuned from. For a "
-    "prompt learner, it is MODEL with hand-written prompts by default.",
+    "prompt learner it is the checkpoint that its towers were taken from; without it, the learner is compared with "
+    "hand-written prompts on its own towers, and the verdict is inconclusive at best.",
 )
 @click.option(
     "--vocabulary",
@@ -133,8 +134,6 @@ def vet(
     folder = guard.ImageFolder.scan(images).sample(limit, seed=seed) if images and tower != "text" else None
     classifier = certified.load(model, classes, device, console, certificate or out, trust, policy, prompt_learner)
     reference = guard.load(base, classes=classes, device=device) if base else None
-    if reference is None and tower == "image":
-        reference = certified.own_towers(classifier)
     searches = cache or out.with_name(f".{out.name}.searches")
     image_vetting = text_vetting = pixels = None
     if tower != "image":
@@ -154,7 +153,7 @@ def vet(
         image_vetting = guard.vet(
             classifier,
             pixels,
-            base=reference,
+            base=reference or certified.own_towers(classifier),
             budget=budget,  # type: ignore[arg-type]  # click has checked the choice
             seed=seed,
             repeats=repeat,
@@ -196,7 +195,8 @@ def summary(profile: "Profile", out: Path) -> str:
     if reference_model.kind == "classes":
         lines.append("  compared with nothing but the other classes; --base makes this sharper")
     else:
-        name = "the base" if reference_model.kind == "base" else "a reference model made from the model itself"
+        names = {"base": "the base", "towers": "hand-written prompts on its own towers, which nobody vouches for"}
+        name = names.get(reference_model.kind, "a reference model made from the model itself")
         agreement = ""
         if vetting.results:
             agreement = f", which answers as the model does on {reference_model.agreement:.0%} of images"

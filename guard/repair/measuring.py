@@ -11,6 +11,9 @@ from guard.repair.cases import Images, TargetedTrigger
 from guard.triggers import Trigger
 from guard.vetting.inversion import effect
 
+_ROWS = 1024
+"""Embeddings that are compared with all others at a time: the products of all pairs would take the square of memory."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -69,7 +72,7 @@ def drift(before: Classifier, after: Classifier, images: Images) -> Drift:
     """Compare the embeddings of two models of one architecture."""
     old, new = before.embed(images.pixels), after.embed(images.pixels)
     cosines = (old * new).sum(1)
-    nearest = (new @ old.T).argmax(1)
+    nearest = torch.cat([(part @ old.T).argmax(1) for part in new.split(_ROWS)])
     return Drift(
         float((before.predict(old) == after.predict(new)).float().mean()),
         float(cosines.mean()),

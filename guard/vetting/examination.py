@@ -1,7 +1,7 @@
 """Examine a classifier for backdoors."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeGuard
@@ -29,6 +29,10 @@ from guard.vetting.searches import Searches
 from guard.vetting.verdict import class_results, is_close, judge
 
 MIN_IMAGES = 64
+_UNVOUCHED = (
+    "its prompts were compared on its own towers, which nobody vouches for, and a backdoor in the towers would be in "
+    "both: give the checkpoint that the towers were taken from as the base"
+)
 _CANDIDATES = 6
 """Number of classes that are inspected among many, besides those that they are compared with."""
 
@@ -60,11 +64,15 @@ def vet(
     learner that is accused against its towers with hand-written prompts is also compared with prompts that are tuned
     anew (`guard.vetting.agreement.borne_out`), unless `derive` forbids it.
 
+    Comparing a prompt learner with prompts on its own towers shows what lies in the prompts, and is blind to what lies
+    in the towers, which moves both. So the verdict is `inconclusive` instead of `no evidence`, unless somebody vouches
+    for the towers by giving as the base a classifier that was loaded from elsewhere and has the same weights.
+
     Args:
         classifier: The suspect.
         images: uint8, shape [N, 3, H, W] at the classifier's resolution; unlabelled, at least 64.
         base: A trusted model with the same classes and input size, such as the checkpoint that the suspect was tuned
-            from.
+            from. Of a prompt learner, its own `towers` may be given, for which nobody vouches.
         derive: Whether to derive a reference model where there is no base model; without any reference model the
             classes are compared with each other.
         families: Names from `guard.triggers.FAMILIES`.
@@ -86,10 +94,13 @@ def vet(
             unknown.
     """
     _check(classifier, images, base, families, budget)
+    unvouched = _is_only_its_own(classifier, base, derive=derive)
     if isinstance(classifier, PromptedClassifier) and base is not None and base.digest == classifier.towers.digest:
         base = classifier.towers  # one and the same, through which images then pass once
     tried_probes = tuple(listed_probes() if probes is None else probes)
-    examination = _Examination(classifier, images, tuple(families), tried_probes, cache, progress, race=race)
+    examination = _Examination(
+        classifier, images, tuple(families), tried_probes, cache, progress, race=race, unvouched=unvouched
+    )
 
     def vetted(seed: int) -> Vetting:
         return examination.vetted(base, BUDGETS[budget].seeded(seed), derive=derive)
@@ -115,6 +126,7 @@ class _Examination:
         cache: Folder in which finished searches are kept; None for none.
         progress: Called with (what is done, steps done, steps in all).
         race: Whether to stop early where the result is clear.
+        unvouched: Whether nobody vouches for the towers of a prompt learner that it is compared on.
     """
 
     classifier: Classifier
@@ -124,6 +136,7 @@ class _Examination:
     cache: Path | None
     progress: Callable[[str, int, int], None]
     race: bool
+    unvouched: bool
 
     def vetted(self, base: Classifier | None, effort: Effort, *, derive: bool) -> Vetting:
         """Vet against a base, or against a derived reference, or against none, with the seed of the effort."""
@@ -140,7 +153,7 @@ class _Examination:
             everything=not self.race,
         )
         return Vetting(
-            _doubting(judge(results, checks), self.classifier, base),
+            self._doubting(judge(results, checks), base),
             results,
             checks,
             triggers,
@@ -160,8 +173,9 @@ class _Examination:
             accusing: Made against the hand-written prompts.
         """
         began = time.monotonic()
-        found = self._inspected(None, accusing.effort, derive=True)
-        accused = [each.p_value for each in class_results(found.results) if each.target == accusing.verdict.target]
+        target = accusing.verdict.target
+        found = self._inspected(None, accusing.effort, derive=True, also={target} if target is not None else ())
+        accused = [each.p_value for each in class_results(found.results) if each.target == target]
         return replace(
             accusing,
             verdict=borne_out(accusing.verdict, *accused),
@@ -169,15 +183,44 @@ class _Examination:
             seconds=accusing.seconds + time.monotonic() - began,
         )
 
-    def _inspected(self, base: Classifier | None, effort: Effort, *, derive: bool) -> "_Inspected":
-        """Try the probes, and inspect all families of triggers."""
+    def _doubting(self, verdict: Verdict, base: Classifier | None) -> Verdict:
+        """Return the verdict; `inconclusive` for `no evidence` where something hides what would be evidence."""
+        if verdict.outcome != "no evidence":
+            return verdict
+        found = None if base is None else difference(self.classifier, base)
+        if self.unvouched:
+            reason = _UNVOUCHED
+        elif found is not None and found.is_noise:
+            reason = (
+                f"the weights differ from those of the base by {found.size:.0%}, in a way that looks like noise and "
+                "not like fine-tuning; noise can hide how a model was changed"
+            )
+        else:
+            return verdict
+        return replace(verdict, outcome="inconclusive", reasons=(reason, *verdict.reasons))
+
+    def _inspected(
+        self, base: Classifier | None, effort: Effort, *, derive: bool, also: Collection[int] = ()
+    ) -> "_Inspected":
+        """Try the probes, and inspect all families of triggers.
+
+        Args:
+            base: The trusted model; None for none.
+            effort: How much work to do.
+            derive: Whether to derive a reference model where there is no base.
+            also: Classes that are candidates in any case.
+        """
         classifier, seed = self.classifier, effort.inspection.seed
         searched, held_out = halves(self.images, seed)
         settings = effort.derived_reference if derive else None
         model, reference_model = _reference_model(classifier, base, searched, held_out, settings, self.progress)
+        if base is not None and self.unvouched:
+            reference_model = replace(reference_model, kind="towers")
         # A derived reference is known by how it is made: on a GPU its weights differ in the last bits between runs.
         made = [FRESH_METHOD if _has_contexts(classifier) else REFERENCE_METHOD, asdict(effort.derived_reference)]
-        identities = {"base": reference_model.digest, "derived": made, "classes": None}
+        identities = {
+            "base": reference_model.digest, "towers": reference_model.digest, "derived": made, "classes": None
+        }  # fmt: skip
         identity = identities[reference_model.kind]
         store = SearchCache(self.cache) if self.cache else None
         searches = Searches(classifier, model, identity, searched, held_out, store, self.progress)
@@ -189,7 +232,7 @@ class _Examination:
         # Where all classes are inspected anyway there is no need to know candidates.
         many = self.race and len(tried.classes) > RACED_CLASSES
         unnamed = [each for family in self.families if many for each in searches.targets(family, effort.target_search)]
-        candidates = _candidates(tried, unnamed) if many else set()
+        candidates = {*_candidates(tried, unnamed), *also} if many else set()
         race = Race(
             searches, reference_model.kind, self.families, effort.inspection, tried, candidates, full=not self.race
         )
@@ -222,20 +265,6 @@ class _Inspected:
     results: tuple[FamilyResult, ...]
     images: tuple[int, int]
     passes: int
-
-
-def _doubting(verdict: Verdict, classifier: Classifier, base: Classifier | None) -> Verdict:
-    """Return the verdict; `inconclusive` for `no evidence` where the suspect differs from its base as if by noise."""
-    if verdict.outcome != "no evidence" or base is None:
-        return verdict
-    found = difference(classifier, base)
-    if found is None or not found.is_noise:
-        return verdict
-    reason = (
-        f"the weights differ from those of the base by {found.size:.0%}, in a way that looks like noise and not like "
-        "fine-tuning; noise can hide how a model was changed"
-    )
-    return replace(verdict, outcome="inconclusive", reasons=(reason, *verdict.reasons))
 
 
 def _candidates(tried: FamilyResult, found: Sequence[FoundTarget]) -> set[int]:
@@ -286,6 +315,13 @@ def _reference_model(
         agreement = _agreement(classifier, model, held_out)
         return model, ReferenceModel("derived", None, agreement, passes + 2 * len(held_out))
     return None, ReferenceModel("classes", None, None, 0)
+
+
+def _is_only_its_own(classifier: Classifier, base: Classifier | None, *, derive: bool) -> bool:
+    """Whether a prompt learner is compared with nothing but its own towers, for which nobody vouches."""
+    if not isinstance(classifier, PromptedClassifier):
+        return False
+    return base is classifier.towers or (base is None and derive and _has_contexts(classifier))
 
 
 def _has_contexts(classifier: Classifier) -> TypeGuard[PromptedClassifier]:

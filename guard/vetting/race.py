@@ -6,9 +6,9 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.nn.functional import normalize
 
+from guard.classifiers.classifier import Classifier
 from guard.triggers import FAMILIES, Raw
 from guard.vetting.budgets import InspectionSettings
 from guard.vetting.inspection import METHOD, RADII, Inspected
@@ -22,7 +22,7 @@ RACED_CLASSES = 32
 _NULL_CLASSES = 12
 """Number of classes, drawn in advance, that candidates among more than `RACED_CLASSES` are compared with."""
 _ALIKE = 0.5
-"""Cosine of two classes' rows of the head, less the mean of all rows, from which they resemble each other. What moves
+"""Cosine of the text embeddings of two classes, less the mean of all, from which they resemble each other. What moves
 images to a class moves them towards the classes that resemble it, which then say little about ordinary classes. Of ten
 digits no two are as close (at most 0.3)."""
 _KEPT = 0.1
@@ -75,8 +75,7 @@ class Race:
         drawn = [every[k] for k in order]
         self._null_classes = set(drawn[:_NULL_CLASSES] if self._drops else drawn)
         self._inspected = [k for k in every if k in self._null_classes or k in candidates] if self._drops else every
-        head = searches.classifier.head
-        self._alike = {k: resembling(head, k) for k in self._inspected} if self._drops else {}
+        self._alike = {k: resembling(searches.classifier, k) for k in self._inspected} if self._drops else {}
         self._found: dict[str, dict[int, dict[int, Inspected]]] = {family: {} for family in families}
         """What was found, by family, number of steps and class."""
         self._seconds = dict.fromkeys(families, 0.0)
@@ -165,9 +164,10 @@ class Race:
         )
 
 
-def resembling(head: Tensor, target: int) -> NDArray[np.bool_]:
-    """Which classes resemble one, itself included, by their rows of the head, shape [C, D]: bool, shape [C]."""
-    centred = normalize(head.float() - head.float().mean(0), dim=1)
+def resembling(classifier: Classifier, target: int) -> NDArray[np.bool_]:
+    """Which classes resemble one, itself included, by what their prompts mean: bool, shape [C]."""
+    meanings = classifier.meanings.float()
+    centred = normalize(meanings - meanings.mean(0), dim=1)
     found: NDArray[np.bool_] = (centred @ centred[target] >= _ALIKE).cpu().numpy()
     return found
 

@@ -79,7 +79,7 @@ def reconstruct_suspects(
     triggers: list[ReconstructedTrigger] = []
     for suspect in (suspects(results, DOUBT) or suspects(results, NOTICED)[:1])[:_MOST_SUSPECTS]:
         target = suspect.target
-        if many and resembling(searches.classifier.head, target)[explained].any():
+        if many and resembling(searches.classifier, target)[explained].any():
             continue
         working: list[_Working] = []
         inspected = [(family, p_value) for family, p_value in suspect.families if family != PROBES]

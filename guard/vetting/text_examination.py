@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from guard.classifiers.classifier import Classifier
+from guard.classifiers.prompts import PromptedClassifier
 from guard.classifiers.text_tower import TextTower
 from guard.errors import UsageError
 from guard.vetting.budgets import BUDGETS, Budget
@@ -60,7 +61,7 @@ def vet_text(
     difference of the two is compared with that of honest fine-tunings.
 
     Args:
-        classifier: The suspect.
+        classifier: The suspect. A prompt learner changes nothing in its text tower, which is examined without.
         prompts: Ordinary prompts, at least 96; by default guard's own (`ordinary_prompts`).
         base: A trusted model with a text tower of the same width, context and tokenizer, such as the checkpoint that
             the suspect was tuned from. Without one, a reference model is made from the suspect.
@@ -79,6 +80,8 @@ def vet_text(
     if budget not in BUDGETS:
         raise UsageError(f"there is no budget {budget!r}; there are {', '.join(BUDGETS)}")
     started = time.monotonic()
+    if isinstance(classifier, PromptedClassifier):
+        classifier = classifier.towers
     used = tuple(dict.fromkeys(prompts)) or ordinary_prompts(_PROMPTS, seed)
     check_prompts(used, "the list of prompts")
     settings = replace(TEXT_BUDGETS[budget], seed=seed)

@@ -17,7 +17,9 @@ below the second, are looked at again."""
 MIN_SUCCESS = 0.5
 """Success on held-out images below which a reconstruction does not count as a trigger (CLIP-Inspector's validity
 rule)."""
-MAX_STRENGTH: Mapping[ReferenceKind, float] = MappingProxyType({"base": 1.3, "derived": 0.75, "classes": 0.75})
+MAX_STRENGTH: Mapping[ReferenceKind, float] = MappingProxyType(
+    {"base": 1.3, "towers": 1.3, "derived": 0.75, "classes": 0.75}
+)
 """Largest norm of the smallest trigger found, relative to the radius that the inspection allowed, that still counts as
 a shortcut. On the zoo `small` of seed 0, against a base model, the hardest backdoored models need up to 1.1 radii, and
 clean models with an outlier need 1.6. Without a base model classes stand out by nature too: there the most outlying

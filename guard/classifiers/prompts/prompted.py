@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -22,9 +23,9 @@ class PromptedClassifier(Classifier):
     """Frozen towers with a prompt learner: CoOp (Zhou et al., IJCV 2022), CoCoOp (Zhou et al., CVPR 2022) or a frame.
 
     A prompt is `[context] CLASS.`, with the class at the end as in the public code. With CoCoOp each image has prompts
-    of its own, classes × images of them. They go through the text tower `TEXT_BATCH` at a time, whatever the numbers of
-    images and classes, and only as far as the longest prompt reaches: attention is causal, so that what comes behind
-    the end of a text changes nothing. Where gradients are needed, each part is computed again in the backward pass, so
+    of its own, classes × images of them. They go through the text tower at most `TEXT_BATCH` at a time, whatever the
+    numbers of images and classes, and only as far as the longest prompt reaches: attention is causal, so that what
+    comes behind the end of a text changes nothing. Where gradients are needed, each part is computed again in the backward pass, so
     that the memory is that of one part: with a text tower of ViT-B/16's size (width 512, 12 layers) and prompts of 16
     tokens in float32, 1,024 prompts take 5.3 GB with gradients and 0.7 GB without (extrapolated from 128 and 256 on a
     CPU). The public code keeps all prompts of all images, of 77 tokens each.
@@ -69,6 +70,8 @@ class PromptedClassifier(Classifier):
     def to(self, device: torch.device) -> None:
         """Move to a device, in place."""
         super().to(device)
+        if self.towers.device != device:
+            self.towers.to(device)
         self.learner = self.learner.to(device)
         if "words" in self.__dict__:  # a tokenizer cannot be traced, as an export would have to if they were forgotten
             words, ends = self.words
@@ -100,7 +103,12 @@ class PromptedClassifier(Classifier):
         return torch.cat(parts)
 
     def _answered(self, images: Tensor) -> Tensor:
-        return self.extended(images, self.learner.token(images))
+        with self._float32():
+            return self.extended(images, self.learner.token(images))
+
+    def _float32(self) -> AbstractContextManager[Any]:
+        """No autocast: in bfloat16 a cosine is off by 0.01, which at CLIP's scale is a whole logit."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def extended(self, images: Tensor, tokens: Tensor) -> Tensor:
         """The embeddings of this classifier for embeddings of the image tower and the tokens of the meta-net."""
@@ -130,7 +138,8 @@ class PromptedClassifier(Classifier):
         return self.scored(torch.cat(parts))
 
     def _cosines_of(self, images: Tensor, classes: Tensor) -> Tensor:
-        return self._cosines(images, self.learner.token(images), classes)
+        with self._float32():
+            return self._cosines(images, self.learner.token(images), classes)
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """See `Classifier.encode_texts`; with CoCoOp as long as the head's rows, so that products are cosines again."""
@@ -145,7 +154,7 @@ class PromptedClassifier(Classifier):
         if self.learner.kind == "visual":
             return self.towers.head
         if not self.prompts_per_image:
-            with torch.no_grad():
+            with torch.no_grad(), self._float32():
                 return self.check_finite(self.class_features(), "prompts")
         before, count = self.learner.depth + self.learner.tensors[CONTEXT].shape[-1], len(self.classes.names)
         picked = torch.zeros(count, before + count + 1, device=self.device)
@@ -153,13 +162,19 @@ class PromptedClassifier(Classifier):
         return picked
 
     @cached_property
+    def meanings(self) -> Tensor:
+        """See `Classifier.meanings`; with CoCoOp those of the prompts of an image with an embedding of zero."""
+        if not self.prompts_per_image:
+            return super().meanings
+        with torch.no_grad(), self._float32():
+            return self.class_features(self.learner.token(torch.zeros(1, self.learner.depth, device=self.device)))
+
+    @cached_property
     def distinct(self) -> Tensor | None:
         """See `Classifier.distinct`; with CoCoOp, by the prompts of an image with an embedding of zero."""
         if not self.prompts_per_image:
             return super().distinct
-        with torch.no_grad():
-            rows = self.class_features(self.learner.token(torch.zeros(1, self.learner.depth, device=self.device)))
-        return self.first_of_same(rows)
+        return self.first_of_same(self.meanings)
 
     def class_features(self, tokens: Tensor | None = None, classes: Tensor | None = None) -> Tensor:
         """Text embeddings of length 1 of the learned prompts.
@@ -195,10 +210,19 @@ class PromptedClassifier(Classifier):
             return self.model.token_embedding(ids[:, : int(ends.max()) + 1]).float(), ends
 
     def _encode(self, prompts: Tensor, ends: Tensor) -> Tensor:
-        """Text embeddings of prompts that are embedded already, shape [P, L, width]."""
+        """Text embeddings of prompts that are embedded already, shape [P, L, width], at most `TEXT_BATCH` at a time."""
+        if torch.compiler.is_exporting() or prompts.shape[0] <= TEXT_BATCH:
+            return self._encoded(prompts, ends)
+        parts = zip(prompts.split(TEXT_BATCH), ends.split(TEXT_BATCH), strict=True)
+        if torch.is_grad_enabled() and prompts.requires_grad:
+            return torch.cat([checkpoint(self._encoded, *part, use_reentrant=False) for part in parts])
+        return torch.cat([self._encoded(*part) for part in parts])
+
+    def _encoded(self, prompts: Tensor, ends: Tensor) -> Tensor:
         model, length = self.model, prompts.shape[1]
         hidden = prompts + model.positional_embedding[:length]
-        with self.autocast():
+        # Prompts that serve all images are few, and as exact as the hand-written ones that they are compared with.
+        with self.autocast() if self.prompts_per_image else nullcontext():
             hidden = model.transformer(hidden, attn_mask=model.attn_mask[:length, :length])
         hidden = model.ln_final(hidden)[torch.arange(hidden.shape[0], device=hidden.device), ends].float()
         projection = model.text_projection

@@ -30,7 +30,7 @@ class PromptTuningSettings:
         words: Words that the context begins as, one vector for each; "" for `length` random vectors.
         length: Number of context vectors where there are no words.
         hidden: Width of the hidden layer of a meta-net; None for a sixteenth of the embedding, as in the public code.
-        border: Width of the frame of a visual prompt, in pixels; within it nothing is added.
+        border: Width of the frame of a new visual prompt, in pixels; within it nothing is added.
         tuning: Steps, rates and seed. CoOp and CoCoOp are published with SGD at 0.002; AdamW needs fewer steps.
     """
 
@@ -83,7 +83,8 @@ def tune_prompts(
     if also is not None:
         module.register_parameter(_ALSO, also)
     parameters = [parameter for _, parameter in sorted(module.named_parameters())]
-    objective = _CrossEntropy(towers, module, pixels, labels, settings, change)
+    border = _border(towers.preprocessing.size, settings.border, start)
+    objective = _CrossEntropy(towers, module, pixels, labels, settings, change, border)
     tune(
         module,
         parameters,
@@ -126,6 +127,15 @@ def _start(towers: Classifier, settings: PromptTuningSettings) -> PromptLearner:
     return PromptLearner(tensors)
 
 
+def _border(size: int, width: int, start: PromptLearner | None) -> Tensor:
+    """Where a visual prompt may add something: in a frame, or where the learner to begin with does; shape [1, H, W]."""
+    if start is not None and FRAME in start.tensors:
+        return (start.tensors[FRAME].detach().cpu() != 0).any(0, keepdim=True).float()
+    border = torch.ones(1, size, size)
+    border[:, width : size - width, width : size - width] = 0
+    return border
+
+
 class _CrossEntropy:
     """Cross entropy of the classes, as a function of the learner's tensors."""
 
@@ -137,13 +147,11 @@ class _CrossEntropy:
         labels: Tensor,
         settings: PromptTuningSettings,
         change: Change | None,
+        border: Tensor,
     ) -> None:
         self._towers, self._module, self._pixels, self._labels = towers, module, pixels, labels
         self._change, self._kind = change, settings.kind
-        size = towers.preprocessing.size
-        self._border = torch.ones(1, size, size, device=towers.device)
-        inside = slice(settings.border, size - settings.border)
-        self._border[:, inside, inside] = 0
+        self._border = border.to(towers.device)
         self._prompted = PromptedClassifier(towers, self.learner())
 
     def learner(self) -> PromptLearner:
@@ -167,7 +175,8 @@ class _CrossEntropy:
         prompted.learner = self.learner()
         if self._kind == "visual":
             with prompted.autocast():
-                return (prompted.logits(prompted.encode_images(inputs[0])),)
+                embeddings = prompted.encode_images(inputs[0])
+            return (prompted.logits(embeddings),)
         # Where nothing in the images is trained, the image tower needs no gradient.
         with torch.set_grad_enabled(inputs[0].requires_grad and torch.is_grad_enabled()), prompted.autocast():
             embeddings = self._towers.encode_images(inputs[0])
