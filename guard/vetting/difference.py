@@ -1,25 +1,32 @@
 """Does the difference of the suspect and its base look like noise?
 
-Fine-tuning changes weights along few directions: the largest singular value of a weight matrix's difference is several
-times that of independent noise of the same size. Whoever wants to hide what was changed may add such noise to all
-weights. Then nothing can be said of how the model was changed, and no search that fails proves much.
+Fine-tuning changes weights along few directions: most singular values of a weight matrix's difference are much smaller
+than those of independent noise of the same size. Whoever wants to hide what was changed may add such noise to all
+weights. Then nothing can be said of how the model was changed, and no search that fails proves much. The median
+singular value tells the two apart, and not the largest, which one direction of a hundredth of the noise's energy raises
+at will.
 """
 
+import math
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from guard.classifiers.classifier import Classifier
 
-NOISE_LIKE = 1.3
-"""Largest singular value of the difference, relative to that of noise of the same size, up to which it counts as noise.
-Independent noise has about 1, and of 75 fine-tuned models of the zoo `small` of seed 20, attacked or not, none has less
-than 2.1."""
+NOISE_LIKE = 0.85
+"""Median singular value of the difference, relative to that of noise of the same size, from which it counts as noise.
+Independent noise has 1, and of 90 models of the zoos `small` of seed 90 and `pretrained` of seed 60, attacked or not,
+none has more than 0.64. Below it, at least a quarter of what was changed is no noise."""
+_NARROW = 8
+"""Smaller side below which a matrix has too few singular values to tell."""
+_POINTS = 4096
 NOTABLE = 0.02
 """Size of the difference, relative to the base's weights, below which it is no subject: rounding to 8 bits makes one of
 about 0.01, which looks like noise too."""
-_ITERATIONS = 30
 
 
 @dataclass(frozen=True)
@@ -28,18 +35,18 @@ class Difference:
 
     Attributes:
         size: Norm of the difference relative to that of the base's weights, over all matrices; at least 0.
-        structure: Largest singular value of a matrix's difference, relative to what independent noise of the same size
-            would have (√m + √n times its standard deviation), averaged over the matrices with the weight of their
-            squared norms; about 1 for noise. 0 where nothing differs.
+        flatness: Median singular value of a matrix's difference, relative to what independent noise of the same size
+            would have, averaged over the matrices with the weight of their squared norms; about 1 for noise. 0 where
+            nothing differs.
     """
 
     size: float
-    structure: float
+    flatness: float
 
     @property
     def is_noise(self) -> bool:
         """Whether the difference is notable and looks like independent noise."""
-        return self.size >= NOTABLE and self.structure <= NOISE_LIKE
+        return self.size >= NOTABLE and self.flatness >= NOISE_LIKE
 
 
 @torch.no_grad()
@@ -51,25 +58,39 @@ def difference(suspect: Classifier, base: Classifier) -> Difference | None:
     )
     if {name: weight.shape for name, weight in own.items()} != {name: weight.shape for name, weight in others.items()}:
         return None
-    total = energy = weighted = 0.0
+    total = energy = told = weighted = 0.0
     for name, weight in own.items():
         before = others[name].to(weight.device).flatten(1).float()
         changed = weight.flatten(1).float() - before
         squares = float(changed.square().sum())
         total, energy = total + float(before.square().sum()), energy + squares
-        if squares:
-            rows, columns = changed.shape
-            noise = (squares / (rows * columns)) ** 0.5 * (rows**0.5 + columns**0.5)
-            weighted += squares * _largest(changed) / noise
+        if squares and min(changed.shape) >= _NARROW:
+            told, weighted = told + squares, weighted + squares * _median(changed) / squares**0.5
     if not total:
         return None
-    return Difference((energy / total) ** 0.5, weighted / energy if energy else 0.0)
+    return Difference((energy / total) ** 0.5, weighted / told if told else 0.0)
 
 
-def _largest(matrix: Tensor) -> float:
-    """The largest singular value, by power iteration: close enough, and much faster than all of them."""
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(matrix.shape[1], generator=generator).to(matrix)
-    for _ in range(_ITERATIONS):
-        vector = torch.nn.functional.normalize(matrix.T @ (matrix @ vector), dim=0)
-    return float((matrix @ vector).norm())
+def _median(matrix: Tensor) -> float:
+    """The median singular value, relative to what noise of a norm of 1 and the same shape would have."""
+    rows = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    squares = torch.linalg.eigvalsh((rows @ rows.T).double())
+    return float(squares.median().clamp(min=0).sqrt()) / _median_of_noise(*rows.shape)
+
+
+@cache
+def _median_of_noise(rows: int, columns: int) -> float:
+    """The median singular value of independent noise with a norm of 1, by the law of Marchenko and Pastur (1967).
+
+    Args:
+        rows: Number of rows, at most that of columns.
+        columns: Number of columns.
+    """
+    ratio = rows / columns
+    low, high = (1 - ratio**0.5) ** 2, (1 + ratio**0.5) ** 2
+    # Squared singular values of unit variance, per column; the substitution keeps the density finite at the ends.
+    angle = (np.arange(_POINTS) + 0.5) * np.pi / _POINTS
+    places = (low + high) / 2 - (high - low) / 2 * np.cos(angle)
+    mass = np.cumsum(np.sin(angle) ** 2 / places)
+    median = float(places[np.searchsorted(mass, mass[-1] / 2)])
+    return math.sqrt(median / rows)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TypeGuard
 
@@ -20,7 +21,7 @@ from guard.vetting.cache import SearchCache
 from guard.vetting.difference import difference
 from guard.vetting.probes import Probe, Probed, listed_probes
 from guard.vetting.probes import result as probe_result
-from guard.vetting.race import RACED_CLASSES, Race
+from guard.vetting.race import RACED_CLASSES, Race, distinct_classes
 from guard.vetting.reconstruction import reconstruct_suspects
 from guard.vetting.reference import FRESH_METHOD, derive_reference, fresh_prompts
 from guard.vetting.reference import METHOD as REFERENCE_METHOD
@@ -33,6 +34,11 @@ _UNVOUCHED = (
     "its prompts were compared on its own towers, which nobody vouches for, and a backdoor in the towers would be in "
     "both: give the checkpoint that the towers were taken from as the base"
 )
+_LEAST_SCALE = 1.0
+"""Smallest factor that cosines are multiplied by: models start to train at 10 or more."""
+_LEAST_AGREEMENT = 0.5
+"""Smallest agreement with a derived reference. Whoever scales single channels up, and undoes it in the next layer,
+makes its noise wipe out the others; derived references of good models agree on more than 0.9 of images."""
 _CANDIDATES = 6
 """Number of classes that are inspected among many, besides those that they are compared with."""
 
@@ -90,14 +96,14 @@ def vet(
 
     Raises:
         ImageError: There are too few images.
-        UsageError: The base model is the suspect itself, or has other classes or another input size; or a family is
-            unknown.
+        UsageError: The base model is the suspect itself, or has other classes or another input size; a family is
+            unknown; there is no probe, or two have one name; or `repeats` is less than 1.
     """
-    _check(classifier, images, base, families, budget)
     unvouched = _is_only_its_own(classifier, base, derive=derive)
     if isinstance(classifier, PromptedClassifier) and base is not None and base.digest == classifier.towers.digest:
         base = classifier.towers  # one and the same, through which images then pass once
     tried_probes = tuple(listed_probes() if probes is None else probes)
+    _check(classifier, images, base, families, budget, tried_probes, repeats)
     examination = _Examination(
         classifier, images, tuple(families), tried_probes, cache, progress, race=race, unvouched=unvouched
     )
@@ -106,7 +112,7 @@ def vet(
         return examination.vetted(base, BUDGETS[budget].seeded(seed), derive=derive)
 
     first = vetted(seed)
-    count = repeats or (CONFIRMATIONS if is_close(first.verdict) else 1)
+    count = (CONFIRMATIONS if is_close(first.verdict) else 1) if repeats is None else repeats
     found = agreed([first, *(vetted(seed + k) for k in range(1, count))])
     # Hand-written prompts may know a class badly, of which honest tuning then makes much.
     if found.verdict.outcome == "backdoored" and derive and _is_hand_written(base, classifier):
@@ -153,7 +159,7 @@ class _Examination:
             everything=not self.race,
         )
         return Vetting(
-            self._doubting(judge(results, checks), base),
+            self._doubting(judge(results, checks), base, reference_model),
             results,
             checks,
             triggers,
@@ -183,13 +189,24 @@ class _Examination:
             seconds=accusing.seconds + time.monotonic() - began,
         )
 
-    def _doubting(self, verdict: Verdict, base: Classifier | None) -> Verdict:
+    def _doubting(self, verdict: Verdict, base: Classifier | None, reference_model: ReferenceModel) -> Verdict:
         """Return the verdict; `inconclusive` for `no evidence` where something hides what would be evidence."""
         if verdict.outcome != "no evidence":
             return verdict
         found = None if base is None else difference(self.classifier, base)
+        scale, agreement = self.classifier.logit_scale, reference_model.agreement
         if self.unvouched:
             reason = _UNVOUCHED
+        elif scale < _LEAST_SCALE:
+            reason = (
+                f"the model multiplies its cosines by {scale:.2g} (logit_scale), which changes no answer and hides "
+                f"what would be evidence; a model that was trained has at least {_LEAST_SCALE:g}"
+            )
+        elif reference_model.kind == "derived" and agreement is not None and agreement < _LEAST_AGREEMENT:
+            reason = (
+                f"the reference model that was derived from the model gives the same answer on {agreement:.0%} of "
+                "images only, so that it says little; give the checkpoint that the model was tuned from as the base"
+            )
         elif found is not None and found.is_noise:
             reason = (
                 f"the weights differ from those of the base by {found.size:.0%}, in a way that looks like noise and "
@@ -230,7 +247,7 @@ class _Examination:
             probed, classifier.classes.names, reference_model.kind, seed=seed, seconds=time.monotonic() - began
         )
         # Where all classes are inspected anyway there is no need to know candidates.
-        many = self.race and len(tried.classes) > RACED_CLASSES
+        many = self.race and len(distinct_classes(classifier)) > RACED_CLASSES
         unnamed = [each for family in self.families if many for each in searches.targets(family, effort.target_search)]
         candidates = {*_candidates(tried, unnamed), *also} if many else set()
         race = Race(
@@ -268,16 +285,24 @@ class _Inspected:
 
 
 def _candidates(tried: FamilyResult, found: Sequence[FoundTarget]) -> set[int]:
-    """Return the classes that gain most under a probe, or under a trigger of the search that names no class."""
-    gains = {entry.target: entry.success for entry in tried.classes}
-    for each in found:
-        if each.target is not None:
-            gains[each.target] = max(gains.get(each.target, 0.0), each.gain)
-    return set(sorted(gains, key=lambda target: -gains[target])[:_CANDIDATES])
+    """Return the classes that gain most under probes and under triggers of the search that names no class, in turn.
+
+    In turn, so that what gains under many probes, by nature or as a decoy, does not take all places.
+    """
+    probed = sorted(tried.classes, key=lambda entry: -entry.success)
+    searched = sorted(found, key=lambda each: -each.gain)
+    named = chain.from_iterable(zip_longest((each.target for each in probed), (each.target for each in searched)))
+    return set(list(dict.fromkeys(target for target in named if target is not None))[:_CANDIDATES])
 
 
 def _check(
-    classifier: Classifier, images: Tensor, base: Classifier | None, families: Sequence[str], budget: str
+    classifier: Classifier,
+    images: Tensor,
+    base: Classifier | None,
+    families: Sequence[str],
+    budget: str,
+    probes: Sequence[Probe],
+    repeats: int | None,
 ) -> None:
     if images.dtype is not torch.uint8 or images.shape[1:] != classifier.image_shape:
         raise ImageError(
@@ -292,6 +317,12 @@ def _check(
         raise ImageError(f"vetting needs at least {MIN_IMAGES} images, there are {len(images)}")
     if not families or not set(families) <= set(FAMILIES):
         raise UsageError(f"the families are some of {', '.join(FAMILIES)}, not {', '.join(families) or 'none'}")
+    if not probes:
+        raise UsageError("there is no probe to try; give none to try those of guard's list, or at least one")
+    if len({probe.name for probe in probes}) < len(probes):
+        raise UsageError("two probes have the same name, by which results are kept; give each a name of its own")
+    if repeats is not None and repeats < 1:
+        raise UsageError(f"a model is vetted at least once, not {repeats} times")
     if base is not None:
         classifier.check_comparable(base)
 

@@ -49,6 +49,10 @@ subtract all of it singles out, besides backdoors, the classes that a fine-tunin
 zoo `small` of seed 0, one clean model at a time left out of the table of nulls."""
 
 
+_FEWEST = 16
+"""Fewest images of other classes in the batches that a lead is averaged over."""
+
+
 @dataclass(frozen=True)
 class Inspected:
     """What the triggers in the ball of one family can do for one class.
@@ -56,7 +60,8 @@ class Inspected:
     Attributes:
         target: Class index.
         lead: Mean lead of the class under the trigger, which is the negative of `Lead.distance`, less `HEAD_START`
-            times its lead without a trigger; larger is more suspicious.
+            times its lead without a trigger; larger is more suspicious. NaN where the last batches had fewer than
+            `_FEWEST` images of other classes: nothing was measured then.
         success: Share of the images of other classes in the last batches that go to the class on the suspect and not on
             the reference model, in [0, 1].
         raw: Unconstrained parameters of the trigger, from which a reconstruction starts.
@@ -95,6 +100,7 @@ class Inspector:
         self._batches = batches(len(lead.images), settings.batch, settings.seed)
         self._leads: list[Tensor] = []
         self._rates: list[Tensor] = []
+        self._counts: list[Tensor] = []
         self._passes = torch.zeros(len(targets), dtype=torch.long)
         self.steps = 0
 
@@ -117,8 +123,10 @@ class Inspector:
             self.steps += 1
             progress(self.steps)
         last = self._settings.average
-        led = torch.stack(self._leads[-last:]).mean(0)
-        rate = torch.stack(self._rates[-last:]).mean(0)
+        # Batches without an image of another class say nothing.
+        enough = torch.stack(self._counts[-last:]).sum(0) >= min(_FEWEST, len(self._lead.images))
+        led = torch.stack(self._leads[-last:]).nanmean(0).where(enough, torch.nan)
+        rate = torch.stack(self._rates[-last:]).nanmean(0).where(enough, 0.0)
         return [
             Inspected(
                 target,
@@ -134,8 +142,8 @@ class Inspector:
         lead, targets = self._lead, self._targets[active]
         trigger = self._family.constrain({name: tensor[active] for name, tensor in self._raw.items()})
         eligible = lead.eligible(index, targets)
-        count = eligible.sum(1).clamp(min=1)
-        share = eligible / count[:, None]
+        count = eligible.sum(1)
+        share = eligible / count[:, None].clamp(min=1)
         distance, descent = lead.descend(
             trigger.limited(RADII[self._family.family]),
             index,
@@ -151,4 +159,5 @@ class Inspector:
         self._leads.append(whole.index_copy(0, active.cpu(), led.cpu()))
         rate = (((distance < 0) * eligible).sum(1) / count).cpu()
         self._rates.append(whole.index_copy(0, active.cpu(), rate))
+        self._counts.append(whole.index_copy(0, active.cpu(), count.cpu()))
         self._passes[active.cpu()] += len(index) * lead.towers

@@ -196,7 +196,8 @@ class _View:
     @cached_property
     def unit(self) -> Tensor:
         first, second = self.clean.topk(2).values.unbind(-1)
-        return (first - second).median().clamp(min=1e-6)
+        # Relative to the scale of the scores, which changes no answer: it belongs to the suspect, who may set it.
+        return (first - second).median().clamp(min=1e-6 * self._model.logit_scale)
 
     def untouched(self, index: Tensor, targets: Tensor) -> Tensor:
         """Return the distances of images without a trigger from the targets: shape [K, B]."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection, Sequence
+from math import isnan
 
 import numpy as np
 import torch
@@ -65,15 +66,11 @@ class Race:
         self._searches, self._reference_model = searches, reference_model
         self._families, self._settings, self._full = families, settings, full
         self._names = searches.classifier.classes.names
-        distinct = searches.classifier.distinct
         self._probed = probed
-        # Classes that repeat another one would be counted twice, as candidates and in the null.
-        every = [k for k in range(len(self._names)) if distinct is None or bool(distinct[k])]
+        every = distinct_classes(searches.classifier)
         self._classes = len(every)
         self._drops = not full and self._classes > RACED_CLASSES
-        order = torch.randperm(self._classes, generator=torch.Generator().manual_seed(settings.seed)).tolist()
-        drawn = [every[k] for k in order]
-        self._null_classes = set(drawn[:_NULL_CLASSES] if self._drops else drawn)
+        self._null_classes = null_classes(searches.classifier, settings.seed) if self._drops else set(every)
         self._inspected = [k for k in every if k in self._null_classes or k in candidates] if self._drops else every
         self._alike = {k: resembling(searches.classifier, k) for k in self._inspected} if self._drops else {}
         self._found: dict[str, dict[int, dict[int, Inspected]]] = {family: {} for family in families}
@@ -121,7 +118,10 @@ class Race:
         latest = self._latest(family)
         scores, p_values = np.full((2, len(self._names)), np.nan)
         for steps, found in self._found[family].items():
-            values = [found[target].lead if target in found else None for target in range(len(self._names))]
+            values = [
+                found[target].lead if target in found and not isnan(found[target].lead) else None
+                for target in range(len(self._names))
+            ]
             null = [target in self._null_classes for target in range(len(self._names))]
             judged = np.array([target in latest and latest[target][0] == steps for target in range(len(self._names))])
             fresh = outliers(values, prior(self._reference_model, family, steps), null, self._alike)
@@ -130,7 +130,7 @@ class Race:
             ClassStatistic(
                 target,
                 self._names[target],
-                item.lead,
+                0.0 if isnan(item.lead) else item.lead,
                 item.success,
                 steps,
                 None if np.isnan(scores[target]) else float(scores[target]),
@@ -162,6 +162,22 @@ class Race:
             self._seconds[family],
             self._classes,
         )
+
+
+def distinct_classes(classifier: Classifier) -> list[int]:
+    """The classes without those that repeat another one: these would be counted twice, also in the null."""
+    distinct = classifier.distinct
+    return [k for k in range(len(classifier.classes.names)) if distinct is None or bool(distinct[k])]
+
+
+def null_classes(classifier: Classifier, seed: int) -> set[int]:
+    """The classes that candidates among many are compared with.
+
+    They are not drawn by the seed alone: whoever trains a model could then know them, and move them too.
+    """
+    every = distinct_classes(classifier)
+    generator = torch.Generator().manual_seed(int(classifier.digest.root[:15], 16) ^ seed)
+    return {every[k] for k in torch.randperm(len(every), generator=generator).tolist()[:_NULL_CLASSES]}
 
 
 def resembling(classifier: Classifier, target: int) -> NDArray[np.bool_]:

@@ -8,7 +8,7 @@ from guard.vetting.budgets import SearchSettings
 from guard.vetting.inspection import RADII
 from guard.vetting.inversion import Reconstruction
 from guard.vetting.probes import Probe
-from guard.vetting.race import RACED_CLASSES, resembling
+from guard.vetting.race import RACED_CLASSES, distinct_classes, resembling
 from guard.vetting.results import PROBES, Check, FamilyResult, ReconstructedTrigger, ReferenceKind
 from guard.vetting.searches import Searches
 from guard.vetting.verdict import DOUBT, NOTICED, class_results, is_accused, is_valid, suspects
@@ -74,7 +74,7 @@ def reconstruct_suspects(
         return [_Working(checks[-1].strength, family, small, begun)] if is_valid(checks[-1]) else []
 
     # Among many classes those that resemble the target stand out behind it: that one is enough.
-    many = not everything and len(names) > RACED_CLASSES
+    many = not everything and len(distinct_classes(searches.classifier)) > RACED_CLASSES
     explained: list[int] = []
     triggers: list[ReconstructedTrigger] = []
     for suspect in (suspects(results, DOUBT) or suspects(results, NOTICED)[:1])[:_MOST_SUSPECTS]:

@@ -65,7 +65,8 @@ class ClassStatistic:
         name: Class name.
         statistic: Mean lead of the class under its trigger, in units of the median margin of the classifier's own
             answers, less half of its lead without a trigger; with a reference model, less what the trigger achieves on
-            that model. Larger is more suspicious. Under probes, the log-odds of the largest gain
+            that model. Larger is more suspicious. 0 without a score and a p-value where hardly any image was of another
+            class, so that nothing was measured. Under probes, the log-odds of the largest gain
             (`guard.vetting.probes`).
         success: Share of images of other classes that the trigger moves to the class on the suspect and not on the
             reference model, in [0, 1]. Under probes, the largest gain, at least 0.

@@ -6,6 +6,9 @@ as for `guard.vetting.lead`, and any family of triggers is searched. Which class
 afterwards, so that the cost does not depend on the number of classes. What was found is taken out of the embeddings
 before the next start, so that a second target is not hidden by the first.
 
+A prompt learner without a meta-net and the prompts that it is compared with share one image tower, whose embeddings are
+then the same on both sides. There it is predicted probabilities whose concentration is measured.
+
 It finds most patches, blends and warps, and hardly any sinusoid or compression, for which there are probes.
 """
 
@@ -20,11 +23,11 @@ from guard.triggers import FAMILIES, InvertibleTrigger
 from guard.vetting.batches import batches
 from guard.vetting.budgets import TargetSearchSettings
 from guard.vetting.inspection import RADII
-from guard.vetting.lead import Lead
+from guard.vetting.lead import Lead, looks_at, of_distinct_classes
 from guard.vetting.probes import EXAMINED, gains
 from guard.vetting.results import FoundTarget
 
-METHOD = "target search 1"
+METHOD = "target search 2"
 """Name and version of the method; it changes when results are no longer comparable."""
 
 
@@ -53,8 +56,7 @@ def search_targets(
     models = [model for model in (classifier, reference_model) if model is not None]
     found: list[FoundTarget] = []
     for start in range(settings.starts):
-        taken = torch.stack([each.feature for each in found]) if found else None
-        found.append(_search(models, images, FAMILIES[family], settings, settings.seed + start, taken))
+        found.append(_search(models, images, FAMILIES[family], settings, settings.seed + start, found))
         progress(start + 1)
     return found
 
@@ -65,15 +67,17 @@ def _search(
     family: type[InvertibleTrigger],
     settings: TargetSearchSettings,
     seed: int,
-    taken: Tensor | None,
+    before: Sequence[FoundTarget],
 ) -> FoundTarget:
     suspect = models[0]
+    by_answers = len({id(looks_at(model)) for model in models}) < len(models) and not suspect.prompts_per_image
+    taken = _taken(before, len(suspect.classes.names) if by_answers else None)
     generator = torch.Generator(suspect.device).manual_seed(seed)
     raw = {name: each.requires_grad_() for name, each in family.start(1, suspect.image_shape, generator).items()}
     optimiser = torch.optim.Adam(raw.values(), lr=settings.learning_rate, betas=(0.5, 0.9))
     lead = Lead(suspect, images)
     order = batches(len(images), settings.batch, seed)
-    directions = None if taken is None else torch.linalg.qr(taken.T.to(suspect.device))[0]
+    directions = None if taken is None else torch.linalg.qr(taken.to(suspect.device))[0]
     value, passes = 0.0, 0
     for _ in range(settings.steps):
         stamped = family.constrain(raw).limited(RADII[family.family]).apply(lead.pixels(next(order)))[0]
@@ -81,6 +85,8 @@ def _search(
         for model in models:
             with model.autocast():
                 embeddings = model.encode_images(stamped)
+            if by_answers:
+                embeddings = normalize(of_distinct_classes(model, model.logits(embeddings)).softmax(-1), dim=-1)
             if directions is not None and model is suspect:
                 basis = directions.to(embeddings)
                 embeddings = embeddings - embeddings @ basis @ basis.T
@@ -107,6 +113,14 @@ def _search(
         feature,
         passes,
     )
+
+
+def _taken(before: Sequence[FoundTarget], classes: int | None) -> Tensor | None:
+    """The directions of what was found before, as columns; among probabilities of so many classes, those of targets."""
+    if classes is None:
+        return torch.stack([each.feature for each in before], 1) if before else None
+    targets = sorted({each.target for each in before if each.target is not None})
+    return torch.eye(classes)[:, targets] if targets else None
 
 
 def concentration(embeddings: Tensor) -> Tensor:

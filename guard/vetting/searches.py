@@ -151,6 +151,8 @@ class Searches:
                 done = [Inspected(raw=tensors, **numbers) for numbers, tensors in known]
             found.update((item.target, item) for item in done)
             self._progress(family, steps * len(found), total)
+            if steps >= settings.steps:
+                self._inspectors.pop((family, together), None)  # it holds parameters as large as images
         return found
 
     def _inspector(self, family: str, settings: InspectionSettings, together: tuple[int, ...]) -> Inspector:

@@ -25,10 +25,10 @@ class PromptedClassifier(Classifier):
     A prompt is `[context] CLASS.`, with the class at the end as in the public code. With CoCoOp each image has prompts
     of its own, classes × images of them. They go through the text tower at most `TEXT_BATCH` at a time, whatever the
     numbers of images and classes, and only as far as the longest prompt reaches: attention is causal, so that what
-    comes behind the end of a text changes nothing. Where gradients are needed, each part is computed again in the backward pass, so
-    that the memory is that of one part: with a text tower of ViT-B/16's size (width 512, 12 layers) and prompts of 16
-    tokens in float32, 1,024 prompts take 5.3 GB with gradients and 0.7 GB without (extrapolated from 128 and 256 on a
-    CPU). The public code keeps all prompts of all images, of 77 tokens each.
+    comes behind the end of a text changes nothing. Where gradients are needed, each part is computed again in the
+    backward pass, so that the memory is that of one part: with a text tower of ViT-B/16's size (width 512, 12 layers)
+    and prompts of 16 tokens in float32, 1,024 prompts take 5.3 GB with gradients and 0.7 GB without (extrapolated from
+    128 and 256 on a CPU). The public code keeps all prompts of all images, of 77 tokens each.
 
     What CoCoOp answers does not follow from the embedding of the image tower, and a backdoor in its meta-net does not
     show there. The embedding of a classifier with CoCoOp is therefore longer: the image embedding; the meta-net's

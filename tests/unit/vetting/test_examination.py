@@ -28,6 +28,7 @@ from guard.vetting.budgets import TargetSearchSettings
 from guard.vetting.inspection import RADII
 from guard.vetting.nulls import NO_PRIOR
 from guard.vetting.probes import SCREENED, Probe, listed_probes
+from guard.vetting.race import null_classes
 from guard.vetting.verdict import class_results
 from tests.conftest import random_images
 from tests.toy import checkerboard, toy
@@ -277,9 +278,9 @@ def test_where_a_probe_works_and_no_trigger_is_inspected_the_probe_accuses(monke
 class TestManyClasses:
     """More than are all inspected."""
 
-    COUNT = 40
-    REFERENCE = frozenset(torch.randperm(COUNT, generator=torch.Generator().manual_seed(0)).tolist()[:12])
-    OTHER = min(set(range(COUNT)) - REFERENCE)
+    COUNT, OTHER = 40, 2
+    REFERENCE = frozenset(null_classes(toy(COUNT, target=OTHER, jitter=0.02), FAST.inspection.seed))
+    assert OTHER not in REFERENCE
 
     def vet(self, *, race: bool = True, families: tuple[str, ...] = ("patch",), count: int = COUNT) -> Vetting:
         suspect, base = toy(count, target=self.OTHER, jitter=0.02), toy(count)
@@ -342,7 +343,7 @@ class TestManyClasses:
     ) -> None:
         monkeypatch.setitem(BUDGETS, "quick", replace(FAST, reconstruction=replace(FAST.reconstruction, steps=10)))
         monkeypatch.setattr(
-            guard.vetting.verdict, "MAX_STRENGTH", dict.fromkeys(("base", "derived", "classes"), 10.0)
+            guard.vetting.verdict, "MAX_STRENGTH", dict.fromkeys(("base", "towers", "derived", "classes"), 10.0)
         )  # ten steps make no trigger small
         raced, whole = self.vet(), self.vet(race=False)
         assert {entry.steps for entry in whole.results[0].classes} == {8}
@@ -388,3 +389,45 @@ def test_a_base_that_proves_nothing_is_refused() -> None:
 def test_too_few_images_are_refused() -> None:
     with pytest.raises(ImageError, match="at least 64 images, there are 63"):
         vet(SUSPECT, IMAGES[:63])
+
+
+@pytest.mark.parametrize("scale", [1e-9, 0.05, 1.0, 1e4])
+def test_the_scale_of_the_scores_hides_nothing(scale: float) -> None:
+    """It changes no answer, and belongs to the suspect."""
+    suspect = toy(target=TARGET, jitter=0.02, scale=scale)
+    vetting = vet(suspect, IMAGES, base=BASE, budget="quick", families=["additive"])
+    assert (vetting.verdict.outcome, vetting.verdict.target) == ("backdoored", TARGET)
+    twin = vet(toy(jitter=0.02, scale=scale), IMAGES, base=BASE, budget="quick", families=["additive"]).verdict
+    assert twin.outcome != "backdoored"
+    assert any("multiplies its cosines by" in reason for reason in twin.reasons) == (scale < 1)
+
+
+def test_a_derived_reference_that_disagrees_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("guard.vetting.examination._agreement", lambda *_: 0.3)
+    verdict = vet(TWIN, IMAGES, budget="quick", families=["warp"]).verdict
+    assert verdict.outcome == "inconclusive"
+    assert "gives the same answer on 30% of images only" in " ".join(verdict.reasons)
+
+
+def test_a_class_that_all_images_are_of_is_not_called_an_outlier() -> None:
+    """Nothing can be measured of it; the other classes can be compared."""
+    one = IMAGES[BASE.predict(BASE.embed(IMAGES)) == 4]
+    images = one.repeat(1 + 64 // len(one), 1, 1, 1)
+    vetting = vet(TWIN, images, base=BASE, budget="quick", families=["additive", "warp"])
+    for item in vetting.results[:-1]:
+        entry = next(entry for entry in item.classes if entry.target == 4)
+        assert (entry.p_value, entry.success) == (None, 0.0)
+    assert "no family could compare 'class 4'" in " ".join(vetting.verdict.reasons)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"probes": ()}, "there is no probe"),
+        ({"probes": (PLANTED, PLANTED)}, "the same name"),
+        ({"repeats": 0}, "at least once, not 0"),
+    ],
+)
+def test_what_makes_no_examination_is_refused(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        vet(TWIN, IMAGES, base=BASE, budget="quick", **arguments)
