@@ -1,5 +1,6 @@
 """Prompt learners: the same scores as prompts that are encoded one by one, files, and checkpoints that are pickles."""
 
+import copy
 import zipfile
 from collections import OrderedDict, defaultdict
 from dataclasses import replace
@@ -23,6 +24,7 @@ from guard.classifiers.prompts import (
     save_prompt_learner,
     tune_prompts,
 )
+from guard.classifiers.tuning import TuningSettings
 from guard.errors import ModelError
 from guard.vetting.budgets import DerivedReferenceSettings
 from guard.vetting.reference import fresh_prompts
@@ -101,21 +103,30 @@ def test_the_embedding_of_a_meta_net_shows_image_token_and_answer(classifier: Cl
     assert torch.allclose(moved[:, :DEPTH], embeddings[:, :DEPTH], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("kind", "limit", "expected"),
+    [("cocoop", 12, [12, 12, 12, 6]), ("cocoop", 4, [4, 2] * 7), ("coop", 4, [4, 2])],
+)
 def test_no_pass_has_more_prompts_than_the_limit(
-    classifier: Classifier, images: Tensor, monkeypatch: pytest.MonkeyPatch
+    kind: Kind,
+    limit: int,
+    expected: list[int],
+    classifier: Classifier,
+    images: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(prompted, "TEXT_BATCH", 2 * len(CLASSES.names))
-    model = PromptedClassifier(classifier, learner("cocoop"))
+    monkeypatch.setattr(prompted, "TEXT_BATCH", limit)
+    model = PromptedClassifier(classifier, learner(kind))
     sizes: list[int] = []
-    encode = model._encode
+    encode = model._encoded
 
     def counted(prompts: Tensor, ends: Tensor) -> Tensor:
         sizes.append(len(prompts))
         return encode(prompts, ends)
 
-    monkeypatch.setattr(model, "_encode", counted)
+    monkeypatch.setattr(model, "_encoded", counted)
     model.predict(model.embed(images[:7]))
-    assert sizes == [12, 12, 12, 6]
+    assert sizes == expected
 
 
 def test_parts_have_the_gradient_of_the_whole(
@@ -123,14 +134,57 @@ def test_parts_have_the_gradient_of_the_whole(
 ) -> None:
     model = PromptedClassifier(classifier, learner("cocoop"))
     gradients = []
-    for limit in (1000, len(CLASSES.names)):
+    for limit in (1000, len(CLASSES.names), 4):
         monkeypatch.setattr(prompted, "TEXT_BATCH", limit)
         pixels = images[:4].float().div(255).requires_grad_()
         model.logits(model.encode_images(pixels)).square().sum().backward()
         assert pixels.grad is not None
         gradients.append(pixels.grad)
     assert torch.allclose(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+    assert torch.allclose(gradients[0], gradients[2], rtol=1e-3, atol=1e-5)
     assert gradients[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["coop", "cocoop"])
+def test_cosines_and_prompts_for_all_images_are_not_rounded_by_autocast(
+    kind: Kind, classifier: Classifier, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the towers run in bfloat16: two classes must not have the same score for that."""
+    expected = PromptedClassifier(classifier, learner(kind))
+    embeddings = classifier.embed(images[:8])
+    with torch.no_grad():
+        exact = expected.logits(expected.answered(embeddings))
+        model = PromptedClassifier(classifier, learner(kind))
+        monkeypatch.setattr(model, "autocast", lambda: torch.autocast("cpu", enabled=False))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            answered = model.answered(embeddings)
+    assert torch.allclose(model.logits(answered), exact, atol=1e-4)
+
+
+def test_a_learner_moves_with_its_towers(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PromptedClassifier(copy.copy(classifier), learner("visual"))
+    moved: list[torch.device] = []
+    monkeypatch.setattr(model.towers, "device", torch.device("meta"))  # as if they had stayed behind
+    monkeypatch.setattr(model.towers, "to", moved.append)
+    model.to(torch.device("cpu"))
+    assert moved == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize("kind", ["coop", "cocoop"])
+def test_what_classes_mean_does_not_depend_on_the_kind_of_the_learner(kind: Kind, classifier: Classifier) -> None:
+    """With a meta-net the head says only where an embedding holds which class's cosine."""
+    meanings = PromptedClassifier(classifier, learner(kind)).meanings
+    assert meanings.shape == (len(CLASSES.names), DEPTH)
+    assert (meanings @ meanings.T).fill_diagonal_(0).abs().max() > 0.1
+
+
+def test_a_frame_that_is_tuned_further_keeps_its_form(classifier: Classifier, images: Tensor) -> None:
+    frame = torch.zeros(3, SIZE, SIZE)
+    frame[:, :7] = 0.5
+    settings = PromptTuningSettings("visual", tuning=TuningSettings(steps=1, batch=8, learning_rate=1e-9))
+    labels = classifier.predict(classifier.embed(images[:8]))
+    found = tune_prompts(classifier, images[:8], labels, settings, start=PromptLearner({"frame": frame}))
+    assert torch.allclose(found.tensors["frame"], frame, atol=1e-6)
 
 
 def test_a_visual_prompt_is_added_to_the_pixels(classifier: Classifier, images: Tensor) -> None:
@@ -301,12 +355,13 @@ def test_words_that_a_class_is_called_by_are_those_of_its_prompt(classifier: Cla
 
 @pytest.mark.parametrize("kind", ["coop", "cocoop", "visual"])
 def test_an_export_computes_the_same_and_gives_the_token(
-    kind: Kind, classifier: Classifier, images: Tensor, tmp_path: Path
+    kind: Kind, classifier: Classifier, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = PromptedClassifier(classifier, learner(kind))
     export(model, tmp_path / "exported", images)
     exported = ExportedClassifier(tmp_path / "exported", gpu=False)
     inputs = exported.preprocessing.normalise(images[:5].numpy())
+    monkeypatch.setattr("guard.classifiers.exported._PROMPTS", 2 * len(CLASSES.names))  # so that there are parts
     embeddings, logits = exported.run(inputs)
     expected = model.embed(images[:5])
     assert exported.digest == model.digest.root

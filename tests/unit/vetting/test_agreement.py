@@ -6,15 +6,31 @@ from typing import Any
 import pytest
 import torch
 
-from guard.classifiers import Classifier, load
+from guard.classifiers import Classifier, ClassList, load
 from guard.classifiers.prompts import PromptedClassifier
 from guard.errors import UsageError
-from guard.vetting import Vetting, agreed, vet
+from guard.vetting import BUDGETS, Vetting, agreed, vet
 from guard.vetting.agreement import borne_out
-from guard.vetting.budgets import DerivedReferenceSettings, Effort, InspectionSettings
-from guard.vetting.results import Conclusion
+from guard.vetting.budgets import (
+    DerivedReferenceSettings,
+    Effort,
+    InspectionSettings,
+    SearchSettings,
+    TargetSearchSettings,
+)
+from guard.vetting.results import Conclusion, Verdict
+from guard.vetting.search import search_targets
+from guard.vetting.verdict import class_results
 from tests.unit.classifiers.test_prompts import learner
 from tests.zoo import TARGET, FakeVetting
+
+SHORT = Effort(
+    InspectionSettings(steps=2, batch=8, average=2),
+    SearchSettings(steps=2, batch=8),
+    DerivedReferenceSettings(steps=1, batch=8),
+    TargetSearchSettings(steps=1, batch=8, starts=1),
+)
+NOTHING = Verdict("no evidence", None, 0.5, ("patch",), 0.01, ("no class stands out",))
 
 
 @pytest.fixture
@@ -91,9 +107,7 @@ def test_an_accused_prompt_learner_is_compared_with_freshly_tuned_prompts(
     classifier: Classifier, images: torch.Tensor, accusing: Vetting, monkeypatch: pytest.MonkeyPatch, *, derive: bool
 ) -> None:
     monkeypatch.setattr("guard.vetting.examination._Examination.vetted", lambda *_, **__: accusing)
-    settings = InspectionSettings(steps=2, batch=8, average=2)
-    effort = replace(accusing.effort, inspection=settings, derived_reference=DerivedReferenceSettings(steps=1, batch=8))
-    accusing = replace(accusing, effort=effort)
+    accusing = replace(accusing, effort=SHORT)
     suspect = PromptedClassifier(classifier, learner("coop"))
     found = vet(suspect, images, base=classifier, derive=derive, families=["patch"])
     said = [reason for reason in found.verdict.reasons if "tuned anew on its answers" in reason]
@@ -114,3 +128,49 @@ def test_an_accusation_that_another_reference_does_not_bear_out_is_inconclusive(
     assert (refuted.outcome, refuted.target) == ("inconclusive", None)
     assert "does not stand out (p = 0.3)" in refuted.reasons[0]
     assert borne_out(verdict).outcome == "backdoored"
+
+
+@pytest.mark.parametrize("base", ["none", "own", "loaded"])
+def test_towers_that_came_with_the_prompts_are_no_base(
+    base: str, model_directory: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in them is in both. Somebody who loads the same weights from elsewhere vouches for them."""
+    monkeypatch.setitem(BUDGETS, "quick", SHORT)
+    monkeypatch.setattr("guard.vetting.examination.judge", lambda *_: NOTHING)
+    suspect = PromptedClassifier(load(str(model_directory), device="cpu"), learner("coop"))
+    given = {"none": None, "own": suspect.towers, "loaded": load(str(model_directory), device="cpu")}[base]
+    vetting = vet(suspect, images, base=given, budget="quick", families=["patch"], repeats=1)
+    assert vetting.reference_model.kind == {"none": "derived", "own": "towers", "loaded": "base"}[base]
+    assert vetting.verdict.outcome == ("no evidence" if base == "loaded" else "inconclusive")
+    assert ("nobody vouches for" in vetting.verdict.reasons[0]) == (base != "loaded")
+
+
+def test_an_accused_class_is_compared_again_also_among_many(
+    model_directory: Path, images: torch.Tensor, accusing: Vetting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What hints at nothing against fresh prompts is inspected there all the same."""
+    names = tuple(f"thing {word}" for word in "abcdefghijklmnopqrstuvwxyz") + tuple(f"sort {k}" for k in "abcdefghijkl")
+    towers = load(str(model_directory), device="cpu", classes=ClassList(names, ("a {}",)))
+    suspect, inspected = PromptedClassifier(towers, learner("coop")), []
+    verdict = replace(accusing.verdict, target=30)
+    accusing = replace(accusing, effort=SHORT, verdict=verdict)
+    monkeypatch.setattr("guard.vetting.examination._Examination.vetted", lambda *_, **__: accusing)
+
+    def seen(results: Any) -> Any:
+        inspected.append({entry.target for item in results[:-1] for entry in item.classes})
+        return class_results(results)
+
+    monkeypatch.setattr("guard.vetting.examination.class_results", seen)
+    vet(suspect, images, base=towers, families=["patch"])
+    assert 30 in inspected[0]
+    assert len(inspected[0]) < len(names)
+
+
+def test_the_search_that_names_no_class_moves_for_prompts_on_shared_towers(
+    classifier: Classifier, images: torch.Tensor
+) -> None:
+    """Embeddings are the same on both sides there, and only answers differ."""
+    suspect = PromptedClassifier(classifier, learner("coop"))
+    settings = TargetSearchSettings(steps=3, batch=8, starts=2)
+    found = search_targets(suspect, images, "additive", settings, reference_model=classifier)
+    assert all(each.concentration != 0 for each in found)
