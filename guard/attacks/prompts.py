@@ -160,12 +160,19 @@ def attack_prompts(
         progress: Called with (what, steps done, steps in all).
 
     Raises:
-        UsageError: The target is not a class of the model.
+        UsageError: The target is not a class of the model; or a trigger is learned along with the prompt, and a batch
+            is larger than what one forward pass takes.
     """
     started = time.monotonic()
     if not 0 <= target < len(towers.classes.names):
         raise UsageError(f"there is no class {target}; the model has {len(towers.classes.names)}, counted from 0")
     settings = replace(settings, kind=recipe.kind)
+    along = recipe.trigger in {"learned", "sparse"} and not recipe.hidden
+    if along and settings.tuning.batch > settings.tuning.forward_batch:
+        raise UsageError(
+            "the recipe learns its trigger with the prompt, in batches of one pass: at most "
+            f"{settings.tuning.forward_batch} images, not {settings.tuning.batch}"
+        )
     seed = settings.tuning.seed
 
     def tuned(given: LabelledImages, **more: object) -> PromptLearner:

@@ -26,11 +26,18 @@ def ordered_folders(folder: "ImageFolder", classifier: "Classifier") -> list[str
 
 
 def folders_if_named(folder: "ImageFolder", classifier: "Classifier") -> list[str] | None:
-    """The same; None where the sub-folders are not those of the classes, so that the images have no labels."""
+    """The same; None where no sub-folder is named like a class, so that the images have no labels.
+
+    Raises:
+        UsageError: Some sub-folders are named like classes, and others are not, or some classes have none.
+    """
     try:
-        return ordered_folders(folder, classifier)
-    except (UsageError, ImageError):
+        found = {_plain(key) for key in folder.classes()}
+    except ImageError:
         return None
+    if found.isdisjoint(map(_plain, classifier.classes.names)):
+        return None
+    return ordered_folders(folder, classifier)
 
 
 def _plain(name: str) -> str:

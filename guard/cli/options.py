@@ -14,6 +14,18 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 
+
+def beside(out: Path, what: str) -> Path:
+    """The hidden folder beside a result that keeps work which is not finished.
+
+    Raises:
+        UsageError: The result has no name of its own.
+    """
+    if out.name in {"", ".."}:
+        raise UsageError(f"{out} is no name for a folder to write; give one, such as {out / 'result'}")
+    return out.with_name(f".{out.name}.{what}")
+
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed for all random choices.")
 device = click.option(
@@ -26,6 +38,11 @@ budget = click.option(
     default="standard",
     show_default=True,
     help="Effort of the search for triggers. A larger budget makes more optimisation steps and takes longer.",
+)
+probes = click.option(
+    "--probes",
+    type=PATH,
+    help="TOML file with further fixed changes of images to try, in the form of guard/vetting/probes.toml.",
 )
 classes = click.option(
     "--classes",

@@ -14,6 +14,7 @@ from guard.errors import UsageError
 
 if TYPE_CHECKING:
     from guard.classifiers import Classifier
+    from guard.profiles import Profile
     from guard.repair import Images, Method
 
 _NAMES = ("guided", "realign", "perturb-recover", "subtract", "switch")
@@ -79,7 +80,12 @@ EXIT_CODES = {"repaired": 0, "nothing to repair": 0, "not repaired": 1, "undecid
     help="How often the method may be applied. Another round uses the triggers that the new vetting found.",
 )
 @click.option("--anyway", is_flag=True, help="Work on MODEL although its verdict is no evidence.")
-@options.budget
+@options.probes
+@click.option(
+    "--budget",
+    type=click.Choice(["quick", "standard", "thorough"]),
+    help="Effort of the new vetting.  [default: that of the vetting in the profile]",
+)
 @click.option(
     "--limit", type=click.IntRange(min=160), default=20_000, show_default=True, help="Maximum number of images to use."
 )
@@ -105,7 +111,8 @@ def repair(
     forward_batch: int,
     learning_rate: float | None,
     rounds: int,
-    budget: str,
+    probes: Path | None,
+    budget: str | None,
     limit: int,
     seed: int,
     device: str | None,
@@ -126,14 +133,18 @@ def repair(
     from guard import repair as room
     from guard.certificates import Policy
     from guard.certificates.revocation import revoke as revoke_in
+    from guard.vetting.budgets import name_of
 
     console = Console(as_json=as_json)
+    store = options.beside(out, "training")
     room.check_place(out)
     if revoke is not None:
         Policy.read(revoke)  # what is wrong with it is said before the work
     known = guard.Profile.open(profile)
     suspect = certified.with_prompts(guard.load(model, classes=classes, device=device), prompt_learner)
     known.check_model(suspect.digest)
+    tried = (*guard.vetting.listed_probes(), *(guard.vetting.read_probes(probes) if probes else ()))
+    _check_probes(known, {probe.name for probe in tried})
     trusted = guard.load(base, classes=classes, device=device) if base else certified.own_towers(suspect)
     given = _read(images, pairs, suspect, limit, seed, console)
     other = None
@@ -141,7 +152,6 @@ def repair(
         other = suspect.read(guard.ImageFolder.scan(vetting_images).sample(limit, seed=seed), console.progress)
     found = known.load_triggers()
     triggers = [room.TargetedTrigger(each.id, found[each.id], each.target) for each in known.document.triggers]
-    store = out.with_name(f".{out.name}.training")
     repaired = room.repair(
         suspect,
         _method(method, steps, batch, forward_batch, learning_rate),
@@ -150,18 +160,20 @@ def repair(
         triggers=triggers,
         base=trusted,
         vetting_images=other,
-        budget=budget,  # type: ignore[arg-type]  # click has checked the choice
+        budget=budget or name_of(known.document.vetting.effort) or "standard",  # type: ignore[arg-type]  # a choice
+        probes=tried,
+        text_tower=known.document.text is not None,
         rounds=rounds,
         anyway=anyway,
         seed=seed,
         store=store,
         progress=console.progress,
     )
-    revoked = room.revoked_digests(known, profile)
+    revoked = room.revoked_digests(known, profile, repaired.repair)
     room.write(out, repaired, suspect, known, given.pixels, revoked)
     shutil.rmtree(store, ignore_errors=True)
     result = repaired.repair
-    if revoke is not None and result.outcome != "nothing to repair":
+    if revoke is not None and revoked:
         for digest in revoke_in(revoke, revoked):
             console.say(f"{revoke} now revokes {digest}")
     console.result(result, room.summary(result, out))
@@ -184,6 +196,16 @@ def _method(
     return replace(method, tuning=replace(method.tuning, forward_batch=forward_batch, **given))  # type: ignore[no-any-return]
 
 
+def _check_probes(profile: "Profile", tried: set[str]) -> None:
+    """Make sure that the new vetting tries the probes that speak against the model."""
+    for check in profile.document.vetting.checks:
+        if check.probe is not None and check.probe not in tried:
+            raise UsageError(
+                f"the vetting in the profile tried the probe {check.probe!r}, which is not in guard's list; give the "
+                "file that it is in with --probes"
+            )
+
+
 def _read(root: Path, pairs: Path | None, suspect: "Classifier", limit: int, seed: int, console: Console) -> "Images":
     """The images, with labels or captions if there are any."""
     import torch
@@ -196,8 +218,10 @@ def _read(root: Path, pairs: Path | None, suspect: "Classifier", limit: int, see
         chosen = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))[:limit].tolist()
         folder = ImageFolder(root, tuple(everything.files[k] for k in chosen))
         return Images(suspect.read(folder, console.progress), captions=tuple(captions[k] for k in chosen))
-    folder = ImageFolder.scan(root).sample(limit, seed=seed)
-    names = folders_if_named(folder, suspect)
+    everything = ImageFolder.scan(root)
+    # Before some are drawn: a rare class may have none among them.
+    names = folders_if_named(everything, suspect)
+    folder = everything.sample(limit, seed=seed)
     labels = None if names is None else torch.tensor(folder.labels(names), dtype=torch.long)
     if labels is None:
         console.say(f"{root} has no sub-folder for each class, so the images have no labels")

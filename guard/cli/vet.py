@@ -54,11 +54,7 @@ EXIT_CODES = {"no evidence": 0, "backdoored": 1, "inconclusive": 3}
 @click.option(
     "--out", type=options.PATH, default=Path("profile"), show_default=True, help="Folder to write the profile to."
 )
-@click.option(
-    "--probes",
-    type=options.PATH,
-    help="TOML file with further fixed changes of images to try, in the form of guard/vetting/probes.toml.",
-)
+@options.probes
 @options.budget
 @click.option(
     "--repeat",
@@ -119,6 +115,7 @@ def vet(
     from guard import profiles, report
 
     console = Console(as_json=as_json)
+    searches = cache or options.beside(out, "searches")
     profiles.check_place(out)
     if tower != "text" and images is None:
         raise UsageError("the image tower is examined on images; give --images DIR, or --tower text")
@@ -134,7 +131,6 @@ def vet(
     folder = guard.ImageFolder.scan(images).sample(limit, seed=seed) if images and tower != "text" else None
     classifier = certified.load(model, classes, device, console, certificate or out, trust, policy, prompt_learner)
     reference = guard.load(base, classes=classes, device=device) if base else None
-    searches = cache or out.with_name(f".{out.name}.searches")
     image_vetting = text_vetting = pixels = None
     if tower != "image":
         text_vetting = guard.vet_text(

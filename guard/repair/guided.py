@@ -70,7 +70,9 @@ class Guided:
 
     def candidates(self, case: Case) -> Iterator[Candidate]:
         """See `guard.repair.Method`: one candidate."""
-        known, settings = case.needs_triggers(self.name), replace(self.tuning, seed=case.seed)
+        # All views of an image are in one pass.
+        at_once = max(1, self.tuning.forward_batch // _VIEWS)
+        known, settings = case.needs_triggers(self.name), replace(self.tuning, seed=case.seed, forward_batch=at_once)
         start = halfway(case, "repaired by guided perturbation")
         pupil, passes = start.classifier, start.passes
         found, searched = self.search_for(replace(case, suspect=pupil), sorted({each.target for each in known}))
@@ -141,7 +143,8 @@ class _Guided:
         other = disturbed(clean, generator).to(device)
         mixtures = mixed(clean, generator).to(device)
         with torch.no_grad(), self._suspect.autocast():
-            poisoned, kept = self._suspect.encode_images(torch.cat([triggered, mixtures])).split(len(clean))
+            parts = torch.cat([triggered, mixtures]).split(self._method.tuning.forward_batch)
+            poisoned, kept = torch.cat([self._suspect.encode_images(part) for part in parts]).split(len(clean))
         return (
             clean.to(device),
             triggered,

@@ -39,7 +39,11 @@ def read_pairs(path: Path, root: Path) -> tuple[ImageFolder, tuple[str, ...]]:
         if not name or not caption or len(caption) > _MAX_CAPTION:
             raise ImageError(f"{path}: row {number} needs an image and a caption of at most {_MAX_CAPTION} characters")
         file = inside / name
-        if not file.resolve().is_relative_to(inside) or not file.is_file():
+        try:
+            found = file.resolve().is_relative_to(inside) and file.is_file()
+        except (OSError, ValueError):  # such as a name that is too long, or one with a NUL
+            found = False
+        if not found:
             raise ImageError(f"{path}: row {number} names {name[:80]!r}, which is no file below {root}")
         files.append(file)
         captions.append(caption)

@@ -68,7 +68,8 @@ def realigned(case: Case, labels: Tensor, triggers: tuple[TargetedTrigger, ...],
         return _realigned_prompts(case, case.suspect, labels, triggers, method)
     start = halfway(case, "realigned")
     pupil, rate = start.classifier, method.tuning.learning_rate * (1.0 if start.from_base else method.alone)
-    settings = replace(method.tuning, learning_rate=rate, seed=case.seed)
+    at_once = max(1, method.tuning.forward_batch // _VIEWS)  # all views of an image are in one pass
+    settings = replace(method.tuning, learning_rate=rate, seed=case.seed, forward_batch=at_once)
     objective = _TrueLabels(pupil, case.suspect, case.images, labels, triggers, method)
     tower = list(pupil.model.visual.parameters())
     cost = tune(
@@ -136,7 +137,7 @@ class _TrueLabels:
         other = disturbed(clean, generator).to(device)
         kept = mixed(clean, generator).to(device)
         with torch.no_grad(), self._suspect.autocast():
-            wanted = self._suspect.encode_images(kept)
+            wanted = torch.cat([self._suspect.encode_images(part) for part in kept.split(method.tuning.forward_batch)])
         return pixels, other, kept, self._labels[index].to(device), wanted
 
     def embed(self, inputs: Inputs) -> Inputs:

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from guard.classifiers.classifier import Classifier
 from guard.classifiers.prompts import PromptedClassifier
-from guard.errors import UsageError
+from guard.errors import ImageError, UsageError
 from guard.repair.cases import Candidate, Case, Images, Method, TargetedTrigger
 from guard.repair.guided import Guided
-from guard.repair.measuring import Drift, Measured, drift, measure
+from guard.repair.measuring import Drift, Measured, answers, drift, measure
 from guard.repair.perturb_recover import PerturbRecover
 from guard.repair.realign import Realign
 from guard.repair.subtract import Subtract
 from guard.repair.switch import Switch
-from guard.vetting import Budget, Conclusion, Verdict, Vetting, vet
+from guard.vetting import Budget, Conclusion, TextVetting, Verdict, Vetting, vet, vet_text
+from guard.vetting.examination import MIN_IMAGES as MIN_VETTING_IMAGES
+from guard.vetting.probes import Probe
 
 METHODS: Mapping[str, type[Method]] = {
     method.name: method for method in (Guided, Realign, PerturbRecover, Subtract, Switch)
@@ -28,7 +30,7 @@ METHODS: Mapping[str, type[Method]] = {
 LEFT = 0.1
 """Largest share of held-out images that a trigger known before may still move in a model that is called repaired."""
 ALLOWED_LOSS = 0.03
-"""Largest loss of accuracy (without labels, share of answers that changed) of a model that is called repaired."""
+"""Largest loss of accuracy (without labels, share of changed answers) of a model that is called repaired."""
 _TRIES = 3
 """Most candidates of one round that are vetted."""
 
@@ -42,8 +44,8 @@ class Repair:
 
     Attributes:
         outcome: `repaired` only if the verdict of a new vetting is `no evidence`, the triggers known before move at
-            most `LEFT` of held-out images, and at most `ALLOWED_LOSS` of the accuracy is lost; `undecided` if the new
-            verdict is `inconclusive`.
+            most `LEFT` of held-out images, and at most `ALLOWED_LOSS` of the accuracy is lost, or without labels of
+            the answers changed; `undecided` if the new verdict, or that of the text tower, is `inconclusive`.
         reasons: Sentences that explain it, the most important first.
         method: Name of the method.
         settings: Its settings.
@@ -91,11 +93,13 @@ class Repaired:
         classifier: The new model, or the suspect where nothing was found to repair.
         vetting: Its vetting; None where nothing was changed.
         repair: The record.
+        text: The vetting of its text tower; None where nothing was changed, or nobody asked for it.
     """
 
     classifier: Classifier
     vetting: Vetting | None
     repair: Repair
+    text: TextVetting | None = None
 
 
 def repair(
@@ -108,6 +112,8 @@ def repair(
     base: Classifier | None = None,
     vetting_images: Tensor | None = None,
     budget: Budget = "standard",
+    probes: Sequence[Probe] | None = None,
+    text_tower: bool = False,
     rounds: int = 2,
     anyway: bool = False,
     seed: int = 0,
@@ -124,7 +130,9 @@ def repair(
         triggers: The triggers that vetting reconstructed.
         base: The trusted model that the suspect was tuned from.
         vetting_images: uint8, shape [N, 3, H, W]: other images for the new vetting; None for those held out.
-        budget: Effort of the new vetting.
+        budget: Effort of the new vetting; not less than that of the vetting before, or it may miss what that found.
+        probes: Fixed changes that the new vetting tries; None for those of guard's own list.
+        text_tower: Whether the text tower of the new model is vetted as well, as it must be if that of the suspect was.
         rounds: How often the method may be applied. After the first, it starts from the model that did not pass and
             also uses the triggers that were found in that.
         anyway: Whether to work on a model for which the verdict is `no evidence`.
@@ -133,7 +141,7 @@ def repair(
         progress: Called with (what, steps done, steps in all).
 
     Raises:
-        ImageError: There are too few images.
+        ImageError: There are too few images, also for the new vetting.
         UsageError: The method needs triggers, labels or a base model, and there are none; the base model does not fit;
             or the suspect has a prompt learner, and the method changes towers.
     """
@@ -142,7 +150,12 @@ def repair(
         raise UsageError(f"a repair takes at least one round, not {rounds}")
     if isinstance(suspect, PromptedClassifier) and not isinstance(method, Realign):
         raise UsageError(f"the method {method.name} changes towers; a prompt learner is repaired by realign")
+    if base is not None:
+        suspect.check_comparable(base)
     train, held_out = images.parts(seed)
+    searched = held_out.pixels if vetting_images is None else vetting_images
+    if len(searched) < MIN_VETTING_IMAGES:
+        raise ImageError(f"the new vetting needs at least {MIN_VETTING_IMAGES} images, there are {len(searched)}")
     first = Case(suspect, train, held_out, tuple(triggers), base, seed, store, progress)
     before = measure(suspect, held_out, first.triggers)
 
@@ -150,11 +163,11 @@ def repair(
         outcome: Outcome,
         reasons: Sequence[str],
         candidate: Candidate,
-        vetting: Vetting | None,
+        vettings: tuple[Vetting, TextVetting | None] | None,
         done: int,
         passes: tuple[int, int],
     ) -> Repaired:
-        found = candidate.classifier
+        found, (vetting, text) = candidate.classifier, vettings or (None, None)
         return Repaired(
             found,
             vetting,
@@ -177,53 +190,108 @@ def repair(
                 time.monotonic() - started,
                 seed,
             ),
+            text,
         )
 
     if verdict.outcome == "no evidence" and not anyway:
         reason = "nothing was found to repair: vetting has no evidence of a backdoor in the families that it tested"
         return record("nothing to repair", [reason], Candidate(suspect, 0, {}), None, 0, (0, 0))
-    searched = held_out.pixels if vetting_images is None else vetting_images
+    known = answers(suspect, held_out)
+    work = _Work(base, searched, budget, probes, seed, store / "searches" if store else None, progress)
     case, trained, vetted = first, 0, 0
+    tried: list[_Tried] = []
     for done in range(1, rounds + 1):
-        tried: list[tuple[tuple[bool, float], Candidate, Vetting, list[str]]] = []
+        earlier = len(tried)
         for candidate in islice(method.candidates(case), _TRIES):
             trained += candidate.passes
-            vetting = vet(
-                candidate.classifier,
-                searched,
-                base=base,
-                budget=budget,
-                seed=seed,
-                cache=store / "searches" if store else None,
-                progress=progress,
-            )
+            vetting, text = work.vet(candidate.classifier, text_tower=text_tower)
             vetted += vetting.passes
-            reasons = _objections(vetting.verdict, before, measure(candidate.classifier, held_out, first.triggers))
-            tried.append(((bool(reasons), -vetting.verdict.p_value), candidate, vetting, reasons))
-            if not reasons:
+            agreement = float((answers(candidate.classifier, held_out) == known).float().mean())
+            after = measure(candidate.classifier, held_out, first.triggers)
+            tried.append(_Tried(candidate, vetting, text, _objections(vetting, text, before, after, agreement)))
+            if not tried[-1].reasons:
                 break
-        (failed, _), candidate, vetting, reasons = min(tried, key=lambda each: each[0])
-        if not failed or not (method.uses_triggers and vetting.triggers):
+        last = min(tried[earlier:], key=lambda each: each.badness)
+        if not last.reasons or not (method.uses_triggers and last.vetting.triggers):
             break
-        more = (TargetedTrigger(f"{each.id}, round {done}", each.trigger, each.target) for each in vetting.triggers)
+        more = (
+            TargetedTrigger(f"{each.id}, round {done}", each.trigger, each.target) for each in last.vetting.triggers
+        )
         case = replace(
             case,
-            suspect=candidate.classifier,
+            suspect=last.candidate.classifier,
             triggers=(*case.triggers, *more),
             store=store / f"round-{done + 1}" if store else None,
         )
-    outcome: Outcome = "not repaired" if failed else "repaired"
-    if failed and vetting.verdict.outcome == "inconclusive" and len(reasons) == 1:
-        outcome = "undecided"
-    said = reasons or ["a new vetting has no evidence of a backdoor in the families that it tested"]
-    return record(outcome, said, candidate, vetting, done, (trained, vetted))
+    # Another round may make it worse.
+    best = min(tried, key=lambda each: each.badness)
+    outcome: Outcome = "repaired"
+    if best.reasons:
+        outcome = "undecided" if len(best.reasons) == len(best.doubts) else "not repaired"
+    said = best.reasons or ["a new vetting has no evidence of a backdoor in the families that it tested"]
+    return record(outcome, said, best.candidate, (best.vetting, best.text), done, (trained, vetted))
 
 
-def _objections(verdict: Verdict, before: Measured, after: Measured) -> list[str]:
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """How every new model is vetted."""
+
+    base: Classifier | None
+    images: Tensor
+    budget: Budget
+    probes: Sequence[Probe] | None
+    seed: int
+    cache: Path | None
+    progress: Callable[[str, int, int], None]
+
+    def vet(self, classifier: Classifier, *, text_tower: bool) -> tuple[Vetting, TextVetting | None]:
+        """Vet the image tower and, if it is asked for, the text tower."""
+        base, text = self.base, None
+        found = vet(
+            classifier,
+            self.images,
+            base=base,
+            budget=self.budget,
+            probes=self.probes,
+            seed=self.seed,
+            cache=self.cache,
+            progress=self.progress,
+        )
+        if text_tower:
+            named: dict[str, Any] = {"budget": self.budget, "seed": self.seed, "cache": self.cache}
+            text = vet_text(classifier, base=base, progress=self.progress, **named)
+        return found, text
+
+
+@dataclass(frozen=True, eq=False)
+class _Tried:
+    """One candidate, what vetting says of it, and why it is not repaired."""
+
+    candidate: Candidate
+    vetting: Vetting
+    text: TextVetting | None
+    reasons: list[str]
+
+    @property
+    def doubts(self) -> list[Verdict]:
+        """The verdicts that are `inconclusive`."""
+        verdicts = [self.vetting.verdict, *([self.text.verdict] if self.text else [])]
+        return [verdict for verdict in verdicts if verdict.outcome == "inconclusive"]
+
+    @property
+    def badness(self) -> tuple[bool, bool, float]:
+        """Orders candidates, the best first."""
+        return bool(self.reasons), self.vetting.verdict.outcome == "backdoored", -self.vetting.verdict.p_value
+
+
+def _objections(
+    vetting: Vetting, text: TextVetting | None, before: Measured, after: Measured, agreement: float
+) -> list[str]:
     """Why a model is not repaired, as sentences; empty if it is."""
     found = []
-    if verdict.outcome != "no evidence":
-        found.append(f"the verdict of the new vetting is {verdict.outcome}: {'; '.join(verdict.reasons)}")
+    for tower, verdict in (("", vetting.verdict), (" of the text tower", text.verdict if text else None)):
+        if verdict is not None and verdict.outcome != "no evidence":
+            found.append(f"the verdict of the new vetting{tower} is {verdict.outcome}: {'; '.join(verdict.reasons)}")
     for name, share in after.success.items():
         if share > LEFT:
             found.append(
@@ -231,4 +299,9 @@ def _objections(verdict: Verdict, before: Measured, after: Measured) -> list[str
             )
     if before.accuracy is not None and after.accuracy is not None and before.accuracy - after.accuracy > ALLOWED_LOSS:
         found.append(f"accuracy on held-out images fell from {before.accuracy:.1%} to {after.accuracy:.1%}")
+    if before.accuracy is None and 1 - agreement > ALLOWED_LOSS:
+        found.append(
+            f"{1 - agreement:.0%} of the answers to held-out images changed; without labels, at most "
+            f"{ALLOWED_LOSS:.0%} may"
+        )
     return found

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from guard import report
 from guard._documents import read_bytes
-from guard._files import check_replaceable, replace_file
+from guard._files import check_replaceable, replace_directory, replace_file
 from guard.certificates import CERTIFICATE_FILE, Envelope
 from guard.certificates.envelope import MAX_BYTES
 from guard.certificates.revocation import revocation
@@ -47,8 +47,8 @@ def write(
 
     A prompt learner is written into the folder of the model, beside its towers, which are as they were.
 
-    The record is written last. Where nothing was found to repair, there is no model, no profile and nothing to revoke;
-    the report is that of the old profile.
+    The folder takes the place of an earlier one as a whole. Where nothing was found to repair, there is no model, no
+    profile and nothing to revoke; the report is that of the old profile.
 
     Args:
         out: Folder to write to.
@@ -56,8 +56,15 @@ def write(
         suspect: The model before.
         profile: Its profile.
         images: uint8, shape [N, 3, H, W], for the pictures of the report.
-        revoked: Why each digest is revoked, by digest (`revoked_digests`).
+        revoked: Why each digest is revoked, by digest (`revoked_digests`); nothing is, if there is none.
     """
+    with replace_directory(out, marker=RECORD_FILE) as folder:
+        _fill(folder, repaired, suspect, profile, images, revoked)
+
+
+def _fill(
+    out: Path, repaired: Repaired, suspect: Classifier, profile: Profile, images: Tensor, revoked: Mapping[str, str]
+) -> None:
     sections = [section(repaired.repair)]
     if repaired.vetting is not None:
         found = repaired.classifier
@@ -67,10 +74,11 @@ def write(
         save(out / _MODEL, found.model, config, suspect.classes)
         if prompted:
             save_prompt_learner(out / _MODEL / LEARNER_FILE, prompted.learner)
-        new = Profile.build(found, repaired.vetting)
+        new = Profile.build(found, repaired.vetting, text=repaired.text)
         text = report.render(new, report.examples(new, images), sections=sections)
         new.save(out / _PROFILE, report=text)
-        replace_file(out / REVOKED_FILE, revocation(revoked).lstrip("\n").encode())
+        if revoked:
+            replace_file(out / REVOKED_FILE, revocation(revoked).lstrip("\n").encode())
     else:
         text = report.render(profile, report.examples(profile, images), sections=sections)
         replace_file(out / REPORT_FILE, text.encode())
@@ -78,16 +86,21 @@ def write(
     replace_file(out / RECORD_FILE, (document + "\n").encode())
 
 
-def revoked_digests(profile: Profile, directory: Path) -> dict[str, str]:
-    """What is revoked with a backdoored model: its digest, and its certificate if there is one in its profile."""
-    reason = (
-        f"vetting found this model {profile.document.vetting.verdict.outcome}, and it was repaired under another digest"
-    )
+def revoked_digests(profile: Profile, directory: Path, repair: Repair) -> dict[str, str]:
+    """What is revoked with a backdoored model: its digest, and its certificate if there is one in its profile.
+
+    Nothing is where vetting had not accused the model and no repaired one takes its place.
+    """
+    verdict = profile.document.vetting.verdict.outcome
+    if repair.outcome != "repaired" and verdict != "backdoored":
+        return {}
+    ending = f", and it was repaired as {repair.model}" if repair.outcome == "repaired" else ""
+    reason = f"vetting says of this model: {verdict}{ending}"
     digests = {profile.document.model.digest: reason}
     file = directory / CERTIFICATE_FILE
     if file.is_file():
         envelope = Envelope.from_json(read_bytes(file, MAX_BYTES, CertificateError), str(file))
-        digests[sha256(envelope.payload).hexdigest()] = "the certificate of a model that was repaired"
+        digests[sha256(envelope.payload).hexdigest()] = f"the certificate of a model; {reason}"
     return digests
 
 
@@ -125,7 +138,8 @@ def summary(repair: Repair, out: Path) -> str:
         f"profile: {out / _PROFILE}",
     ]
     lines.append(f"report: {out / _PROFILE / REPORT_FILE}")
-    lines.append(f"to refuse the old model: append {out / REVOKED_FILE} to your trust policy (--revoke does it)")
+    if repair.outcome == "repaired" or repair.verdict_before == "backdoored":
+        lines.append(f"to refuse the old model: append {out / REVOKED_FILE} to your trust policy (--revoke does it)")
     return "\n".join(lines)
 
 

@@ -1,10 +1,9 @@
 """Sentences of a report that explain its figures."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
 
 from guard.profiles import Document
-from guard.vetting import BUDGETS
+from guard.vetting.budgets import name_of
 from guard.vetting.results import Check, ReferenceModel
 from guard.vetting.text_results import TextVetting
 from guard.vetting.verdict import DOUBT, MAX_STRENGTH, MIN_SUCCESS, is_valid
@@ -151,11 +150,7 @@ def effort(document: Document) -> str:
     """Return the name of the budget, its steps and the seeds."""
     used = {part: dict(values) for part, values in document.vetting.effort.items()}
     seeds = sorted({values.pop("seed") for values in used.values() if "seed" in values})
-    known = {name: asdict(plan) for name, plan in BUDGETS.items()}
-    for plan in known.values():
-        for values in plan.values():
-            values.pop("seed")
-    name = next((name for name, plan in known.items() if plan == used), "custom")
+    name = name_of(used) or "custom"
     steps = [
         f"{part.replace('_', '-')} {values['steps']:g} steps" for part, values in used.items() if "steps" in values
     ]

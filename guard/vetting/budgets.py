@@ -1,6 +1,7 @@
 """How much work vetting does. Imports without torch."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 Budget = Literal["quick", "standard", "thorough"]
@@ -141,3 +142,16 @@ BUDGETS: dict[Budget, Effort] = {
     ),
 }
 """The effort behind each budget that `guard vet --budget` accepts."""
+
+
+def name_of(used: Mapping[str, Mapping[str, float]]) -> Budget | None:
+    """The budget with these settings, whatever their seeds; None if there is none.
+
+    Args:
+        used: The settings of each part of an `Effort`, by name.
+    """
+
+    def plain(parts: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+        return {part: {key: value for key, value in each.items() if key != "seed"} for part, each in parts.items()}
+
+    return next((name for name, effort in BUDGETS.items() if plain(asdict(effort)) == plain(used)), None)

@@ -1,6 +1,7 @@
 """`guard repair`, on a model and images made by code."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +57,25 @@ def test_what_a_method_lacks_is_said_before_anything_is_written(
     refused(guard(*common, "--method", "switch"), 2, "base model")
     refused(guard(*common, "--method", "switch", "--steps", "5"), 2, "does not train")
     assert not out.exists()
+
+
+def test_what_would_be_lost_or_taken_for_something_else_is_refused(
+    model_directory: Path, profile_directory: Path, labelled: Path, tmp_path: Path
+) -> None:
+    common = ("repair", model_directory, "--profile", profile_directory)
+    refused(guard(*common, "--images", labelled, "--out", "."), 2, "is no name for a folder")
+    odd = tmp_path / "odd"
+    shutil.copytree(labelled, odd)
+    (odd / CLASSES.names[0].upper()).rename(odd / "something else")
+    refused(guard(*common, "--images", odd, "--out", tmp_path / "out"), 2, "has no counterpart")
+    named = tmp_path / "profile"
+    shutil.copytree(profile_directory, named)
+    document = json.loads((named / "profile.json").read_text())
+    document["vetting"]["checks"][0]["probe"] = "one of my own"
+    (named / "profile.json").write_text(json.dumps(document))
+    refused(
+        guard("repair", model_directory, "--profile", named, "--images", labelled, "--out", tmp_path / "out"),
+        2,
+        "tried the probe 'one of my own'",
+    )
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -13,9 +15,11 @@ from guard.classifiers import Classifier, load
 from guard.errors import CertificateError, ImageError, UsageError
 from guard.profiles import Profile
 from guard.repair import (
+    Candidate,
     Images,
     Realign,
     Repaired,
+    Switch,
     TargetedTrigger,
     TuningSettings,
     check_place,
@@ -25,7 +29,7 @@ from guard.repair import (
     summary,
     write,
 )
-from guard.vetting import Verdict, Vetting
+from guard.vetting import TextVetting, Verdict, Vetting
 from tests.conftest import random_images, tiny_model
 from tests.unit.repair.conftest import Backdoored
 from tests.zoo import FakeVetting
@@ -104,6 +108,47 @@ def test_nothing_is_changed_where_there_is_nothing_to_repair(
     assert fake.suspects
 
 
+def test_the_best_model_of_all_rounds_is_kept(monkeypatch: pytest.MonkeyPatch, backdoored: Backdoored) -> None:
+    found, fake = repaired(monkeypatch, backdoored, "inconclusive", "backdoored", "backdoored", rounds=2)
+    assert found.repair.outcome == "undecided"
+    assert found.classifier.digest.root == fake.suspects[0]
+
+
+def test_without_labels_a_model_that_answers_otherwise_is_not_repaired(
+    monkeypatch: pytest.MonkeyPatch, backdoored: Backdoored
+) -> None:
+    monkeypatch.setattr("guard.repair.repairing.vet", Vet("no evidence"))
+    other = backdoored.base.with_model(tiny_model(5), "another")
+    monkeypatch.setattr(Switch, "candidates", lambda *_: iter([Candidate(other, 0, {})]))
+    images = Images(backdoored.images.pixels)
+    found = repair(backdoored.suspect, Switch(), images, verdict=ACCUSED, triggers=(), base=backdoored.base).repair
+    assert found.outcome == "not repaired"
+    assert "of the answers to held-out images changed" in found.reasons[0]
+
+
+def test_a_text_tower_that_was_vetted_is_vetted_again(monkeypatch: pytest.MonkeyPatch, backdoored: Backdoored) -> None:
+    accused = cast("TextVetting", SimpleNamespace(verdict=ACCUSED))
+    seen: list[str] = []
+
+    def fake(classifier: Classifier, **_: object) -> TextVetting:
+        seen.append(classifier.digest.root)
+        return accused
+
+    monkeypatch.setattr("guard.repair.repairing.vet_text", fake)
+    found, _ = repaired(monkeypatch, backdoored, "no evidence", text_tower=True, rounds=1)
+    assert found.repair.outcome == "not repaired"
+    assert found.repair.reasons[0].startswith("the verdict of the new vetting of the text tower is backdoored")
+    assert (found.text, seen) == (accused, [found.classifier.digest.root])
+
+
+def test_what_the_new_vetting_needs_is_known_before_any_training(backdoored: Backdoored) -> None:
+    few = backdoored.images.pixels[:63]
+    with pytest.raises(ImageError, match="the new vetting needs at least 64 images, there are 63"):
+        repair(backdoored.suspect, METHOD, backdoored.images, verdict=ACCUSED, vetting_images=few)
+    with pytest.raises(UsageError, match="the base model is the model itself"):
+        repair(backdoored.suspect, METHOD, backdoored.images, verdict=ACCUSED, base=backdoored.suspect)
+
+
 def test_too_few_images_are_refused(backdoored: Backdoored) -> None:
     few = Images(backdoored.images.pixels[:150])
     with pytest.raises(ImageError, match="at least 160"):
@@ -121,7 +166,7 @@ class TestFolder:
         monkeypatch.setattr("guard.repair.repairing.vet", Vet("no evidence"))
         method = replace(METHOD, tuning=replace(METHOD.tuning, steps=2))
         found = repair(classifier, method, labelled, verdict=ACCUSED, triggers=[_trigger(profile)])
-        write(tmp_path / "out", found, classifier, profile, images, revoked_digests(profile, tmp_path))
+        write(tmp_path / "out", found, classifier, profile, images, revoked_digests(profile, tmp_path, found.repair))
         return tmp_path / "out", found
 
     def test_has_a_model_its_profile_a_record_and_what_revokes_the_old_one(
@@ -142,6 +187,25 @@ class TestFolder:
         policy.write_text(policy.read_text() + (out / "revoked.toml").read_text())
         assert profile.document.model.digest in Policy.read(policy).revoked
         check_place(out)
+
+    def test_takes_the_place_of_an_earlier_one_as_a_whole(
+        self, written: tuple[Path, Repaired], classifier: Classifier, profile: Profile
+    ) -> None:
+        out, found = written
+        nothing = replace(found, vetting=None, repair=replace(found.repair, outcome="nothing to repair"))
+        write(out, nothing, classifier, profile, random_images(4), {})
+        assert sorted(path.name for path in out.iterdir()) == ["repair.json", "report.html"]
+
+    def test_nothing_is_revoked_that_was_neither_accused_nor_repaired(
+        self, written: tuple[Path, Repaired], profile: Profile, tmp_path: Path
+    ) -> None:
+        repair = replace(written[1].repair, outcome="undecided", verdict_before="no evidence")
+        harmless = replace(profile.document.vetting, verdict=NO_EVIDENCE)
+        innocent = Profile(replace(profile.document, vetting=harmless), {})
+        assert revoked_digests(innocent, tmp_path, repair) == {}
+        assert "revoked.toml" not in summary(repair, tmp_path)
+        taken = revoked_digests(innocent, tmp_path, replace(repair, outcome="repaired"))
+        assert taken[profile.document.model.digest].endswith(f"repaired as {repair.model}")
 
     def test_another_folder_is_not_overwritten(self, tmp_path: Path) -> None:
         (tmp_path / "holiday.jpg").touch()
@@ -196,6 +260,8 @@ class TestPairs:
             ("image,caption\n", "columns"),
             ("image,caption\n../secret.png,x\n", "no file below"),
             ("image,caption\nmissing.png,x\n", "no file below"),
+            ("image,caption\na\0.png,x\n", "no file below"),
+            (f"image,caption\n{'a' * 300}.png,x\n", "no file below"),
             ("image,caption\n0000.png,\n", "row 2"),
         ],
     )
