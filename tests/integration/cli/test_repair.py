@@ -68,7 +68,7 @@ def test_what_would_be_lost_or_taken_for_something_else_is_refused(
     shutil.copytree(labelled, odd)
     (odd / CLASSES.names[0].upper()).rename(odd / "something else")
     refused(guard(*common, "--images", odd, "--out", tmp_path / "out"), 2, "has no counterpart")
-    named = tmp_path / "profile"
+    named = tmp_path / "named"
     shutil.copytree(profile_directory, named)
     document = json.loads((named / "profile.json").read_text())
     document["vetting"]["checks"][0]["probe"] = "one of my own"
