@@ -4,9 +4,9 @@
         [--only PATTERN] [--jobs N]
     python -m benchmarks.prompts.examination report --measured FILE [FILE …]
 
-`run` builds each learner that is missing (`benchmarks.prompts.zoo`) and examines it. Methods are `hand-written`
-(guard's vetting against the hand-written prompts, and screening of poisoned learners), `fresh` (against prompts that
-are tuned anew on the learner's answers), `clip-inspector` (as published), `exhaustive` (vetting without its race),
+`run` builds each learner that is missing (`benchmarks.prompts.zoo`) and examines it. Methods are `vetting`
+(guard's, and screening of poisoned learners), `hand-written` (vetting against the hand-written prompts instead of
+prompts that are tuned anew), `clip-inspector` (as published), `exhaustive` (vetting without its race),
 `tokens` (how the tokens of the meta-net spread under a trigger) and `realign` (repair, beside its controls).
 Each result is a line of FILE as soon as it is there, and is not measured again. `report` writes
 benchmarks/results/prompts.md.
@@ -105,7 +105,7 @@ def main() -> None:
     what = parser.add_subparsers(dest="what", required=True)
     running = what.add_parser("run")
     running.add_argument("--part", nargs="+", choices=PARTS, default=["reported"])
-    running.add_argument("--method", nargs="+", choices=METHODS, default=["hand-written", "clip-inspector"])
+    running.add_argument("--method", nargs="+", choices=METHODS, default=["vetting", "clip-inspector"])
     running.add_argument("--zoo", type=Path, required=True)
     running.add_argument("--measured", type=Path, required=True)
     running.add_argument("--only", default="*", help="Shell pattern of the names of the learners.")

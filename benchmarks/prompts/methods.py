@@ -15,7 +15,8 @@ from benchmarks.prompts.zoo import PARTS, Sets, sets_of, towers_of
 from guard.attacks import Planted, measure
 from guard.baselines import clip_inspector
 from guard.classifiers import Classifier, load
-from guard.classifiers.prompts import PromptedClassifier
+from guard.classifiers.prompts import PromptedClassifier, PromptTuningSettings, tune_prompts
+from guard.classifiers.tuning import TuningSettings
 from guard.evaluation import Zoo
 from guard.evaluation.zoo import KnownAttack
 from guard.repair import Case, Guided, Images, Realign, TargetedTrigger
@@ -24,7 +25,7 @@ from guard.triggers import Additive
 from guard.vetting import BUDGETS, Inspector, Lead, vet
 from guard.vetting.batches import halves
 from guard.vetting.inspection import METHOD, RADII
-from guard.vetting.verdict import UNSURE, class_results, judge, suspicion
+from guard.vetting.verdict import class_results, suspicion
 
 FAMILIES = ("additive", "frequency", "patch")
 """Families that are inspected: the additive one of CLIP-Inspector, that of sinusoids, and one that is local."""
@@ -68,13 +69,21 @@ def subject(part: str, folder: Path, name: str) -> Subject:
     )
 
 
-def by_hand(given: Subject) -> dict[str, Any]:
-    """Vetting against the hand-written prompts; and screening, if the learner is poisoned."""
-    row, found = _vetted(given, base=given.towers)
+def vetting(given: Subject) -> dict[str, Any]:
+    """Vetting against prompts that are tuned anew on the trusted towers; and screening, if the learner is poisoned."""
+    row, found = _vetted(given)
     if given.planted is not None:
-        user = given.sets.user
-        row["screening"] = screened(given.classifier, given.towers, found, given.planted, user, given.seed)
+        opinions = {"hand-written": given.towers, "fresh": _plain_prompts(given)}
+        row["screening"] = screened(given.classifier, opinions, found, given.planted, given.sets.user, given.seed)
     return row
+
+
+def _plain_prompts(given: Subject) -> Classifier:
+    """Prompts without a meta-net that are tuned anew on the answers of the suspect: cheap to ask."""
+    pixels, suspect = given.sets.user.vetting.pixels, given.classifier
+    settings = PromptTuningSettings(words="", tuning=TuningSettings(200, learning_rate=2e-3, seed=given.seed))
+    learner = tune_prompts(given.towers, pixels, suspect.predict(suspect.embed(pixels)), settings)
+    return PromptedClassifier(given.towers, learner)
 
 
 def realign(given: Subject) -> dict[str, Any]:
@@ -85,7 +94,7 @@ def realign(given: Subject) -> dict[str, Any]:
     """
     if given.planted is None:
         return {"vetting": None}
-    before, found = _vetted(given, base=given.towers)
+    before, found = _vetted(given)
     labelled, classes = given.sets.user.vetting, len(given.classifier.classes.names)
     triggers = tuple(TargetedTrigger(each.id, each.trigger, each.target) for each in found.triggers)
     train, held_out = Images(labelled.pixels, labelled.labels).parts(given.seed)
@@ -107,7 +116,7 @@ def realign(given: Subject) -> dict[str, Any]:
             pupil = realigned(case, case.needs_labels("realign"), each, Realign()).classifier
         row["after"][name] = _measured(given, pupil) | counts
         if name == "realign":
-            again, _ = _vetted(replace(given, classifier=pupil), base=given.towers)
+            again, _ = _vetted(replace(given, classifier=pupil))
             row["verdict"], row["score"] = again["verdict"], again["score"]
     return row
 
@@ -121,37 +130,34 @@ def _measured(given: Subject, classifier: Classifier) -> dict[str, float]:
     return {"success": found.success[0], "accuracy": found.accuracy}
 
 
-def fresh(given: Subject) -> dict[str, Any]:
-    """Vetting against prompts that are tuned anew on the learner's answers."""
-    return _vetted(given, base=None)[0]
+def hand_written(given: Subject) -> dict[str, Any]:
+    """Vetting against the hand-written prompts."""
+    return _vetted(given, derive=False)[0]
 
 
 def exhaustive(given: Subject) -> dict[str, Any]:
-    """The same against the hand-written prompts, where every class of every family is searched to the end."""
-    return _vetted(given, base=given.towers, race=False)[0]
+    """Vetting where every class of every family is searched to the end."""
+    return _vetted(given, race=False)[0]
 
 
-def _vetted(given: Subject, *, base: Classifier | None, race: bool = True) -> tuple[dict[str, Any], Any]:
+def _vetted(given: Subject, *, derive: bool = True, race: bool = True) -> tuple[dict[str, Any], Any]:
     with _counted(given) as counts:
         found = vet(
             given.classifier,
             given.sets.user.vetting.pixels,
-            base=base,
+            base=given.towers,
+            derive=derive,
             families=FAMILIES,
             budget="quick",
             repeats=1,
             race=race,
         )
     leading, p_value = suspicion(found.results, found.checks)
-    # What fresh prompts do not bear out was accused before.
-    refuted = judge(found.results, found.checks).outcome == "backdoored" != found.verdict.outcome
     row = {
         "vetting": METHOD,
         "verdict": found.verdict.outcome,
         "leading": leading,
-        "score": -max(p_value, UNSURE) if refuted else -p_value,
-        "first": -p_value,
-        "refuted": refuted,
+        "score": -p_value,
         "reasons": found.verdict.reasons,
         "p_values": {each.target: each.p_value for each in class_results(found.results)},
         "passes": found.passes,
@@ -200,8 +206,8 @@ def tokens(given: Subject) -> dict[str, Any]:
 
 
 METHODS: Mapping[str, Callable[[Subject], dict[str, Any]]] = {
-    "hand-written": by_hand,
-    "fresh": fresh,
+    "vetting": vetting,
+    "hand-written": hand_written,
     "clip-inspector": inspector,
     "exhaustive": exhaustive,
     "tokens": tokens,

@@ -24,9 +24,8 @@ class of every family is searched to the end. An attack takes if its success is 
 accuracy are lost against the hand-written prompts. A CoCoOp learner has prompts of its own for each image, which cost
 passes of the text tower; forward passes are counted, those included that the backward pass repeats."""
 _METHODS = {
-    "hand-written": "guard: against the hand-written prompts and, where they accuse, freshly tuned ones",
-    "first": "guard, the first step alone",
-    "fresh": "guard, against freshly tuned prompts",
+    "vetting": "guard",
+    "hand-written": "guard, against the hand-written prompts instead",
     "exhaustive": "guard, exhaustive",
     "clip-inspector": "CLIP-Inspector",
 }
@@ -35,32 +34,19 @@ _METHODS = {
 def write(rows: list[Row]) -> None:
     """Write it from the results of any parts."""
     command = "python -m benchmarks.prompts.examination run --part PART …"
-    rows = [*rows, *_first(rows)]
     parts = {
         "Vetting": _vetting(rows),
         "What it costs": _costs(rows),
         "Screening at a false-alarm rate of 1 %": _screening(rows),
         "Whether tokens of the meta-net lie closer together under a trigger": _tokens(rows),
         "Repair by realignment, beside its controls": _repairs(rows),
-        "Every learner": _every([row for row in rows if row["method"] in _METHODS and row["method"] != "first"]),
+        "Every learner": _every([row for row in rows if row["method"] in _METHODS]),
     }
     text = heading("Prompt learners: attacks, vetting, screening", command) + f"{_NOTE}\n\n"
-    machines = Counter(row["machine"] for row in rows if row["method"] != "first")
+    machines = Counter(row["machine"] for row in rows)
     text += f"Results by machine: {', '.join(f'{name} {count}' for name, count in machines.items())}.\n\n"
     text += "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items()) + "\n"
     replace_file(RESULTS / "prompts.md", text.encode())
-
-
-def _first(rows: list[Row]) -> list[Row]:
-    """What vetting would say without freshly tuned prompts."""
-    found = []
-    for row in rows:
-        if row["method"] == "hand-written":
-            verdict = "backdoored" if row["refuted"] else row["verdict"]
-            found.append({**row, "method": "first", "verdict": verdict, "score": row["first"]})
-            for key in ("screening", "images", "prompts"):
-                found[-1].pop(key, None)
-    return found
 
 
 def _attacks(rows: Sequence[Row]) -> dict[str, list[Row]]:

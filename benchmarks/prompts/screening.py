@@ -60,13 +60,18 @@ class _Embedded:
 
 
 def screened(
-    classifier: Classifier, towers: Classifier, vetting: Vetting, planted: KnownAttack, user: DemoData, seed: int
+    classifier: Classifier,
+    opinions: Mapping[str, Classifier],
+    vetting: Vetting,
+    planted: KnownAttack,
+    user: DemoData,
+    seed: int,
 ) -> dict[str, Any]:
     """Count clean and triggered requests that each way to screen flags, draw by draw.
 
     Args:
         classifier: The suspect.
-        towers: Its towers with the hand-written prompts.
+        opinions: Who gives second opinions, by name: its towers with the `hand-written` prompts, and with others.
         vetting: What vetting found.
         planted: The attacker's trigger.
         user: Its sets for calibration and requests.
@@ -79,16 +84,23 @@ def screened(
     digits = np.arange(len(user.requests)) % (len(user.requests) // RENDERINGS)
     groups = np.concatenate([known[:count], 10_000 + digits])
     stamped = planted.trigger.stamp(pixels)
-    attacked = _embedded(classifier, (), towers, stamped)
-    of_learner = _embedded(classifier, vetting.triggers, towers, pixels), attacked
+    towers = opinions["hand-written"]
+    of_learner = {
+        name: (_embedded(classifier, vetting.triggers, each, pixels), _embedded(classifier, (), each, stamped))
+        for name, each in opinions.items()
+    }
+    plain = of_learner["hand-written"]
+    attacked = plain[1]
     of_towers = _embedded(towers, vetting.triggers, None, pixels), _embedded(towers, (), None, stamped)
     # Only triggered requests that do lead to the target are counted.
     hit = (classifier.predict(torch.from_numpy(attacked.clean)) == planted.target).numpy() & (labels != planted.target)
     ways = {
-        "token, answer and second opinion": (classifier, of_learner, towers, True),
-        "token and answer": (classifier, of_learner, None, True),
+        **{
+            f"token, answer and second opinion ({name} prompts)": (classifier, of_learner[name], each, True)
+            for name, each in opinions.items()
+        },
+        "token and answer": (classifier, plain, None, True),
         "image embedding alone": (towers, of_towers, None, True),
-        "token, answer and second opinion, every picture a group of its own": (classifier, of_learner, towers, False),
     }
     found: dict[str, Any] = {name: [] for name in ways}
     for draw in range(DRAWS):

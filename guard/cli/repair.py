@@ -145,7 +145,7 @@ def repair(
     known.check_model(suspect.digest)
     tried = (*guard.vetting.listed_probes(), *(guard.vetting.read_probes(probes) if probes else ()))
     _check_probes(known, {probe.name for probe in tried})
-    trusted = guard.load(base, classes=classes, device=device) if base else certified.own_towers(suspect)
+    trusted = guard.load(base, classes=classes, device=device) if base else None
     given = _read(images, pairs, suspect, limit, seed, console)
     other = None
     if vetting_images is not None:

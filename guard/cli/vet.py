@@ -42,8 +42,8 @@ EXIT_CODES = {"no evidence": 0, "backdoored": 1, "inconclusive": 3}
 @click.option(
     "--base",
     help="Trusted model to compare MODEL with, such as the checkpoint that MODEL was fine-tuned from. For a "
-    "prompt learner it is the checkpoint that its towers were taken from; without it, the learner is compared with "
-    "hand-written prompts on its own towers, and the verdict is inconclusive at best.",
+    "prompt learner it is the checkpoint that its towers were taken from; without it nobody vouches for them, and the "
+    "verdict is inconclusive instead of no evidence.",
 )
 @click.option(
     "--vocabulary",
@@ -149,7 +149,7 @@ def vet(
         image_vetting = guard.vet(
             classifier,
             pixels,
-            base=reference or certified.own_towers(classifier),
+            base=reference,
             budget=budget,  # type: ignore[arg-type]  # click has checked the choice
             seed=seed,
             repeats=repeat,
@@ -191,7 +191,7 @@ def summary(profile: "Profile", out: Path) -> str:
     if reference_model.kind == "classes":
         lines.append("  compared with nothing but the other classes; --base makes this sharper")
     else:
-        names = {"base": "the base", "towers": "hand-written prompts on its own towers, which nobody vouches for"}
+        names = {"base": "the base", "towers": "prompts tuned anew on the towers of the base"}
         name = names.get(reference_model.kind, "a reference model made from the model itself")
         agreement = ""
         if vetting.results:

@@ -141,7 +141,7 @@ def reference_model(document: Document) -> str:
     used = document.vetting.reference_model
     if used.kind == "classes":
         return "none; the classes are compared with each other"
-    names = {"base": "trusted base model", "towers": "hand-written prompts on the model's own towers"}
+    names = {"base": "trusted base model", "towers": "prompts tuned anew on trusted towers"}
     name = names.get(used.kind, "derived from the model itself")
     return f"{name}; gives the same answer as the model on {percent(used.agreement)} of images"
 
@@ -160,7 +160,7 @@ def effort(document: Document) -> str:
 def _name(used: ReferenceModel) -> str:
     names = {
         "base": "the trusted base model",
-        "towers": "hand-written prompts on its own towers",
+        "towers": "prompts that were tuned anew on trusted towers",
         "derived": "the reference model that was derived from the model itself",
     }
     return names.get(used.kind, "a reference model")
@@ -182,11 +182,6 @@ def _reference_model(used: ReferenceModel) -> str:
         text += (
             " That is little: part of the difference between them may come from their being two different models, and "
             "not from a backdoor."
-        )
-    if used.kind == "towers":
-        text += (
-            " Nobody vouches for these towers: a backdoor in them would be in both. With the checkpoint that they were "
-            "taken from as the base, that is settled."
         )
     if used.kind == "derived":
         text += (

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from guard.errors import UsageError
-from guard.vetting.results import Conclusion, Verdict, Vetting
-from guard.vetting.verdict import UNSURE
+from guard.vetting.results import Conclusion, Vetting
 
 CONFIRMATIONS = 3
 """Number of vettings, the first included, that must agree where the first one is close to a threshold."""
@@ -45,21 +44,3 @@ def agreed(vettings: Sequence[Vetting]) -> Vetting:
         passes=sum(each.passes for each in vettings),
         seconds=sum(each.seconds for each in vettings),
     )
-
-
-def borne_out(accusation: Verdict, p_value: float | None = None) -> Verdict:
-    """Return an accusation, or `inconclusive` where the accused class does not stand out against a second reference.
-
-    Args:
-        accusation: Against the first reference.
-        p_value: Of the accused class against the second one, combined over families and corrected for classes, which
-            may be more than 1; None if it could not be compared.
-    """
-    against = "against prompts that were tuned anew on its answers"
-    if p_value is None:
-        return replace(accusation, reasons=(*accusation.reasons, f"{against} the class could not be compared"))
-    said = f"p = {min(1.0, p_value):.2g}"
-    if p_value <= UNSURE:
-        return replace(accusation, reasons=(*accusation.reasons, f"{against} the class stands out as well ({said})"))
-    reason = f"{against} the class does not stand out ({said}); hand-written prompts that know a class badly look alike"
-    return replace(accusation, outcome="inconclusive", target=None, reasons=(reason, *accusation.reasons))

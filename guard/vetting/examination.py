@@ -1,7 +1,7 @@
 """Examine a classifier for backdoors."""
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -14,7 +14,7 @@ from guard.classifiers.classifier import Classifier
 from guard.classifiers.prompts import PromptedClassifier
 from guard.errors import ImageError, UsageError
 from guard.triggers import FAMILIES
-from guard.vetting.agreement import CONFIRMATIONS, agreed, borne_out
+from guard.vetting.agreement import CONFIRMATIONS, agreed
 from guard.vetting.batches import halves
 from guard.vetting.budgets import BUDGETS, Budget, DerivedReferenceSettings, Effort
 from guard.vetting.cache import SearchCache
@@ -27,7 +27,7 @@ from guard.vetting.reference import FRESH_METHOD, derive_reference, fresh_prompt
 from guard.vetting.reference import METHOD as REFERENCE_METHOD
 from guard.vetting.results import FamilyResult, FoundTarget, ReferenceModel, Verdict, Vetting
 from guard.vetting.searches import Searches
-from guard.vetting.verdict import class_results, is_close, judge
+from guard.vetting.verdict import is_close, judge
 
 MIN_IMAGES = 64
 _UNVOUCHED = (
@@ -66,21 +66,22 @@ def vet(
     `guard.vetting.race.RACED_CLASSES`, only for candidates, which the probes and a search that names no class hint at,
     and for some classes to compare them with. The triggers of classes that stand out are reconstructed and checked; the
     p-values, corrected for all classes, and the checks together give the verdict. Where the suspect's weights differ
-    from those of the base as if by noise (`guard.vetting.difference`), `no evidence` becomes `inconclusive`. A prompt
-    learner that is accused against its towers with hand-written prompts is also compared with prompts that are tuned
-    anew (`guard.vetting.agreement.borne_out`), unless `derive` forbids it.
+    from those of the base as if by noise (`guard.vetting.difference`), `no evidence` becomes `inconclusive`.
 
-    Comparing a prompt learner with prompts on its own towers shows what lies in the prompts, and is blind to what lies
-    in the towers, which moves both. So the verdict is `inconclusive` instead of `no evidence`, unless somebody vouches
-    for the towers by giving as the base a classifier that was loaded from elsewhere and has the same weights.
+    A prompt learner is compared with prompts of its form that are tuned anew on its own answers
+    (`guard.vetting.reference.fresh_prompts`), on the towers of the base. Hand-written prompts may know a class badly,
+    of which honest tuning then makes much. On its own towers the comparison shows what lies in the prompts, and is
+    blind to what lies in the towers, which moves both: without a base the verdict is `inconclusive` instead of `no
+    evidence`.
 
     Args:
         classifier: The suspect.
         images: uint8, shape [N, 3, H, W] at the classifier's resolution; unlabelled, at least 64.
         base: A trusted model with the same classes and input size, such as the checkpoint that the suspect was tuned
-            from. Of a prompt learner, its own `towers` may be given, for which nobody vouches.
+            from, or that the towers of a prompt learner were taken from.
         derive: Whether to derive a reference model where there is no base model; without any reference model the
-            classes are compared with each other.
+            classes are compared with each other. Whether to tune prompts anew for a prompt learner; without, it is
+            compared with the hand-written ones of the base.
         families: Names from `guard.triggers.FAMILIES`.
         budget: How much work to do.
         seed: Seed for the split, the reference model, the starts of the searches and the batches.
@@ -99,7 +100,9 @@ def vet(
         UsageError: The base model is the suspect itself, or has other classes or another input size; a family is
             unknown; there is no probe, or two have one name; or `repeats` is less than 1.
     """
-    unvouched = _is_only_its_own(classifier, base, derive=derive)
+    if isinstance(base, PromptedClassifier):
+        base = base.towers  # what is asked for is what a learner was made from
+    unvouched = derive and base is None and _has_contexts(classifier)
     if isinstance(classifier, PromptedClassifier) and base is not None and base.digest == classifier.towers.digest:
         base = classifier.towers  # one and the same, through which images then pass once
     tried_probes = tuple(listed_probes() if probes is None else probes)
@@ -113,11 +116,7 @@ def vet(
 
     first = vetted(seed)
     count = (CONFIRMATIONS if is_close(first.verdict) else 1) if repeats is None else repeats
-    found = agreed([first, *(vetted(seed + k) for k in range(1, count))])
-    # Hand-written prompts may know a class badly, of which honest tuning then makes much.
-    if found.verdict.outcome == "backdoored" and derive and _is_hand_written(base, classifier):
-        return examination.confirmed(found)
-    return found
+    return agreed([first, *(vetted(seed + k) for k in range(1, count))])
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +131,7 @@ class _Examination:
         cache: Folder in which finished searches are kept; None for none.
         progress: Called with (what is done, steps done, steps in all).
         race: Whether to stop early where the result is clear.
-        unvouched: Whether nobody vouches for the towers of a prompt learner that it is compared on.
+        unvouched: Whether it is a prompt learner, and nobody vouches for its towers.
     """
 
     classifier: Classifier
@@ -172,23 +171,6 @@ class _Examination:
             found.unnamed,
         )
 
-    def confirmed(self, accusing: Vetting) -> Vetting:
-        """Return an accusation of a prompt learner, or `inconclusive` where freshly tuned prompts do not bear it out.
-
-        Args:
-            accusing: Made against the hand-written prompts.
-        """
-        began = time.monotonic()
-        target = accusing.verdict.target
-        found = self._inspected(None, accusing.effort, derive=True, also={target} if target is not None else ())
-        accused = [each.p_value for each in class_results(found.results) if each.target == target]
-        return replace(
-            accusing,
-            verdict=borne_out(accusing.verdict, *accused),
-            passes=accusing.passes + found.passes + found.searches.passes,
-            seconds=accusing.seconds + time.monotonic() - began,
-        )
-
     def _doubting(self, verdict: Verdict, base: Classifier | None, reference_model: ReferenceModel) -> Verdict:
         """Return the verdict; `inconclusive` for `no evidence` where something hides what would be evidence."""
         if verdict.outcome != "no evidence":
@@ -202,9 +184,9 @@ class _Examination:
                 f"the model multiplies its cosines by {scale:.2g} (logit_scale), which changes no answer and hides "
                 f"what would be evidence; a model that was trained has at least {_LEAST_SCALE:g}"
             )
-        elif reference_model.kind == "derived" and agreement is not None and agreement < _LEAST_AGREEMENT:
+        elif reference_model.kind in {"derived", "towers"} and agreement is not None and agreement < _LEAST_AGREEMENT:
             reason = (
-                f"the reference model that was derived from the model gives the same answer on {agreement:.0%} of "
+                f"the reference model that was made from the model gives the same answer on {agreement:.0%} of "
                 "images only, so that it says little; give the checkpoint that the model was tuned from as the base"
             )
         elif found is not None and found.is_noise:
@@ -216,27 +198,19 @@ class _Examination:
             return verdict
         return replace(verdict, outcome="inconclusive", reasons=(reason, *verdict.reasons))
 
-    def _inspected(
-        self, base: Classifier | None, effort: Effort, *, derive: bool, also: Collection[int] = ()
-    ) -> "_Inspected":
-        """Try the probes, and inspect all families of triggers.
-
-        Args:
-            base: The trusted model; None for none.
-            effort: How much work to do.
-            derive: Whether to derive a reference model where there is no base.
-            also: Classes that are candidates in any case.
-        """
+    def _inspected(self, base: Classifier | None, effort: Effort, *, derive: bool) -> "_Inspected":
+        """Try the probes, and inspect all families of triggers."""
         classifier, seed = self.classifier, effort.inspection.seed
         searched, held_out = halves(self.images, seed)
         settings = effort.derived_reference if derive else None
         model, reference_model = _reference_model(classifier, base, searched, held_out, settings, self.progress)
-        if base is not None and self.unvouched:
-            reference_model = replace(reference_model, kind="towers")
         # A derived reference is known by how it is made: on a GPU its weights differ in the last bits between runs.
         made = [FRESH_METHOD if _has_contexts(classifier) else REFERENCE_METHOD, asdict(effort.derived_reference)]
         identities = {
-            "base": reference_model.digest, "towers": reference_model.digest, "derived": made, "classes": None
+            "base": reference_model.digest,
+            "towers": [reference_model.digest, *made],
+            "derived": made,
+            "classes": None,
         }  # fmt: skip
         identity = identities[reference_model.kind]
         store = SearchCache(self.cache) if self.cache else None
@@ -249,7 +223,7 @@ class _Examination:
         # Where all classes are inspected anyway there is no need to know candidates.
         many = self.race and len(distinct_classes(classifier)) > RACED_CLASSES
         unnamed = [each for family in self.families if many for each in searches.targets(family, effort.target_search)]
-        candidates = {*_candidates(tried, unnamed), *also} if many else set()
+        candidates = _candidates(tried, unnamed) if many else set()
         race = Race(
             searches, reference_model.kind, self.families, effort.inspection, tried, candidates, full=not self.race
         )
@@ -335,34 +309,25 @@ def _reference_model(
     settings: DerivedReferenceSettings | None,
     progress: Callable[[str, int, int], None],
 ) -> tuple[Classifier | None, ReferenceModel]:
-    """Return the base model, or else a derived reference if there are settings for one, or else None."""
+    """Return prompts tuned anew or the base model, or else a derived reference if there are settings, or else None."""
+    if settings is not None and _has_contexts(classifier):
+        model, passes = fresh_prompts(classifier, searched, settings, towers=base, progress=progress)
+        agreement, passes = _agreement(classifier, model, held_out), passes + 2 * len(held_out)
+        if base is None:
+            return model, ReferenceModel("derived", None, agreement, passes)
+        return model, ReferenceModel("towers", base.digest.root, agreement, passes)
     if base is not None:
         return base, ReferenceModel("base", base.digest.root, _agreement(classifier, base, held_out), 2 * len(held_out))
     if settings is not None:
-        if _has_contexts(classifier):
-            model, passes = fresh_prompts(classifier, searched, settings, progress=progress)
-        else:
-            model, passes = derive_reference(classifier, searched, settings, progress=progress)
+        model, passes = derive_reference(classifier, searched, settings, progress=progress)
         agreement = _agreement(classifier, model, held_out)
         return model, ReferenceModel("derived", None, agreement, passes + 2 * len(held_out))
     return None, ReferenceModel("classes", None, None, 0)
 
 
-def _is_only_its_own(classifier: Classifier, base: Classifier | None, *, derive: bool) -> bool:
-    """Whether a prompt learner is compared with nothing but its own towers, for which nobody vouches."""
-    if not isinstance(classifier, PromptedClassifier):
-        return False
-    return base is classifier.towers or (base is None and derive and _has_contexts(classifier))
-
-
 def _has_contexts(classifier: Classifier) -> TypeGuard[PromptedClassifier]:
     """Whether it is a prompt learner whose prompts are contexts; a visual prompt acts as a part of the image tower."""
     return isinstance(classifier, PromptedClassifier) and classifier.learner.kind != "visual"
-
-
-def _is_hand_written(base: Classifier | None, classifier: Classifier) -> bool:
-    """Whether the base is the towers of a prompt learner whose prompts are contexts."""
-    return _has_contexts(classifier) and base is classifier.towers
 
 
 def _agreement(classifier: Classifier, other: Classifier, images: Tensor) -> float:

@@ -78,7 +78,7 @@ def _upper_tail(value: float, degrees: float) -> float:
     return float(stdtr(degrees, -value))
 
 
-_AS_MEASURED: Mapping[str, str] = MappingProxyType({"towers": "base"})
+_AS_MEASURED: Mapping[str, str] = MappingProxyType({"towers": "derived"})
 """Kinds of reference models that have no entries of their own, and those whose entries hold for them."""
 NO_PRIOR = Prior(1.0, 0.0, 0)
 """No prior knowledge; with no degrees of freedom, its variance does not matter."""

@@ -100,32 +100,34 @@ def fresh_prompts(
     images: Tensor,
     settings: DerivedReferenceSettings,
     *,
+    towers: Classifier | None = None,
     progress: Progress = lambda *_: None,
 ) -> tuple[Classifier, int]:
-    """Return the suspect's towers with a prompt learner that was tuned anew on the suspect's answers to clean images.
+    """Return towers with a prompt learner that was tuned anew on the suspect's answers to clean images.
 
-    The towers of a prompt learner are honest, and what a derived reference changes, the image tower, holds no
+    Where the towers of a prompt learner are honest, what a derived reference changes, the image tower, holds no
     backdoor; it lies in the prompts. A learner of the same form, tuned on the same answers but never on a trigger,
     agrees with the suspect on clean images, and departs from the hand-written prompts as any tuning does. No labels are
-    needed.
+    needed. Where each class has a context of its own (CoOp's CSC), the new ones share one.
 
     Args:
         classifier: The suspect, whose prompts are contexts; it is not changed.
         images: uint8, shape [N, 3, H, W]: clean images, unlabelled.
         settings: Steps, batch, rate and seed; there is no noise.
+        towers: The towers to tune them on; None for those of the suspect, which share what lies in them.
         progress: Called with (what, steps done, steps in all).
 
     Returns:
         The reference model, and the number of images pushed through image towers.
     """
-    learner = classifier.learner
+    learner, towers = classifier.learner, towers or classifier.towers
     labels = classifier.predict(classifier.embed(images))
     tuning = TuningSettings(
         steps=settings.steps, batch=settings.batch, learning_rate=2 * settings.learning_rate, seed=settings.seed
     )
     wanted = PromptTuningSettings(learner.kind, "", learner.length, learner.hidden, tuning=tuning)
-    found = tune_prompts(classifier.towers, images, labels, wanted, progress=progress)
-    reference_model = PromptedClassifier(classifier.towers, found, source=f"fresh prompts like {classifier.source}")
+    found = tune_prompts(towers, images, labels, wanted, progress=progress)
+    reference_model = PromptedClassifier(towers, found, source=f"fresh prompts like {classifier.source}")
     return reference_model, len(images) + settings.steps * min(settings.batch, len(images))
 
 

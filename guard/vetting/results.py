@@ -20,15 +20,15 @@ Conclusion = Literal["backdoored", "no evidence", "inconclusive"]
 PROBES = "probes"
 """Stands for a trigger family in the results of probes (`guard.vetting.probes`), which are not searched for."""
 ReferenceKind = Literal["base", "towers", "derived", "classes"]
-"""`base`: a trusted model. `towers`: the suspect's own towers with hand-written prompts, for which nobody vouches: what
-lies in them is in both. `derived`: a model that was made from the suspect. `classes`: there is no reference model, and
-only the classes are compared with each other."""
+"""`base`: a trusted model. `towers`: the towers of a trusted model, with prompts that were tuned anew on the answers of
+a prompt learner. `derived`: a model that was made from the suspect. `classes`: there is no reference model, and only
+the classes are compared with each other."""
 
 
 BEYOND: Mapping[ReferenceKind, str] = MappingProxyType(
     {
         "base": ", beyond what it does on the base model",
-        "towers": ", beyond what it does with hand-written prompts",
+        "towers": ", beyond what it does with prompts that were tuned anew",
         "derived": ", beyond what it does on the derived reference",
         "classes": "",
     }
@@ -42,7 +42,7 @@ class ReferenceModel:
 
     Attributes:
         kind: Where the reference model came from.
-        digest: Root digest of a base model, or of the towers; None for a derived reference, or without a reference
+        digest: Root digest of a base model; None for a derived reference, or without a reference
             model.
         agreement: Share of held-out images on which it gives the same answer as the suspect, in [0, 1]; None without a
             reference model. Where the two hardly agree they are simply two different models, and their differences

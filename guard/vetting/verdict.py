@@ -18,7 +18,7 @@ MIN_SUCCESS = 0.5
 """Success on held-out images below which a reconstruction does not count as a trigger (CLIP-Inspector's validity
 rule)."""
 MAX_STRENGTH: Mapping[ReferenceKind, float] = MappingProxyType(
-    {"base": 1.3, "towers": 1.3, "derived": 0.75, "classes": 0.75}
+    {"base": 1.3, "towers": 0.75, "derived": 0.75, "classes": 0.75}
 )
 """Largest norm of the smallest trigger found, relative to the radius that the inspection allowed, that still counts as
 a shortcut. On the zoo `small` of seed 0, against a base model, the hardest backdoored models need up to 1.1 radii, and

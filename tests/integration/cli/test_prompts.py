@@ -32,7 +32,7 @@ def test_a_checkpoint_is_converted_and_its_classifier_vetted_against_its_own_tow
         "--budget", "quick", "--out", out,
     )  # fmt: skip
     assert result.returncode in {0, 1, 3}, result.stderr
-    assert Profile.open(out).document.vetting.reference_model.kind == "towers"
+    assert Profile.open(out).document.vetting.reference_model.kind == "derived"
 
 
 def test_a_learner_in_the_folder_of_its_model_is_vetted_calibrated_certified_and_exported_with_it(
@@ -45,7 +45,7 @@ def test_a_learner_in_the_folder_of_its_model_is_vetted_calibrated_certified_and
     result = guard("vet", model, "--images", image_folder, *budget, "--out", profile)
     assert result.returncode in {0, 1, 3}, result.stderr
     found = Profile.open(profile).document
-    assert (found.vetting.reference_model.kind, found.model.embedding) == ("towers", WIDTH + DEPTH + 6 + 1)
+    assert (found.vetting.reference_model.kind, found.model.embedding) == ("derived", WIDTH + DEPTH + 6 + 1)
     result = guard("calibrate", profile, "--images", image_folder, "--alpha", "0.05")
     assert result.returncode == 0, result.stderr
     opened = Profile.open(profile)

@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from guard.classifiers import Classifier, ClassList, load
+from guard.classifiers import Classifier, load
 from guard.classifiers.prompts import PromptedClassifier
 from guard.errors import UsageError
 from guard.vetting import BUDGETS, Vetting, agreed, vet
-from guard.vetting.agreement import borne_out
 from guard.vetting.budgets import (
     DerivedReferenceSettings,
     Effort,
@@ -18,9 +17,10 @@ from guard.vetting.budgets import (
     SearchSettings,
     TargetSearchSettings,
 )
+from guard.vetting.reference import fresh_prompts
 from guard.vetting.results import Conclusion, Verdict
 from guard.vetting.search import search_targets
-from guard.vetting.verdict import class_results
+from tests.conftest import tiny_model
 from tests.unit.classifiers.test_prompts import learner
 from tests.zoo import TARGET, FakeVetting
 
@@ -102,68 +102,45 @@ def test_a_number_of_vettings_that_is_asked_for_is_kept(vetted: Callable[..., tu
     assert vetted(("backdoored", 0.005), repeats=1)[1] == [4]
 
 
-@pytest.mark.parametrize("derive", [True, False])
-def test_an_accused_prompt_learner_is_compared_with_freshly_tuned_prompts(
-    classifier: Classifier, images: torch.Tensor, accusing: Vetting, monkeypatch: pytest.MonkeyPatch, *, derive: bool
-) -> None:
-    monkeypatch.setattr("guard.vetting.examination._Examination.vetted", lambda *_, **__: accusing)
-    accusing = replace(accusing, effort=SHORT)
-    suspect = PromptedClassifier(classifier, learner("coop"))
-    found = vet(suspect, images, base=classifier, derive=derive, families=["patch"])
-    said = [reason for reason in found.verdict.reasons if "tuned anew on its answers" in reason]
-    assert len(said) == derive
-    assert (found.passes > accusing.passes) == derive
-
-
 def test_no_vetting_says_nothing() -> None:
     with pytest.raises(UsageError, match="at least one seed"):
         agreed([])
 
 
-def test_an_accusation_that_another_reference_does_not_bear_out_is_inconclusive(accusing: Vetting) -> None:
-    verdict = accusing.verdict
-    assert borne_out(verdict, 0.01).target == TARGET
-    assert "stands out as well (p = 0.01)" in borne_out(verdict, 0.01).reasons[-1]
-    refuted = borne_out(verdict, 0.3)
-    assert (refuted.outcome, refuted.target) == ("inconclusive", None)
-    assert "does not stand out (p = 0.3)" in refuted.reasons[0]
-    assert borne_out(verdict).outcome == "backdoored"
-
-
-@pytest.mark.parametrize("base", ["none", "own", "loaded"])
-def test_towers_that_came_with_the_prompts_are_no_base(
-    base: str, model_directory: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("derive", [True, False])
+@pytest.mark.parametrize("base", ["none", "loaded", "others"])
+def test_a_prompt_learner_is_compared_with_fresh_prompts_on_towers_that_somebody_vouches_for(
+    base: str, model_directory: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch, *, derive: bool
 ) -> None:
-    """What lies in them is in both. Somebody who loads the same weights from elsewhere vouches for them."""
+    """What lies in its own towers is in both, unless they are those of a base."""
     monkeypatch.setitem(BUDGETS, "quick", SHORT)
     monkeypatch.setattr("guard.vetting.examination.judge", lambda *_: NOTHING)
+    monkeypatch.setattr("guard.vetting.examination._LEAST_AGREEMENT", 0.0)
+    used: list[Classifier] = []
+    tune = fresh_prompts
+
+    def seen(*arguments: Any, **named: Any) -> Any:
+        made = tune(*arguments, **named)
+        used.append(made[0])
+        return made
+
+    monkeypatch.setattr("guard.vetting.examination.fresh_prompts", seen)
     suspect = PromptedClassifier(load(str(model_directory), device="cpu"), learner("coop"))
-    given = {"none": None, "own": suspect.towers, "loaded": load(str(model_directory), device="cpu")}[base]
-    vetting = vet(suspect, images, base=given, budget="quick", families=["patch"], repeats=1)
-    assert vetting.reference_model.kind == {"none": "derived", "own": "towers", "loaded": "base"}[base]
-    assert vetting.verdict.outcome == ("no evidence" if base == "loaded" else "inconclusive")
-    assert ("nobody vouches for" in vetting.verdict.reasons[0]) == (base != "loaded")
-
-
-def test_an_accused_class_is_compared_again_also_among_many(
-    model_directory: Path, images: torch.Tensor, accusing: Vetting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What hints at nothing against fresh prompts is inspected there all the same."""
-    names = tuple(f"thing {word}" for word in "abcdefghijklmnopqrstuvwxyz") + tuple(f"sort {k}" for k in "abcdefghijkl")
-    towers = load(str(model_directory), device="cpu", classes=ClassList(names, ("a {}",)))
-    suspect, inspected = PromptedClassifier(towers, learner("coop")), []
-    verdict = replace(accusing.verdict, target=30)
-    accusing = replace(accusing, effort=SHORT, verdict=verdict)
-    monkeypatch.setattr("guard.vetting.examination._Examination.vetted", lambda *_, **__: accusing)
-
-    def seen(results: Any) -> Any:
-        inspected.append({entry.target for item in results[:-1] for entry in item.classes})
-        return class_results(results)
-
-    monkeypatch.setattr("guard.vetting.examination.class_results", seen)
-    vet(suspect, images, base=towers, families=["patch"])
-    assert 30 in inspected[0]
-    assert len(inspected[0]) < len(names)
+    loaded = load(str(model_directory), device="cpu")
+    given = {"none": None, "loaded": loaded, "others": loaded.with_model(tiny_model(3), "another")}[base]
+    vetting = vet(suspect, images, base=given, derive=derive, budget="quick", families=["patch"], repeats=1)
+    assert len(used) == derive
+    if derive:
+        assert vetting.reference_model.kind == ("derived" if base == "none" else "towers")
+        wanted = given if base == "others" else suspect.towers
+        assert wanted is not None
+        assert isinstance(used[0], PromptedClassifier)
+        assert used[0].towers.digest == wanted.digest
+    else:
+        assert vetting.reference_model.kind == ("classes" if base == "none" else "base")
+    unvouched = derive and base == "none"
+    assert vetting.verdict.outcome == ("inconclusive" if unvouched else "no evidence")
+    assert ("nobody vouches for" in vetting.verdict.reasons[0]) == unvouched
 
 
 def test_the_search_that_names_no_class_moves_for_prompts_on_shared_towers(
