@@ -116,6 +116,7 @@ def test_a_prompt_learner_is_compared_with_fresh_prompts_on_towers_that_somebody
     monkeypatch.setitem(BUDGETS, "quick", SHORT)
     monkeypatch.setattr("guard.vetting.examination.judge", lambda *_: NOTHING)
     monkeypatch.setattr("guard.vetting.examination._LEAST_AGREEMENT", 0.0)
+    monkeypatch.setattr("guard.vetting.examination.difference", lambda *_: None)
     used: list[Classifier] = []
     tune = fresh_prompts
 
