@@ -35,7 +35,8 @@ _CLEAR = 1e-6
 """Corrected p-value at which half of the steps are enough. It is so small that looking twice costs no false alarm worth
 a correction."""
 _HOPELESS = 0.2
-"""Smallest p-value of any family, corrected for its classes only, above which the other half of the steps is saved."""
+"""Smallest p-value of any family, corrected for its classes only, above which the other half of the steps is saved.
+Among many classes it is saved for each such family by itself."""
 
 
 class Race:
@@ -83,7 +84,7 @@ class Race:
         half, whole = max(1, self._settings.steps // 2), self._settings.steps
         results: tuple[FamilyResult, ...] = ()
         for steps in (whole,) if self._full else (half, whole):
-            for family in self._families:
+            for family in active:
                 began = time.monotonic()
                 done = self._searches.inspect(family, self._settings, steps, active[family])
                 self._found[family].setdefault(steps, {}).update(done)
@@ -92,7 +93,7 @@ class Race:
             if _is_settled(results):
                 break
             if self._drops:
-                active = {item.family: self._survivors(item) for item in results[:-1]}
+                active = {item.family: self._survivors(item) for item in results[:-1] if item.p_value <= _HOPELESS}
         return results
 
     def parameters(self, family: str, target: int) -> Raw:
