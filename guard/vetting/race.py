@@ -84,9 +84,9 @@ class Race:
         half, whole = max(1, self._settings.steps // 2), self._settings.steps
         results: tuple[FamilyResult, ...] = ()
         for steps in (whole,) if self._full else (half, whole):
-            for family in active:
+            for family, classes in active.items():
                 began = time.monotonic()
-                done = self._searches.inspect(family, self._settings, steps, active[family])
+                done = self._searches.inspect(family, self._settings, steps, classes)
                 self._found[family].setdefault(steps, {}).update(done)
                 self._seconds[family] += time.monotonic() - began
             results = (*(self._result(family) for family in self._families), self._probed)
