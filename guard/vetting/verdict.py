@@ -23,8 +23,8 @@ MAX_STRENGTH: Mapping[ReferenceKind, float] = MappingProxyType(
 """Largest norm of the smallest trigger found, relative to the radius that the inspection allowed, that still counts as
 a shortcut. On the zoo `small` of seed 0, against a base model, the hardest backdoored models need up to 1.1 radii, and
 clean models with an outlier need 1.6. Without a base model classes stand out by nature too: there the most outlying
-class of a clean model needs at least 0.77, and the classes of most backdoored models need less than 0.6. Prompts that were
-tuned anew share the towers with the suspect and hold no backdoor, as a base does."""
+class of a clean model needs at least 0.77, and the classes of most backdoored models need less than 0.6. Prompts that
+were tuned anew on trusted towers hold no backdoor, as a base does."""
 SHORTCUT = 0.6
 """Strength up to which a trigger is so small that the class need not stand out as much: see `EASE`."""
 EASE = 20.0
