@@ -19,7 +19,7 @@ from guard.vetting.batches import halves
 from guard.vetting.budgets import BUDGETS, Budget, DerivedReferenceSettings, Effort
 from guard.vetting.cache import SearchCache
 from guard.vetting.difference import difference
-from guard.vetting.probes import Probe, Probed, listed_probes
+from guard.vetting.probes import Probe, listed_probes
 from guard.vetting.probes import result as probe_result
 from guard.vetting.race import RACED_CLASSES, Race, distinct_classes
 from guard.vetting.reconstruction import reconstruct_suspects
@@ -145,16 +145,37 @@ class _Examination:
 
     def vetted(self, base: Classifier | None, effort: Effort, *, derive: bool) -> Vetting:
         """Vet against a base, or against a derived reference, or against none, with the seed of the effort."""
-        started = time.monotonic()
-        found = self._inspected(base, effort, derive=derive)
-        searches, results, reference_model = found.searches, found.results, found.reference_model
+        started, classifier, seed = time.monotonic(), self.classifier, effort.inspection.seed
+        searched, held_out = halves(self.images, seed)
+        settings = effort.derived_reference if derive else None
+        model, reference_model = _reference_model(classifier, base, searched, held_out, settings, self.progress)
+        kind = reference_model.kind
+        # A derived reference is known by how it is made: on a GPU its weights differ in the last bits between runs.
+        made = [FRESH_METHOD if _has_contexts(classifier) else REFERENCE_METHOD, asdict(effort.derived_reference)]
+        identities = {
+            "base": reference_model.digest,
+            "towers": [reference_model.digest, *made],
+            "derived": made,
+            "classes": None,
+        }
+        store = SearchCache(self.cache) if self.cache else None
+        searches = Searches(classifier, model, identities[kind], searched, held_out, store, self.progress)
+        began = time.monotonic()
+        probed = searches.probe(self.probes)
+        tried = probe_result(probed, classifier.classes.names, kind, seed=seed, seconds=time.monotonic() - began)
+        # Where all classes are inspected anyway there is no need to know candidates.
+        many = self.race and len(distinct_classes(classifier)) > RACED_CLASSES
+        unnamed = [each for family in self.families if many for each in searches.targets(family, effort.target_search)]
+        candidates = _candidates(tried, unnamed) if many else set()
+        race = Race(searches, kind, self.families, effort.inspection, tried, candidates, full=not self.race)
+        results = race.run()
         checks, triggers = reconstruct_suspects(
             searches,
             results,
-            found.race.parameters,
-            lambda target: self.probes[int(found.probed.probes[target])],
+            race.parameters,
+            lambda target: self.probes[int(probed.probes[target])],
             effort.reconstruction,
-            reference_model.kind,
+            kind,
             everything=not self.race,
         )
         return Vetting(
@@ -163,12 +184,12 @@ class _Examination:
             checks,
             triggers,
             effort,
-            found.images,
+            (len(searched), len(held_out)),
             reference_model,
-            str(self.classifier.device),
+            str(classifier.device),
             time.monotonic() - started,
-            found.passes + searches.passes,
-            found.unnamed,
+            reference_model.passes + sum(item.passes for item in results) + searches.passes,
+            tuple(unnamed),
         )
 
     def _doubting(self, verdict: Verdict, base: Classifier | None, reference_model: ReferenceModel) -> Verdict:
@@ -197,65 +218,6 @@ class _Examination:
         else:
             return verdict
         return replace(verdict, outcome="inconclusive", reasons=(reason, *verdict.reasons))
-
-    def _inspected(self, base: Classifier | None, effort: Effort, *, derive: bool) -> "_Inspected":
-        """Try the probes, and inspect all families of triggers."""
-        classifier, seed = self.classifier, effort.inspection.seed
-        searched, held_out = halves(self.images, seed)
-        settings = effort.derived_reference if derive else None
-        model, reference_model = _reference_model(classifier, base, searched, held_out, settings, self.progress)
-        # A derived reference is known by how it is made: on a GPU its weights differ in the last bits between runs.
-        made = [FRESH_METHOD if _has_contexts(classifier) else REFERENCE_METHOD, asdict(effort.derived_reference)]
-        identities = {
-            "base": reference_model.digest,
-            "towers": [reference_model.digest, *made],
-            "derived": made,
-            "classes": None,
-        }  # fmt: skip
-        identity = identities[reference_model.kind]
-        store = SearchCache(self.cache) if self.cache else None
-        searches = Searches(classifier, model, identity, searched, held_out, store, self.progress)
-        began = time.monotonic()
-        probed = searches.probe(self.probes)
-        tried = probe_result(
-            probed, classifier.classes.names, reference_model.kind, seed=seed, seconds=time.monotonic() - began
-        )
-        # Where all classes are inspected anyway there is no need to know candidates.
-        many = self.race and len(distinct_classes(classifier)) > RACED_CLASSES
-        unnamed = [each for family in self.families if many for each in searches.targets(family, effort.target_search)]
-        candidates = _candidates(tried, unnamed) if many else set()
-        race = Race(
-            searches, reference_model.kind, self.families, effort.inspection, tried, candidates, full=not self.race
-        )
-        results = race.run()
-        passes = reference_model.passes + sum(item.passes for item in results)
-        images = len(searched), len(held_out)
-        return _Inspected(searches, reference_model, probed, tuple(unnamed), race, results, images, passes)
-
-
-@dataclass(frozen=True, eq=False)
-class _Inspected:
-    """What probes and inspection have found.
-
-    Attributes:
-        searches: Runs further searches.
-        reference_model: What the suspect was compared with.
-        probed: What the probes did.
-        unnamed: Targets of the search that names no class.
-        race: Knows where each search ended.
-        results: One for each family, and that of the probes.
-        images: Number of images that are searched on, and of those held out.
-        passes: Of the reference model and of all results.
-    """
-
-    searches: Searches
-    reference_model: ReferenceModel
-    probed: Probed
-    unnamed: tuple[FoundTarget, ...]
-    race: Race
-    results: tuple[FamilyResult, ...]
-    images: tuple[int, int]
-    passes: int
 
 
 def _candidates(tried: FamilyResult, found: Sequence[FoundTarget]) -> set[int]:
