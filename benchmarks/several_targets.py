@@ -4,8 +4,8 @@ python -m benchmarks.several_targets ZOO
 
 Takes the statistics of a zoo that was evaluated (`guard evaluate ZOO --methods vetting-base,vetting-derived`), searches
 nothing, and writes benchmarks/results/several-targets-ZOO.md. Every p-value is computed anew in three ways: a class
-alone against the others, together with the largest other one, and with as many as half of the classes, as guard does.
-Then the statistics of the accused class of each accused model are given to more classes, in all families.
+alone against the others, together with the largest other one, and with as many as a third of the classes, as guard
+does. Then the statistics of the accused class of each accused model are given to more classes, in all families.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from guard.vetting.verdict import DOUBT, SIGNIFICANCE, combine
 
 Statistics = Mapping[str, tuple[int, Sequence[float | None]]]
 """Family → number of steps, and the statistic of each class."""
-WAYS = {"alone": 0, "with one more": 1, "with up to half of the classes": None}
+WAYS = {"alone": 0, "with one more": 1, "with up to a third of the classes": None}
 TARGETS = (1, 2, 3, 4, 5)
 _STEP = 0.05
 """How far each further target lies below the one before."""
@@ -53,7 +53,7 @@ def smallest(statistics: Statistics, kind: str, most: int | None) -> float:
     Args:
         statistics: Of all families.
         kind: Kind of the reference model.
-        most: Largest number of other classes that a class is looked at with; None for half of the classes.
+        most: Largest number of other classes that a class is looked at with; None for a third of the classes.
     """
     p_values: dict[int, list[float]] = {}
     removed = nulls._removed  # noqa: SLF001 - this is what is varied
@@ -75,7 +75,7 @@ def _statistics(detection: Mapping[str, object]) -> Statistics:
 
 def _unchanged(zoo: Zoo, found: Mapping[tuple[str, str], dict[str, object]]) -> list[str]:
     lines = [
-        "| reference | truth | models | way | p ≤ 0.01 | p ≤ 0.05 | largest change of p against the way before |",
+        "| reference | truth | models | way | p ≤ 0.01 | p ≤ 0.05 | largest fall of p against the way before |",
         "| --- " * 7 + "|",
     ]
     for kind in ("base", "derived"):

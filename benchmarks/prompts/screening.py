@@ -96,18 +96,18 @@ def screened(
     hit = (classifier.predict(torch.from_numpy(attacked.clean)) == planted.target).numpy() & (labels != planted.target)
     ways = {
         **{
-            f"token, answer and second opinion ({name} prompts)": (classifier, of_learner[name], each, True)
+            f"token, answer and second opinion ({name} prompts)": (classifier, of_learner[name], each)
             for name, each in opinions.items()
         },
-        "token and answer": (classifier, plain, None, True),
-        "image embedding alone": (towers, of_towers, None, True),
+        "token and answer": (classifier, plain, None),
+        "image embedding alone": (towers, of_towers, None),
     }
     found: dict[str, Any] = {name: [] for name in ways}
     for draw in range(DRAWS):
         rng = np.random.default_rng([seed, draw])
         chosen = np.isin(groups, rng.permutation(np.unique(groups))[:CALIBRATION_DIGITS])
-        for name, (model, (clean, moved), opinion, grouped) in ways.items():
-            detector = _detector(clean[chosen], model, opinion, groups[chosen] if grouped else None, seed + draw)
+        for name, (model, (clean, moved), opinion) in ways.items():
+            detector = _detector(clean[chosen], model, opinion, groups[chosen], seed + draw)
             counts: list[int] = []
             for samples in (clean[~chosen], moved[~chosen & hit]):
                 flags = detector.score(samples.clean, samples.answers if opinion else None).flags
@@ -130,7 +130,7 @@ def _embedded(
 
 
 def _detector(
-    samples: _Embedded, model: Classifier, opinion: Classifier | None, groups: NDArray[np.int64] | None, seed: int
+    samples: _Embedded, model: Classifier, opinion: Classifier | None, groups: NDArray[np.int64], seed: int
 ) -> Detector:
     found: Calibrated = calibrate(
         samples,

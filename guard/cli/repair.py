@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from guard.repair import Images, Method
 
 _NAMES = ("guided", "realign", "perturb-recover", "subtract", "switch")
+_LABELLED = {"realign", "perturb-recover"}
+"""Methods that need labels (`perturb-recover` labels or captions)."""
 EXIT_CODES = {"repaired": 0, "nothing to repair": 0, "not repaired": 1, "undecided": 3}
 
 
@@ -49,7 +51,11 @@ EXIT_CODES = {"repaired": 0, "nothing to repair": 0, "not repaired": 1, "undecid
 )
 @options.classes
 @options.prompt_learner
-@click.option("--base", help="Trusted model that MODEL was fine-tuned from.")
+@click.option(
+    "--base",
+    help="Trusted model that MODEL was fine-tuned from, or that the towers of a prompt learner were taken from. "
+    "Without it a CoOp or CoCoOp prompt learner is undecided at best.",
+)
 @click.option(
     "--out", type=options.PATH, default=Path("repaired"), show_default=True, help="Folder to write the result to."
 )
@@ -146,7 +152,7 @@ def repair(
     tried = (*guard.vetting.listed_probes(), *(guard.vetting.read_probes(probes) if probes else ()))
     _check_probes(known, {probe.name for probe in tried})
     trusted = guard.load(base, classes=classes, device=device) if base else None
-    given = _read(images, pairs, suspect, limit, seed, console)
+    given = _read(images, pairs, suspect, limit, seed, console, needed=method in _LABELLED)
     other = None
     if vetting_images is not None:
         other = suspect.read(guard.ImageFolder.scan(vetting_images).sample(limit, seed=seed), console.progress)
@@ -206,8 +212,21 @@ def _check_probes(profile: "Profile", tried: set[str]) -> None:
             )
 
 
-def _read(root: Path, pairs: Path | None, suspect: "Classifier", limit: int, seed: int, console: Console) -> "Images":
-    """The images, with labels or captions if there are any."""
+def _read(
+    root: Path,
+    pairs: Path | None,
+    suspect: "Classifier",
+    limit: int,
+    seed: int,
+    console: Console,
+    *,
+    needed: bool,
+) -> "Images":
+    """The images, with labels or captions if there are any.
+
+    Raises:
+        UsageError: The method needs labels, and only some sub-folders are named like classes.
+    """
     import torch
 
     from guard.classifiers import ImageFolder
@@ -220,9 +239,15 @@ def _read(root: Path, pairs: Path | None, suspect: "Classifier", limit: int, see
         return Images(suspect.read(folder, console.progress), captions=tuple(captions[k] for k in chosen))
     everything = ImageFolder.scan(root)
     # Before some are drawn: a rare class may have none among them.
-    names = folders_if_named(everything, suspect)
+    try:
+        names = folders_if_named(everything, suspect)
+    except UsageError as error:
+        if needed:
+            raise
+        console.say(f"the images have no labels: {error}")
+        names = None
     folder = everything.sample(limit, seed=seed)
     labels = None if names is None else torch.tensor(folder.labels(names), dtype=torch.long)
     if labels is None:
-        console.say(f"{root} has no sub-folder for each class, so the images have no labels")
+        console.say(f"no sub-folder of {root} gives labels, so the images have none")
     return Images(suspect.read(folder, console.progress), labels)

@@ -41,9 +41,9 @@ EXIT_CODES = {"no evidence": 0, "backdoored": 1, "inconclusive": 3}
 @options.prompt_learner
 @click.option(
     "--base",
-    help="Trusted model to compare MODEL with, such as the checkpoint that MODEL was fine-tuned from. For a "
-    "prompt learner it is the checkpoint that its towers were taken from; without it nobody vouches for them, and the "
-    "verdict is inconclusive instead of no evidence.",
+    help="Trusted model to compare MODEL with, such as the checkpoint that MODEL was fine-tuned from, or that the "
+    "towers of a prompt learner were taken from. Without it nobody vouches for the towers of a CoOp or CoCoOp prompt "
+    "learner, and its verdict is inconclusive instead of no evidence.",
 )
 @click.option(
     "--vocabulary",
@@ -196,7 +196,7 @@ def summary(profile: "Profile", out: Path) -> str:
         agreement = ""
         if vetting.results:
             agreement = f", which answers as the model does on {reference_model.agreement:.0%} of images"
-        advice = "" if reference_model.kind == "base" else "; --base makes this sharper"
+        advice = "" if reference_model.kind in names else "; --base makes this sharper"
         lines.append(f"  compared with {name}{agreement}{advice}")
     return "\n".join([*lines, f"profile: {out}", f"report: {out / REPORT_FILE}"])
 

@@ -22,6 +22,7 @@ from guard.repair.switch import Switch
 from guard.vetting import Budget, Conclusion, TextVetting, Verdict, Vetting, vet, vet_text
 from guard.vetting.examination import MIN_IMAGES as MIN_VETTING_IMAGES
 from guard.vetting.probes import Probe
+from guard.vetting.text_examination import without_prompts
 
 METHODS: Mapping[str, type[Method]] = {
     method.name: method for method in (Guided, Realign, PerturbRecover, Subtract, Switch)
@@ -58,8 +59,8 @@ class Repair:
         before: The suspect on the held-out images.
         after: The new model on them.
         drift: How far embeddings moved.
-        rounds: How often the method was applied; again, with the triggers that the new vetting found.
-        passes: Images pushed through image towers by the method.
+        rounds: How often the method was applied to this model; again, with the triggers that the new vetting found.
+        passes: Images pushed through image towers by the method, in all rounds.
         vetting_passes: The same by the new vettings.
         seconds: Wall-clock time of this run.
         seed: Seed for all random choices.
@@ -152,6 +153,8 @@ def repair(
         raise UsageError(f"the method {method.name} changes towers; a prompt learner is repaired by realign")
     if base is not None:
         suspect.check_comparable(base)
+    if text_tower:
+        without_prompts(suspect, base)
     train, held_out = images.parts(seed)
     searched = held_out.pixels if vetting_images is None else vetting_images
     if len(searched) < MIN_VETTING_IMAGES:
@@ -208,7 +211,8 @@ def repair(
             vetted += vetting.passes
             agreement = float((answers(candidate.classifier, held_out) == known).float().mean())
             after = measure(candidate.classifier, held_out, first.triggers)
-            tried.append(_Tried(candidate, vetting, text, _objections(vetting, text, before, after, agreement)))
+            reasons = _objections(vetting, text, before, after, agreement)
+            tried.append(_Tried(candidate, vetting, text, reasons, done))
             if not tried[-1].reasons:
                 break
         last = min(tried[earlier:], key=lambda each: each.badness)
@@ -229,7 +233,7 @@ def repair(
     if best.reasons:
         outcome = "undecided" if len(best.reasons) == len(best.doubts) else "not repaired"
     said = best.reasons or ["a new vetting has no evidence of a backdoor in the families that it tested"]
-    return record(outcome, said, best.candidate, (best.vetting, best.text), done, (trained, vetted))
+    return record(outcome, said, best.candidate, (best.vetting, best.text), best.done, (trained, vetted))
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,12 +269,13 @@ class _Work:
 
 @dataclass(frozen=True, eq=False)
 class _Tried:
-    """One candidate, what vetting says of it, and why it is not repaired."""
+    """One candidate, what vetting says of it, why it is not repaired, and the round that it comes from."""
 
     candidate: Candidate
     vetting: Vetting
     text: TextVetting | None
     reasons: list[str]
+    done: int
 
     @property
     def doubts(self) -> list[Verdict]:
@@ -279,9 +284,10 @@ class _Tried:
         return [verdict for verdict in verdicts if verdict.outcome == "inconclusive"]
 
     @property
-    def badness(self) -> tuple[bool, bool, float]:
-        """Orders candidates, the best first."""
-        return bool(self.reasons), self.vetting.verdict.outcome == "backdoored", -self.vetting.verdict.p_value
+    def badness(self) -> tuple[bool, int, int, float]:
+        """Orders candidates, the best first: repaired, then undecided, then those with few objections."""
+        certain = len(self.reasons) - len(self.doubts)
+        return len(self.reasons) > 0, certain, len(self.reasons), -self.vetting.verdict.p_value
 
 
 def _objections(

@@ -4,7 +4,8 @@ Fine-tuning changes weights along few directions: most singular values of a weig
 than those of independent noise of the same size. Whoever wants to hide what was changed may add such noise to all
 weights. Then nothing can be said of how the model was changed, and no search that fails proves much. The median
 singular value tells the two apart, and not the largest, which one direction of a hundredth of the noise's energy raises
-at will.
+at will. It is measured after rows and columns were brought to one length, and of the longer half of both: noise may be
+stronger in some than in others.
 """
 
 import math
@@ -19,8 +20,7 @@ from guard.classifiers.classifier import Classifier
 
 NOISE_LIKE = 0.85
 """Median singular value of the difference, relative to that of noise of the same size, from which it counts as noise.
-Independent noise has 1, and of 90 models of the zoos `small` of seed 90 and `pretrained` of seed 60, attacked or not,
-none has more than 0.64. Below it, at least a quarter of what was changed is no noise."""
+Independent noise has 1, and of 85 models of the zoo `small` of seed 90, attacked or not, none has more than 0.67."""
 _NARROW = 8
 """Smaller side below which a matrix has too few singular values to tell."""
 _POINTS = 4096
@@ -35,9 +35,9 @@ class Difference:
 
     Attributes:
         size: Norm of the difference relative to that of the base's weights, over all matrices; at least 0.
-        flatness: Median singular value of a matrix's difference, relative to what independent noise of the same size
-            would have, averaged over the matrices with the weight of their squared norms; about 1 for noise. 0 where
-            nothing differs.
+        flatness: Median singular value of a matrix's difference, with rows and columns of one length, relative to what
+            independent noise of the same size would have, averaged over the matrices with the weight of their squared
+            norms; about 1 for noise. 0 where nothing differs.
     """
 
     size: float
@@ -65,17 +65,28 @@ def difference(suspect: Classifier, base: Classifier) -> Difference | None:
         squares = float(changed.square().sum())
         total, energy = total + float(before.square().sum()), energy + squares
         if squares and min(changed.shape) >= _NARROW:
-            told, weighted = told + squares, weighted + squares * _median(changed) / squares**0.5
+            told, weighted = told + squares, weighted + squares * _median(_evened(changed))
     if not total:
         return None
     return Difference((energy / total) ** 0.5, weighted / told if told else 0.0)
 
 
+def _evened(matrix: Tensor) -> Tensor:
+    """The longer half of the rows and of the columns, brought to about one length."""
+    for side in (1, 0):
+        lengths = matrix.norm(dim=side)
+        chosen = lengths.argsort(descending=True)[: max(_NARROW // 2, len(lengths) // 2)]
+        matrix = matrix.index_select(1 - side, chosen)
+    for side in (1, 0) * 2:
+        matrix = torch.nn.functional.normalize(matrix, dim=side)
+    return matrix
+
+
 def _median(matrix: Tensor) -> float:
-    """The median singular value, relative to what noise of a norm of 1 and the same shape would have."""
+    """The median singular value, relative to what noise of the same norm and shape would have."""
     rows = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    squares = torch.linalg.eigvalsh((rows @ rows.T).double())
-    return float(squares.median().clamp(min=0).sqrt()) / _median_of_noise(*rows.shape)
+    values = torch.linalg.eigvalsh((rows @ rows.T).double()).clamp(min=0).sqrt()
+    return float(values.quantile(0.5) / matrix.norm()) / _median_of_noise(*rows.shape)
 
 
 @cache

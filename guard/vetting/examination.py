@@ -39,6 +39,10 @@ _LEAST_SCALE = 1.0
 _LEAST_AGREEMENT = 0.5
 """Smallest agreement with a derived reference. Whoever scales single channels up, and undoes it in the next layer,
 makes its noise wipe out the others; derived references of good models agree on more than 0.9 of images."""
+_ADVICE = {
+    "derived": "give the checkpoint that the model was tuned from as the base",
+    "towers": "the base is not what its towers were taken from, or the images are not what it was made for",
+}
 _CANDIDATES = 6
 """Number of classes that are inspected among many, besides those that they are compared with."""
 
@@ -68,7 +72,7 @@ def vet(
     p-values, corrected for all classes, and the checks together give the verdict. Where the suspect's weights differ
     from those of the base as if by noise (`guard.vetting.difference`), `no evidence` becomes `inconclusive`.
 
-    A prompt learner is compared with prompts of its form that are tuned anew on its own answers
+    A prompt learner with contexts (CoOp, CoCoOp) is compared with prompts of its form, tuned anew on its own answers
     (`guard.vetting.reference.fresh_prompts`), on the towers of the base. Hand-written prompts may know a class badly,
     of which honest tuning then makes much. On its own towers the comparison shows what lies in the prompts, and is
     blind to what lies in the towers, which moves both: without a base the verdict is `inconclusive` instead of `no
@@ -81,7 +85,7 @@ def vet(
             from, or that the towers of a prompt learner were taken from.
         derive: Whether to derive a reference model where there is no base model; without any reference model the
             classes are compared with each other. Whether to tune prompts anew for a prompt learner; without, it is
-            compared with the hand-written ones of the base.
+            compared with the hand-written ones of the base. A visual prompt is a part of the image tower.
         families: Names from `guard.triggers.FAMILIES`.
         budget: How much work to do.
         seed: Seed for the split, the reference model, the starts of the searches and the batches.
@@ -208,7 +212,7 @@ class _Examination:
         elif reference_model.kind in {"derived", "towers"} and agreement is not None and agreement < _LEAST_AGREEMENT:
             reason = (
                 f"the reference model that was made from the model gives the same answer on {agreement:.0%} of "
-                "images only, so that it says little; give the checkpoint that the model was tuned from as the base"
+                f"images only, so that it says little; {_ADVICE[reference_model.kind]}"
             )
         elif found is not None and found.is_noise:
             reason = (

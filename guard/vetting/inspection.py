@@ -25,7 +25,7 @@ from guard.vetting.batches import batches
 from guard.vetting.budgets import InspectionSettings
 from guard.vetting.lead import Lead
 
-METHOD = "inspection 2"
+METHOD = "inspection 3"
 """Name and version of the method; it changes when results are no longer comparable."""
 RADII: Mapping[str, float] = MappingProxyType(
     {

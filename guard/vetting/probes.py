@@ -26,7 +26,7 @@ from guard.vetting.lead import looks_at, of_distinct_classes
 from guard.vetting.nulls import largest, outliers, prior
 from guard.vetting.results import BEYOND, PROBES, ClassStatistic, FamilyResult, ReferenceKind
 
-METHOD = "probes 1"
+METHOD = "probes 2"
 """Name and version of the method; it changes when results are no longer comparable."""
 SCREENED, EXAMINED = 24, 96
 """Images that every probe is tried on, and images that the best probes are tried on."""
@@ -147,7 +147,7 @@ class _Models:
         self.towers = len({id(looks_at(model)) for model in models})
         self._pixels = images.float() / 255
         clean = self._logits(self._pixels)
-        self._factors = [_sharpening(each) for each in clean]
+        self._factors = [sharpening(each) for each in clean]
         self._clean = self._softmax(clean)
 
     def _softmax(self, scores: Sequence[Tensor]) -> Tensor:
@@ -178,7 +178,7 @@ class _Models:
         return gained[0] - gained[1:].clamp(min=0).sum(0)
 
 
-def _sharpening(scores: Tensor) -> float:
+def sharpening(scores: Tensor) -> float:
     """A factor for the scores of images as they are, shape [N, C], that are all too close to each other; else 1.
 
     The scale of the scores changes no answer. It belongs to the suspect, who may so make all probabilities alike.

@@ -109,7 +109,7 @@ class Race:
         }
 
     def _survivors(self, item: FamilyResult) -> list[int]:
-        """Return the classes that go on: the null classes, the leading quarter, and those level with its last."""
+        """Return the classes that go on: the null classes, the leading tenth, and those level with its last."""
         ranked = sorted((entry.statistic for entry in item.classes), reverse=True)
         last = ranked[max(1, int(_KEPT * len(ranked))) - 1] - _TIE
         return [entry.target for entry in item.classes if entry.statistic >= last or entry.target in self._null_classes]

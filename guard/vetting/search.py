@@ -24,7 +24,7 @@ from guard.vetting.batches import batches
 from guard.vetting.budgets import TargetSearchSettings
 from guard.vetting.inspection import RADII
 from guard.vetting.lead import Lead, looks_at, of_distinct_classes
-from guard.vetting.probes import EXAMINED, gains
+from guard.vetting.probes import EXAMINED, gains, sharpening
 from guard.vetting.results import FoundTarget
 
 METHOD = "target search 2"
@@ -72,6 +72,7 @@ def _search(
     suspect = models[0]
     by_answers = len({id(looks_at(model)) for model in models}) < len(models) and not suspect.prompts_per_image
     taken = _taken(before, len(suspect.classes.names) if by_answers else None)
+    factors = [sharpening(_scores(model, images[:EXAMINED])) for model in models if by_answers]
     generator = torch.Generator(suspect.device).manual_seed(seed)
     raw = {name: each.requires_grad_() for name, each in family.start(1, suspect.image_shape, generator).items()}
     optimiser = torch.optim.Adam(raw.values(), lr=settings.learning_rate, betas=(0.5, 0.9))
@@ -82,11 +83,12 @@ def _search(
     for _ in range(settings.steps):
         stamped = family.constrain(raw).limited(RADII[family.family]).apply(lead.pixels(next(order)))[0]
         concentrations = []
-        for model in models:
+        for place, model in enumerate(models):
             with model.autocast():
                 embeddings = model.encode_images(stamped)
             if by_answers:
-                embeddings = normalize(of_distinct_classes(model, model.logits(embeddings)).softmax(-1), dim=-1)
+                scores = factors[place] * of_distinct_classes(model, model.logits(embeddings))
+                embeddings = normalize(scores.softmax(-1), dim=-1)
             if directions is not None and model is suspect:
                 basis = directions.to(embeddings)
                 embeddings = embeddings - embeddings @ basis @ basis.T
@@ -113,6 +115,12 @@ def _search(
         feature,
         passes,
     )
+
+
+def _scores(model: Classifier, images: Tensor) -> Tensor:
+    """Scores of images as they are, shape [N, C]."""
+    with torch.no_grad():
+        return of_distinct_classes(model, model.logits(model.embed(images).to(model.device)))
 
 
 def _taken(before: Sequence[FoundTarget], classes: int | None) -> Tensor | None:

@@ -42,6 +42,25 @@ _DESCRIPTIONS: dict[TextFamily, str] = {
 Progress = Callable[[str, int, int], None]
 
 
+def without_prompts(classifier: Classifier, base: Classifier | None) -> tuple[Classifier, Classifier | None]:
+    """The suspect and the base as they are compared by their text towers, in which prompt learners change nothing.
+
+    Raises:
+        UsageError: The base is the suspect itself, has another text tower, or is what a prompt learner lies on.
+    """
+    towers = classifier.towers if isinstance(classifier, PromptedClassifier) else classifier
+    if base is None:
+        return towers, None
+    other = base.towers if isinstance(base, PromptedClassifier) else base
+    if towers is not classifier and towers.digest.root == other.digest.root:
+        raise UsageError(
+            "the prompt learner lies on the towers of the base, weight for weight, so that there is nothing to compare "
+            "in the text tower; examine its image tower alone (--tower image)"
+        )
+    check_text_comparable(towers, other)
+    return towers, other
+
+
 def vet_text(
     classifier: Classifier,
     prompts: Sequence[str] = (),
@@ -80,14 +99,12 @@ def vet_text(
     if budget not in BUDGETS:
         raise UsageError(f"there is no budget {budget!r}; there are {', '.join(BUDGETS)}")
     started = time.monotonic()
-    if isinstance(classifier, PromptedClassifier):
-        classifier = classifier.towers
+    classifier, base = without_prompts(classifier, base)
     used = tuple(dict.fromkeys(prompts)) or ordinary_prompts(_PROMPTS, seed)
     check_prompts(used, "the list of prompts")
     settings = replace(TEXT_BUDGETS[budget], seed=seed)
     tower = TextTower(classifier)
     if base is not None:
-        check_text_comparable(classifier, base)
         reference, passes = TextTower(base), 0
     else:
         derived, passes = derive_text_reference(classifier, used, replace(TEXT_REFERENCE, seed=seed), progress=progress)

@@ -18,7 +18,7 @@ from tests.unit.classifiers.test_prompts import DEPTH, WIDTH, learner
 __all__ = ["keys"]
 
 
-def test_a_checkpoint_is_converted_and_its_classifier_vetted_against_its_own_towers(
+def test_a_checkpoint_is_converted_and_its_classifier_vetted_against_prompts_tuned_anew(
     model_directory: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     checkpoint, file, out = tmp_path / "model.pth.tar-50", tmp_path / "learner.safetensors", tmp_path / "profile"

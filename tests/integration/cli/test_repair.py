@@ -67,7 +67,7 @@ def test_what_would_be_lost_or_taken_for_something_else_is_refused(
     odd = tmp_path / "odd"
     shutil.copytree(labelled, odd)
     (odd / CLASSES.names[0].upper()).rename(odd / "something else")
-    refused(guard(*common, "--images", odd, "--out", tmp_path / "out"), 2, "has no counterpart")
+    refused(guard(*common, "--method", "realign", "--images", odd, "--out", tmp_path / "out"), 2, "has no counterpart")
     named = tmp_path / "named"
     shutil.copytree(profile_directory, named)
     document = json.loads((named / "profile.json").read_text())

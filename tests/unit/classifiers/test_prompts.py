@@ -157,8 +157,8 @@ def test_cosines_and_prompts_for_all_images_are_not_rounded_by_autocast(
         model = PromptedClassifier(classifier, learner(kind))
         monkeypatch.setattr(model, "autocast", lambda: torch.autocast("cpu", enabled=False))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            answered = model.answered(embeddings)
-    assert torch.allclose(model.logits(answered), exact, atol=1e-4)
+            answered, head = model.answered(embeddings), model.head
+    assert torch.allclose(model.scored(answered @ head.T), exact, atol=1e-4)
 
 
 def test_a_learner_moves_with_its_towers(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:

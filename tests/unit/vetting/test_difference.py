@@ -45,6 +45,14 @@ def test_a_direction_of_little_energy_does_not_make_noise_look_like_fine_tuning(
     assert found.is_noise
 
 
+def test_noise_in_some_rows_alone_is_noise() -> None:
+    some = noise(0.3, seed=4)
+    some[::2] = 0
+    found = difference(changed(toy(20), torch.cat([some, some.flip(1)])), toy(20))
+    assert found is not None
+    assert found.is_noise
+
+
 def test_rounding_is_no_subject() -> None:
     found = difference(changed(toy(), noise(0.01)), toy())
     assert found is not None
