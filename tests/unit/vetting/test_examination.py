@@ -173,6 +173,7 @@ def test_what_clean_models_are_known_for_counts(monkeypatch: pytest.MonkeyPatch)
         return Prior(1e6, 100.0, 7)
 
     monkeypatch.setattr("guard.vetting.race.prior", wide)
+    monkeypatch.setattr("guard.vetting.examination.difference", lambda *_: None)
     vetting = vet(SUSPECT, IMAGES, base=BASE, budget="quick", families=["additive"])
     assert vetting.verdict.outcome == "no evidence"
     assert "moderated by 7 clean models" in vetting.results[0].null
