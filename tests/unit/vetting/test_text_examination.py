@@ -8,15 +8,19 @@ import pytest
 import torch
 
 from guard.classifiers import Classifier
+from guard.classifiers.prompts import PromptedClassifier
 from guard.errors import UsageError
 from guard.profiles import Profile
 from guard.report import render
 from guard.vetting import TextVetting, Verdict, judge_text, vet_text
 from guard.vetting.drift import drift
+from guard.vetting.text_examination import without_prompts
 from guard.vetting.text_reference import TEXT_REFERENCE, derive_text_reference
 from guard.vetting.text_results import TextStatistic, TextTriggerRecord
 from guard.vetting.text_verdict import with_text
+from tests.conftest import tiny_model
 from tests.texts import PROMPTS, base, text_classifier, trained
+from tests.unit.classifiers.test_prompts import learner
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +159,13 @@ def test_drift_along_one_direction_is_concentrated() -> None:
     many = drift(reference + 0.1 * noise, reference)
     assert one.concentration > 0.9 > 0.3 > many.concentration
     assert abs(float(one.direction @ direction)) > 0.99
+
+
+def test_a_prompt_learner_is_examined_by_its_towers_and_not_against_themselves(classifier: Classifier) -> None:
+    suspect = PromptedClassifier(classifier, learner("cocoop"))
+    other = classifier.with_model(tiny_model(3), "other")
+    assert without_prompts(suspect, None) == (classifier, None)
+    assert without_prompts(suspect, other) == (classifier, other)
+    assert without_prompts(suspect, PromptedClassifier(other, learner("coop")))[1] is other
+    with pytest.raises(UsageError, match="nothing to compare in the text tower"):
+        without_prompts(suspect, classifier.with_model(classifier.model, "the same"))
