@@ -94,7 +94,9 @@ def _realigned_prompts(
     settings = PromptTuningSettings(kind=suspect.learner.kind, tuning=tuning)
 
     def change(pixels: Tensor, classes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        count = max(1, round(method.share * len(pixels))) if triggers else 0
+        if not triggers:
+            return pixels, classes
+        count = max(1, round(method.share * len(pixels)))
         return torch.cat([stamped(pixels[:count], triggers, generator), pixels[count:]]), classes
 
     learner = tune_prompts(
