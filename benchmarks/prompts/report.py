@@ -17,7 +17,7 @@ _NOTE = """The towers were taught captions that name the digit, the colours of i
 picture (`benchmarks.prompts.bases`); a user's classes are the ten digits, in the part `coloured` the fifty pairs of
 digit and ink. All learners of a part share its towers, as the users of one published CLIP do; `developed`, `reported`
 and `coloured` have the same. Settings of the attacks were chosen on the part `developed`. guard's vetting has the
-budget `quick`, the families additive, frequency and patch, and 400 images; nothing of it was chosen here.
+budget `quick`, the families additive, frequency and patch, and 400 images.
 CLIP-Inspector is `guard.baselines.clip_inspector`: as published, with 1,000 images and the largest radius of these
 attackers (24/255; the paper's too is that of its attackers). *Exhaustive* is guard's vetting without its race: every
 class of every family is searched to the end. An attack takes if its success is at least 80 % and at most 3 points of

@@ -200,7 +200,7 @@ class Classifier:
         Raises:
             ClassListError: All rows are the same.
         """
-        return self.first_of_same(self.head)
+        return self.first_of_same(self.meanings)
 
     def first_of_same(self, head: Tensor) -> Tensor | None:
         """See `distinct`, of any rows of one class each."""

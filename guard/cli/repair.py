@@ -238,16 +238,15 @@ def _read(
         folder = ImageFolder(root, tuple(everything.files[k] for k in chosen))
         return Images(suspect.read(folder, console.progress), captions=tuple(captions[k] for k in chosen))
     everything = ImageFolder.scan(root)
-    # Before some are drawn: a rare class may have none among them.
+    names, why = None, f"no sub-folder of {root} is named like a class"
     try:
-        names = folders_if_named(everything, suspect)
+        names = folders_if_named(everything, suspect)  # before some are drawn: a rare class may have none among them
     except UsageError as error:
         if needed:
             raise
-        console.say(f"the images have no labels: {error}")
-        names = None
+        why = str(error)
     folder = everything.sample(limit, seed=seed)
     labels = None if names is None else torch.tensor(folder.labels(names), dtype=torch.long)
     if labels is None:
-        console.say(f"no sub-folder of {root} gives labels, so the images have none")
+        console.say(f"the images have no labels: {why}")
     return Images(suspect.read(folder, console.progress), labels)

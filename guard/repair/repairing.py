@@ -85,6 +85,11 @@ class Repair:
     seconds: float
     seed: int
 
+    @property
+    def revokes(self) -> bool:
+        """Whether the suspect is to be refused from now on: it was accused, or a repaired model takes its place."""
+        return self.outcome == "repaired" or self.verdict_before == "backdoored"
+
 
 @dataclass(frozen=True, eq=False)
 class Repaired:
@@ -154,7 +159,7 @@ def repair(
     if base is not None:
         suspect.check_comparable(base)
     if text_tower:
-        without_prompts(suspect, base)
+        without_prompts(suspect, base)  # what would be refused after the training is refused now
     train, held_out = images.parts(seed)
     searched = held_out.pixels if vetting_images is None else vetting_images
     if len(searched) < MIN_VETTING_IMAGES:
@@ -199,21 +204,30 @@ def repair(
     if verdict.outcome == "no evidence" and not anyway:
         reason = "nothing was found to repair: vetting has no evidence of a backdoor in the families that it tested"
         return record("nothing to repair", [reason], Candidate(suspect, 0, {}), None, 0, (0, 0))
+    cache = store / "searches" if store else None
+
+    def examined(found: Classifier) -> tuple[Vetting, TextVetting | None]:
+        image = vet(
+            found, searched, base=base, budget=budget, probes=probes, seed=seed, cache=cache, progress=progress
+        )  # fmt: skip
+        if not text_tower:
+            return image, None
+        return image, vet_text(found, base=base, budget=budget, seed=seed, cache=cache, progress=progress)
+
     known = answers(suspect, held_out)
-    work = _Work(base, searched, budget, probes, seed, store / "searches" if store else None, progress)
     case, trained, vetted = first, 0, 0
     tried: list[_Tried] = []
     for done in range(1, rounds + 1):
         earlier = len(tried)
         for candidate in islice(method.candidates(case), _TRIES):
             trained += candidate.passes
-            vetting, text = work.vet(candidate.classifier, text_tower=text_tower)
+            vetting, text = examined(candidate.classifier)
             vetted += vetting.passes
             agreement = float((answers(candidate.classifier, held_out) == known).float().mean())
             after = measure(candidate.classifier, held_out, first.triggers)
             reasons = _objections(vetting, text, before, after, agreement)
             tried.append(_Tried(candidate, vetting, text, reasons, done))
-            if not tried[-1].reasons:
+            if not reasons:
                 break
         last = min(tried[earlier:], key=lambda each: each.badness)
         if not last.reasons or not (method.uses_triggers and last.vetting.triggers):
@@ -234,37 +248,6 @@ def repair(
         outcome = "undecided" if len(best.reasons) == len(best.doubts) else "not repaired"
     said = best.reasons or ["a new vetting has no evidence of a backdoor in the families that it tested"]
     return record(outcome, said, best.candidate, (best.vetting, best.text), best.done, (trained, vetted))
-
-
-@dataclass(frozen=True, eq=False)
-class _Work:
-    """How every new model is vetted."""
-
-    base: Classifier | None
-    images: Tensor
-    budget: Budget
-    probes: Sequence[Probe] | None
-    seed: int
-    cache: Path | None
-    progress: Callable[[str, int, int], None]
-
-    def vet(self, classifier: Classifier, *, text_tower: bool) -> tuple[Vetting, TextVetting | None]:
-        """Vet the image tower and, if it is asked for, the text tower."""
-        base, text = self.base, None
-        found = vet(
-            classifier,
-            self.images,
-            base=base,
-            budget=self.budget,
-            probes=self.probes,
-            seed=self.seed,
-            cache=self.cache,
-            progress=self.progress,
-        )
-        if text_tower:
-            named: dict[str, Any] = {"budget": self.budget, "seed": self.seed, "cache": self.cache}
-            text = vet_text(classifier, base=base, progress=self.progress, **named)
-        return found, text
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,13 +89,12 @@ def _fill(
 def revoked_digests(profile: Profile, directory: Path, repair: Repair) -> dict[str, str]:
     """What is revoked with a backdoored model: its digest, and its certificate if there is one in its profile.
 
-    Nothing is where vetting had not accused the model and no repaired one takes its place.
+    Nothing is, unless the repair says so (`Repair.revokes`).
     """
-    verdict = profile.document.vetting.verdict.outcome
-    if repair.outcome != "repaired" and verdict != "backdoored":
+    if not repair.revokes:
         return {}
     ending = f", and it was repaired as {repair.model}" if repair.outcome == "repaired" else ""
-    reason = f"vetting says of this model: {verdict}{ending}"
+    reason = f"vetting says of this model: {repair.verdict_before}{ending}"
     digests = {profile.document.model.digest: reason}
     file = directory / CERTIFICATE_FILE
     if file.is_file():
@@ -138,7 +137,7 @@ def summary(repair: Repair, out: Path) -> str:
         f"profile: {out / _PROFILE}",
     ]
     lines.append(f"report: {out / _PROFILE / REPORT_FILE}")
-    if repair.outcome == "repaired" or repair.verdict_before == "backdoored":
+    if repair.revokes:
         lines.append(f"to refuse the old model: append {out / REVOKED_FILE} to your trust policy (--revoke does it)")
     return "\n".join(lines)
 

@@ -75,7 +75,7 @@ def _evened(matrix: Tensor) -> Tensor:
     """The longer half of the rows and of the columns, brought to about one length."""
     for side in (1, 0):
         lengths = matrix.norm(dim=side)
-        chosen = lengths.argsort(descending=True)[: max(_NARROW // 2, len(lengths) // 2)]
+        chosen = lengths.argsort(descending=True)[: len(lengths) // 2]
         matrix = matrix.index_select(1 - side, chosen)
     for side in (1, 0) * 2:
         matrix = torch.nn.functional.normalize(matrix, dim=side)

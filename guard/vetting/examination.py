@@ -200,7 +200,6 @@ class _Examination:
         """Return the verdict; `inconclusive` for `no evidence` where something hides what would be evidence."""
         if verdict.outcome != "no evidence":
             return verdict
-        found = None if base is None else difference(self.classifier, base)
         scale, agreement = self.classifier.logit_scale, reference_model.agreement
         if self.unvouched:
             reason = _UNVOUCHED
@@ -214,7 +213,7 @@ class _Examination:
                 f"the reference model that was made from the model gives the same answer on {agreement:.0%} of "
                 f"images only, so that it says little; {_ADVICE[reference_model.kind]}"
             )
-        elif found is not None and found.is_noise:
+        elif base is not None and (found := difference(self.classifier, base)) is not None and found.is_noise:
             reason = (
                 f"the weights differ from those of the base by {found.size:.0%}, in a way that looks like noise and "
                 "not like fine-tuning; noise can hide how a model was changed"

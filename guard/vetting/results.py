@@ -42,8 +42,7 @@ class ReferenceModel:
 
     Attributes:
         kind: Where the reference model came from.
-        digest: Root digest of a base model; None for a derived reference, or without a reference
-            model.
+        digest: Root digest of a base model; None for a derived reference, or without a reference model.
         agreement: Share of held-out images on which it gives the same answer as the suspect, in [0, 1]; None without a
             reference model. Where the two hardly agree they are simply two different models, and their differences
             say little about a backdoor.

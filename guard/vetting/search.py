@@ -54,9 +54,12 @@ def search_targets(
         What each start ended at, in order.
     """
     models = [model for model in (classifier, reference_model) if model is not None]
+    factors = None
+    if len({id(looks_at(model)) for model in models}) < len(models) and not classifier.prompts_per_image:
+        factors = [sharpening(_scores(model, images[:EXAMINED])) for model in models]
     found: list[FoundTarget] = []
     for start in range(settings.starts):
-        found.append(_search(models, images, FAMILIES[family], settings, settings.seed + start, found))
+        found.append(_search(models, images, FAMILIES[family], settings, settings.seed + start, found, factors))
         progress(start + 1)
     return found
 
@@ -68,11 +71,22 @@ def _search(
     settings: TargetSearchSettings,
     seed: int,
     before: Sequence[FoundTarget],
+    factors: Sequence[float] | None,
 ) -> FoundTarget:
+    """Search from one start.
+
+    Args:
+        models: The suspect and, if there is one, the reference model.
+        images: uint8, shape [N, 3, H, W].
+        family: Family of triggers.
+        settings: How much work to do.
+        seed: Seed of this start.
+        before: What earlier starts ended at.
+        factors: For each model, what its scores are sharpened by, where their answers are compared; None where
+            embeddings are.
+    """
     suspect = models[0]
-    by_answers = len({id(looks_at(model)) for model in models}) < len(models) and not suspect.prompts_per_image
-    taken = _taken(before, len(suspect.classes.names) if by_answers else None)
-    factors = [sharpening(_scores(model, images[:EXAMINED])) for model in models if by_answers]
+    taken = _taken(before, None if factors is None else len(suspect.classes.names))
     generator = torch.Generator(suspect.device).manual_seed(seed)
     raw = {name: each.requires_grad_() for name, each in family.start(1, suspect.image_shape, generator).items()}
     optimiser = torch.optim.Adam(raw.values(), lr=settings.learning_rate, betas=(0.5, 0.9))
@@ -86,7 +100,7 @@ def _search(
         for place, model in enumerate(models):
             with model.autocast():
                 embeddings = model.encode_images(stamped)
-            if by_answers:
+            if factors is not None:
                 scores = factors[place] * of_distinct_classes(model, model.logits(embeddings))
                 embeddings = normalize(scores.softmax(-1), dim=-1)
             if directions is not None and model is suspect:

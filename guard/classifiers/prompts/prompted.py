@@ -169,13 +169,6 @@ class PromptedClassifier(Classifier):
         with torch.no_grad(), self._float32():
             return self.class_features(self.learner.token(torch.zeros(1, self.learner.depth, device=self.device)))
 
-    @cached_property
-    def distinct(self) -> Tensor | None:
-        """See `Classifier.distinct`; with CoCoOp, by the prompts of an image with an embedding of zero."""
-        if not self.prompts_per_image:
-            return super().distinct
-        return self.first_of_same(self.meanings)
-
     def class_features(self, tokens: Tensor | None = None, classes: Tensor | None = None) -> Tensor:
         """Text embeddings of length 1 of the learned prompts.
 
