@@ -1,8 +1,9 @@
 """The zoo of prompt learners on honest towers: tuned honestly in many ways, and attacked by many recipes.
 
 Each part has a folder of its own; `benchmarks.prompts.examination` builds what it examines. `developed` serves to
-choose with, the others to measure: they have other seeds, targets and triggers, `second` other towers too, and
-`coloured` has fifty classes. Honest learners differ in kind, context, meta-net, rate, steps and images, so that
+choose with, the others to measure: they have other seeds, targets and triggers, `second` and `fourth` other towers
+too, and `coloured` has fifty classes. The reference of prompt learners was chosen on `second` and `third`, so that
+`fourth` is what measures it. Honest learners differ in kind, context, meta-net, rate, steps and images, so that
 none is a later state of another.
 """
 
@@ -108,6 +109,7 @@ PARTS: Mapping[str, Part] = {
     "reported": Part(900, 901, 20, _FIRST),
     "second": Part(902, 920, 10, _LATER),
     "third": Part(900, 940, 10, _LATER),
+    "fourth": Part(904, 980, 20, _LATER),
     "coloured": Part(900, 960, 1, {"cocoop-badclip-hidden": Plan(1, 0.3, 24)}, COLOURED),
 }
 
