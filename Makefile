@@ -6,7 +6,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 # Containers often forbid Python to keep what it compiled; then each of some hundred processes would compile it again.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest
-# What a worker runs out of, it takes from another.
+# What a worker runs out of, it takes from another. `--cov` comes last: it would take a path that follows for its value.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal $(if $(COVERAGE),--cov)
 
 help: ## This list
@@ -19,7 +19,7 @@ test: $(READY) ## Run unit and integration tests; T=tests/unit/cli or T="-k name
 	@$(PYTEST) $(if $(T),$(T),$(PARALLEL))
 
 test-all: $(READY) ## Run all tests, those of minutes too
-	@$(PYTEST) $(PARALLEL) tests
+	@$(PYTEST) tests $(PARALLEL)
 
 lint: $(READY) ## Check style and types
 	@$(VENV)/bin/ruff check .

@@ -1,6 +1,7 @@
 """Tasks on a Ray cluster."""
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ Result = TypeVar("Result")
 _ATTEMPTS = 4
 """How often a task is tried whose machine or process was lost."""
 _CANCEL_SECONDS = 10.0
+_REACH_SECONDS = 10.0
+"""How long the head of a cluster may take to accept a connection. Ray itself goes on trying for many minutes."""
 
 
 class Ray:
@@ -40,7 +43,7 @@ class Ray:
 
         Raises:
             MissingDependencyError: Ray is not installed.
-            UsageError: No cluster answers.
+            UsageError: The address is none, or no cluster answers there.
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
@@ -49,6 +52,7 @@ class Ray:
             raise MissingDependencyError('--ray needs Ray; pip install "clip-guard[ray]"') from None
         if not ray.is_initialized():
             try:
+                _reach(address)
                 ray.init(address=address, log_to_driver=False, configure_logging=False)
             except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
                 raise UsageError(f"no Ray cluster answers at {address}: {first_line(error)}") from error
@@ -79,3 +83,19 @@ class Ray:
                 ray.cancel(task, force=True)
             if running:
                 ray.wait(list(running), num_returns=len(running), timeout=_CANCEL_SECONDS)
+
+
+def _reach(address: str) -> None:
+    """Connect to the head of a cluster once, so that a wrong address is noticed at once.
+
+    Raises:
+        UsageError: The address is none.
+        OSError: Nobody listens there.
+    """
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UsageError(f"{address!r} is not the address of a Ray cluster; give HOST:PORT of its head, or auto")
+    with socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS):
+        pass

@@ -147,12 +147,14 @@ def evaluate(
     if not tasks:
         raise UsageError(f"{', '.join(methods)}: no model has what this needs (a base, calibration images or requests)")
     say(f"{len(tasks)} models, {sum(len(task.methods) for task in tasks)} results to compute or find")
-    outcomes, worked = [], 0
+    outcomes, worked = dict[str, _Done](), 0
     for done, (task, outcome) in enumerate(_run(tasks, engine or Serial(), progress), 1):
-        outcomes.append(outcome)
+        outcomes[task.model] = outcome
         worked += any(fresh for _, _, fresh in outcome.results)
         say(f"{done}/{len(tasks)} {_line(task, outcome)}{_left(started, worked, len(tasks) - done)}")
-    results = [item for outcome in outcomes for item in outcome.results]
+    # They came in the order in which they were done; the report has that of the zoo.
+    in_order = [outcomes[task.model] for task in tasks]
+    results = [item for outcome in in_order for item in outcome.results]
     return Evaluation(
         zoo,
         tuple(dict.fromkeys(methods)),
@@ -161,7 +163,7 @@ def evaluate(
         {(result.model, result.method): result for result, _, _ in results},
         {(result.model, result.method): features for result, features, _ in results},
         {method: names for method, names in skipped.items() if names},
-        tuple(failure for outcome in outcomes for failure in outcome.failures),
+        tuple(failure for outcome in in_order for failure in outcome.failures),
         sum(fresh for _, _, fresh in results),
         time.monotonic() - started,
     )

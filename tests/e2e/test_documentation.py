@@ -29,11 +29,13 @@ from PIL import Image
 from guard.classifiers import save
 from guard.testing import InferenceServer
 from tests.conftest import CLASSES, CONFIG, random_images, tiny_model
+from tests.texts import TEXTS
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/serving.md", "docs/results.md", "docs/zoo.md", "docs/methods.md", "docs/limitations.md")
 """In the order in which a newcomer reads them. docs/api.md has a test of its own."""
-BLOCK = re.compile(r"(<!-- not executed: [^>]+ -->\n+)?```(\w*)\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"^( *)(<!-- not executed: [^>]+ -->\n+ *)?```(\w*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
+"""Blocks of lists are indented."""
 UPSTREAM, SERVED = "127.0.0.1:9000", "127.0.0.1:8001"
 """The addresses that the pages name; here they become those of free ports."""
 WAIT_SECONDS = 120
@@ -54,15 +56,15 @@ class Block:
 def blocks(language: str) -> list[Block]:
     found = []
     for page in PAGES:
-        for skipped, name, text in BLOCK.findall((ROOT / page).read_text(encoding="utf-8")):
+        for indent, skipped, name, text in BLOCK.findall((ROOT / page).read_text(encoding="utf-8")):
             if name == language and not skipped:
-                found.append(Block(page, name, text))
+                found.append(Block(page, name, text.replace(f"\n{indent}", "\n").removeprefix(indent)))
     return found
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with what the pages assume: a model, its base, and images."""
+    """A directory with what the pages assume: a model, its base, images and captions."""
     desk = tmp_path_factory.mktemp("desk")
     save(desk / "my-model", tiny_model(0), CONFIG, CLASSES)
     save(desk / "the-base-model", tiny_model(1), CONFIG, CLASSES)
@@ -75,6 +77,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         labelled.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.moveaxis(pixels, 0, 2)).save(labelled / f"{index:04}.png")
     shutil.copy(desk / "clean-images" / "0000.png", desk / "cat.jpg")
+    (desk / "captions.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
     return desk
 
 
@@ -123,7 +126,7 @@ def run_until_it_answers(command: Sequence[str], desk: Path, example: str) -> No
             if not follows:
                 announced = json.loads(line)
                 assert announced["event"] == "serving"
-                if announced["upstream"] is None:
+                if announced["upstream"] is None and "text" not in command:
                     exec(compile(example.replace(SERVED, announced["listen"]), "client", "exec"), {})  # noqa: S102
                     send_traffic(announced["listen"])
             process.send_signal(signal.SIGINT)

@@ -80,6 +80,12 @@ def _divide(number: int) -> float:
     return 1 / number
 
 
-def test_an_address_where_nobody_answers_is_explained() -> None:
-    with pytest.raises(UsageError, match="no Ray cluster answers"):
+def test_an_address_where_nobody_answers_is_explained_at_once() -> None:
+    with pytest.raises(UsageError, match=r"no Ray cluster answers at 127\.0\.0\.1:1: .*refused"):
         Ray.connect("127.0.0.1:1")
+
+
+@pytest.mark.parametrize("address", ["head", "http://head", ":6379", "head:ray", "127.0.0.1:99999"])
+def test_what_is_no_address_is_explained(address: str) -> None:
+    with pytest.raises(UsageError, match="Ray cluster"):
+        Ray.connect(address)
