@@ -6,7 +6,7 @@ python -m benchmarks.class_by_class report ZOO --rows FILE
 `run` vets each model against its base both ways, with its own classes and with further ones, whose names are made by
 code: up to 32 classes the stages save steps alone, of more they inspect only candidates. It takes the models in a
 random order (of seed 0), appends a line to the file for each vetting, and goes on where it was stopped. `report` writes
-benchmarks/results/class-by-class.md.
+benchmarks/results/class-by-class-ZOO-SEED.md.
 """
 
 import argparse
@@ -57,7 +57,9 @@ def main() -> None:
     zoo = Zoo.read(given.zoo)
     if given.what == "report":
         text = heading("Vetting by stages and class by class", f"python -m benchmarks.class_by_class run {zoo.name}")
-        (RESULTS / "class-by-class.md").write_text(text + report(zoo, read_rows(given.rows)), encoding="utf-8")
+        (RESULTS / f"class-by-class-{zoo.name}-{zoo.seed}.md").write_text(
+            text + report(zoo, read_rows(given.rows)), encoding="utf-8"
+        )
     else:
         run(zoo, given)
 

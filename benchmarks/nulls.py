@@ -1,9 +1,10 @@
 """How widely do the classes of clean models spread? Writes the table that moderates p-values.
 
-python -m benchmarks.nulls --measured FILE [--only probes|families] [--kinds base derived classes] ZOO...
+python -m benchmarks.nulls --measured FILE [--only probes|families] [--kinds base derived classes towers] ZOO...
 python -m benchmarks.nulls --measured FILE --compare DIR
 
 Measures what FILE lacks, then writes what it has into guard/vetting/nulls.json; entries that it has nothing for stay.
+Prompt learners (`benchmarks.prompts`) are compared with prompts that are tuned anew on their towers, kind `towers`.
 With --compare the table stays, and a result in DIR says how what was measured compares with it.
 """
 
@@ -22,6 +23,8 @@ import torch
 from benchmarks._record import heading, read_rows
 from guard._files import replace_file
 from guard.classifiers import Classifier, load
+from guard.classifiers.files import LEARNER_FILE
+from guard.classifiers.prompts import PromptedClassifier
 from guard.evaluation import Zoo
 from guard.evaluation.images import ImageSet, pixels
 from guard.triggers import FAMILIES
@@ -29,6 +32,7 @@ from guard.vetting import DerivedReferenceSettings, InspectionSettings, Inspecto
 from guard.vetting.batches import halves
 from guard.vetting.nulls import Largest, Prior, estimate, prior
 from guard.vetting.probes import listed_probes, probe_classes
+from guard.vetting.reference import fresh_prompts
 from guard.vetting.results import PROBES, ReferenceKind
 
 STEPS = (32, 64)
@@ -43,7 +47,7 @@ def main() -> None:
     parser.add_argument("--measured", type=Path, required=True)
     parser.add_argument("--models", default="*")
     parser.add_argument("--only", choices=("probes", "families"), help="Default: both.")
-    parser.add_argument("--kinds", nargs="+", default=["derived", "base", "classes"])
+    parser.add_argument("--kinds", nargs="+", default=["derived", "base", "classes", "towers"])
     parser.add_argument("--compare", type=Path)
     parser.add_argument("zoos", type=Path, nargs="*")
     arguments = parser.parse_args()
@@ -52,12 +56,7 @@ def main() -> None:
         zoo = Zoo.read(root)
         for name in zoo.select(arguments.models):
             truth = zoo.truth(name)
-            kinds: list[ReferenceKind] = ["derived"]
-            if zoo.models[name].base:
-                kinds.append("base")
-            if arguments.only != "families":
-                kinds.append("classes")
-            for kind in kinds:
+            for kind in _kinds(zoo, name, arguments.only):
                 if (
                     kind in arguments.kinds
                     and truth
@@ -77,6 +76,18 @@ def main() -> None:
     sources = {**table["source"], **_sources(known)}
     document = {"source": sources, "priors": dict(sorted(entries.items())), "largest": dict(sorted(largest.items()))}
     replace_file(TABLE, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def _kinds(zoo: Zoo, name: str, only: str | None) -> list[ReferenceKind]:
+    """What a model can be compared with."""
+    if (zoo.model(name) / LEARNER_FILE).exists():
+        return ["towers"]
+    kinds: list[ReferenceKind] = ["derived"]
+    if zoo.models[name].base:
+        kinds.append("base")
+    if only != "families":
+        kinds.append("classes")
+    return kinds
 
 
 def _measure(zoo: Zoo, name: str, kind: ReferenceKind, only: str | None) -> dict[str, Any]:
@@ -110,7 +121,10 @@ def _reference_model(
         return None
     if kind == "derived":
         return derive_reference(classifier, searched, DerivedReferenceSettings())[0]
-    return load(str(zoo.model(str(zoo.models[name].base))))
+    base = load(str(zoo.model(str(zoo.models[name].base))))
+    if kind == "towers" and isinstance(classifier, PromptedClassifier):
+        return fresh_prompts(classifier, searched, DerivedReferenceSettings(), towers=base)[0]
+    return base
 
 
 def fit(rows: list[dict[str, Any]]) -> tuple[dict[tuple[str, str, int], Prior], dict[tuple[str, str], Largest]]:
