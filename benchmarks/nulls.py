@@ -61,7 +61,7 @@ def main() -> None:
                     kind in arguments.kinds
                     and truth
                     and truth.label == "clean"
-                    and (name, kind) not in {(row["name"], row["kind"]) for row in known}
+                    and (_title(zoo), name, kind) not in {(row["zoo"], row["name"], row["kind"]) for row in known}
                 ):
                     known.append(_measure(zoo, name, kind, arguments.only))
                     with arguments.measured.open("a", encoding="utf-8") as file:
@@ -76,6 +76,10 @@ def main() -> None:
     sources = {**table["source"], **_sources(known)}
     document = {"source": sources, "priors": dict(sorted(entries.items())), "largest": dict(sorted(largest.items()))}
     replace_file(TABLE, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def _title(zoo: Zoo) -> str:
+    return f"{zoo.name} of seed {zoo.seed}"
 
 
 def _kinds(zoo: Zoo, name: str, only: str | None) -> list[ReferenceKind]:
@@ -101,7 +105,7 @@ def _measure(zoo: Zoo, name: str, kind: ReferenceKind, only: str | None) -> dict
     searched, _ = halves(images, seed=0)
     reference_model = _reference_model(zoo, name, classifier, searched, kind)
     lead, targets = Lead(classifier, searched, reference_model), torch.arange(len(classifier.classes.names))
-    row: dict[str, Any] = {"name": name, "kind": kind, "label": "clean", "zoo": f"{zoo.name} of seed {zoo.seed}"}
+    row: dict[str, Any] = {"name": name, "kind": kind, "label": "clean", "zoo": _title(zoo)}
     if only != "families":
         row[PROBES] = probe_classes(
             classifier, searched, listed_probes(), reference_model=reference_model

@@ -19,8 +19,9 @@ from guard.classifiers.prompts import PromptedClassifier, PromptTuningSettings, 
 from guard.classifiers.tuning import TuningSettings
 from guard.evaluation import Zoo
 from guard.evaluation.zoo import KnownAttack
-from guard.repair import Case, Guided, Images, Realign, TargetedTrigger
+from guard.repair import Case, Images, Realign, TargetedTrigger
 from guard.repair.realign import realigned
+from guard.repair.searching import search_triggers
 from guard.triggers import Additive
 from guard.vetting import BUDGETS, Inspector, Lead, vet
 from guard.vetting.batches import halves
@@ -87,10 +88,10 @@ def _plain_prompts(given: Subject) -> Classifier:
 
 
 def realign(given: Subject) -> dict[str, Any]:
-    """CLIP-Inspector's realignment of an attacked learner with what vetting found, and the paper's controls.
+    """guard's realignment of an attacked learner, CLIP-Inspector's with what vetting found, and the paper's controls.
 
     All have the same 400 labelled images of vetting, of which two fifths are held out. Each has the success of the
-    attacker's own trigger and the accuracy on requests; of the realignment, also what a new vetting says.
+    attacker's own trigger and the accuracy on requests; of guard's, also what a new vetting says.
     """
     if given.planted is None:
         return {"vetting": None}
@@ -100,22 +101,26 @@ def realign(given: Subject) -> dict[str, Any]:
     train, held_out = Images(labelled.pixels, labelled.labels).parts(given.seed)
     case = Case(given.classifier, train, held_out, triggers, given.towers, given.seed)
     row: dict[str, Any] = {"vetting": before["verdict"], "before": _measured(given, given.classifier), "after": {}}
-    if not triggers:
-        return row
-    noise = torch.rand(given.classifier.image_shape, generator=torch.Generator().manual_seed(given.seed))
-    signs = Additive(((noise < 0.5).float() * 2 - 1) * RADII["additive"] / 255)
-    another, _ = Guided().search_for(case, [(triggers[0].target + 1) % classes], ["additive"])
-    used = {
-        "realign": triggers,
-        "clean images only": (),
-        "random noise": (TargetedTrigger("noise", signs, triggers[0].target),),
-        "trigger of another class": tuple(another),
+    as_published = Realign(anew=False)
+    used: dict[str, tuple[Realign, tuple[TargetedTrigger, ...]]] = {
+        "new prompts, trigger if found": (Realign(), triggers)
     }
-    for name, each in used.items():
+    if triggers:
+        noise = torch.rand(given.classifier.image_shape, generator=torch.Generator().manual_seed(given.seed))
+        signs = Additive(((noise < 0.5).float() * 2 - 1) * RADII["additive"] / 255)
+        another, _ = search_triggers(case, [(triggers[0].target + 1) % classes], families=["additive"])
+        used |= {
+            "new prompts, clean images only": (Realign(), ()),
+            "as published, trigger": (as_published, triggers),
+            "as published, clean images only": (as_published, ()),
+            "as published, random noise": (as_published, (TargetedTrigger("noise", signs, triggers[0].target),)),
+            "as published, trigger of another class": (as_published, tuple(another)),
+        }
+    for name, (method, each) in used.items():
         with _counted(given) as counts:
-            pupil = realigned(case, case.needs_labels("realign"), each, Realign()).classifier
+            pupil = realigned(case, case.needs_labels("realign"), each, method).classifier
         row["after"][name] = _measured(given, pupil) | counts
-        if name == "realign":
+        if "verdict" not in row:  # the first is guard's
             again, _ = _vetted(replace(given, classifier=pupil))
             row["verdict"], row["score"] = again["verdict"], again["score"]
     return row

@@ -157,12 +157,15 @@ def _repairs(rows: list[Row]) -> str:
         "| tuned on | learners | attack success, mean | worst | accuracy, change in points, mean | worst | seconds |",
         "| --- " * 7 + "|",
     ]
-    before = np.array([[row["before"][key] for key in ("success", "accuracy")] for row in fixed])
-    lines.append(f"| nothing | {len(fixed)} | {before[:, 0].mean():.1%} | {before[:, 0].max():.1%} | – | – | – |")
-    for name in fixed[0]["after"]:
-        each = [row["after"][name] for row in fixed]
+    before = np.array([row["before"]["success"] for row in fixed])
+    lines.append(f"| nothing | {len(fixed)} | {before.mean():.1%} | {before.max():.1%} | – | – | – |")
+    for name in dict.fromkeys(name for row in fixed for name in row["after"]):
+        some = [row for row in fixed if name in row["after"]]
+        each = [row["after"][name] for row in some]
         left = np.array([one["success"] for one in each])
-        lost = 100 * (np.array([one["accuracy"] for one in each]) - before[:, 1])
+        lost = 100 * np.array(
+            [one["accuracy"] - row["before"]["accuracy"] for one, row in zip(each, some, strict=True)]
+        )
         seconds = np.mean([one["processor_seconds"] for one in each])
         lines.append(
             f"| {name} | {len(each)} | {left.mean():.1%} | {left.max():.1%} | {lost.mean():+.2f} | {lost.min():+.2f} "
@@ -170,8 +173,19 @@ def _repairs(rows: list[Row]) -> str:
         )
     verdicts = Counter(row["verdict"] for row in fixed)
     said = ", ".join(f"{verdict} {count}" for verdict, count in verdicts.most_common())
-    rest = f"{len(mine) - len(fixed)} learners had no reconstructed trigger, and are left out."
-    return "\n".join([*lines, "", f"A new vetting after `realign` says: {said}. {rest}"])
+    rest = "Where no trigger was reconstructed, only new prompts can be tuned."
+    return "\n".join([*lines, "", *_left(fixed), "", f"A new vetting after the first says: {said}. {rest}"])
+
+
+def _left(fixed: list[Row]) -> list[str]:
+    """What is left of each attack, beside what the hand-written prompts make of its trigger."""
+    names = list(dict.fromkeys(name for row in fixed for name in row["after"]))
+    lines = [f"| learner | by hand | before | {' | '.join(names)} |", "| --- " * (3 + len(names)) + "|"]
+    for row in fixed:
+        cells = [f"{row['after'][name]['success']:.1%}" if name in row["after"] else "–" for name in names]
+        by_hand, before = row["by_hand"]["successes"][0], row["before"]["success"]
+        lines.append(f"| {row['part']} {row['name']} | {by_hand:.1%} | {before:.1%} | {' | '.join(cells)} |")
+    return lines
 
 
 def _least(spreads: Array) -> float:

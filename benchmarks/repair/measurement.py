@@ -31,6 +31,7 @@ from guard.repair import (
     repair,
 )
 from guard.repair.realign import realigned
+from guard.repair.searching import search_triggers
 from guard.triggers import Additive
 from guard.vetting import Budget, vet
 
@@ -103,10 +104,10 @@ def measured(place: Place, name: str, method: str) -> dict[str, Any]:
     if clean and method not in (REPAIR, *TRIGGERLESS):
         # What a method costs where there is nothing to repair: triggers of a class that a search makes, as on others.
         target = 0 if verdict.target is None else verdict.target
-        case = replace(case, triggers=tuple(Guided().search_for(case, [target])[0]))
+        case = replace(case, triggers=tuple(search_triggers(case, [target])[0]))
     started = time.process_time()
     row: dict[str, Any] = {"choices": {}, "passes": 0, "outcome": None, "verdict": None, "rounds": 1}
-    if method == REPAIR and verdict.outcome != "no evidence" and not triggers:
+    if method == REPAIR and verdict.outcome == "inconclusive" and not triggers:
         model = suspect
         row |= {"outcome": "refused, without a trigger"}
     elif method == REPAIR:
@@ -186,5 +187,5 @@ def _noise(case: Case) -> tuple[TargetedTrigger, ...]:
 def _of_another_class(case: Case) -> tuple[TargetedTrigger, ...]:
     """The additive trigger that inspection finds for the class behind the target."""
     target = (case.triggers[0].target + 1) % len(case.suspect.classes.names)
-    found, _ = Guided().search_for(case, [target], ["additive"])
+    found, _ = search_triggers(case, [target], families=["additive"])
     return tuple(found)

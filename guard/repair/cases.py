@@ -137,7 +137,7 @@ class Case:
             UsageError: There are none.
         """
         if not self.triggers:
-            raise UsageError(f"the method {method} needs a reconstructed trigger; vet the model first")
+            raise UsageError(f"the method {method} needs a reconstructed trigger, and vetting found none")
         device = self.suspect.device
         return tuple(TargetedTrigger(each.id, each.trigger.to(device), each.target) for each in self.triggers)
 

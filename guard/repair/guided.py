@@ -1,6 +1,6 @@
 """Guided repair: PAR's two forces, where the reconstructed trigger says what to move."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -12,13 +12,11 @@ from guard.classifiers.classifier import Classifier
 from guard.classifiers.tuning import Inputs, TuningSettings, tune
 from guard.repair.cases import Candidate, Case, Images, TargetedTrigger
 from guard.repair.perturb_recover import TAU
+from guard.repair.searching import SEARCH, search_triggers
 from guard.repair.stamping import mixed, stamped, varied_all
 from guard.repair.switch import halfway
-from guard.triggers import FAMILIES
 from guard.vetting.budgets import InspectionSettings
 from guard.vetting.disturbances import disturbed
-from guard.vetting.inspection import RADII, Inspector
-from guard.vetting.lead import Lead
 
 _VIEWS = 4
 """Views of each image in a step: as it is, with a trigger, with another change, and mixed with another image."""
@@ -60,7 +58,7 @@ class Guided:
     answer: float = 0.1
     share: float = 0.25
     keep: float = 0.3
-    search: InspectionSettings = field(default_factory=lambda: InspectionSettings(steps=16, batch=32))
+    search: InspectionSettings = SEARCH
     tuning: TuningSettings = field(
         default_factory=lambda: TuningSettings(steps=150, learning_rate=5e-4, weight_decay=0.0, schedule="falling")
     )
@@ -75,7 +73,9 @@ class Guided:
         known, settings = case.needs_triggers(self.name), replace(self.tuning, seed=case.seed, forward_batch=at_once)
         start = halfway(case, "repaired by guided perturbation")
         pupil, passes = start.classifier, start.passes
-        found, searched = self.search_for(replace(case, suspect=pupil), sorted({each.target for each in known}))
+        found, searched = search_triggers(
+            replace(case, suspect=pupil), sorted({each.target for each in known}), self.search, starts=self.starts
+        )
         objective = _Guided(pupil, case.suspect, case.images, (*known, *found), self)
         cost = tune(
             pupil.model,
@@ -90,34 +90,6 @@ class Guided:
         # The suspect sees each image once, and then the triggered and the mixed view in each step.
         passes += searched + len(case.images) + (_VIEWS + 2) * cost.steps * min(settings.batch, len(case.images))
         yield Candidate(pupil, passes, {"triggers": len(known) + len(found)})
-
-    def search_for(
-        self, case: Case, targets: Sequence[int], families: Sequence[str] = tuple(FAMILIES)
-    ) -> tuple[list[TargetedTrigger], int]:
-        """Search for triggers of limited strength on the suspect of a case.
-
-        Args:
-            case: The suspect and its images.
-            targets: Classes that they shall lead to.
-            families: Names from `guard.triggers.FAMILIES`.
-
-        Returns:
-            A trigger for each class, family and start; and the number of image passes that they cost.
-        """
-        lead = Lead(case.suspect, case.images.pixels)
-        found, passes = [], 0
-        rounds = [(name, start) for start in range(self.starts) for name in families]
-        for done, (name, start) in enumerate(rounds):
-            settings = replace(self.search, seed=case.seed + start)
-            inspector = Inspector(lead, FAMILIES[name], torch.tensor(targets), settings)
-            for each in inspector.run(settings.steps, targets):
-                raw = {part: values[None] for part, values in each.raw.items()}
-                trigger = FAMILIES[name].constrain(raw).limited(RADII[name])[0]
-                place = f"{name}-{each.target}-{start}"
-                found.append(TargetedTrigger(place, trigger.to(case.suspect.device), each.target))
-                passes += each.passes
-            case.progress("searching for more triggers", done + 1, len(rounds))
-        return found, passes
 
 
 class _Guided:

@@ -25,15 +25,20 @@ class Realign:
     """CLIP-Inspector's repair (Jindal et al., CVPR 2026 Findings, section on repair).
 
     The paper stamps the reconstructed trigger on a small labelled set, keeps the true labels, and tunes the prompt
-    learner on clean and stamped images. So is a prompt learner tuned here, from where it is. Of a classifier without
-    one it is the image tower that is tuned, and the head stays: a backdoor that lies in the tower is not removed from a
-    prompt. The paper does not give the share of stamped images, the number of epochs, or the optimiser. Of our
-    own is what is done with a tower, since a few hundred images teach it themselves, and a few triggers only these:
+    learner on clean and stamped images, from where it is. Here learned contexts are by default begun anew: their
+    backdoor lies in them and nowhere else, so that new ones do not have it, whether a trigger is known or not; what is
+    left is what the towers make of a trigger. A visual prompt is tuned from where it is. Of a classifier without a
+    prompt learner it is the image tower that is tuned, and the head stays: a backdoor that lies in the tower is not
+    removed from a prompt. The paper does not give the share of stamped images, the number of epochs, or the optimiser.
+    Of our own is what is done with a tower, since a few hundred images teach it themselves, and a few triggers only these:
     triggers are used at different strengths, images are also changed in the ways of `guard.vetting.disturbances`, and
     the tower is kept where the suspect is at mixtures of images. With a base model of the same architecture, training
     starts from the suspect with modules of the base (`guard.repair.Switch`).
 
     Attributes:
+        anew: For CoOp and CoCoOp: whether to begin with new prompts of the same kind and size, in which all classes
+            share a context. The paper begins with those of the suspect.
+        new_rate: Factor of the learning rate for new prompts, which have further to go.
         share: Share of each batch that is stamped, in (0, 1].
         anchor: For towers: weight of 1 − cosine between the embeddings of mixtures and those that the suspect gives
             them.
@@ -42,6 +47,8 @@ class Realign:
         tuning: Steps, rates and schedule.
     """
 
+    anew: bool = True
+    new_rate: float = 2.0
     share: float = 0.5
     anchor: float = 2.0
     alone: float = 4.0
@@ -51,8 +58,14 @@ class Realign:
     uses_triggers: ClassVar[bool] = True
 
     def candidates(self, case: Case) -> Iterator[Candidate]:
-        """See `guard.repair.Method`: one candidate."""
-        yield realigned(case, case.needs_labels(self.name), case.needs_triggers(self.name), self)
+        """See `guard.repair.Method`: one candidate. New prompts need no trigger."""
+        optional = isinstance(case.suspect, PromptedClassifier) and self.begins_anew(case.suspect)
+        triggers = () if optional and not case.triggers else case.needs_triggers(self.name)
+        yield realigned(case, case.needs_labels(self.name), triggers, self)
+
+    def begins_anew(self, suspect: PromptedClassifier) -> bool:
+        """Whether a prompt learner is replaced by a new one."""
+        return self.anew and suspect.learner.length > 0
 
 
 def realigned(case: Case, labels: Tensor, triggers: tuple[TargetedTrigger, ...], method: Realign) -> Candidate:
@@ -89,9 +102,11 @@ def realigned(case: Case, labels: Tensor, triggers: tuple[TargetedTrigger, ...],
 def _realigned_prompts(
     case: Case, suspect: PromptedClassifier, labels: Tensor, triggers: tuple[TargetedTrigger, ...], method: Realign
 ) -> Candidate:
-    """Tune the prompt learner of the suspect; its towers stay as they are."""
-    tuning = replace(method.tuning, seed=case.seed)
-    settings = PromptTuningSettings(kind=suspect.learner.kind, tuning=tuning)
+    """Tune a prompt learner on the towers of the suspect, which stay as they are."""
+    learner, anew = suspect.learner, method.begins_anew(suspect)
+    rate = method.tuning.learning_rate * (method.new_rate if anew else 1.0)
+    tuning = replace(method.tuning, learning_rate=rate, seed=case.seed)
+    settings = PromptTuningSettings(learner.kind, "", learner.length, learner.hidden, tuning=tuning)
 
     def change(pixels: Tensor, classes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if not triggers:
@@ -99,17 +114,17 @@ def _realigned_prompts(
         count = max(1, round(method.share * len(pixels)))
         return torch.cat([stamped(pixels[:count], triggers, generator), pixels[count:]]), classes
 
-    learner = tune_prompts(
+    tuned = tune_prompts(
         suspect.towers,
         case.images.pixels,
         labels,
         settings,
-        start=suspect.learner,
+        start=None if anew else learner,
         change=change,
         checkpoint=case.checkpoint(replace(method, tuning=tuning)),
         progress=case.progress,
     )
-    found = PromptedClassifier(suspect.towers, learner, source=f"{suspect.source}, realigned")
+    found = PromptedClassifier(suspect.towers, tuned, source=f"{suspect.source}, realigned")
     return Candidate(found, tuning.steps * min(tuning.batch, len(case.images)), {})
 
 

@@ -17,6 +17,7 @@ from guard.repair.guided import Guided
 from guard.repair.measuring import Drift, Measured, answers, drift, measure
 from guard.repair.perturb_recover import PerturbRecover
 from guard.repair.realign import Realign
+from guard.repair.searching import search_triggers
 from guard.repair.subtract import Subtract
 from guard.repair.switch import Switch
 from guard.vetting import Budget, Conclusion, TextVetting, Verdict, Vetting, vet, vet_text
@@ -133,7 +134,8 @@ def repair(
         method: An object of one of `METHODS`.
         images: Clean images; two fifths of them are held out from all training, for the measurements and the vetting.
         verdict: What vetting concluded about the suspect.
-        triggers: The triggers that vetting reconstructed.
+        triggers: The triggers that vetting reconstructed. Where it accuses a class and has none, since a fixed change
+            of images accused it, a method that uses triggers gets some that are searched for first.
         base: The trusted model that the suspect was tuned from.
         vetting_images: uint8, shape [N, 3, H, W]: other images for the new vetting; None for those held out.
         budget: Effort of the new vetting; not less than that of the vetting before, or it may miss what that found.
@@ -154,7 +156,7 @@ def repair(
     started = time.monotonic()
     if rounds < 1:
         raise UsageError(f"a repair takes at least one round, not {rounds}")
-    if isinstance(suspect, PromptedClassifier) and not isinstance(method, Realign):
+    if _is_prompted(suspect) and not isinstance(method, Realign):
         raise UsageError(f"the method {method.name} changes towers; a prompt learner is repaired by realign")
     if base is not None:
         suspect.check_comparable(base)
@@ -216,6 +218,11 @@ def repair(
 
     known = answers(suspect, held_out)
     case, trained, vetted = first, 0, 0
+    if verdict.target is not None and not triggers and method.uses_triggers and not _is_prompted(suspect):
+        # A probe has accused it. Triggers that are searched for here are trained on; whether they are natural features
+        # nobody checked, so that they say nothing about whether the model is repaired.
+        further, trained = search_triggers(first, [verdict.target])
+        case = replace(first, triggers=tuple(further))
     tried: list[_Tried] = []
     for done in range(1, rounds + 1):
         earlier = len(tried)
@@ -248,6 +255,10 @@ def repair(
         outcome = "undecided" if len(best.reasons) == len(best.doubts) else "not repaired"
     said = best.reasons or ["a new vetting has no evidence of a backdoor in the families that it tested"]
     return record(outcome, said, best.candidate, (best.vetting, best.text), best.done, (trained, vetted))
+
+
+def _is_prompted(suspect: Classifier) -> bool:
+    return isinstance(suspect, PromptedClassifier)
 
 
 @dataclass(frozen=True, eq=False)
