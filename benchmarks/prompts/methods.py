@@ -88,7 +88,7 @@ def _plain_prompts(given: Subject) -> Classifier:
 
 
 def realign(given: Subject) -> dict[str, Any]:
-    """guard's realignment of an attacked learner, CLIP-Inspector's with what vetting found, and the paper's controls.
+    """Realign an attacked learner in the ways of guard and of CLIP-Inspector, and with the controls of the paper.
 
     All have the same 400 labelled images of vetting, of which two fifths are held out. Each has the success of the
     attacker's own trigger and the accuracy on requests; of guard's, also what a new vetting says.

@@ -30,10 +30,10 @@ class Realign:
     left is what the towers make of a trigger. A visual prompt is tuned from where it is. Of a classifier without a
     prompt learner it is the image tower that is tuned, and the head stays: a backdoor that lies in the tower is not
     removed from a prompt. The paper does not give the share of stamped images, the number of epochs, or the optimiser.
-    Of our own is what is done with a tower, since a few hundred images teach it themselves, and a few triggers only these:
-    triggers are used at different strengths, images are also changed in the ways of `guard.vetting.disturbances`, and
-    the tower is kept where the suspect is at mixtures of images. With a base model of the same architecture, training
-    starts from the suspect with modules of the base (`guard.repair.Switch`).
+    Of our own is what is done with a tower, since a few hundred images teach it themselves, and a few triggers only
+    these: triggers are used at different strengths, images are also changed in the ways of
+    `guard.vetting.disturbances`, and the tower is kept where the suspect is at mixtures of images. With a base model of
+    the same architecture, training starts from the suspect with modules of the base (`guard.repair.Switch`).
 
     Attributes:
         anew: For CoOp and CoCoOp: whether to begin with new prompts of the same kind and size, in which all classes

@@ -151,8 +151,22 @@ def test_realign_tunes_the_prompts_and_not_the_towers_of_a_prompt_learner(backdo
     assert isinstance(found, PromptedClassifier)
     assert found.towers is backdoored.base
     assert not torch.equal(found.learner.tensors["ctx"], learner.tensors["ctx"])
+    assert found.learner.length == 2
     with pytest.raises(UsageError, match="repaired by realign"):
         repair(suspect, Guided(), backdoored.images, verdict=Verdict("backdoored", 1, 0.0, (), 0.01, ()))
+
+
+def test_new_prompts_need_no_trigger_and_nothing_of_the_old_ones(backdoored: Backdoored) -> None:
+    method, contexts = Realign(tuning=replace(QUICK, steps=5)), []
+    for value in (0.1, 0.9):
+        suspect = PromptedClassifier(backdoored.base, PromptLearner({"ctx": value * torch.ones(2, 16)}))
+        case = replace(backdoored.case, suspect=suspect, triggers=())
+        found = next(method.candidates(case)).classifier
+        assert isinstance(found, PromptedClassifier)
+        contexts.append(found.learner.tensors["ctx"])
+        with pytest.raises(UsageError, match="needs a reconstructed trigger"):
+            next(replace(method, anew=False).candidates(case))
+    assert torch.equal(*contexts)
 
 
 class TestPerturbRecover:

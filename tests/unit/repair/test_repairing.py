@@ -23,6 +23,7 @@ from guard.repair import (
     TargetedTrigger,
     TuningSettings,
     check_place,
+    measure,
     read_pairs,
     repair,
     revoked_digests,
@@ -106,6 +107,27 @@ def test_nothing_is_changed_where_there_is_nothing_to_repair(
     anyway, fake = repaired(monkeypatch, backdoored, "no evidence", verdict=NO_EVIDENCE, anyway=True)
     assert anyway.repair.outcome == "repaired"
     assert fake.suspects
+
+
+def test_where_a_probe_accused_it_triggers_of_its_target_are_searched_for(
+    monkeypatch: pytest.MonkeyPatch, backdoored: Backdoored
+) -> None:
+    accused = replace(ACCUSED, target=backdoored.trigger.target)
+    found, _ = repaired(monkeypatch, backdoored, "no evidence", verdict=accused, triggers=(), base=None)
+    images = Images(backdoored.images.pixels, backdoored.images.labels)
+    assert found.repair.outcome == "repaired"
+    assert not found.repair.before.success
+    left = [
+        measure(model, images, (backdoored.trigger,)).success["patch-2"]
+        for model in (backdoored.suspect, found.classifier)
+    ]
+    assert left[0] > 0.9 > 0.3 > left[1]
+
+
+def test_without_a_target_and_a_trigger_there_is_nothing_to_stamp(backdoored: Backdoored) -> None:
+    doubted = replace(ACCUSED, outcome="inconclusive", target=None)
+    with pytest.raises(UsageError, match="vetting found none"):
+        repair(backdoored.suspect, METHOD, backdoored.images, verdict=doubted)
 
 
 def test_the_best_model_of_all_rounds_is_kept(monkeypatch: pytest.MonkeyPatch, backdoored: Backdoored) -> None:
