@@ -102,15 +102,13 @@ def realign(given: Subject) -> dict[str, Any]:
     case = Case(given.classifier, train, held_out, triggers, given.towers, given.seed)
     row: dict[str, Any] = {"vetting": before["verdict"], "before": _measured(given, given.classifier), "after": {}}
     as_published = Realign(anew=False)
-    used: dict[str, tuple[Realign, tuple[TargetedTrigger, ...]]] = {
-        "new prompts, trigger if found": (Realign(), triggers)
-    }
+    used: dict[str, tuple[Realign, tuple[TargetedTrigger, ...]]] = {"new prompts": (Realign(), ())}
     if triggers:
         noise = torch.rand(given.classifier.image_shape, generator=torch.Generator().manual_seed(given.seed))
         signs = Additive(((noise < 0.5).float() * 2 - 1) * RADII["additive"] / 255)
         another, _ = search_triggers(case, [(triggers[0].target + 1) % classes], families=["additive"])
         used |= {
-            "new prompts, clean images only": (Realign(), ()),
+            "new prompts, trigger": (Realign(), triggers),
             "as published, trigger": (as_published, triggers),
             "as published, clean images only": (as_published, ()),
             "as published, random noise": (as_published, (TargetedTrigger("noise", signs, triggers[0].target),)),

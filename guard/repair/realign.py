@@ -25,9 +25,10 @@ class Realign:
     """CLIP-Inspector's repair (Jindal et al., CVPR 2026 Findings, section on repair).
 
     The paper stamps the reconstructed trigger on a small labelled set, keeps the true labels, and tunes the prompt
-    learner on clean and stamped images, from where it is. Here learned contexts are by default begun anew: their
-    backdoor lies in them and nowhere else, so that new ones do not have it, whether a trigger is known or not; what is
-    left is what the towers make of a trigger. A visual prompt is tuned from where it is. Of a classifier without a
+    learner on clean and stamped images, from where it is. Here learned contexts are by default begun anew, on clean
+    images alone: their backdoor lies in them and nowhere else, so that new ones do not have it, whether a trigger is
+    known or not; what is left is what the towers make of a trigger. Only if that does not pass its vetting, new
+    contexts are tuned on stamped images too, which costs accuracy. A visual prompt is tuned from where it is. Of a classifier without a
     prompt learner it is the image tower that is tuned, and the head stays: a backdoor that lies in the tower is not
     removed from a prompt. The paper does not give the share of stamped images, the number of epochs, or the optimiser.
     Of our own is what is done with a tower, since a few hundred images teach it themselves, and a few triggers only
@@ -58,10 +59,13 @@ class Realign:
     uses_triggers: ClassVar[bool] = True
 
     def candidates(self, case: Case) -> Iterator[Candidate]:
-        """See `guard.repair.Method`: one candidate. New prompts need no trigger."""
-        optional = isinstance(case.suspect, PromptedClassifier) and self.begins_anew(case.suspect)
-        triggers = () if optional and not case.triggers else case.needs_triggers(self.name)
-        yield realigned(case, case.needs_labels(self.name), triggers, self)
+        """See `guard.repair.Method`: one candidate, or new prompts without a trigger and with those that are known."""
+        labels = case.needs_labels(self.name)
+        if isinstance(case.suspect, PromptedClassifier) and self.begins_anew(case.suspect):
+            yield realigned(case, labels, (), self)
+            if not case.triggers:
+                return
+        yield realigned(case, labels, case.needs_triggers(self.name), self)
 
     def begins_anew(self, suspect: PromptedClassifier) -> bool:
         """Whether a prompt learner is replaced by a new one."""
@@ -121,7 +125,9 @@ def _realigned_prompts(
         settings,
         start=None if anew else learner,
         change=change,
-        checkpoint=case.checkpoint(replace(method, tuning=tuning)),
+        checkpoint=replace(case, triggers=triggers).checkpoint(
+            replace(method, tuning=tuning), "training" if triggers else "clean training"
+        ),
         progress=case.progress,
     )
     found = PromptedClassifier(suspect.towers, tuned, source=f"{suspect.source}, realigned")

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,15 +144,20 @@ def test_what_a_method_lacks_is_said(
         next(method.candidates(case))
 
 
-def test_realign_tunes_the_prompts_and_not_the_towers_of_a_prompt_learner(backdoored: Backdoored) -> None:
+def test_realign_tunes_the_prompts_and_not_the_towers_of_a_prompt_learner(
+    backdoored: Backdoored, tmp_path: Path
+) -> None:
     learner = PromptLearner({"ctx": 0.1 * torch.ones(2, 16)})
     suspect = PromptedClassifier(backdoored.base, learner)
     case = replace(backdoored.case, suspect=suspect)
-    found = next(Realign(tuning=replace(QUICK, steps=5)).candidates(case)).classifier
-    assert isinstance(found, PromptedClassifier)
-    assert found.towers is backdoored.base
-    assert not torch.equal(found.learner.tensors["ctx"], learner.tensors["ctx"])
-    assert found.learner.length == 2
+    contexts = [learner.tensors["ctx"]]
+    for each in Realign(tuning=replace(QUICK, steps=5)).candidates(replace(case, store=tmp_path)):
+        found = each.classifier
+        assert isinstance(found, PromptedClassifier)
+        assert found.towers is backdoored.base
+        assert found.learner.length == 2
+        contexts.append(found.learner.tensors["ctx"])
+    assert len({str(each.tolist()) for each in contexts}) == 3
     with pytest.raises(UsageError, match="repaired by realign"):
         repair(suspect, Guided(), backdoored.images, verdict=Verdict("backdoored", 1, 0.0, (), 0.01, ()))
 
@@ -161,7 +167,8 @@ def test_new_prompts_need_no_trigger_and_nothing_of_the_old_ones(backdoored: Bac
     for value in (0.1, 0.9):
         suspect = PromptedClassifier(backdoored.base, PromptLearner({"ctx": value * torch.ones(2, 16)}))
         case = replace(backdoored.case, suspect=suspect, triggers=())
-        found = next(method.candidates(case)).classifier
+        (candidate,) = method.candidates(case)
+        found = candidate.classifier
         assert isinstance(found, PromptedClassifier)
         contexts.append(found.learner.tensors["ctx"])
         with pytest.raises(UsageError, match="needs a reconstructed trigger"):
