@@ -28,11 +28,11 @@ class Realign:
     learner on clean and stamped images, from where it is. Here learned contexts are by default begun anew, on clean
     images alone: their backdoor lies in them and nowhere else, so that new ones do not have it, whether a trigger is
     known or not; what is left is what the towers make of a trigger. Only if that does not pass its vetting, new
-    contexts are tuned on stamped images too, which costs accuracy. A visual prompt is tuned from where it is. Of a classifier without a
-    prompt learner it is the image tower that is tuned, and the head stays: a backdoor that lies in the tower is not
-    removed from a prompt. The paper does not give the share of stamped images, the number of epochs, or the optimiser.
-    Of our own is what is done with a tower, since a few hundred images teach it themselves, and a few triggers only
-    these: triggers are used at different strengths, images are also changed in the ways of
+    contexts are tuned on stamped images too, which costs accuracy. A visual prompt is tuned from where it is. Of a
+    classifier without a prompt learner it is the image tower that is tuned, and the head stays: a backdoor that lies in
+    the tower is not removed from a prompt. The paper does not give the share of stamped images, the number of epochs,
+    or the optimiser. Of our own is what is done with a tower, since a few hundred images teach it themselves, and a few
+    triggers only these: triggers are used at different strengths, images are also changed in the ways of
     `guard.vetting.disturbances`, and the tower is kept where the suspect is at mixtures of images. With a base model of
     the same architecture, training starts from the suspect with modules of the base (`guard.repair.Switch`).
 
