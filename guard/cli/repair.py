@@ -199,7 +199,10 @@ def _method(
         if given:
             raise UsageError(f"the method {name} does not train; it takes no --{next(iter(given)).replace('_', '-')}")
         return method  # type: ignore[no-any-return]
-    return replace(method, tuning=replace(method.tuning, forward_batch=forward_batch, **given))  # type: ignore[no-any-return]
+    # What a method tunes prompts with it takes from the command line as well.
+    courses = {name: getattr(method, name) for name in ("tuning", "new_prompts") if hasattr(method, name)}
+    changed = {name: replace(course, forward_batch=forward_batch, **given) for name, course in courses.items()}
+    return replace(method, **changed)  # type: ignore[no-any-return]
 
 
 def _check_probes(profile: "Profile", tried: set[str]) -> None:

@@ -37,9 +37,10 @@ class Realign:
     the same architecture, training starts from the suspect with modules of the base (`guard.repair.Switch`).
 
     Attributes:
-        anew: For CoOp and CoCoOp: whether to begin with new prompts of the same kind and size, in which all classes
-            share a context. The paper begins with those of the suspect.
-        new_rate: Factor of the learning rate for new prompts, which have further to go.
+        anew: For CoOp and CoCoOp: whether to begin with new prompts of the same kind, whose context begins as "a photo
+            of a" and is shared by all classes. The paper begins with those of the suspect.
+        new_prompts: Steps, rates and schedule for these. A few hundred images soon teach themselves: more steps cost
+            accuracy.
         share: Share of each batch that is stamped, in (0, 1].
         anchor: For towers: weight of 1 − cosine between the embeddings of mixtures and those that the suspect gives
             them.
@@ -49,7 +50,7 @@ class Realign:
     """
 
     anew: bool = True
-    new_rate: float = 2.0
+    new_prompts: TuningSettings = field(default_factory=lambda: TuningSettings(steps=60, learning_rate=2e-3))
     share: float = 0.5
     anchor: float = 2.0
     alone: float = 4.0
@@ -108,9 +109,8 @@ def _realigned_prompts(
 ) -> Candidate:
     """Tune a prompt learner on the towers of the suspect, which stay as they are."""
     learner, anew = suspect.learner, method.begins_anew(suspect)
-    rate = method.tuning.learning_rate * (method.new_rate if anew else 1.0)
-    tuning = replace(method.tuning, learning_rate=rate, seed=case.seed)
-    settings = PromptTuningSettings(learner.kind, "", learner.length, learner.hidden, tuning=tuning)
+    tuning = replace(method.new_prompts if anew else method.tuning, seed=case.seed)
+    settings = PromptTuningSettings(learner.kind, hidden=learner.hidden, tuning=tuning)
 
     def change(pixels: Tensor, classes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if not triggers:
@@ -126,7 +126,7 @@ def _realigned_prompts(
         start=None if anew else learner,
         change=change,
         checkpoint=replace(case, triggers=triggers).checkpoint(
-            replace(method, tuning=tuning), "training" if triggers else "clean training"
+            replace(method, new_prompts=tuning, tuning=tuning), "training" if triggers else "clean training"
         ),
         progress=case.progress,
     )

@@ -151,11 +151,11 @@ def test_realign_tunes_the_prompts_and_not_the_towers_of_a_prompt_learner(
     suspect = PromptedClassifier(backdoored.base, learner)
     case = replace(backdoored.case, suspect=suspect)
     contexts = [learner.tensors["ctx"]]
-    for each in Realign(tuning=replace(QUICK, steps=5)).candidates(replace(case, store=tmp_path)):
+    for each in Realign(new_prompts=replace(QUICK, steps=5)).candidates(replace(case, store=tmp_path)):
         found = each.classifier
         assert isinstance(found, PromptedClassifier)
         assert found.towers is backdoored.base
-        assert found.learner.length == 2
+        assert found.learner.tensors.keys() == learner.tensors.keys()
         contexts.append(found.learner.tensors["ctx"])
     assert len({str(each.tolist()) for each in contexts}) == 3
     with pytest.raises(UsageError, match="repaired by realign"):
@@ -163,7 +163,7 @@ def test_realign_tunes_the_prompts_and_not_the_towers_of_a_prompt_learner(
 
 
 def test_new_prompts_need_no_trigger_and_nothing_of_the_old_ones(backdoored: Backdoored) -> None:
-    method, contexts = Realign(tuning=replace(QUICK, steps=5)), []
+    method, contexts = Realign(new_prompts=replace(QUICK, steps=5)), []
     for value in (0.1, 0.9):
         suspect = PromptedClassifier(backdoored.base, PromptLearner({"ctx": value * torch.ones(2, 16)}))
         case = replace(backdoored.case, suspect=suspect, triggers=())
