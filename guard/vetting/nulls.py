@@ -78,8 +78,6 @@ def _upper_tail(value: float, degrees: float) -> float:
     return float(stdtr(degrees, -value))
 
 
-_AS_MEASURED: Mapping[str, str] = MappingProxyType({"towers": "derived"})
-"""Kinds of reference models that have no entries of their own, and those whose entries hold for them."""
 NO_PRIOR = Prior(1.0, 0.0, 0)
 """No prior knowledge; with no degrees of freedom, its variance does not matter."""
 
@@ -97,7 +95,7 @@ def prior(reference_model: str, family: str, steps: int) -> Prior:
     It is that of the largest number of steps up to `steps` that was measured: what a few more steps change is less than
     what models differ by.
     """
-    start = f"{_AS_MEASURED.get(reference_model, reference_model)}/{family}/"
+    start = f"{reference_model}/{family}/"
     known = {int(key.rpartition("/")[2]): entry for key, entry in _table()[0].items() if key.startswith(start)}
     measured = [count for count in known if count <= steps]
     return known[max(measured)] if measured else NO_PRIOR
@@ -105,7 +103,7 @@ def prior(reference_model: str, family: str, steps: int) -> Prior:
 
 def largest(reference_model: str, family: str) -> Largest | None:
     """Return what the shipped table knows of the largest statistic of clean models; None where it knows nothing."""
-    return _table()[1].get(f"{_AS_MEASURED.get(reference_model, reference_model)}/{family}")
+    return _table()[1].get(f"{reference_model}/{family}")
 
 
 @cache
