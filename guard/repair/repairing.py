@@ -156,7 +156,8 @@ def repair(
     started = time.monotonic()
     if rounds < 1:
         raise UsageError(f"a repair takes at least one round, not {rounds}")
-    if _is_prompted(suspect) and not isinstance(method, Realign):
+    prompted = isinstance(suspect, PromptedClassifier)
+    if prompted and not isinstance(method, Realign):
         raise UsageError(f"the method {method.name} changes towers; a prompt learner is repaired by realign")
     if base is not None:
         suspect.check_comparable(base)
@@ -218,9 +219,9 @@ def repair(
 
     known = answers(suspect, held_out)
     case, trained, vetted = first, 0, 0
-    if verdict.target is not None and not triggers and method.uses_triggers and not _is_prompted(suspect):
+    if verdict.target is not None and not triggers and method.uses_triggers and not prompted:
         # A probe has accused it. Triggers that are searched for here are trained on; whether they are natural features
-        # nobody checked, so that they say nothing about whether the model is repaired.
+        # nobody checked, so that they say nothing about whether the model is repaired. New prompts need none.
         further, trained = search_triggers(first, [verdict.target])
         case = replace(first, triggers=tuple(further))
     tried: list[_Tried] = []
@@ -255,10 +256,6 @@ def repair(
         outcome = "undecided" if len(best.reasons) == len(best.doubts) else "not repaired"
     said = best.reasons or ["a new vetting has no evidence of a backdoor in the families that it tested"]
     return record(outcome, said, best.candidate, (best.vetting, best.text), best.done, (trained, vetted))
-
-
-def _is_prompted(suspect: Classifier) -> bool:
-    return isinstance(suspect, PromptedClassifier)
 
 
 @dataclass(frozen=True, eq=False)
