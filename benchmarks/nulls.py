@@ -1,9 +1,10 @@
 """How widely do the classes of clean models spread? Writes the table that moderates p-values.
 
-python -m benchmarks.nulls --measured FILE [--only probes|families] [--kinds base derived classes towers] ZOO...
+python -m benchmarks.nulls --measured FILE [--only probes|families] [--kinds base derived classes towers] [--add] ZOO...
 python -m benchmarks.nulls --measured FILE --compare DIR
 
 Measures what FILE lacks, then writes what it has into guard/vetting/nulls.json; entries that it has nothing for stay.
+With --add it is added to the models that an entry was made of, which must have as many classes.
 Prompt learners (`benchmarks.prompts`) are compared with prompts that are tuned anew on their towers, kind `towers`.
 With --compare the table stays, and a result in DIR says how what was measured compares with it.
 """
@@ -30,7 +31,7 @@ from guard.evaluation.images import ImageSet, pixels
 from guard.triggers import FAMILIES
 from guard.vetting import DerivedReferenceSettings, InspectionSettings, Inspector, Lead, derive_reference
 from guard.vetting.batches import halves
-from guard.vetting.nulls import Largest, Prior, estimate, prior
+from guard.vetting.nulls import Largest, Prior, estimate, joined, pooled, prior
 from guard.vetting.probes import listed_probes, probe_classes
 from guard.vetting.reference import fresh_prompts
 from guard.vetting.results import PROBES, ReferenceKind
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("probes", "families"), help="Default: both.")
     parser.add_argument("--kinds", nargs="+", default=["derived", "base", "classes", "towers"])
     parser.add_argument("--compare", type=Path)
+    parser.add_argument("--add", action="store_true")
     parser.add_argument("zoos", type=Path, nargs="*")
     arguments = parser.parse_args()
     known = read_rows(arguments.measured)
@@ -69,13 +71,40 @@ def main() -> None:
     if arguments.compare:
         compare(known, arguments.compare)
         return
+    replace_file(TABLE, (json.dumps(_table(known, add=arguments.add), indent=1) + "\n").encode())
+
+
+def _table(rows: list[dict[str, Any]], *, add: bool) -> dict[str, Any]:
+    """The shipped table with what was measured, in place of its entries or added to them."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
-    priors, maxima = fit(known)
-    entries = {**table["priors"], **{"/".join(map(str, key)): asdict(value) for key, value in priors.items()}}
-    largest = {**table.get("largest", {}), **{"/".join(key): asdict(value) for key, value in maxima.items()}}
-    sources = {**table["source"], **_sources(known)}
-    document = {"source": sources, "priors": dict(sorted(entries.items())), "largest": dict(sorted(largest.items()))}
-    replace_file(TABLE, (json.dumps(document, indent=1) + "\n").encode())
+    priors, maxima = fit(rows)
+    sources, entries, largest = (dict(table[part]) for part in ("source", "priors", "largest"))
+    for key, found in priors.items():
+        name = "/".join(map(str, key))
+        known = Prior(**entries[name]) if add and name in entries else None
+        entries[name] = asdict(joined(known, found, _classes(rows) - 1) if known else found)
+    for pair, maximum in maxima.items():
+        name = "/".join(pair)
+        before = Largest(**largest[name]) if add and name in largest else None
+        largest[name] = asdict(_together(before, maximum) if before else maximum)
+    for part, (count, zoos) in _sources(rows).items():
+        text = f"python -m benchmarks.nulls, {count} clean models of the zoos {zoos}"
+        sources[part] = f"{sources[part]}; {count} of {zoos}" if add and part in sources else text
+    parts = {"source": sources, "priors": entries, "largest": largest}
+    return {part: dict(sorted(each.items())) for part, each in parts.items()}
+
+
+def _together(first: Largest, second: Largest) -> Largest:
+    models, mean, variance = pooled(*((each.models, each.mean, each.deviation**2) for each in (first, second)))
+    return Largest(mean, variance**0.5, models)
+
+
+def _classes(rows: list[dict[str, Any]]) -> int:
+    """How many classes the models have: as many each."""
+    counts = {len(values) for row in rows for key, values in row.items() if isinstance(values, list)}
+    if len(counts) != 1:
+        raise SystemExit(f"models of {sorted(counts)} classes cannot be added to one table; measure them apart")
+    return counts.pop()
 
 
 def _title(zoo: Zoo) -> str:
@@ -176,17 +205,15 @@ def compare(rows: list[dict[str, Any]], out: Path) -> None:
     (out / "nulls-compared.md").write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _sources(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """What was measured, by kind of reference model and part of the table."""
+def _sources(rows: list[dict[str, Any]]) -> dict[str, tuple[int, str]]:
+    """How many models of which zoos were measured, by kind of reference model and part of the table."""
     found = {}
     for kind in sorted({row["kind"] for row in rows}):
         for part, key in (("probes", PROBES), ("families", f"patch/{STEPS[0]}")):
             measured = [row for row in rows if row["label"] == "clean" and row["kind"] == kind and key in row]
-            if not measured:
-                continue
-            zoos = ", ".join(sorted({row["zoo"] for row in measured}))
-            count = len({(row["zoo"], row["name"]) for row in measured})
-            found[f"{kind}/{part}"] = f"python -m benchmarks.nulls, {count} clean models of the zoos {zoos}"
+            if measured:
+                zoos = ", ".join(sorted({row["zoo"] for row in measured}))
+                found[f"{kind}/{part}"] = len({(row["zoo"], row["name"]) for row in measured}), zoos
     return found
 
 

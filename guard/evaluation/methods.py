@@ -28,11 +28,13 @@ from guard.screening import DENSITY, threshold
 from guard.vetting import BUDGETS, Conclusion, FamilyResult, ReconstructedTrigger, Vetting, effect
 from guard.vetting.batches import halves
 from guard.vetting.inspection import METHOD
+from guard.vetting.nulls import table_digest
 from guard.vetting.probes import METHOD as PROBE_METHOD
 from guard.vetting.probes import Probe, listed_probes
 from guard.vetting.reference import METHOD as REFERENCE_METHOD
 from guard.vetting.verdict import SIGNIFICANCE, is_valid, suspicion
 
+_VETTING = f"{METHOD}, {PROBE_METHOD}, {REFERENCE_METHOD}, nulls {table_digest()}"
 Need = Literal["base", "calibration", "requests"]
 MethodOutput = tuple[Detection | Screening, Features]
 
@@ -225,7 +227,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(
             "vetting-base",
-            f"{METHOD}, {PROBE_METHOD}, {REFERENCE_METHOD}, evaluation 11",
+            f"{_VETTING}, evaluation 11",
             "models",
             frozenset({"base"}),
             uses_base=True,
@@ -234,7 +236,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "vetting-derived",
-            f"{METHOD}, {PROBE_METHOD}, {REFERENCE_METHOD}, evaluation 11",
+            f"{_VETTING}, evaluation 11",
             "models",
             frozenset(),
             uses_base=False,
@@ -261,7 +263,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "screening",
-            f"{METHOD}, {PROBE_METHOD}, screening 4",
+            f"{_VETTING}, screening 4",
             "requests",
             frozenset({"calibration", "requests"}),
             uses_base=True,

@@ -14,7 +14,7 @@ from guard.classifiers.classifier import Classifier
 from guard.classifiers.prompts import PromptedClassifier
 from guard.errors import ImageError, UsageError
 from guard.triggers import FAMILIES
-from guard.vetting.agreement import CONFIRMATIONS, agreed
+from guard.vetting.agreement import CONFIRMATIONS, agreed, until_they_differ
 from guard.vetting.batches import halves
 from guard.vetting.budgets import BUDGETS, Budget, DerivedReferenceSettings, Effort
 from guard.vetting.cache import SearchCache
@@ -89,8 +89,9 @@ def vet(
         families: Names from `guard.triggers.FAMILIES`.
         budget: How much work to do.
         seed: Seed for the split, the reference model, the starts of the searches and the batches.
-        repeats: Number of vettings that must agree (`agreed`), each with the next seed. None for one, and two more
-            where its verdict is close to a threshold: what depends on the seed is then `inconclusive`.
+        repeats: Number of vettings that must agree (`agreed`), each with the next seed; the first that does not is the
+            last. None for one, and two more where its verdict is close to a threshold: what depends on the seed is then
+            `inconclusive`.
         race: Whether to stop early where the result is clear, to inspect only candidates among many classes, and to
             reconstruct only the triggers of classes that stand out. Without it every class of every family is searched
             to the end, which costs ten to fifty times as much, and more among many classes; it serves to measure what
@@ -120,7 +121,7 @@ def vet(
 
     first = vetted(seed)
     count = (CONFIRMATIONS if is_close(first.verdict) else 1) if repeats is None else repeats
-    return agreed([first, *(vetted(seed + k) for k in range(1, count))])
+    return agreed(until_they_differ(chain([first], (vetted(seed + k) for k in range(1, count)))))
 
 
 @dataclass(frozen=True, eq=False)

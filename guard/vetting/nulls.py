@@ -25,6 +25,8 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from guard.classifiers.digest import sha256
+
 MIN_NULL = 4
 """Smallest number of other classes from which a spread is estimated; with fewer there is no p-value."""
 _TABLE, _TEXT_TABLE = "nulls.json", "text_nulls.json"
@@ -83,8 +85,18 @@ NO_PRIOR = Prior(1.0, 0.0, 0)
 
 
 @cache
+def table_digest() -> str:
+    """Return what tells the shipped table from others: results that were judged with another are another's."""
+    return sha256(_read(_TABLE))[:12]
+
+
+def _read(name: str) -> bytes:
+    return resources.files("guard.vetting").joinpath(name).read_bytes()
+
+
+@cache
 def _table() -> tuple[dict[str, Prior], dict[str, Largest]]:
-    table = json.loads(resources.files("guard.vetting").joinpath(_TABLE).read_text(encoding="utf-8"))
+    table = json.loads(_read(_TABLE))
     priors = {key: Prior(**entry) for key, entry in table["priors"].items()}
     return priors, {key: Largest(**entry) for key, entry in table.get("largest", {}).items()}
 
@@ -108,8 +120,7 @@ def largest(reference_model: str, family: str) -> Largest | None:
 
 @cache
 def _text_table() -> dict[str, Largest]:
-    table = json.loads(resources.files("guard.vetting").joinpath(_TEXT_TABLE).read_text(encoding="utf-8"))
-    return {key: Largest(**entry) for key, entry in table["differences"].items()}
+    return {key: Largest(**entry) for key, entry in json.loads(_read(_TEXT_TABLE))["differences"].items()}
 
 
 def text_null(reference_model: str, family: str) -> Largest | None:
@@ -127,18 +138,58 @@ def estimate(variances: Sequence[float], degrees: Sequence[int]) -> Prior:
         variances: One sample variance per clean model, above 0.
         degrees: Degrees of freedom of each sample variance.
     """
-    from scipy.optimize import brentq
     from scipy.special import digamma, polygamma
 
     half = np.asarray(degrees, dtype=np.float64) / 2
     logs = np.log(np.asarray(variances, dtype=np.float64)) - digamma(half) + np.log(half)
-    excess = float(logs.var(ddof=1) - polygamma(1, half).mean())
+    return _fitted(float(logs.mean()), float(logs.var(ddof=1) - polygamma(1, half).mean()), len(variances))
+
+
+def joined(first: Prior, second: Prior, degrees: int) -> Prior:
+    """Return what `estimate` makes of the models of two estimates together.
+
+    The two say all that is needed of their models, but for one: where the variances of an estimate differ less than by
+    chance, here they differ as chance makes them differ.
+
+    Args:
+        first: An estimate from at least two models.
+        second: An estimate from at least two others.
+        degrees: Degrees of freedom of the sample variance of each model.
+    """
+    from scipy.special import digamma, polygamma
+
+    own = float(polygamma(1, degrees / 2))
+    parts = [
+        (
+            each.models,
+            float(np.log(each.variance) - digamma(each.degrees / 2) + np.log(each.degrees / 2)),
+            float(polygamma(1, each.degrees / 2)) + own,
+        )
+        for each in (first, second)
+    ]
+    models, mean, spread = pooled(*parts)
+    return _fitted(mean, spread - own, models)
+
+
+def pooled(first: tuple[int, float, float], second: tuple[int, float, float]) -> tuple[int, float, float]:
+    """Return the number, mean and sample variance of two samples together, from those of each."""
+    (n, mean, variance), (m, other, spread) = first, second
+    between = n * m / (n + m) * (mean - other) ** 2
+    together = (n - 1) * variance + (m - 1) * spread + between
+    return n + m, (n * mean + m * other) / (n + m), together / (n + m - 1)
+
+
+def _fitted(mean: float, excess: float, models: int) -> Prior:
+    """The prior of which log variances have this mean, and differ by so much more than by chance."""
+    from scipy.optimize import brentq
+    from scipy.special import digamma, polygamma
+
     if excess <= float(polygamma(1, _MOST_DEGREES / 2)):
-        prior_degrees = _MOST_DEGREES  # the variances differ no more than chance makes them differ
+        degrees = _MOST_DEGREES  # the variances differ no more than chance makes them differ
     else:
-        prior_degrees = 2 * brentq(lambda value: float(polygamma(1, value)) - excess, 1e-3, _MOST_DEGREES / 2)
-    shift = float(digamma(prior_degrees / 2)) - float(np.log(prior_degrees / 2))
-    return Prior(float(np.exp(logs.mean() + shift)), prior_degrees, len(variances))
+        degrees = 2 * brentq(lambda value: float(polygamma(1, value)) - excess, 1e-3, _MOST_DEGREES / 2)
+    shift = float(digamma(degrees / 2)) - float(np.log(degrees / 2))
+    return Prior(float(np.exp(mean + shift)), degrees, models)
 
 
 def outliers(

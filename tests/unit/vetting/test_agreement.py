@@ -9,7 +9,7 @@ import torch
 from guard.classifiers import Classifier, load
 from guard.classifiers.prompts import PromptedClassifier
 from guard.errors import UsageError
-from guard.vetting import BUDGETS, Vetting, agreed, vet
+from guard.vetting import BUDGETS, Vetting, agreed, judge, vet
 from guard.vetting.budgets import (
     DerivedReferenceSettings,
     Effort,
@@ -22,7 +22,7 @@ from guard.vetting.results import Conclusion, Verdict
 from guard.vetting.search import search_targets
 from tests.conftest import tiny_model
 from tests.unit.classifiers.test_prompts import learner
-from tests.zoo import TARGET, FakeVetting
+from tests.zoo import TARGET, FakeVetting, evidence_of
 
 SHORT = Effort(
     InspectionSettings(steps=2, batch=8, average=2),
@@ -56,8 +56,25 @@ def test_what_depends_on_the_seed_is_inconclusive_and_keeps_the_triggers(accusin
     assert (found.verdict.outcome, found.verdict.target) == ("inconclusive", None)
     assert "no evidence by 2, backdoored (class 1) by 1" in found.verdict.reasons[0]
     assert found.triggers == accusing.triggers
-    elsewhere = replace(accusing, verdict=replace(accusing.verdict, target=TARGET + 1))
-    assert agreed([accusing, elsewhere]).verdict.outcome == "inconclusive"
+    assert agreed([accusing, of_classes(accusing, TARGET + 1)]).verdict.outcome == "inconclusive"
+
+
+def of_classes(accusing: Vetting, *targets: int) -> Vetting:
+    """The same accusation of other classes, of which the first stands out most."""
+    p_values: list[float | None] = [0.5] * 4
+    for k, target in enumerate(targets):
+        p_values[target] = 1e-6 * 10**k
+    results = (evidence_of(p_values),)
+    checks = tuple(replace(check, target=target) for check in accusing.checks for target in targets)
+    return replace(accusing, results=results, checks=checks, verdict=judge(results, checks))
+
+
+def test_of_two_targets_either_may_come_first(accusing: Vetting) -> None:
+    other = TARGET + 1
+    found = agreed([of_classes(accusing, TARGET, other), of_classes(accusing, other, TARGET)])
+    assert (found.verdict.outcome, len(found.triggers)) == ("backdoored", len(accusing.triggers))
+    # A vetting that sees one of the two names the class on which all agree.
+    assert agreed([of_classes(accusing, other, TARGET), of_classes(accusing, TARGET)]).verdict.target == TARGET
 
 
 @pytest.fixture
@@ -81,8 +98,8 @@ def vetted(
 
 
 def test_a_verdict_close_to_a_threshold_is_looked_at_again(vetted: Callable[..., tuple[Vetting, list[int]]]) -> None:
-    found, seeds = vetted(("backdoored", 0.005), ("inconclusive", 0.02), ("backdoored", 0.002))
-    assert (found.verdict.outcome, seeds) == ("inconclusive", [4, 5, 6])
+    found, seeds = vetted(("backdoored", 0.005), ("inconclusive", 0.02))
+    assert (found.verdict.outcome, seeds) == ("inconclusive", [4, 5]), "a third would change nothing"
     found, seeds = vetted(("backdoored", 0.005), ("backdoored", 0.004), ("backdoored", 0.002))
     assert (found.verdict.outcome, seeds) == ("backdoored", [4, 5, 6])
     found, seeds = vetted(("no evidence", 0.06), ("no evidence", 0.3), ("inconclusive", 0.04))

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom, t
 
 from guard.vetting import Prior, nulls, outliers
-from guard.vetting.nulls import MAX_DEGREES, NO_PRIOR, Largest, estimate
+from guard.vetting.nulls import MAX_DEGREES, NO_PRIOR, Largest, estimate, joined, pooled
 
 PRIOR = Prior(variance=0.04, degrees=6.0, models=30)
 VALUES = [0.1, -0.2, 0.0, 0.3, -0.1, 2.0]
@@ -146,6 +146,29 @@ def test_looking_for_several_keeps_the_level(classes: int) -> None:
 
 def test_models_that_have_nothing_in_common_hardly_count() -> None:
     assert estimate([1e-6, 1e-3, 1.0, 1e3, 1e6], [9] * 5).degrees < 0.5
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0], ids=["alike", "different"])
+def test_two_estimates_join_to_that_of_all_models(spread: float) -> None:
+    rng = np.random.default_rng(3)
+    scales = np.exp(rng.normal(0, spread, 40))
+    variances = [float(rng.normal(0, scale, 10).var(ddof=1)) for scale in scales]
+    whole, parts = (
+        estimate(variances, [9] * 40),
+        [estimate(part, [9] * len(part)) for part in (variances[:25], variances[25:])],
+    )
+    both = joined(parts[0], parts[1], 9)
+    assert both.models == 40
+    assert both.variance == pytest.approx(whole.variance)
+    assert both.degrees == pytest.approx(whole.degrees)
+
+
+def test_the_moments_of_two_samples_together() -> None:
+    first, second = np.random.default_rng(4).normal(size=(2, 12))
+    second = second[:7] + 2
+    together = np.concatenate([first, second])
+    found = pooled(*((len(each), each.mean(), each.var(ddof=1)) for each in (first, second)))
+    assert found == pytest.approx((19, together.mean(), together.var(ddof=1)))
 
 
 def test_the_largest_class_of_another_model_is_a_prediction_not_a_mean() -> None:
