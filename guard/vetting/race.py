@@ -31,12 +31,11 @@ _KEPT = 0.1
 _TIE = 0.1
 """How far behind the last class that goes on another class still counts as level with it, in units of the statistic:
 repeated searches differ by as much."""
-_CLEAR = 1e-6
-"""Corrected p-value at which half of the steps are enough. It is so small that looking twice costs no false alarm worth
-a correction."""
+_CLEAR = 1e-4
+"""Corrected p-value at which half of the steps are enough. It is so small beside the significance that looking twice
+costs no false alarm worth a correction."""
 _HOPELESS = 0.2
-"""Smallest p-value of any family, corrected for its classes only, above which the other half of the steps is saved.
-Among many classes it is saved for each such family by itself."""
+"""p-value of a family, corrected for its classes only, above which the other half of its steps is saved."""
 
 
 class Race:
@@ -92,8 +91,7 @@ class Race:
             results = (*(self._result(family) for family in self._families), self._probed)
             if _is_settled(results):
                 break
-            if self._drops:
-                active = {item.family: self._survivors(item) for item in results[:-1] if item.p_value <= _HOPELESS}
+            active = {item.family: self._survivors(item) for item in results[:-1] if item.p_value <= _HOPELESS}
         return results
 
     def parameters(self, family: str, target: int) -> Raw:
@@ -109,7 +107,10 @@ class Race:
         }
 
     def _survivors(self, item: FamilyResult) -> list[int]:
-        """Return the classes that go on: the null classes, the leading tenth, and those level with its last."""
+        """Return the classes that go on: the null classes, the leading tenth, and those level with its last.
+
+        Of few classes all are null classes.
+        """
         ranked = sorted((entry.statistic for entry in item.classes), reverse=True)
         last = ranked[max(1, int(_KEPT * len(ranked))) - 1] - _TIE
         return [entry.target for entry in item.classes if entry.statistic >= last or entry.target in self._null_classes]

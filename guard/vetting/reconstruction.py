@@ -16,8 +16,9 @@ from guard.vetting.verdict import DOUBT, NOTICED, class_results, is_accused, is_
 _MOST_SUSPECTS = 4
 """Largest number of classes for which triggers are reconstructed."""
 _TRIES = 3
-"""Number of families in which a suspect's trigger is reconstructed: those in which it stands out most. More are tried
-only until one passes its check. Each try costs as much as the inspection of several classes."""
+"""Number of families in which a suspect's trigger is reconstructed: those in which it stands out most. For the most
+suspicious class, where its p-value is at most `DOUBT`, more are tried until one passes its check. Each try costs as
+much as the inspection of several classes."""
 _AS_NEAR = 2.0
 """A class's second trigger is kept for screening if it is at most so many times as strong as its first, each relative
 to the radius of its family. The family that needs the least is nearest to the attacker's own; one that only gets there
@@ -77,14 +78,14 @@ def reconstruct_suspects(
     many = not everything and len(distinct_classes(searches.classifier)) > RACED_CLASSES
     explained: list[int] = []
     triggers: list[ReconstructedTrigger] = []
-    for suspect in (suspects(results, DOUBT) or suspects(results, NOTICED)[:1])[:_MOST_SUSPECTS]:
+    for place, suspect in enumerate((suspects(results, DOUBT) or suspects(results, NOTICED)[:1])[:_MOST_SUSPECTS]):
         target = suspect.target
         if many and resembling(searches.classifier, target)[explained].any():
             continue
         working: list[_Working] = []
         inspected = [(family, p_value) for family, p_value in suspect.families if family != PROBES]
         for k, (family, p_value) in enumerate(inspected):
-            if k >= _TRIES and (working or p_value > DOUBT):
+            if k >= _TRIES and (working or place > 0 or max(suspect.p_value, p_value) > DOUBT):
                 break
             working += attempt(family, target)
         if len(inspected) < len(suspect.families):
