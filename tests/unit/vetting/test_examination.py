@@ -57,6 +57,7 @@ def _quick_and_without_shipped_priors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("guard.vetting.race._is_settled", lambda _: False)
+    monkeypatch.setattr("guard.vetting.race._HOPELESS", 1.0)
 
 
 class Calls:
