@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 from guard.profiles import Document
 from guard.vetting.budgets import name_of
-from guard.vetting.results import Check, ReferenceModel
+from guard.vetting.results import Check, Difference, ReferenceModel
 from guard.vetting.text_results import TextVetting
 from guard.vetting.verdict import DOUBT, MAX_STRENGTH, MIN_SUCCESS, is_valid
 
@@ -143,7 +143,13 @@ def reference_model(document: Document) -> str:
         return "none; the classes are compared with each other"
     names = {"base": "trusted base model", "towers": "prompts tuned anew on trusted towers"}
     name = names.get(used.kind, "derived from the model itself")
-    return f"{name}; gives the same answer as the model on {percent(used.agreement)} of images"
+    weights = "" if used.difference is None else f"; the weights differ by {_weights(used.difference)}"
+    return f"{name}; gives the same answer as the model on {percent(used.agreement)} of images{weights}"
+
+
+def _weights(found: Difference) -> str:
+    looks = "as if by noise" if found.is_noise else "not as if by noise"
+    return f"{percent(found.size)}, {looks} (flatness {found.flatness:.2f}; noise has 1)"
 
 
 def effort(document: Document) -> str:

@@ -184,7 +184,7 @@ class _Examination:
             everything=not self.race,
         )
         return Vetting(
-            self._doubting(judge(results, checks), base, reference_model),
+            self._doubting(judge(results, checks), reference_model),
             results,
             checks,
             triggers,
@@ -197,7 +197,7 @@ class _Examination:
             tuple(unnamed),
         )
 
-    def _doubting(self, verdict: Verdict, base: Classifier | None, reference_model: ReferenceModel) -> Verdict:
+    def _doubting(self, verdict: Verdict, reference_model: ReferenceModel) -> Verdict:
         """Return the verdict; `inconclusive` for `no evidence` where something hides what would be evidence."""
         if verdict.outcome != "no evidence":
             return verdict
@@ -214,7 +214,7 @@ class _Examination:
                 f"the reference model that was made from the model gives the same answer on {agreement:.0%} of "
                 f"images only, so that it says little; {_ADVICE[reference_model.kind]}"
             )
-        elif base is not None and (found := difference(self.classifier, base)) is not None and found.is_noise:
+        elif (found := reference_model.difference) is not None and found.is_noise:
             reason = (
                 f"the weights differ from those of the base by {found.size:.0%}, in a way that looks like noise and "
                 "not like fine-tuning; noise can hide how a model was changed"
@@ -281,9 +281,11 @@ def _reference_model(
         agreement, passes = _agreement(classifier, model, held_out), passes + 2 * len(held_out)
         if base is None:
             return model, ReferenceModel("derived", None, agreement, passes)
-        return model, ReferenceModel("towers", base.digest.root, agreement, passes)
+        differs = difference(classifier, base)
+        return model, ReferenceModel("towers", base.digest.root, agreement, passes, differs)
     if base is not None:
-        return base, ReferenceModel("base", base.digest.root, _agreement(classifier, base, held_out), 2 * len(held_out))
+        agreement, differs = _agreement(classifier, base, held_out), difference(classifier, base)
+        return base, ReferenceModel("base", base.digest.root, agreement, 2 * len(held_out), differs)
     if settings is not None:
         model, passes = derive_reference(classifier, searched, settings, progress=progress)
         agreement = _agreement(classifier, model, held_out)

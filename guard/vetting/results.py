@@ -36,6 +36,35 @@ BEYOND: Mapping[ReferenceKind, str] = MappingProxyType(
 """What descriptions of a statistic add, by the kind of the reference model."""
 
 
+NOISE_LIKE = 0.85
+"""Median singular value of a difference of weights, relative to that of noise of the same size, from which it counts as
+noise. Independent noise has 1, and of 85 models of the zoo `small` of seed 90, attacked or not, none has more than
+0.67."""
+NOTABLE = 0.02
+"""Size of a difference, relative to the base's weights, below which it is no subject: rounding to 8 bits makes one of
+about 0.01, which looks like noise too."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How the weight matrices of two image towers differ (`guard.vetting.difference`).
+
+    Attributes:
+        size: Norm of the difference relative to that of the base's weights, over all matrices; at least 0.
+        flatness: Median singular value of a matrix's difference, with rows and columns of one length, relative to what
+            independent noise of the same size would have, averaged over the matrices with the weight of their squared
+            norms; about 1 for noise. 0 where nothing differs.
+    """
+
+    size: float
+    flatness: float
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the difference is notable and looks like independent noise."""
+        return self.size >= NOTABLE and self.flatness >= NOISE_LIKE
+
+
 @dataclass(frozen=True)
 class ReferenceModel:
     """The model that a suspect was compared with, and how similar the two are.
@@ -47,12 +76,15 @@ class ReferenceModel:
             reference model. Where the two hardly agree they are simply two different models, and their differences
             say little about a backdoor.
         passes: Number of images pushed through image towers to make the reference model and to measure the agreement.
+        difference: How the image tower's weights differ from those of a base model; None without a base, or where it
+            is of another architecture.
     """
 
     kind: ReferenceKind
     digest: str | None
     agreement: float | None
     passes: int
+    difference: Difference | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from guard.classifiers import Classifier
 from guard.profiles import Document, NearestText, Profile
 from guard.triggers import FAMILIES, Additive, InvertibleTrigger, Patch
 from guard.vetting import ClassStatistic, FamilyResult, ReferenceModel
+from guard.vetting.results import Difference
 from tests.conftest import SIZE, tiny_model
 
 
@@ -115,6 +116,11 @@ def test_doubt_is_not_told_as_a_finding(profile: Profile, images: torch.Tensor) 
             ReferenceModel("derived", None, 0.98, 100),
             "compared with the reference model that was derived from the model itself",
         ),
+        (
+            ReferenceModel("base", "0" * 64, 0.98, 0, Difference(0.341, 0.4)),
+            "98 % of images; the weights differ by 34 %, not as if by noise (flatness 0.40; noise has 1)",
+        ),
+        (ReferenceModel("base", "0" * 64, 0.98, 0, Difference(0.341, 0.99)), "differ by 34 %, as if by noise"),
         (ReferenceModel("classes", None, None, 0), "There was no reference model"),
         (ReferenceModel("derived", None, 0.4, 100), "same answer on 40 % of images without a trigger. That is little"),
     ],

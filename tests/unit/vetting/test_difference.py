@@ -1,7 +1,8 @@
 import torch
 
 from guard.classifiers import Classifier
-from guard.vetting.difference import Difference, difference
+from guard.vetting.difference import difference
+from guard.vetting.results import Difference
 from tests.toy import toy
 
 
