@@ -79,6 +79,10 @@ def _table(rows: list[dict[str, Any]], *, add: bool) -> dict[str, Any]:
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     priors, maxima = fit(rows)
     sources, entries, largest = (dict(table[part]) for part in ("source", "priors", "largest"))
+    measured = _sources(rows)
+    again = [part for part, (_, zoos) in measured.items() if add and zoos in sources.get(part, "")]
+    if again:
+        raise SystemExit(f"models of these zoos are in the table already: {', '.join(again)}")
     for key, found in priors.items():
         name = "/".join(map(str, key))
         known = Prior(**entries[name]) if add and name in entries else None
@@ -87,7 +91,7 @@ def _table(rows: list[dict[str, Any]], *, add: bool) -> dict[str, Any]:
         name = "/".join(pair)
         before = Largest(**largest[name]) if add and name in largest else None
         largest[name] = asdict(_together(before, maximum) if before else maximum)
-    for part, (count, zoos) in _sources(rows).items():
+    for part, (count, zoos) in measured.items():
         text = f"python -m benchmarks.nulls, {count} clean models of the zoos {zoos}"
         sources[part] = f"{sources[part]}; {count} of {zoos}" if add and part in sources else text
     parts = {"source": sources, "priors": entries, "largest": largest}

@@ -199,8 +199,7 @@ def summary(profile: "Profile", out: Path) -> str:
         advice = "" if reference_model.kind in names else "; --base makes this sharper"
         lines.append(f"  compared with {name}{agreement}{advice}")
         if (differs := reference_model.difference) is not None:
-            looks = "as if by noise" if differs.is_noise else "not as if by noise"
-            lines.append(f"  the weights differ from those of the base by {differs.size:.0%}, {looks}")
+            lines.append(f"  the weights differ from those of the base by {differs.size:.0%}, {differs.looks}")
     return "\n".join([*lines, f"profile: {out}", f"report: {out / REPORT_FILE}"])
 
 

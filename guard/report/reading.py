@@ -148,8 +148,7 @@ def reference_model(document: Document) -> str:
 
 
 def _weights(found: Difference) -> str:
-    looks = "as if by noise" if found.is_noise else "not as if by noise"
-    return f"{percent(found.size)}, {looks} (flatness {found.flatness:.2f}; noise has 1)"
+    return f"{percent(found.size)}, {found.looks} (flatness {found.flatness:.2f}; noise has 1)"
 
 
 def effort(document: Document) -> str:

@@ -64,6 +64,11 @@ class Difference:
         """Whether the difference is notable and looks like independent noise."""
         return self.size >= NOTABLE and self.flatness >= NOISE_LIKE
 
+    @property
+    def looks(self) -> str:
+        """What it looks like, in words that follow "the weights differ by …,"."""
+        return "as if by noise" if self.is_noise else "not as if by noise"
+
 
 @dataclass(frozen=True)
 class ReferenceModel:
