@@ -204,7 +204,7 @@ def test_the_shipped_table_can_be_read() -> None:
         assert 0 <= known.degrees <= 1e3, key
     for key, item in maxima.items():
         assert item.deviation > 0, key
-        assert item.models >= (20 if key.startswith("towers/") else 30), key
+        assert item.models >= 30, key
 
 
 def test_a_class_does_not_widen_the_null_of_one_that_it_resembles() -> None:
