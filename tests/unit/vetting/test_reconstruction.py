@@ -1,0 +1,69 @@
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from guard.triggers import Raw
+from guard.vetting.budgets import SearchSettings
+from guard.vetting.inversion import Reconstruction
+from guard.vetting.probes import Probe
+from guard.vetting.reconstruction import reconstruct_suspects
+from guard.vetting.results import PROBES
+from guard.vetting.searches import Searches
+from guard.vetting.verdict import judge
+from tests.conftest import CLASSES
+from tests.zoo import TARGET, attack_trigger, evidence_of
+
+SINUSOID = Probe("sinusoid", lambda images: images)
+
+
+class Reconstructing:
+    """Stands for the searches: every trigger that it finds is far too strong, and every probe works.
+
+    Attributes:
+        tried: The families in which triggers were searched for, in order.
+    """
+
+    classifier = SimpleNamespace(classes=CLASSES, distinct=None)
+
+    def __init__(self) -> None:
+        self.tried: list[str] = []
+
+    def reconstruct(self, family: str, start: Mapping[int, Raw], *_: object) -> list[Reconstruction]:
+        self.tried.append(family)
+        return [
+            Reconstruction(target, attack_trigger(), 1e3, reached=True, success=0.9, reference_success=0.0, passes=1)
+            for target in start
+        ]
+
+    def probe_effects(self, probe: Probe, target: int) -> tuple[float, float]:
+        assert (probe, target) == (SINUSOID, TARGET)
+        return 0.58, 0.27
+
+
+def suspected(p_values: Mapping[str, float]) -> Sequence[Any]:
+    """Results in which the target has these uncorrected p-values, and the other classes do not stand out."""
+    return [
+        evidence_of([p_value if k == TARGET else 0.6 for k in range(len(CLASSES.names))], family=family)
+        for family, p_value in p_values.items()
+    ]
+
+
+@pytest.mark.parametrize(("under_probes", "outcome"), [(0.13, "inconclusive"), (0.01, "backdoored")])
+def test_a_probe_accuses_only_a_class_that_stands_out_under_probes(under_probes: float, outcome: str) -> None:
+    """A natural feature of the class may work as a probe too, while the class stands out for something else."""
+    results = suspected({"colour map": 1e-5, "patch": 0.02, "warp": 0.4, PROBES: under_probes})
+    searches = Reconstructing()
+    checks, triggers = reconstruct_suspects(
+        cast(Searches, searches),
+        results,
+        lambda *_: {"raw": torch.zeros(1)},
+        lambda _: SINUSOID,
+        SearchSettings(),
+        "base",
+        everything=False,
+    )
+    assert searches.tried == ["colour map", "patch"], "under warps the class does not stand out"
+    assert (judge(results, checks).outcome, triggers) == (outcome, ())
