@@ -51,7 +51,7 @@ def suspected(p_values: Mapping[str, float]) -> Sequence[Any]:
     ]
 
 
-@pytest.mark.parametrize(("under_probes", "outcome"), [(0.13, "inconclusive"), (0.01, "backdoored")])
+@pytest.mark.parametrize(("under_probes", "outcome"), [(0.02, "inconclusive"), (0.005, "backdoored")])
 def test_a_probe_accuses_only_a_class_that_stands_out_under_probes(under_probes: float, outcome: str) -> None:
     """A natural feature of the class may work as a probe too, while the class stands out for something else."""
     results = suspected({"colour map": 1e-5, "patch": 0.02, "warp": 0.4, PROBES: under_probes})
