@@ -14,7 +14,7 @@ from guard.profiles import Profile
 from guard.report import pictures, reading
 from guard.report.difference import AMPLIFICATION, difference
 from guard.triggers import Patch, Trigger
-from guard.vetting.verdict import DOUBT, suspects
+from guard.vetting.verdict import DOUBT, class_results, is_accused, suspects
 
 EXAMPLES = 6
 _PICTURE_SIDE, _STRIP_SIDE = 128, 96
@@ -152,6 +152,8 @@ def _suspicious(profile: Profile, drawn: Mapping[str, Example]) -> list[dict[str
     document = profile.document
     checks, accused = document.vetting.checks, document.vetting.verdict.target
     results = {item.target: item for item in suspects(document.vetting.results, DOUBT)}
+    significance = document.vetting.verdict.significance
+    clear = {item.target for item in class_results(document.vetting.results) if is_accused(item, checks, significance)}
     tried = dict.fromkeys([*(check.target for check in checks), *(trigger.target for trigger in document.triggers)])
     return [
         {
@@ -165,7 +167,7 @@ def _suspicious(profile: Profile, drawn: Mapping[str, Example]) -> list[dict[str
                 [check for check in checks if check.target == target],
                 {item.family for item in document.triggers if item.target == target},
                 document.vetting.reference_model,
-                significant=target in results and results[target].p_value <= document.vetting.verdict.significance,
+                significant=target in clear,
             ),
         }
         for target in sorted(tried, key=lambda target: target != accused)
