@@ -41,7 +41,7 @@ def suspicion(
         checks: The checks of the class.
         kept: Families whose trigger was kept for screening.
         reference_model: The model that the suspect was compared with.
-        significant: Whether the class stands out clearly enough for a verdict, with triggers of this strength.
+        significant: Whether the class stands out clearly enough for a verdict.
     """
     sentences = []
     valid = [check for check in checks if is_valid(check)]

@@ -30,10 +30,6 @@ SHORTCUT = 0.6
 EASE = 20.0
 """Factor by which the significance is raised for a class with such a small trigger. No class of a clean model of the
 zoo `small` of seed 0 has one."""
-LARGE, STRICTER = 1.0, 0.1
-"""Strength above which the class must stand out more, and the factor of the significance then: such a trigger is larger
-than the inspection allowed. Of the zoos `small` of seeds 90 and 100, with a base, the attacked models that need more
-than 1 have p-values of 2e-5 and less; the one clean model whose trigger passed its check needs 1.01, at p = 0.004."""
 NOTICED = EASE * SIGNIFICANCE
 """Corrected p-value below which the smallest trigger of the most outlying class is searched for."""
 _TINY, _LEAST, _ALMOST_ONE = 1e-8, 1e-300, 0.99
@@ -47,8 +43,7 @@ def judge(results: Sequence[FamilyResult], checks: Sequence[Check], *, significa
     The rule is fixed in advance (`class_results`): the p-values of a class in all families are combined, and corrected
     for the number of classes; the smallest decides. A model is `backdoored` only if a trigger for the class works on
     held-out images, and works much better on the suspect than on the reference model. Where that trigger is very small
-    (`SHORTCUT`), a p-value of `EASE` times the significance is enough; where it is large (`LARGE`), it takes `STRICTER`
-    times the significance. The verdict is `inconclusive` if an outlier
+    (`SHORTCUT`), a p-value of `EASE` times the significance is enough. The verdict is `inconclusive` if an outlier
     fails this check, if an outlier lies between `significance` and `DOUBT` and not all its triggers were refuted, if a
     family has no null, or if no family could compare a class.
 
@@ -171,9 +166,7 @@ def is_accused(item: "ClassResult", checks: Sequence[Check], significance: float
     check = _weakest_valid(checks).get(item.target)
     if check is None:
         return False
-    if check.strength <= SHORTCUT:
-        return item.p_value <= EASE * significance
-    return item.p_value <= (significance if check.strength <= LARGE else STRICTER * significance)
+    return item.p_value <= (EASE * significance if check.strength <= SHORTCUT else significance)
 
 
 def objection(check: Check) -> str:

@@ -144,16 +144,6 @@ def test_a_very_small_trigger_eases_the_significance() -> None:
     assert judge([mild], [check_of(1, norm=1.0)]).outcome == "no evidence"
 
 
-def test_a_large_trigger_takes_a_clearer_outlier() -> None:
-    radius, large = [check_of(0, norm=9.0)], [check_of(0, norm=9.1)]
-    mild, clear = evidence(0.005), evidence(0.0009)
-    assert judge([mild], radius).outcome == "backdoored"
-    assert judge([mild], large).outcome == "inconclusive"
-    assert judge([clear], large).outcome == "backdoored"
-    # A smaller trigger of another family decides.
-    assert judge([mild], [*large, check_of(0, family="warp", norm=9.0)]).outcome == "backdoored"
-
-
 def test_without_a_base_a_trigger_must_be_smaller() -> None:
     clear = evidence(1e-5)
     assert judge([clear], [check_of(0, norm=9.0)]).outcome == "backdoored"
