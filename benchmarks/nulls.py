@@ -11,6 +11,7 @@ With --compare the table stays, and a result in DIR says how what was measured c
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections import defaultdict
@@ -80,9 +81,10 @@ def _table(rows: list[dict[str, Any]], *, add: bool) -> dict[str, Any]:
     priors, maxima = fit(rows)
     sources, entries, largest = (dict(table[part]) for part in ("source", "priors", "largest"))
     measured = _sources(rows)
-    again = [part for part, (_, zoos) in measured.items() if add and zoos in sources.get(part, "")]
-    if again:
-        raise SystemExit(f"models of these zoos are in the table already: {', '.join(again)}")
+    for part, (_, zoos) in measured.items():
+        there = set(re.split(r", | zoos |; \d+ of ", sources.get(part, ""))) & set(zoos.split(", "))
+        if add and there:
+            raise SystemExit(f"{part}: models of {', '.join(sorted(there))} are in the table already")
     for key, found in priors.items():
         name = "/".join(map(str, key))
         known = Prior(**entries[name]) if add and name in entries else None
