@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,26 @@ class Cluster:
     """Two nodes of one processor each; the second can be killed."""
 
     def __init__(self) -> None:
-        from ray.cluster_utils import Cluster as Nodes
-
         from guard.distributed.ray import Ray
 
-        self._nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1})
-        self._second = self._nodes.add_node(num_cpus=1)
-        self._nodes.wait_for_nodes()
+        self._start()
         self.engine = Ray.connect(self._nodes.address)
+
+    def _start(self, attempts: int = 3) -> None:
+        from ray.cluster_utils import Cluster as Nodes
+
+        self._nodes = Nodes()
+        try:
+            self._nodes.add_node(num_cpus=1, include_dashboard=False)
+            self._second = self._nodes.add_node(num_cpus=1)
+            self._nodes.wait_for_nodes()
+        except Exception:
+            # Ray gives a node 30 seconds, and no setting changes that: too few where other tests use all processors.
+            with suppress(Exception):
+                self._nodes.shutdown()  # type: ignore[no-untyped-call]
+            if attempts == 1:
+                raise
+            self._start(attempts - 1)
 
     def kill(self) -> None:
         self._nodes.remove_node(self._second, allow_graceful=False)

@@ -5,6 +5,7 @@ torch is imported by the fixtures that need it: tests of the serving part also r
 
 import fcntl
 import os
+import signal
 
 # Before torch starts its threads: models of 16 pixels gain nothing from them, and workers would take them from each
 # other.
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
     from guard.classifiers import Classifier
     from guard.triggers import Patch
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and so would all programs that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How fast a machine is must not decide whether a test passes.
 settings.register_profile("guard", deadline=None)

@@ -1,6 +1,7 @@
 """`guard serve`."""
 
 import os
+import signal
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -138,6 +139,9 @@ def serve(
         ctx.exit(_check(settings, Console(as_json=as_json)))
     configure(settings.log_format)
     run(settings)
+    # The state is saved. A second signal, which comes while the interpreter ends, must not make that a failure.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _check(settings: "Settings", console: Console) -> int:

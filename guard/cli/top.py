@@ -3,8 +3,6 @@
 import glob
 import re
 import signal
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -13,7 +11,7 @@ from guard.cli import options
 from guard.cli.console import Console
 from guard.errors import UsageError
 
-_POLL_SECONDS = 3600.0
+_ENDS = (signal.SIGINT, signal.SIGTERM)
 
 
 @click.command()
@@ -71,11 +69,11 @@ def top(
     credentials = client_credentials(tls, tls_certificate, tls_key)
     sources = [Remote(Endpoint(address, credentials, server_name), _sidecar(address)) for address in processes]
     console = Console(as_json=as_json)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt), serve_dashboard(listen, sources, Access()) as actual:
+    # Blocked before other threads start, which inherit that: a signal that one of them took would not wake this one.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+    with serve_dashboard(listen, sources, Access()) as actual:
         console.result({"page": f"http://{actual}/", "sidecars": list(processes)}, f"http://{actual}/")
-        while True:
-            time.sleep(_POLL_SECONDS)
+        signal.sigwait(_ENDS)
 
 
 def _processes(address: str) -> list[str]:

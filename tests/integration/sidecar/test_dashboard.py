@@ -37,19 +37,22 @@ def get(url: str, *, context: ssl.SSLContext | None = None, **headers: str) -> A
 
 
 @contextmanager
-def top(*addresses: str) -> Iterator[str]:
-    """`guard top`, as a process; its page."""
+def top(*addresses: str, end: signal.Signals = signal.SIGTERM) -> Iterator[str]:
+    """`guard top`, as a process that a signal ends; its page."""
     command = [sys.executable, "-m", "guard", "top", *addresses, "--listen", "127.0.0.1:0", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
         assert process.stdout is not None
         text = ""
-        while not text.endswith("}\n"):
-            text += process.stdout.readline()
         try:
+            while not text.endswith("}\n"):
+                line = process.stdout.readline()
+                assert line, "guard top ended"
+                text += line
             yield json.loads(text)["page"]
-        finally:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(end)
             assert process.wait(WAIT_SECONDS) == 0
+        finally:
+            process.kill()
 
 
 def test_one_page_shows_all_processes_and_what_they_flag(
@@ -72,7 +75,7 @@ def test_one_page_shows_all_processes_and_what_they_flag(
         )
         epoch = urllib.request.urlopen(f"{page}api/events", timeout=WAIT_SECONDS)  # noqa: S310 - as above
         while not (line := epoch.readline()).startswith(b"id: "):
-            pass
+            assert line, "the stream ended"
         found = get(f"{page}api/evidence/{line.decode().split()[1]}")
         assert found["request_id"] == "order-4711"
         (settings, _) = get(f"{page}api/configuration")
@@ -81,7 +84,7 @@ def test_one_page_shows_all_processes_and_what_they_flag(
 
 
 def test_a_sidecar_that_is_not_there_is_shown_as_such(tmp_path: Path) -> None:
-    with top(f"unix:{tmp_path / 'nobody'}") as page:
+    with top(f"unix:{tmp_path / 'nobody'}", end=signal.SIGINT) as page:
         eventually(
             lambda: get(f"{page}api/overview")["sidecars"][0]["error"] == "the sidecar does not answer", "the error"
         )

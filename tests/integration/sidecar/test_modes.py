@@ -1,7 +1,9 @@
 import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,6 +135,17 @@ def test_a_signal_lets_a_request_in_flight_end(
         caller.join(WAIT_SECONDS)
         assert [reply.decision for reply in replies] == ["pass"]
         assert sidecar.process.wait(WAIT_SECONDS) == 0
+
+
+def test_further_signals_do_not_make_a_good_end_a_failure(
+    launch: Launcher, exported: Path, served_profile: Path
+) -> None:
+    with launch("--model", exported, "--profile", served_profile) as sidecar:
+        while sidecar.process.returncode is None:
+            sidecar.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                sidecar.process.wait(0.005)
+        assert sidecar.process.returncode == 0
 
 
 @pytest.mark.parametrize("option", ["--listen", "--metrics"])
