@@ -85,10 +85,11 @@ def _table(rows: list[dict[str, Any]], *, add: bool) -> dict[str, Any]:
         there = set(re.split(r", | zoos |; \d+ of ", sources.get(part, ""))) & set(zoos.split(", "))
         if add and there:
             raise SystemExit(f"{part}: models of {', '.join(sorted(there))} are in the table already")
+    groups = _classes(rows) - 1
     for key, found in priors.items():
         name = "/".join(map(str, key))
         known = Prior(**entries[name]) if add and name in entries else None
-        entries[name] = asdict(joined(known, found, _classes(rows) - 1) if known else found)
+        entries[name] = asdict(joined(known, found, groups) if known else found)
     for pair, maximum in maxima.items():
         name = "/".join(pair)
         before = Largest(**largest[name]) if add and name in largest else None

@@ -59,8 +59,8 @@ EXIT_CODES = {"no evidence": 0, "backdoored": 1, "inconclusive": 3}
 @click.option(
     "--repeat",
     type=click.IntRange(1, 100),
-    help="Number of vettings of the image tower, each with the next seed. Where they do not agree, its verdict is "
-    "inconclusive.  [default: 1, and 2 more where the verdict is close to a threshold]",
+    help="Number of vettings of the image tower, each with the next seed, whose evidence is combined.  [default: 1, "
+    "and up to 2 more while the verdict is close to a threshold]",
 )
 @click.option(
     "--limit", type=click.IntRange(min=64), default=2000, show_default=True, help="Maximum number of images to use."

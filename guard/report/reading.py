@@ -6,7 +6,7 @@ from guard.profiles import Document
 from guard.vetting.budgets import name_of
 from guard.vetting.results import Check, Difference, ReferenceModel
 from guard.vetting.text_results import TextVetting
-from guard.vetting.verdict import DOUBT, MAX_STRENGTH, MIN_SUCCESS, is_valid
+from guard.vetting.verdict import DOUBT, EASE, MAX_STRENGTH, MIN_SUCCESS, is_valid
 
 _GOOD_AGREEMENT = 0.9
 """Agreement below which the report warns that suspect and reference model are two different models."""
@@ -56,8 +56,8 @@ def suspicion(
         )
         if not significant:
             sentences.append(
-                "The class does not stand out clearly enough for a verdict. A base model, or a larger budget, may "
-                "decide."
+                "The class does not stand out clearly enough for a verdict with a trigger of this size. A base model, "
+                "or a larger budget, may decide."
             )
         if reference_model.kind == "classes":
             sentences.append("There was no reference model, so the trigger may also be a natural feature of the class.")
@@ -102,8 +102,9 @@ def evidence(document: Document) -> list[str]:
         "family is judged alone, and its p-value is multiplied by the number of classes. For the verdict the p-values "
         "of a class are combined over families (Cauchy), so that families that agree count more, and are corrected "
         "for the number of classes; the smallest decides. It is not the probability that the model is clean. At most "
-        f"{vetting.verdict.significance:g} counts as evidence, if a trigger also works on held-out images; between "
-        f"{vetting.verdict.significance:g} and {DOUBT:g} the verdict stays open."
+        f"{vetting.verdict.significance:g} counts as evidence, if a trigger also works on held-out images, and is the "
+        "smaller the larger the p-value is; a very small trigger is enough up to "
+        f"{EASE * vetting.verdict.significance:g}. Otherwise the verdict stays open up to {DOUBT:g}."
     )
     limits = (
         f"The families {', '.join(vetting.verdict.families)} were tested, up to the strength in the table. A backdoor "

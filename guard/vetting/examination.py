@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TypeGuard
@@ -14,7 +15,7 @@ from guard.classifiers.classifier import Classifier
 from guard.classifiers.prompts import PromptedClassifier
 from guard.errors import ImageError, UsageError
 from guard.triggers import FAMILIES
-from guard.vetting.agreement import CONFIRMATIONS, agreed, until_they_differ
+from guard.vetting.agreement import CONFIRMATIONS, agreed, until_clear
 from guard.vetting.batches import halves
 from guard.vetting.budgets import BUDGETS, Budget, DerivedReferenceSettings, Effort
 from guard.vetting.cache import SearchCache
@@ -25,9 +26,9 @@ from guard.vetting.race import RACED_CLASSES, Race, distinct_classes
 from guard.vetting.reconstruction import reconstruct_suspects
 from guard.vetting.reference import FRESH_METHOD, derive_reference, fresh_prompts
 from guard.vetting.reference import METHOD as REFERENCE_METHOD
-from guard.vetting.results import FamilyResult, FoundTarget, ReferenceModel, Verdict, Vetting
+from guard.vetting.results import Difference, FamilyResult, FoundTarget, ReferenceModel, Verdict, Vetting
 from guard.vetting.searches import Searches
-from guard.vetting.verdict import is_close, judge
+from guard.vetting.verdict import judge
 
 MIN_IMAGES = 64
 _UNVOUCHED = (
@@ -89,9 +90,8 @@ def vet(
         families: Names from `guard.triggers.FAMILIES`.
         budget: How much work to do.
         seed: Seed for the split, the reference model, the starts of the searches and the batches.
-        repeats: Number of vettings that must agree (`agreed`), each with the next seed; the first that does not is the
-            last. None for one, and two more where its verdict is close to a threshold: what depends on the seed is then
-            `inconclusive`.
+        repeats: Number of vettings, each with the next seed, whose evidence is combined (`agreed`). None for one, and
+            up to two more while the verdict is close to a threshold.
         race: Whether to stop early where the result is clear, to inspect only candidates among many classes, and to
             reconstruct only the triggers of classes that stand out. Without it every class of every family is searched
             to the end, which costs ten to fifty times as much, and more among many classes; it serves to measure what
@@ -113,47 +113,64 @@ def vet(
     tried_probes = tuple(listed_probes() if probes is None else probes)
     _check(classifier, images, base, families, budget, tried_probes, repeats)
     examination = _Examination(
-        classifier, images, tuple(families), tried_probes, cache, progress, race=race, unvouched=unvouched
+        classifier,
+        base,
+        images,
+        tuple(families),
+        tried_probes,
+        cache,
+        progress,
+        derive=derive,
+        race=race,
+        unvouched=unvouched,
     )
-
-    def vetted(seed: int) -> Vetting:
-        return examination.vetted(base, BUDGETS[budget].seeded(seed), derive=derive)
-
-    first = vetted(seed)
-    count = (CONFIRMATIONS if is_close(first.verdict) else 1) if repeats is None else repeats
-    return agreed(until_they_differ(chain([first], (vetted(seed + k) for k in range(1, count)))))
+    vettings = (
+        examination.vetted(BUDGETS[budget].seeded(seed + k))
+        for k in range(CONFIRMATIONS if repeats is None else repeats)
+    )
+    found = until_clear(vettings) if repeats is None else agreed(tuple(vettings))
+    return replace(found, verdict=examination.doubting(found.verdict, found.reference_model))
 
 
 @dataclass(frozen=True, eq=False)
 class _Examination:
-    """What is examined, and with what; each vetting has a reference model and a seed.
+    """What is examined, and with what; each vetting has a seed.
 
     Attributes:
         classifier: The suspect.
+        base: A trusted model; None for none.
         images: uint8, shape [N, 3, H, W].
         families: Names of trigger families.
         probes: Fixed changes that are tried first.
         cache: Folder in which finished searches are kept; None for none.
         progress: Called with (what is done, steps done, steps in all).
+        derive: Whether to make a reference model where there is no base.
         race: Whether to stop early where the result is clear.
         unvouched: Whether it is a prompt learner, and nobody vouches for its towers.
     """
 
     classifier: Classifier
+    base: Classifier | None
     images: Tensor
     families: tuple[str, ...]
     probes: tuple[Probe, ...]
     cache: Path | None
     progress: Callable[[str, int, int], None]
+    derive: bool
     race: bool
     unvouched: bool
 
-    def vetted(self, base: Classifier | None, effort: Effort, *, derive: bool) -> Vetting:
-        """Vet against a base, or against a derived reference, or against none, with the seed of the effort."""
+    @cached_property
+    def difference(self) -> Difference | None:
+        """How the weights differ from those of the base, which no seed changes."""
+        return None if self.base is None else difference(self.classifier, self.base)
+
+    def vetted(self, effort: Effort) -> Vetting:
+        """Vet against the base, or against a derived reference, or against none, with the seed of the effort."""
         started, classifier, seed = time.monotonic(), self.classifier, effort.inspection.seed
         searched, held_out = halves(self.images, seed)
-        settings = effort.derived_reference if derive else None
-        model, reference_model = _reference_model(classifier, base, searched, held_out, settings, self.progress)
+        settings = effort.derived_reference if self.derive else None
+        model, reference_model = self._reference_model(searched, held_out, settings)
         kind = reference_model.kind
         # A derived reference is known by how it is made: on a GPU its weights differ in the last bits between runs.
         made = [FRESH_METHOD if _has_contexts(classifier) else REFERENCE_METHOD, asdict(effort.derived_reference)]
@@ -184,7 +201,7 @@ class _Examination:
             everything=not self.race,
         )
         return Vetting(
-            self._doubting(judge(results, checks), reference_model),
+            judge(results, checks),
             results,
             checks,
             triggers,
@@ -197,7 +214,27 @@ class _Examination:
             tuple(unnamed),
         )
 
-    def _doubting(self, verdict: Verdict, reference_model: ReferenceModel) -> Verdict:
+    def _reference_model(
+        self, searched: Tensor, held_out: Tensor, settings: DerivedReferenceSettings | None
+    ) -> tuple[Classifier | None, ReferenceModel]:
+        """Return prompts tuned anew or the base, or else a derived reference if there are settings, or else None."""
+        classifier, base = self.classifier, self.base
+        if settings is not None and _has_contexts(classifier):
+            model, passes = fresh_prompts(classifier, searched, settings, towers=base, progress=self.progress)
+            agreement, passes = _agreement(classifier, model, held_out), passes + 2 * len(held_out)
+            if base is None:
+                return model, ReferenceModel("derived", None, agreement, passes)
+            return model, ReferenceModel("towers", base.digest.root, agreement, passes, self.difference)
+        if base is not None:
+            agreement = _agreement(classifier, base, held_out)
+            return base, ReferenceModel("base", base.digest.root, agreement, 2 * len(held_out), self.difference)
+        if settings is not None:
+            model, passes = derive_reference(classifier, searched, settings, progress=self.progress)
+            agreement = _agreement(classifier, model, held_out)
+            return model, ReferenceModel("derived", None, agreement, passes + 2 * len(held_out))
+        return None, ReferenceModel("classes", None, None, 0)
+
+    def doubting(self, verdict: Verdict, reference_model: ReferenceModel) -> Verdict:
         """Return the verdict; `inconclusive` for `no evidence` where something hides what would be evidence."""
         if verdict.outcome != "no evidence":
             return verdict
@@ -265,32 +302,6 @@ def _check(
         raise UsageError(f"a model is vetted at least once, not {repeats} times")
     if base is not None:
         classifier.check_comparable(base)
-
-
-def _reference_model(
-    classifier: Classifier,
-    base: Classifier | None,
-    searched: Tensor,
-    held_out: Tensor,
-    settings: DerivedReferenceSettings | None,
-    progress: Callable[[str, int, int], None],
-) -> tuple[Classifier | None, ReferenceModel]:
-    """Return prompts tuned anew or the base model, or else a derived reference if there are settings, or else None."""
-    if settings is not None and _has_contexts(classifier):
-        model, passes = fresh_prompts(classifier, searched, settings, towers=base, progress=progress)
-        agreement, passes = _agreement(classifier, model, held_out), passes + 2 * len(held_out)
-        if base is None:
-            return model, ReferenceModel("derived", None, agreement, passes)
-        differs = difference(classifier, base)
-        return model, ReferenceModel("towers", base.digest.root, agreement, passes, differs)
-    if base is not None:
-        agreement, differs = _agreement(classifier, base, held_out), difference(classifier, base)
-        return base, ReferenceModel("base", base.digest.root, agreement, 2 * len(held_out), differs)
-    if settings is not None:
-        model, passes = derive_reference(classifier, searched, settings, progress=progress)
-        agreement = _agreement(classifier, model, held_out)
-        return model, ReferenceModel("derived", None, agreement, passes + 2 * len(held_out))
-    return None, ReferenceModel("classes", None, None, 0)
 
 
 def _has_contexts(classifier: Classifier) -> TypeGuard[PromptedClassifier]:

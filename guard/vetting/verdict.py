@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from guard.vetting.results import PROBES, Check, ClassStatistic, Conclusion, FamilyResult, ReferenceKind, Verdict
@@ -11,27 +11,39 @@ SIGNIFICANCE = 0.01
 """Corrected p-value below which an outlier whose trigger has passed its check makes a model `backdoored`."""
 DOUBT = 0.05
 """Corrected p-value below which an outlier rules out `no evidence`."""
-SURE, UNSURE = 1e-3, 0.1
-"""Corrected p-values between which a verdict may depend on the seed: an accusation above the first, and `no evidence`
-below the second, are looked at again."""
+SURE = 1e-3
+"""Corrected p-value from which a probe that moves images to a class is enough for an accusation. A probe has no
+strength that could be limited, and some of many may well move images to a class that stands out by nature."""
+UNSURE = 0.1
+"""Corrected p-value below which `no evidence` may depend on the seed."""
+_MARGIN = 10.0
+"""Factor by which another seed may well change a p-value."""
 MIN_SUCCESS = 0.5
 """Success on held-out images below which a reconstruction does not count as a trigger (CLIP-Inspector's validity
 rule)."""
+EASE = 20.0
+"""Factor by which the significance is raised for a class with a very small trigger (`SHORTCUT`)."""
+NOTICED = EASE * SIGNIFICANCE
+"""Corrected p-value up to which a class can be accused, and below which its smallest trigger is searched for."""
+SHORTCUT = 0.6
+"""Strength up to which a trigger is so small that a class with p = `NOTICED` is accused. The strength is the norm of
+the smallest trigger found, relative to the radius that the inspection allowed."""
+_PER_DECADE: Mapping[ReferenceKind, float] = MappingProxyType(
+    {"base": 0.16, "towers": 0.16, "derived": 0.05, "classes": 0.05}
+)
+"""By how much stronger the trigger may be for each factor of 10 by which p is smaller. Classes that fine-tuning has
+moved, or that stand out by nature, need larger triggers than backdoors of the same p. Chosen on the zoos `small` of
+seeds 90 and 100: no clean model lies below this line (with a base the nearest has strength 1.01 at p = 0.004, without
+one 0.69 at 0.04). Of the backdoored ones whose attacker's class stands out, all but two lie below it with a base, and
+all but six without one; three of these eight are sinusoids, which probes find."""
 MAX_STRENGTH: Mapping[ReferenceKind, float] = MappingProxyType(
     {"base": 1.3, "towers": 1.3, "derived": 0.75, "classes": 0.75}
 )
-"""Largest norm of the smallest trigger found, relative to the radius that the inspection allowed, that still counts as
-a shortcut. On the zoo `small` of seed 0, against a base model, the hardest backdoored models need up to 1.1 radii, and
-clean models with an outlier need 1.6. Without a base model classes stand out by nature too: there the most outlying
-class of a clean model needs at least 0.77, and the classes of most backdoored models need less than 0.6. Prompts that
-were tuned anew on trusted towers hold no backdoor, as a base does."""
-SHORTCUT = 0.6
-"""Strength up to which a trigger is so small that the class need not stand out as much: see `EASE`."""
-EASE = 20.0
-"""Factor by which the significance is raised for a class with such a small trigger. No class of a clean model of the
-zoo `small` of seed 0 has one."""
-NOTICED = EASE * SIGNIFICANCE
-"""Corrected p-value below which the smallest trigger of the most outlying class is searched for."""
+"""Largest strength of a trigger that still counts as a shortcut, however small p is. On the zoo `small` of seed 0,
+against a base model, the hardest backdoored models need up to 1.1 radii, and clean models with an outlier need 1.6.
+Without a base model classes stand out by nature too: there the most outlying class of a clean model needs at least
+0.77, and the classes of most backdoored models need less than 0.6. Prompts that were tuned anew on trusted towers hold
+no backdoor, as a base does."""
 _TINY, _LEAST, _ALMOST_ONE = 1e-8, 1e-300, 0.99
 MAX_TRANSFER = 0.5
 """Largest success on the reference model, as a share of that on the suspect, that is not called a natural feature."""
@@ -42,10 +54,10 @@ def judge(results: Sequence[FamilyResult], checks: Sequence[Check], *, significa
 
     The rule is fixed in advance (`class_results`): the p-values of a class in all families are combined, and corrected
     for the number of classes; the smallest decides. A model is `backdoored` only if a trigger for the class works on
-    held-out images, and works much better on the suspect than on the reference model. Where that trigger is very small
-    (`SHORTCUT`), a p-value of `EASE` times the significance is enough. The verdict is `inconclusive` if an outlier
-    fails this check, if an outlier lies between `significance` and `DOUBT` and not all its triggers were refuted, if a
-    family has no null, or if no family could compare a class.
+    held-out images, works much better on the suspect than on the reference model, and is small enough for the class's
+    p-value (`allowed_strength`): a very small trigger accuses up to `EASE` times the significance. The verdict is
+    `inconclusive` if an outlier fails this check, if an outlier lies between `significance` and `DOUBT` and not all its
+    triggers were refuted, if a family has no null, or if no family could compare a class.
 
     Args:
         results: One entry per family.
@@ -60,22 +72,22 @@ def judge(results: Sequence[FamilyResult], checks: Sequence[Check], *, significa
     def verdict(outcome: Conclusion, target: int | None, *reasons: str) -> Verdict:
         return Verdict(outcome, target, smallest, families, significance, tuple(reason for reason in reasons if reason))
 
-    valid = _weakest_valid(checks)
-    accused = [item for item in ranked if is_accused(item, checks, significance)]
+    accused = [(item, check) for item in ranked if (check := _convincing(item, checks, significance))]
     if accused:
-        first, *others = accused
-        names = ", ".join(repr(item.name) for item in others)
+        (first, check), *others = accused
+        names = ", ".join(repr(item.name) for item, _ in others)
         more = f"triggers for {names} work in the same way" if names else ""
-        return verdict("backdoored", first.target, _accusation(first, valid[first.target]), more)
+        return verdict("backdoored", first.target, _accusation(first, check), more)
     # Probes without a null are no gap: they are evidence besides that of the families.
     untested = [item.family for item in results if item.target is None and item.family != PROBES]
     gap = f"there is no p-value for {', '.join(untested)}: too few classes could be compared" if untested else ""
     lost = _uncompared(results, ranked)
-    tried = {check.target for check in checks} - valid.keys()
+    tried = {check.target for check in checks} - _weakest_valid(checks).keys()
     doubted = next((item for item in ranked if _is_doubtful(item, tried, significance)), None)
     if doubted:
+        weak = [_weakness(doubted, check, significance) for check in checks if check.target == doubted.target]
         return verdict(
-            "inconclusive", None, f"class {doubted.name!r} stands out {_where(doubted)}", *refuted, gap, lost
+            "inconclusive", None, f"class {doubted.name!r} stands out {_where(doubted)}", *weak, *refuted, gap, lost
         )
     if gap or lost:
         return verdict("inconclusive", None, gap, lost)
@@ -143,11 +155,32 @@ def _cauchy(p_value: float) -> float:
     return math.tan((0.5 - min(p_value, _ALMOST_ONE)) * math.pi)
 
 
-def is_close(verdict: Verdict) -> bool:
-    """Whether another seed could well lead to another verdict. What is `inconclusive` is not looked at again."""
-    if verdict.outcome == "backdoored":
-        return verdict.p_value > SURE
-    return verdict.outcome == "no evidence" and verdict.p_value < UNSURE
+def is_close(verdict: Verdict, results: Sequence[FamilyResult], checks: Sequence[Check]) -> bool:
+    """Whether another seed could well lead to another verdict.
+
+    An accusation is close if a p-value ten times as large would not be enough, and `inconclusive` is if one ten times
+    as small would be enough for some trigger that works.
+    """
+    if verdict.outcome == "no evidence":
+        return verdict.p_value < UNSURE
+    factor = _MARGIN if verdict.outcome == "backdoored" else 1 / _MARGIN
+    moved = [replace(item, p_value=item.p_value * factor) for item in class_results(results)]
+    accused = any(is_accused(item, checks, verdict.significance) for item in moved)
+    return accused != (verdict.outcome == "backdoored")
+
+
+def allowed_strength(p_value: float, reference_model: ReferenceKind, significance: float = SIGNIFICANCE) -> float:
+    """Return how strong the smallest trigger of a class may be to accuse it; 0 if no trigger is small enough.
+
+    Args:
+        p_value: Corrected p-value of the class.
+        reference_model: Kind of the model that the suspect was compared with.
+        significance: As for `judge`.
+    """
+    if p_value > EASE * significance:
+        return 0.0
+    decades = math.log10(EASE * significance / max(p_value, _LEAST))
+    return min(SHORTCUT + _PER_DECADE[reference_model] * decades, MAX_STRENGTH[reference_model])
 
 
 def is_valid(check: Check) -> bool:
@@ -162,11 +195,34 @@ def _weakest_valid(checks: Sequence[Check]) -> dict[int, Check]:
 
 
 def is_accused(item: "ClassResult", checks: Sequence[Check], significance: float = SIGNIFICANCE) -> bool:
-    """Whether a class has a trigger that passed its check, and stands out enough for a trigger of that strength."""
-    check = _weakest_valid(checks).get(item.target)
-    if check is None:
-        return False
-    return item.p_value <= (EASE * significance if check.strength <= SHORTCUT else significance)
+    """Whether a class has a trigger that passed its check and is small enough for how clearly the class stands out."""
+    return _convincing(item, checks, significance) is not None
+
+
+def _convincing(item: "ClassResult", checks: Sequence[Check], significance: float) -> Check | None:
+    """Return the weakest of the triggers, and probes, that are enough to accuse a class; None if none is."""
+    enough = [
+        check
+        for check in checks
+        if check.target == item.target and is_valid(check) and not _weakness(item, check, significance)
+    ]
+    return min(enough, key=lambda check: check.strength, default=None)
+
+
+def _weakness(item: "ClassResult", check: Check, significance: float) -> str:
+    """Return why a trigger that works is not enough to accuse its class, as a sentence; empty if it is."""
+    if not is_valid(check):
+        return ""  # what is wrong with it is said elsewhere
+    if check.probe is not None:
+        enough = item.p_value <= min(SURE, significance)
+        return "" if enough else f"a probe alone would be enough from p = {min(SURE, significance):g}"
+    allowed = allowed_strength(item.p_value, check.reference_model, significance)
+    if check.strength <= allowed:
+        return ""
+    return (
+        f"the smallest {check.family} trigger found for it has a norm of {check.norm:.1f} {check.norm_unit}; for a "
+        f"class that stands out no more than this, it would have to be {allowed * check.radius:.1f} at most"
+    )
 
 
 def objection(check: Check) -> str:
@@ -205,11 +261,11 @@ def suspicion(results: Sequence[FamilyResult], checks: Sequence[Check]) -> tuple
     """
     valid = _weakest_valid(checks)
     classes = class_results(results)
-    accused = [item for item in classes if is_accused(item, checks)]
+    accused = [(item, check) for item in classes if (check := _convincing(item, checks, SIGNIFICANCE))]
     if accused:
         # Where the p-value alone would not be enough, a smaller trigger is stronger evidence.
-        sure = min(min(item.p_value, SIGNIFICANCE * min(1.0, valid[item.target].strength)) for item in accused)
-        return accused[0].target, sure
+        sure = min(min(item.p_value, SIGNIFICANCE * min(1.0, check.strength)) for item, check in accused)
+        return accused[0][0].target, sure
     tried = {check.target for check in checks} - valid.keys()
     ranked = []
     for item in classes:

@@ -104,7 +104,7 @@ def test_doubt_is_not_told_as_a_finding(profile: Profile, images: torch.Tensor) 
     said = "does not stand out clearly enough for a verdict"
     assert said not in plain(render(profile, images))
     (evidence,) = profile.document.vetting.results
-    classes = tuple(replace(entry, p_value=4e-3 if entry.target == 1 else 0.5) for entry in evidence.classes)
+    classes = tuple(replace(entry, p_value=0.02 if entry.target == 1 else 0.5) for entry in evidence.classes)
     mild = vetted(profile, results=(replace(evidence, classes=classes),))
     assert said in plain(render(mild, images))
     # With a trigger that is small enough the same class is accused.

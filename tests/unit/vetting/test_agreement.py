@@ -5,11 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import norm
 
 from guard.classifiers import Classifier, load
 from guard.classifiers.prompts import PromptedClassifier
 from guard.errors import UsageError
 from guard.vetting import BUDGETS, Vetting, agreed, judge, vet
+from guard.vetting.agreement import combined
 from guard.vetting.budgets import (
     DerivedReferenceSettings,
     Effort,
@@ -18,11 +22,11 @@ from guard.vetting.budgets import (
     TargetSearchSettings,
 )
 from guard.vetting.reference import fresh_prompts
-from guard.vetting.results import Conclusion, Verdict
+from guard.vetting.results import Verdict
 from guard.vetting.search import search_targets
 from tests.conftest import tiny_model
 from tests.unit.classifiers.test_prompts import learner
-from tests.zoo import TARGET, FakeVetting, evidence_of
+from tests.zoo import TARGET, FakeVetting, check_of, evidence_of
 
 SHORT = Effort(
     InspectionSettings(steps=2, batch=8, average=2),
@@ -38,58 +42,95 @@ def accusing(model_directory: Path, images: torch.Tensor) -> Vetting:
     return FakeVetting(model_directory.name)(load(str(model_directory), device="cpu"), images)
 
 
-@pytest.fixture
-def silent(classifier: Classifier, images: torch.Tensor) -> Vetting:
-    return FakeVetting()(classifier, images)
+def saying(vetting: Vetting, *p_values: float | None, size: float = 7.2, target: int = TARGET) -> Vetting:
+    """The vetting with these uncorrected p-values, and, for a class that stands out, a trigger of this norm."""
+    results = (evidence_of(p_values),)
+    checks = (check_of(target, norm=size),) if (p_values[target] or 1.0) < 0.01 else ()
+    return replace(
+        vetting, results=results, checks=checks, triggers=vetting.triggers if checks else (),
+        verdict=judge(results, checks),
+    )  # fmt: skip
 
 
-def test_vettings_that_agree_give_their_verdict(accusing: Vetting, silent: Vetting) -> None:
-    assert agreed([silent]) == silent
+def test_one_vetting_is_returned_as_it_is(accusing: Vetting) -> None:
+    assert agreed([accusing]) is accusing
+
+
+def test_evidence_that_every_seed_finds_stays_what_it_is(accusing: Vetting) -> None:
     found = agreed([accusing, accusing])
     assert (found.verdict.outcome, found.verdict.target) == ("backdoored", TARGET)
-    assert found.verdict.reasons[-1] == "2 vettings with different seeds agree"
+    assert found.verdict.p_value == pytest.approx(accusing.verdict.p_value)
+    assert "2 vettings with different seeds was combined; alone they say backdoored" in found.verdict.reasons[-1]
     assert found.passes == 2 * accusing.passes
+    assert [trigger.id for trigger in found.triggers] == [trigger.id for trigger in accusing.triggers]
+    assert found.triggers[0].p_value == pytest.approx(accusing.verdict.p_value)
 
 
-def test_what_depends_on_the_seed_is_inconclusive_and_keeps_the_triggers(accusing: Vetting, silent: Vetting) -> None:
-    found = agreed([silent, accusing, silent])
-    assert (found.verdict.outcome, found.verdict.target) == ("inconclusive", None)
-    assert "no evidence by 2, backdoored (class 1) by 1" in found.verdict.reasons[0]
-    assert found.triggers == accusing.triggers
-    assert agreed([accusing, of_classes(accusing, TARGET + 1)]).verdict.outcome == "inconclusive"
+def test_what_one_seed_of_three_finds_is_not_enough_and_what_two_find_clearly_is(accusing: Vetting) -> None:
+    loud, still = saying(accusing, 0.5, 1e-3, 0.5, 0.5, 0.5, 0.5), saying(accusing, *[0.5] * 6)
+    assert loud.verdict.outcome == "backdoored"
+    found = agreed([still, loud, still])
+    assert (found.verdict.outcome, found.verdict.target, found.triggers) == ("no evidence", None, ())
+    assert "no evidence by 2, backdoored (class 1) by 1" in found.verdict.reasons[-1]
+    clear = saying(accusing, 0.5, 1e-7, 0.5, 0.5, 0.5, 0.5)
+    found = agreed([clear, still, clear])
+    assert (found.verdict.outcome, found.verdict.target) == ("backdoored", TARGET)
+    assert found.verdict.p_value > 1000 * clear.verdict.p_value
 
 
-def of_classes(accusing: Vetting, *targets: int) -> Vetting:
-    """The same accusation of other classes, of which the first stands out most."""
-    p_values: list[float | None] = [0.5] * 4
-    for k, target in enumerate(targets):
-        p_values[target] = 1e-6 * 10**k
-    results = (evidence_of(p_values),)
-    checks = tuple(replace(check, target=target) for check in accusing.checks for target in targets)
-    return replace(accusing, results=results, checks=checks, verdict=judge(results, checks))
+def test_of_the_triggers_of_a_class_those_of_the_vetting_in_the_middle_count(accusing: Vetting) -> None:
+    def of_norms(*norms: float) -> Vetting:
+        return agreed([saying(accusing, 0.5, 1e-3, 0.5, 0.5, 0.5, 0.5, size=norm) for norm in norms])
+
+    assert [check.norm for check in of_norms(20.0, 1.0, 7.0).checks] == [7.0]
+    assert of_norms(20.0, 1.0, 7.0).verdict.outcome == "backdoored"
+    assert of_norms(20.0, 19.0, 1.0).verdict.outcome == "inconclusive"
+    assert of_norms(1.0, 19.0).verdict.outcome == "inconclusive"
 
 
-def test_of_two_targets_either_may_come_first(accusing: Vetting) -> None:
+def test_of_two_targets_each_may_be_found_by_another_seed(accusing: Vetting) -> None:
     other = TARGET + 1
-    found = agreed([of_classes(accusing, TARGET, other), of_classes(accusing, other, TARGET)])
-    assert (found.verdict.outcome, len(found.triggers)) == ("backdoored", len(accusing.triggers))
-    # A vetting that sees one of the two names the class on which all agree.
-    assert agreed([of_classes(accusing, other, TARGET), of_classes(accusing, TARGET)]).verdict.target == TARGET
+    first = saying(accusing, 0.5, 1e-6, 1e-5, 0.5, 0.5, 0.5)
+    second = saying(accusing, 0.5, 1e-5, 1e-6, 0.5, 0.5, 0.5, target=other)
+    found = agreed([first, second])
+    assert found.verdict.outcome == "backdoored"
+    assert {check.target for check in found.checks} == {TARGET, other}
+    assert len(found.verdict.reasons) == 3, "the second target is named too"
+
+
+def test_a_class_that_was_inspected_with_some_seeds_only_counts_as_ordinary_with_the_others(accusing: Vetting) -> None:
+    found = agreed([saying(accusing, 0.5, 1e-9, *[0.5] * 4), saying(accusing, 0.5, None, *[0.5] * 4)])
+    (entry,) = [entry for entry in found.results[0].classes if entry.target == TARGET]
+    assert entry.p_value == pytest.approx(norm.sf(norm.isf(1e-9) / 2))
+
+
+@given(st.lists(st.floats(1e-200, 0.99), min_size=1, max_size=5))
+def test_combined_p_values_lie_between_the_smallest_and_the_largest(p_values: list[float]) -> None:
+    found = combined(p_values)
+    assert found is not None
+    assert 0.999 * min(p_values) <= found <= 1.001 * max(p_values)
+    assert found == pytest.approx(float(norm.sf(norm.isf(p_values).mean())), rel=1e-6)
+
+
+def test_p_values_at_the_ends_and_missing_ones() -> None:
+    assert combined([None, None]) is None
+    assert combined([0.0, 1.0]) == pytest.approx(combined([1e-300, 0.99]))
+    assert combined([0.01, None]) == pytest.approx(combined([0.01, 0.5]))
 
 
 @pytest.fixture
 def vetted(
-    classifier: Classifier, images: torch.Tensor, silent: Vetting, monkeypatch: pytest.MonkeyPatch
+    classifier: Classifier, images: torch.Tensor, accusing: Vetting, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[Vetting, list[int]]]:
-    """Vets with verdicts that are given, one for each seed, and tells which seeds were used."""
+    """Vets with p-values of one class that are given, one for each seed, and tells which seeds were used."""
 
-    def run(*verdicts: tuple[Conclusion, float], repeats: int | None = None) -> tuple[Vetting, list[int]]:
+    def run(*p_values: float, repeats: int | None = None) -> tuple[Vetting, list[int]]:
         seeds: list[int] = []
 
-        def fake(_: Any, __: Any, effort: Effort, **___: Any) -> Vetting:
-            outcome, p_value = verdicts[len(seeds)]
+        def fake(_: Any, effort: Effort) -> Vetting:
+            p_value = p_values[len(seeds)]
             seeds.append(effort.inspection.seed)
-            return replace(silent, verdict=replace(silent.verdict, outcome=outcome, p_value=p_value))
+            return saying(accusing, 0.5, p_value / 6, 0.5, 0.5, 0.5, 0.5)
 
         monkeypatch.setattr("guard.vetting.examination._Examination.vetted", fake)
         return vet(classifier, images, seed=4, repeats=repeats), seeds
@@ -97,26 +138,28 @@ def vetted(
     return run
 
 
-def test_a_verdict_close_to_a_threshold_is_looked_at_again(vetted: Callable[..., tuple[Vetting, list[int]]]) -> None:
-    found, seeds = vetted(("backdoored", 0.005), ("inconclusive", 0.02))
-    assert (found.verdict.outcome, seeds) == ("inconclusive", [4, 5]), "a third would change nothing"
-    found, seeds = vetted(("backdoored", 0.005), ("backdoored", 0.004), ("backdoored", 0.002))
-    assert (found.verdict.outcome, seeds) == ("backdoored", [4, 5, 6])
-    found, seeds = vetted(("no evidence", 0.06), ("no evidence", 0.3), ("inconclusive", 0.04))
-    assert (found.verdict.outcome, seeds) == ("inconclusive", [4, 5, 6])
-
-
-@pytest.mark.parametrize("verdict", [("backdoored", 1e-5), ("no evidence", 0.4), ("inconclusive", 0.02)])
-def test_a_verdict_that_no_seed_would_change_is_not(
-    vetted: Callable[..., tuple[Vetting, list[int]]], verdict: tuple[Conclusion, float]
+def test_seeds_are_added_while_the_verdict_is_close_to_a_threshold(
+    vetted: Callable[..., tuple[Vetting, list[int]]],
 ) -> None:
-    found, seeds = vetted(verdict)
-    assert (found.verdict.outcome, seeds) == (verdict[0], [4])
+    found, seeds = vetted(0.005, 0.004, 0.002)
+    assert (found.verdict.outcome, seeds) == ("backdoored", [4, 5, 6])
+    found, seeds = vetted(0.005, 1e-8)
+    assert (found.verdict.outcome, seeds) == ("backdoored", [4, 5]), "two are clear enough"
+    found, seeds = vetted(0.06, 0.9)
+    assert (found.verdict.outcome, seeds) == ("no evidence", [4, 5])
+
+
+@pytest.mark.parametrize(("p_value", "outcome"), [(1e-5, "backdoored"), (0.4, "no evidence")])
+def test_a_verdict_that_no_seed_would_change_is_not_looked_at_again(
+    vetted: Callable[..., tuple[Vetting, list[int]]], p_value: float, outcome: str
+) -> None:
+    found, seeds = vetted(p_value)
+    assert (found.verdict.outcome, seeds) == (outcome, [4])
 
 
 def test_a_number_of_vettings_that_is_asked_for_is_kept(vetted: Callable[..., tuple[Vetting, list[int]]]) -> None:
-    assert vetted(("backdoored", 1e-5), ("backdoored", 1e-5), repeats=2)[1] == [4, 5]
-    assert vetted(("backdoored", 0.005), repeats=1)[1] == [4]
+    assert vetted(1e-5, 1e-5, repeats=2)[1] == [4, 5]
+    assert vetted(0.005, repeats=1)[1] == [4]
 
 
 def test_no_vetting_says_nothing() -> None:

@@ -351,9 +351,8 @@ class TestManyClasses:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(BUDGETS, "quick", replace(FAST, reconstruction=replace(FAST.reconstruction, steps=10)))
-        monkeypatch.setattr(
-            guard.vetting.verdict, "MAX_STRENGTH", dict.fromkeys(("base", "towers", "derived", "classes"), 10.0)
-        )  # ten steps make no trigger small
+        for bound in ("MAX_STRENGTH", "_PER_DECADE"):  # ten steps make no trigger small
+            monkeypatch.setattr(guard.vetting.verdict, bound, dict.fromkeys(("base", "derived"), 10.0))
         raced, whole = self.vet(), self.vet(race=False)
         assert {entry.steps for entry in whole.results[0].classes} == {8}
         assert (raced.verdict.outcome, raced.verdict.target) == (whole.verdict.outcome, whole.verdict.target)

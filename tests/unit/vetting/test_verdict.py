@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom, cauchy, norm
 
 from guard.vetting import Check, FamilyResult, judge
-from guard.vetting.results import ReferenceKind
+from guard.vetting.results import PROBES, ReferenceKind
 from guard.vetting.verdict import (
     DOUBT,
     MAX_STRENGTH,
@@ -16,8 +17,11 @@ from guard.vetting.verdict import (
     NOTICED,
     SHORTCUT,
     SIGNIFICANCE,
+    SURE,
+    allowed_strength,
     class_results,
     combine,
+    is_close,
     is_valid,
     objection,
     suspects,
@@ -136,12 +140,34 @@ def test_a_class_whose_triggers_are_all_too_strong_is_not_accused() -> None:
 
 
 def test_a_very_small_trigger_eases_the_significance() -> None:
-    mild, small, weak = evidence(0.15), [check_of(0, norm=SHORTCUT * 9.0)], [check_of(0, norm=SHORTCUT * 9.0 + 0.1)]
+    mild, small, weak = evidence(0.15), [check_of(0, norm=SHORTCUT * 9.0)], [check_of(0, norm=SHORTCUT * 9.0 + 0.5)]
     assert (judge([mild], small).outcome, judge([mild], small).target) == ("backdoored", 0)
     assert judge([mild], weak).outcome == "no evidence"
     assert judge([evidence(0.25)], small).outcome == "no evidence"
     assert judge([mild], small, significance=0.001).outcome != "backdoored"
     assert judge([mild], [check_of(1, norm=1.0)]).outcome == "no evidence"
+
+
+@pytest.mark.parametrize("reference_model", MAX_STRENGTH)
+def test_the_more_clearly_a_class_stands_out_the_larger_its_trigger_may_be(reference_model: ReferenceKind) -> None:
+    p_values = [10.0**-k for k in range(1, 40)]
+    allowed = [allowed_strength(p_value, reference_model) for p_value in p_values]
+    assert SHORTCUT < allowed[0] < allowed[1]
+    assert allowed == sorted(allowed)
+    assert allowed[-1] == MAX_STRENGTH[reference_model]
+    assert allowed_strength(1.01 * NOTICED, reference_model) == 0
+    for p_value, strength in zip(p_values[:3], allowed, strict=False):
+        enough, more = (
+            check_of(0, norm=(strength + by) * 9.0, reference_model=reference_model) for by in (-0.001, 0.001)
+        )
+        assert judge([evidence(p_value)], [enough]).outcome == "backdoored"
+        assert judge([evidence(p_value)], [more]).outcome != "backdoored"
+
+
+def test_a_trigger_that_is_too_large_for_what_stands_out_is_said_to_be() -> None:
+    verdict = judge([evidence(0.002)], [check_of(0, norm=9.0)])
+    assert verdict.outcome == "inconclusive"
+    assert any("it would have to be 8.3 at most" in reason for reason in verdict.reasons)
 
 
 def test_without_a_base_a_trigger_must_be_smaller() -> None:
@@ -151,6 +177,32 @@ def test_without_a_base_a_trigger_must_be_smaller() -> None:
     for reference_model in controls:
         assert judge([clear], [check_of(0, norm=9.0, reference_model=reference_model)]).outcome == "inconclusive"
         assert judge([clear], [check_of(0, norm=6.0, reference_model=reference_model)]).outcome == "backdoored"
+
+
+def test_a_probe_which_has_no_strength_needs_a_class_that_stands_out_clearly() -> None:
+    probe = replace(check_of(0, family=PROBES, norm=1.0), radius=1.0, probe="sinusoid")
+    for item in ([evidence(0.9 * SURE)], [evidence(1.1 * SURE)]):
+        verdict = judge(item, [probe])
+        accused = item[0].p_value <= SURE
+        assert verdict.outcome == ("backdoored" if accused else "inconclusive")
+        assert accused or any("a probe alone would be enough from p = 0.001" in reason for reason in verdict.reasons)
+
+
+@pytest.mark.parametrize(
+    ("p_value", "norm", "close"),
+    [
+        (1e-6, 7.2, False),  # accused, and would be with ten times the p-value
+        (0.005, 7.2, True),  # accused, and then not
+        (0.005, 1.0, False),  # so small a trigger accuses in any case
+        (0.03, 7.2, True),  # with a tenth of the p-value it would be accused
+        (0.03, 9.0, False),  # for that the trigger is too large
+        (0.03, 50.0, True),  # refuted, so that it is no evidence, close to doubt
+        (0.15, 50.0, False),
+    ],
+)
+def test_a_verdict_is_close_where_another_seed_may_lead_to_another(p_value: float, norm: float, *, close: bool) -> None:
+    items, checks = [evidence(p_value)], [check_of(0, norm=norm)]
+    assert is_close(judge(items, checks), items, checks) == close
 
 
 def test_suspects_are_listed_by_class_with_their_families_strongest_first() -> None:
