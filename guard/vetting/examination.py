@@ -98,7 +98,8 @@ def vet(
             the race loses.
         probes: Fixed changes that are tried first; by default those of guard's own list.
         cache: Folder in which finished searches are kept, so that an interrupted run continues where it stopped.
-        progress: Called with (what is done, steps done, steps in all). A search that ends early jumps to its end.
+        progress: Called with (what is done, steps done, steps in all). A search that ends early jumps to its end. What
+            is done for a further seed is told with that seed.
 
     Raises:
         ImageError: There are too few images.
@@ -119,13 +120,12 @@ def vet(
         tuple(families),
         tried_probes,
         cache,
-        progress,
         derive=derive,
         race=race,
         unvouched=unvouched,
     )
     vettings = (
-        examination.vetted(BUDGETS[budget].seeded(seed + k))
+        examination.vetted(BUDGETS[budget].seeded(seed + k), _named(progress, f"seed {seed + k}, ") if k else progress)
         for k in range(CONFIRMATIONS if repeats is None else repeats)
     )
     found = until_clear(vettings) if repeats is None else agreed(tuple(vettings))
@@ -143,7 +143,6 @@ class _Examination:
         families: Names of trigger families.
         probes: Fixed changes that are tried first.
         cache: Folder in which finished searches are kept; None for none.
-        progress: Called with (what is done, steps done, steps in all).
         derive: Whether to make a reference model where there is no base.
         race: Whether to stop early where the result is clear.
         unvouched: Whether it is a prompt learner, and nobody vouches for its towers.
@@ -155,7 +154,6 @@ class _Examination:
     families: tuple[str, ...]
     probes: tuple[Probe, ...]
     cache: Path | None
-    progress: Callable[[str, int, int], None]
     derive: bool
     race: bool
     unvouched: bool
@@ -165,12 +163,12 @@ class _Examination:
         """How the weights differ from those of the base, which no seed changes."""
         return None if self.base is None else difference(self.classifier, self.base)
 
-    def vetted(self, effort: Effort) -> Vetting:
+    def vetted(self, effort: Effort, progress: Callable[[str, int, int], None]) -> Vetting:
         """Vet against the base, or against a derived reference, or against none, with the seed of the effort."""
         started, classifier, seed = time.monotonic(), self.classifier, effort.inspection.seed
         searched, held_out = halves(self.images, seed)
         settings = effort.derived_reference if self.derive else None
-        model, reference_model = self._reference_model(searched, held_out, settings)
+        model, reference_model = self._reference_model(searched, held_out, settings, progress)
         kind = reference_model.kind
         # A derived reference is known by how it is made: on a GPU its weights differ in the last bits between runs.
         made = [FRESH_METHOD if _has_contexts(classifier) else REFERENCE_METHOD, asdict(effort.derived_reference)]
@@ -181,7 +179,7 @@ class _Examination:
             "classes": None,
         }
         store = SearchCache(self.cache) if self.cache else None
-        searches = Searches(classifier, model, identities[kind], searched, held_out, store, self.progress)
+        searches = Searches(classifier, model, identities[kind], searched, held_out, store, progress)
         began = time.monotonic()
         probed = searches.probe(self.probes)
         tried = probe_result(probed, classifier.classes.names, kind, seed=seed, seconds=time.monotonic() - began)
@@ -215,12 +213,16 @@ class _Examination:
         )
 
     def _reference_model(
-        self, searched: Tensor, held_out: Tensor, settings: DerivedReferenceSettings | None
+        self,
+        searched: Tensor,
+        held_out: Tensor,
+        settings: DerivedReferenceSettings | None,
+        progress: Callable[[str, int, int], None],
     ) -> tuple[Classifier | None, ReferenceModel]:
         """Return prompts tuned anew or the base, or else a derived reference if there are settings, or else None."""
         classifier, base = self.classifier, self.base
         if settings is not None and _has_contexts(classifier):
-            model, passes = fresh_prompts(classifier, searched, settings, towers=base, progress=self.progress)
+            model, passes = fresh_prompts(classifier, searched, settings, towers=base, progress=progress)
             agreement, passes = _agreement(classifier, model, held_out), passes + 2 * len(held_out)
             if base is None:
                 return model, ReferenceModel("derived", None, agreement, passes)
@@ -229,7 +231,7 @@ class _Examination:
             agreement = _agreement(classifier, base, held_out)
             return base, ReferenceModel("base", base.digest.root, agreement, 2 * len(held_out), self.difference)
         if settings is not None:
-            model, passes = derive_reference(classifier, searched, settings, progress=self.progress)
+            model, passes = derive_reference(classifier, searched, settings, progress=progress)
             agreement = _agreement(classifier, model, held_out)
             return model, ReferenceModel("derived", None, agreement, passes + 2 * len(held_out))
         return None, ReferenceModel("classes", None, None, 0)
@@ -302,6 +304,11 @@ def _check(
         raise UsageError(f"a model is vetted at least once, not {repeats} times")
     if base is not None:
         classifier.check_comparable(base)
+
+
+def _named(progress: Callable[[str, int, int], None], name: str) -> Callable[[str, int, int], None]:
+    """Return what tells the progress of work under a name."""
+    return lambda what, done, total: progress(name + what, done, total)
 
 
 def _has_contexts(classifier: Classifier) -> TypeGuard[PromptedClassifier]:

@@ -119,21 +119,32 @@ def test_p_values_at_the_ends_and_missing_ones() -> None:
 
 
 @pytest.fixture
+def told() -> list[tuple[str, int, int]]:
+    """What the progress of vettings was told as."""
+    return []
+
+
+@pytest.fixture
 def vetted(
-    classifier: Classifier, images: torch.Tensor, accusing: Vetting, monkeypatch: pytest.MonkeyPatch
+    classifier: Classifier,
+    images: torch.Tensor,
+    accusing: Vetting,
+    told: list[tuple[str, int, int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., tuple[Vetting, list[int]]]:
     """Vets with p-values of one class that are given, one for each seed, and tells which seeds were used."""
 
     def run(*p_values: float, repeats: int | None = None) -> tuple[Vetting, list[int]]:
         seeds: list[int] = []
 
-        def fake(_: Any, effort: Effort) -> Vetting:
+        def fake(_: Any, effort: Effort, progress: Callable[[str, int, int], None]) -> Vetting:
             p_value = p_values[len(seeds)]
             seeds.append(effort.inspection.seed)
+            progress("patch", 1, 2)
             return saying(accusing, 0.5, p_value / 6, 0.5, 0.5, 0.5, 0.5)
 
         monkeypatch.setattr("guard.vetting.examination._Examination.vetted", fake)
-        return vet(classifier, images, seed=4, repeats=repeats), seeds
+        return vet(classifier, images, seed=4, repeats=repeats, progress=lambda *each: told.append(each)), seeds
 
     return run
 
@@ -155,6 +166,13 @@ def test_a_verdict_that_no_seed_would_change_is_not_looked_at_again(
 ) -> None:
     found, seeds = vetted(p_value)
     assert (found.verdict.outcome, seeds) == (outcome, [4])
+
+
+def test_progress_names_the_seeds_that_come_after_the_first(
+    vetted: Callable[..., tuple[Vetting, list[int]]], told: list[tuple[str, int, int]]
+) -> None:
+    vetted(0.3, 0.4, repeats=2)
+    assert told == [("patch", 1, 2), ("seed 5, patch", 1, 2)]
 
 
 def test_a_number_of_vettings_that_is_asked_for_is_kept(vetted: Callable[..., tuple[Vetting, list[int]]]) -> None:
