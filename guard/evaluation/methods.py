@@ -227,7 +227,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(
             "vetting-base",
-            f"{_VETTING}, evaluation 12",
+            f"{_VETTING}, evaluation 13",
             "models",
             frozenset({"base"}),
             uses_base=True,
@@ -236,7 +236,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "vetting-derived",
-            f"{_VETTING}, evaluation 12",
+            f"{_VETTING}, evaluation 13",
             "models",
             frozenset(),
             uses_base=False,
@@ -263,7 +263,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "screening",
-            f"{_VETTING}, screening 5",
+            f"{_VETTING}, screening 6",
             "requests",
             frozenset({"calibration", "requests"}),
             uses_base=True,

@@ -284,6 +284,17 @@ def test_where_a_probe_works_and_no_trigger_is_inspected_the_probe_accuses(monke
     assert twin.verdict.target is None
 
 
+@pytest.mark.parametrize("hinted", [True, False])
+def test_where_probes_hint_at_a_class_every_family_is_searched_to_the_end(
+    monkeypatch: pytest.MonkeyPatch, *, hinted: bool
+) -> None:
+    monkeypatch.setattr("guard.vetting.race._CLEAR", 0.0)
+    monkeypatch.setattr("guard.vetting.probes.prior", lambda *_: Prior(0.3 if hinted else 1e6, 20.0, 30))
+    monkeypatch.setattr("guard.vetting.race.prior", lambda *_: Prior(1e6, 100.0, 30))  # no family sees anything
+    vetting = vet(SUSPECT, IMAGES, base=BASE, budget="quick", families=["warp"], probes=[PLANTED, *OTHER], repeats=1)
+    assert {entry.steps for entry in vetting.results[0].classes} == {8 if hinted else 4}
+
+
 class TestManyClasses:
     """More than are all inspected."""
 
