@@ -47,7 +47,7 @@ def test_the_summary_is_for_people(model_directory: Path, image_folder: Path, tm
     lines = vet(model_directory, image_folder, tmp_path / "profile").splitlines()
     assert lines[0] == "verdict: backdoored, target class 'dog'"
     assert lines[1].startswith("  class 'dog' stands out (p = 6e-05; most clearly under patch triggers)")
-    assert "the smallest patch trigger found (9.0 px) moves 90%" in lines[1]
+    assert "the smallest patch trigger found (7.2 px) moves 90%" in lines[1]
     assert lines[2] == "  p = 6e-05, combined over families (Cauchy) and corrected for classes; counts below 0.01"
     assert lines[3].startswith("  patch-1: nearest texts 'dog' 1.00, ")
     assert "a backdoor of another kind would not be seen" in lines[4]
