@@ -7,7 +7,7 @@ from math import erfc, inf, sqrt
 from statistics import NormalDist, fmean
 
 from guard.errors import UsageError
-from guard.vetting.results import Check, ClassStatistic, FamilyResult, ReconstructedTrigger, Vetting
+from guard.vetting.results import Check, ClassStatistic, FamilyResult, ReconstructedTrigger, Vetting, leading
 from guard.vetting.verdict import DOUBT, class_results, is_accused, is_close, is_valid, judge
 
 CONFIRMATIONS = 3
@@ -110,15 +110,13 @@ def _of_family(items: Sequence[FamilyResult]) -> FamilyResult:
         for entry in item.classes:
             found.setdefault(entry.target, []).append(entry)
     classes = tuple(_of_class(entries, len(items)) for _, entries in sorted(found.items()))
-    compared = [entry for entry in classes if entry.p_value is not None]
-    leading = min(compared, key=lambda entry: entry.p_value or 0.0, default=None)
-    correction = max(item.corrected_for or len(item.classes) for item in items)
+    target, p_value = leading(classes, max(item.corrected_for or len(item.classes) for item in items))
     return replace(
         items[0],
         null=f"{items[0].null}; mean normal score of {len(items)} seeds",
         classes=classes,
-        target=leading.target if leading else None,
-        p_value=1.0 if leading is None else min(1.0, (leading.p_value or 0.0) * correction),
+        target=target,
+        p_value=p_value,
         passes=sum(item.passes for item in items),
         seconds=sum(item.seconds for item in items),
     )

@@ -24,7 +24,7 @@ from guard.triggers.base import stamped
 from guard.vetting.fixed_changes import KINDS, Change
 from guard.vetting.lead import looks_at, of_distinct_classes
 from guard.vetting.nulls import largest, outliers, prior
-from guard.vetting.results import BEYOND, PROBES, ClassStatistic, FamilyResult, ReferenceKind
+from guard.vetting.results import BEYOND, PROBES, ClassStatistic, FamilyResult, ReferenceKind, leading
 
 METHOD = "probes 2"
 """Name and version of the method; it changes when results are no longer comparable."""
@@ -220,8 +220,6 @@ def result(
         score = None if math.isnan(scores[target]) else float(scores[target])
         gain = max(0.0, float(probed.gains[target]))
         classes.append(ClassStatistic(target, names[target], statistic, gain, 0, score, p_value))
-    tested = [entry for entry in classes if entry.p_value is not None]
-    leading = min(tested, key=lambda entry: entry.p_value or 0.0, default=None)
     beside = f", and from the largest class of {known.models} clean models; the larger p-value" if known else ""
     return FamilyResult(
         METHOD,
@@ -232,8 +230,7 @@ def result(
         f"Student-t prediction from the other classes{beside}, one-sided, Bonferroni over {count} classes",
         reference_model,
         tuple(classes),
-        leading.target if leading else None,
-        1.0 if leading is None else min(1.0, (leading.p_value or 0.0) * count),
+        *leading(classes, count),
         seed,
         probed.passes,
         seconds,

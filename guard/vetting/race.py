@@ -14,7 +14,7 @@ from guard.triggers import FAMILIES, Raw
 from guard.vetting.budgets import InspectionSettings
 from guard.vetting.inspection import METHOD, RADII, Inspected
 from guard.vetting.nulls import outliers, prior
-from guard.vetting.results import BEYOND, ClassStatistic, FamilyResult, ReferenceKind
+from guard.vetting.results import BEYOND, ClassStatistic, FamilyResult, ReferenceKind, leading
 from guard.vetting.searches import Searches
 from guard.vetting.verdict import class_results
 
@@ -148,8 +148,6 @@ class Race:
         return self._summary(family, classes)
 
     def _summary(self, family: str, classes: tuple[ClassStatistic, ...]) -> FamilyResult:
-        tested = [entry for entry in classes if entry.p_value is not None]
-        leading = min(tested, key=lambda entry: entry.p_value or 0.0, default=None)
         models = prior(self._reference_model, family, max(entry.steps for entry in classes)).models
         moderated = f", their spread moderated by {models} clean models" if models else ""
         return FamilyResult(
@@ -162,8 +160,7 @@ class Race:
             f"Bonferroni over {self._classes} classes",
             self._reference_model,
             classes,
-            leading.target if leading else None,
-            1.0 if leading is None else min(1.0, (leading.p_value or 0.0) * self._classes),
+            *leading(classes, self._classes),
             self._settings.seed,
             sum(item.passes for _, item in self._latest(family).values()),
             self._seconds[family],

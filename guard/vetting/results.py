@@ -3,7 +3,7 @@
 Imports without torch, so that those who only read results need not load it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
@@ -156,6 +156,19 @@ class FamilyResult:
     passes: int
     seconds: float
     corrected_for: int | None = None
+
+
+def leading(classes: Sequence[ClassStatistic], count: int) -> tuple[int | None, float]:
+    """Return the class with the smallest p-value, and that p-value, corrected for a number of classes (Bonferroni).
+
+    Returns:
+        None and 1 where no class has a p-value.
+    """
+    found = [(entry.p_value, entry.target) for entry in classes if entry.p_value is not None]
+    if not found:
+        return None, 1.0
+    p_value, target = min(found)
+    return target, min(1.0, p_value * count)
 
 
 @dataclass(frozen=True)
