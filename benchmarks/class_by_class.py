@@ -34,7 +34,7 @@ def _every_class_to_its_end() -> ExitStack:
     stack = ExitStack()
     for module in ("examination", "race"):
         stack.enter_context(patch(f"guard.vetting.{module}.RACED_CLASSES", 10**9))
-    stack.enter_context(patch("guard.vetting.race._is_settled", lambda _: False))
+    stack.enter_context(patch("guard.vetting.race._is_clear", lambda _: False))
     stack.enter_context(patch("guard.vetting.race._HOPELESS", 1.0))
     return stack
 

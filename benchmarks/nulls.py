@@ -1,9 +1,12 @@
 """How widely do the classes of clean models spread? Writes the table that moderates p-values.
 
-python -m benchmarks.nulls --measured FILE [--only probes|families] [--kinds base derived classes towers] [--add] ZOO...
+python -m benchmarks.nulls --measured FILE [--only probes|families|FAMILY] [--kinds base derived classes towers]
+    [--add] ZOO...
 python -m benchmarks.nulls --measured FILE --compare DIR
 
-Measures what FILE lacks, then writes what it has into guard/vetting/nulls.json; entries that it has nothing for stay.
+Measures what FILE lacks, then writes what it has into guard/vetting/nulls.json; entries that it has nothing for stay,
+but for those of steps at which `quick` no longer stops.
+With --only FAMILY one family is measured anew, for instance after its search has changed.
 With --add it is added to the models that an entry was made of, which must have as many classes.
 Prompt learners (`benchmarks.prompts`) are compared with prompts that are tuned anew on their towers, kind `towers`.
 With --compare the table stays, and a result in DIR says how what was measured compares with it.
@@ -30,15 +33,16 @@ from guard.classifiers.prompts import PromptedClassifier
 from guard.evaluation import Zoo
 from guard.evaluation.images import ImageSet, pixels
 from guard.triggers import FAMILIES
-from guard.vetting import DerivedReferenceSettings, InspectionSettings, Inspector, Lead, derive_reference
+from guard.vetting import BUDGETS, DerivedReferenceSettings, Inspector, Lead, derive_reference
 from guard.vetting.batches import halves
+from guard.vetting.inspection import divided
 from guard.vetting.nulls import Largest, Prior, estimate, joined, pooled, prior
 from guard.vetting.probes import listed_probes, probe_classes
 from guard.vetting.reference import fresh_prompts
 from guard.vetting.results import PROBES, ReferenceKind
 
-STEPS = (32, 64)
-"""Half and all of what the budget `quick` spends; larger budgets take the prior of the last."""
+QUICK = BUDGETS["quick"].inspection
+"""Priors are those of half and of all of its steps; larger budgets take the last."""
 IMAGES = 1000
 TABLE = Path(__file__).parents[1] / "guard" / "vetting" / "nulls.json"
 
@@ -48,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measured", type=Path, required=True)
     parser.add_argument("--models", default="*")
-    parser.add_argument("--only", choices=("probes", "families"), help="Default: both.")
+    parser.add_argument("--only", choices=("probes", "families", *FAMILIES), help="Default: both.")
     parser.add_argument("--kinds", nargs="+", default=["derived", "base", "classes", "towers"])
     parser.add_argument("--compare", type=Path)
     parser.add_argument("--add", action="store_true")
@@ -94,6 +98,8 @@ def _table(rows: list[dict[str, Any]], *, add: bool) -> dict[str, Any]:
         name = "/".join(pair)
         before = Largest(**largest[name]) if add and name in largest else None
         largest[name] = asdict(_together(before, maximum) if before else maximum)
+    steps = {f"/{family}/{count}" for family in FAMILIES for count in _steps(family)}
+    entries = {name: each for name, each in entries.items() if name[name.index("/") :] in {*steps, f"/{PROBES}/0"}}
     for part, (count, zoos) in measured.items():
         text = f"python -m benchmarks.nulls, {count} clean models of the zoos {zoos}"
         sources[part] = f"{sources[part]}; {count} of {zoos}" if add and part in sources else text
@@ -125,9 +131,15 @@ def _kinds(zoo: Zoo, name: str, only: str | None) -> list[ReferenceKind]:
     kinds: list[ReferenceKind] = ["derived"]
     if zoo.models[name].base:
         kinds.append("base")
-    if only != "families":
+    if only in {None, PROBES}:
         kinds.append("classes")
     return kinds
+
+
+def _steps(family: str) -> tuple[int, int]:
+    """Half and all of the steps of a family."""
+    steps = divided(QUICK, family).steps
+    return steps // 2, steps
 
 
 def _measure(zoo: Zoo, name: str, kind: ReferenceKind, only: str | None) -> dict[str, Any]:
@@ -142,13 +154,15 @@ def _measure(zoo: Zoo, name: str, kind: ReferenceKind, only: str | None) -> dict
     reference_model = _reference_model(zoo, name, classifier, searched, kind)
     lead, targets = Lead(classifier, searched, reference_model), torch.arange(len(classifier.classes.names))
     row: dict[str, Any] = {"name": name, "kind": kind, "label": "clean", "zoo": _title(zoo)}
-    if only != "families":
+    if only in {None, PROBES}:
         row[PROBES] = probe_classes(
             classifier, searched, listed_probes(), reference_model=reference_model
         ).statistics.tolist()
-    for family, form in FAMILIES.items() if only != "probes" and kind != "classes" else ():
-        inspector = Inspector(lead, form, targets, InspectionSettings(steps=max(STEPS)))
-        for steps in STEPS:
+    for family in FAMILIES if kind != "classes" and only != PROBES else ():
+        if only not in {None, "families", family}:
+            continue
+        inspector = Inspector(lead, FAMILIES[family], targets, divided(QUICK, family))
+        for steps in _steps(family):
             row[f"{family}/{steps}"] = [item.lead for item in inspector.run(steps, targets.tolist())]
     sys.stderr.write(f"{name}, {kind}: {time.monotonic() - began:.0f} s\n")
     return row
@@ -172,7 +186,7 @@ def fit(rows: list[dict[str, Any]]) -> tuple[dict[tuple[str, str, int], Prior], 
     variances: dict[tuple[str, str, int], list[tuple[float, int]]] = defaultdict(list)
     maxima: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
-        searched = [(family, steps, f"{family}/{steps}") for family in FAMILIES for steps in STEPS]
+        searched = [(family, steps, f"{family}/{steps}") for family in FAMILIES for steps in _steps(family)]
         for family, steps, key in [*searched, (PROBES, 0, PROBES)]:
             values = np.asarray(row.get(key, []), float)
             values = values[~np.isnan(values)]
@@ -216,8 +230,11 @@ def _sources(rows: list[dict[str, Any]]) -> dict[str, tuple[int, str]]:
     """How many models of which zoos were measured, by kind of reference model and part of the table."""
     found = {}
     for kind in sorted({row["kind"] for row in rows}):
-        for part, key in (("probes", PROBES), ("families", f"patch/{STEPS[0]}")):
-            measured = [row for row in rows if row["label"] == "clean" and row["kind"] == kind and key in row]
+        whole = [row for row in rows if all(f"{family}/{_steps(family)[0]}" in row for family in FAMILIES)]
+        single = [(family, f"{family}/{_steps(family)[0]}") for family in FAMILIES]
+        for part, key in ((PROBES, PROBES), ("families", single[0][1]), *single):
+            among = whole if part == "families" else [row for row in rows if part == PROBES or row not in whole]
+            measured = [row for row in among if row["label"] == "clean" and row["kind"] == kind and key in row]
             if measured:
                 zoos = ", ".join(sorted({row["zoo"] for row in measured}))
                 found[f"{kind}/{part}"] = len({(row["zoo"], row["name"]) for row in measured}), zoos

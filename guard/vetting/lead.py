@@ -81,6 +81,11 @@ class Lead:
         """Number of image towers that each stamped image passes through: 1, or 2 with a reference model of its own."""
         return 1 if self._shared else len(self._views)
 
+    @property
+    def predicted(self) -> Tensor:
+        """The suspect's answers on the images without a trigger: int64, shape [N], on the CPU."""
+        return self._views[0].predicted
+
     def eligible(self, index: Tensor, targets: Tensor) -> Tensor:
         """Return, for each target, which images are in another class without a trigger: float 0 or 1, shape [K, B]."""
         away = [view.predicted[index] != targets.cpu()[:, None] for view in self._views]

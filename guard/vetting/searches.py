@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from math import inf
 from typing import Any
 
 import torch
@@ -22,6 +23,13 @@ from guard.vetting.results import FoundTarget
 from guard.vetting.search import METHOD as TARGET_METHOD
 from guard.vetting.search import search_targets
 
+_HALF = 0.5
+"""Strength of a trigger, in radii, under which classes are told apart by how near their images come to another class.
+Under the whole strength the images of most classes come near to it."""
+_COMPARED = 256
+"""Number of images with which that is found out."""
+_FEWEST = 16
+"""Fewest images of some classes on which a trigger is searched for, and on which it is checked."""
 CLASS_BATCH = 16
 """Number of classes that are searched side by side. It bounds memory, and a batch is the unit of work that an
 interrupted run does not repeat."""
@@ -68,6 +76,8 @@ class Searches:
         self._subject = canonical(identity) if cache else b""
         self._batches: dict[str, list[tuple[int, ...]]] = {}
         self._inspectors: dict[tuple[str, tuple[int, ...]], Inspector] = {}
+        self._of_some: dict[tuple[int, ...], tuple[Lead, Tensor]] = {(): (self._lead, held_out)}
+        """What is searched on and what is held out of the images of some classes; with no classes, of all."""
 
     def probe(self, probes: Sequence[Probe]) -> Probed:
         """Return what a list of fixed changes of the images to search on does for each class."""
@@ -161,8 +171,60 @@ class Searches:
             self._inspectors[family, together] = Inspector(self._lead, FAMILIES[family], targets, settings)
         return self._inspectors[family, together]
 
+    def nearest_sources(self, family: str, target: int, raw: Raw) -> tuple[float, tuple[int, ...]]:
+        """Return the third of the classes whose images a trigger brings nearest to another class, and how near.
+
+        An attacker's trigger may work on the images of some classes only (TaCT, Tang et al., USENIX Security 2021).
+        Those of other classes then stay where they were, and a trigger that moves all of them must be large.
+
+        Args:
+            family: Family of the trigger.
+            target: Index of the class that it leads to.
+            raw: Its unconstrained parameters.
+
+        Returns:
+            The mean distance of the images of these classes from the target (`Lead.distance`), with a trigger of half
+            the radius, and the indices of the classes, in order; infinity and none where too few images are in them.
+        """
+        weak = FAMILIES[family].constrain({name: tensor[None] for name, tensor in raw.items()})
+        weak = weak.limited(_HALF * RADII[family])
+        index, targets = torch.arange(min(len(self._searched), _COMPARED)), torch.tensor([target])
+        targets = targets.to(self.classifier.device)
+        with torch.no_grad():
+            parts = [
+                self._lead.distance(weak.apply(self._lead.pixels(part)), part, targets)[0].float().cpu()
+                for part in index.split(32)
+            ]
+        self.passes += len(index) * self._lead.towers
+        distances, predicted = torch.cat(parts), self._lead.predicted[index]
+        means = {k: float(distances[predicted == k].mean()) for k in predicted.unique().tolist() if k != target}
+        nearest = sorted(means, key=lambda k: means[k])[: max(1, len(means) // 3)]
+        sources = tuple(sorted(nearest))
+        lead, held_out = self._images_of(sources)
+        if min(len(lead.images), len(held_out)) < _FEWEST:
+            return inf, ()
+        return sum(means[k] for k in sources) / len(sources), sources
+
+    def _images_of(self, sources: tuple[int, ...]) -> tuple[Lead, Tensor]:
+        """Return what is searched on and what is held out of the images that the suspect sees in some classes."""
+        if sources not in self._of_some:
+            wanted = torch.tensor(sources)
+            held_out = self.classifier.predict(self.classifier.embed(self._held_out)).cpu()
+            self.passes += len(self._held_out)
+            searched = self._searched[torch.isin(self._lead.predicted, wanted)]
+            self._of_some[sources] = (
+                Lead(self.classifier, searched, self._reference_model),
+                self._held_out[torch.isin(held_out, wanted)],
+            )
+        return self._of_some[sources]
+
     def reconstruct(
-        self, family: str, start: dict[int, Raw], settings: SearchSettings, what: str
+        self,
+        family: str,
+        start: dict[int, Raw],
+        settings: SearchSettings,
+        what: str,
+        sources: tuple[int, ...] = (),
     ) -> list[Reconstruction]:
         """Search for the smallest trigger for each of some classes.
 
@@ -171,6 +233,7 @@ class Searches:
             start: For each class the unconstrained parameters to start from: those with which its inspection ended.
             settings: How much work to do.
             what: Description of the search, for progress.
+            sources: Classes on whose images the triggers are searched for and checked; none for all.
         """
         results: list[Reconstruction] = []
         targets = list(start)
@@ -178,10 +241,10 @@ class Searches:
             progress = self._steps(what, settings.steps * len(results), len(part), settings.steps * len(targets))
             progress(0)
             fingerprint = _fingerprint([start[target] for target in part])
-            name = self._name("reconstruction", family, asdict(settings), part, fingerprint)
+            name = self._name("reconstruction", family, asdict(settings), part, fingerprint, sources)
             known = self._cache.load(name) if self._cache else None
             if known is None:
-                done = self._reconstruct(family, part, start, settings, progress)
+                done = self._reconstruct(family, part, start, settings, progress, sources)
                 if self._cache:
                     self._cache.save(name, [(_numbers(item, "trigger"), item.trigger.tensors()) for item in done])
             else:
@@ -201,11 +264,13 @@ class Searches:
         start: dict[int, Raw],
         settings: SearchSettings,
         progress: Callable[[int], None],
+        sources: tuple[int, ...],
     ) -> list[Reconstruction]:
+        lead, held_out = self._images_of(sources)
         return reconstruct(
-            self._lead,
+            lead,
             FAMILIES[family],
-            self._held_out,
+            held_out,
             torch.tensor(part),
             settings,
             start={key: torch.stack([start[target][key] for target in part]) for key in start[part[0]]},
@@ -216,10 +281,11 @@ class Searches:
         """Return what tells the steps of some classes side by side, after those of earlier ones."""
         return lambda done: self._progress(what, before + classes * done, total)
 
-    def target_feature(self, trigger: InvertibleTrigger) -> Tensor:
-        """Return the mean embedding of the held-out images under a trigger, of length 1; shape [D]."""
-        self.passes += len(self._held_out)
-        return normalize(self.classifier.embed(trigger.stamp(self._held_out)).mean(0), dim=0)
+    def target_feature(self, trigger: InvertibleTrigger, sources: tuple[int, ...]) -> Tensor:
+        """Return the mean embedding of the held-out images of some classes under a trigger, of length 1; shape [D]."""
+        _, images = self._images_of(sources)
+        self.passes += len(images)
+        return normalize(self.classifier.embed(trigger.stamp(images)).mean(0), dim=0)
 
     def _name(self, *what: object) -> str:
         """Return the name of a search in the cache: a digest of everything that its result depends on."""

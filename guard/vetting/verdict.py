@@ -221,7 +221,7 @@ def _weakness(item: "ClassResult", check: Check, significance: float) -> str:
         return ""
     return (
         f"the smallest {check.family} trigger found for it has a norm of {check.norm:.1f} {check.norm_unit}; for a "
-        f"class that stands out no more than this, it would have to be {allowed * check.radius:.1f} at most"
+        f"class that stands out no more than this, it would have to be {check.norm_of(allowed):.1f} at most"
     )
 
 
@@ -230,21 +230,26 @@ def objection(check: Check) -> str:
     what = f"the {check.family} trigger found" if check.probe is None else f"the probe {check.probe!r}"
     if check.success < MIN_SUCCESS:
         return (
-            f"{what} for {check.name!r} moves only {check.success:.0%} of held-out images; "
+            f"{what} for {check.name!r} moves only {check.success:.0%} of {_images(check)}; "
             "it is overfitted to the images that it was searched on"
         )
     if check.probe is None and check.strength > MAX_STRENGTH[check.reference_model]:
-        allowed = MAX_STRENGTH[check.reference_model] * check.radius
+        allowed = check.norm_of(MAX_STRENGTH[check.reference_model])
         return (
             f"the smallest {check.family} trigger found for {check.name!r} has a norm of {check.norm:.1f} "
             f"{check.norm_unit}; a shortcut would need {allowed:.1f} at most"
         )
     if check.reference_success is not None and check.reference_success > MAX_TRANSFER * check.success:
         return (
-            f"{what} for {check.name!r} moves {check.success:.0%} of held-out images, and "
+            f"{what} for {check.name!r} moves {check.success:.0%} of {_images(check)}, and "
             f"{check.reference_success:.0%} on the reference model: it is a natural feature rather than a backdoor"
         )
     return ""
+
+
+def _images(check: Check) -> str:
+    """Return which images a check was made on, in a few words."""
+    return f"held-out images of {', '.join(map(repr, check.sources))}" if check.sources else "held-out images"
 
 
 def suspects(results: Sequence[FamilyResult], limit: float) -> list[ClassResult]:
@@ -312,5 +317,5 @@ def _accusation(item: ClassResult, check: Check) -> str:
         what = f"the probe {check.probe!r}"
     return (
         f"class {item.name!r} stands out {_where(item)}; {what} moves {check.success:.0%} of "
-        f"held-out images to it{against}"
+        f"{_images(check)} to it{against}"
     )

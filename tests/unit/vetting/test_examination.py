@@ -25,10 +25,11 @@ from guard.vetting import (
     vet,
 )
 from guard.vetting.budgets import TargetSearchSettings
-from guard.vetting.inspection import RADII
+from guard.vetting.inspection import RADII, divided
 from guard.vetting.nulls import NO_PRIOR
 from guard.vetting.probes import SCREENED, Probe, listed_probes
 from guard.vetting.race import null_classes
+from guard.vetting.results import PROBES
 from guard.vetting.verdict import class_results
 from tests.conftest import random_images
 from tests.toy import checkerboard, toy
@@ -56,7 +57,7 @@ def _quick_and_without_shipped_priors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def _to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("guard.vetting.race._is_settled", lambda _: False)
+    monkeypatch.setattr("guard.vetting.race._is_clear", lambda _: False)
     monkeypatch.setattr("guard.vetting.race._HOPELESS", 1.0)
 
 
@@ -110,6 +111,14 @@ def test_of_a_twin_that_differs_by_noise_nothing_can_be_said() -> None:
     assert vet(tuned, IMAGES, base=BASE, budget="quick", families=["additive"]).verdict.outcome == "no evidence"
 
 
+def test_only_the_family_that_finds_its_triggers_late_is_searched_on_where_nothing_hints() -> None:
+    vetting = vet(TWIN, IMAGES, base=BASE, budget="quick", families=["additive", "large patch"], seed=1)
+    steps = {item.family: {entry.steps for entry in item.classes} for item in vetting.results if item.family != PROBES}
+    assert all(item.p_value > 0.2 for item in vetting.results), "nothing hints at a class"
+    late = divided(FAST.inspection, "large patch").steps
+    assert steps == {"additive": {FAST.inspection.steps // 2}, "large patch": {late}}
+
+
 def test_what_the_base_has_too_is_not_a_backdoor() -> None:
     vetting = vet(SUSPECT, IMAGES, base=toy(target=TARGET), budget="quick", families=["additive"])
     assert vetting.verdict.outcome != "backdoored"
@@ -155,7 +164,8 @@ def test_the_evidence_says_what_it_is() -> None:
         assert item.p_value == pytest.approx(min(1, 10 * leading.p_value))
         assert item.null.endswith("Bonferroni over 10 classes")
         # Two towers, for as many images as the steps took.
-        assert item.passes == sum(2 * 16 * entry.steps for entry in item.classes)
+        batch = divided(FAST.inspection, item.family).batch
+        assert item.passes == sum(2 * batch * entry.steps for entry in item.classes)
     assert vetting.passes == vetting.reference_model.passes + sum(item.passes for item in vetting.results)
 
 

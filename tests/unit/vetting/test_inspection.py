@@ -5,7 +5,7 @@ import torch
 
 from guard.triggers import FAMILIES, Additive, InvertibleTrigger, Patch
 from guard.vetting import InspectionSettings, Inspector, Lead, inspection, outliers
-from guard.vetting.inspection import HEAD_START, RADII, Inspected
+from guard.vetting.inspection import HEAD_START, RADII, Inspected, divided
 from tests.conftest import random_images
 from tests.toy import toy
 
@@ -117,3 +117,13 @@ def test_dropping_classes_leaves_the_others_as_they_are() -> None:
             torch.testing.assert_close(tensor, whole[item.target].raw[name], rtol=1e-3, atol=1e-3)
         # Two towers; what was already known is not changed behind one's back.
         assert (item.passes, first[item.target].passes) == (2 * 8 * 16, 2 * 4 * 16)
+
+
+@pytest.mark.parametrize("batch", [8, 1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_smaller_steps_cost_as_much(family: str, batch: int) -> None:
+    whole = InspectionSettings(steps=64, batch=batch)
+    own = divided(whole, family)
+    assert own.steps * own.batch == whole.steps * whole.batch
+    assert own.average * own.batch == whole.average * whole.batch
+    assert (own.batch < whole.batch) == (family == "large patch" and batch > 1)

@@ -90,6 +90,17 @@ def test_doubt_is_inconclusive_and_says_why(items: list[FamilyResult], checks: l
     assert reason in " ".join(verdict.reasons)
 
 
+@pytest.mark.parametrize(("norm", "outcome"), [(2.0, "backdoored"), (7.2, "inconclusive")])
+def test_a_trigger_for_some_classes_must_be_half_as_strong(norm: float, outcome: str) -> None:
+    check = replace(check_of(0, norm=norm), sources=("dog", "ship"))
+    verdict = judge([evidence(0.01)], [check])
+    assert verdict.outcome == outcome
+    if outcome == "backdoored":
+        assert "90% of held-out images of 'dog', 'ship'" in verdict.reasons[0]
+    else:
+        assert "a shortcut would need 5.9 at most" in " ".join(verdict.reasons)
+
+
 def test_nothing_standing_out_is_no_evidence_of_the_families_tested() -> None:
     verdict = judge([evidence(0.4), evidence(0.9, family="warp")], [])
     assert (verdict.outcome, verdict.target, verdict.families) == ("no evidence", None, ("patch", "warp"))
