@@ -28,7 +28,7 @@ families, whose triggers failed, while a sinusoid moved 58 and 72 % of images to
 _NEAR = 0.5
 """Mean distance from a class (`Lead.distance`) up to which a trigger is searched for the images of a third of the
 classes alone. An image without a trigger is about 1 away. Of the sources of three source-specific attacks it was -0.3
-to 0.0 with a base; on 12 clean models of the same zoo 0.4 and more."""
+to 0.0 with a base; on 12 clean models 0.4 and more, on most 0.8."""
 _SOME_TRIES = 4
 """Number of families in which that is done: those under which these images come nearest."""
 _AS_NEAR = 2.0

@@ -26,7 +26,7 @@ from guard.vetting.search import search_targets
 _HALF = 0.5
 """Strength of a trigger, in radii, under which classes are told apart by how near their images come to another class.
 Under the whole strength the images of most classes come near to it."""
-_COMPARED = 256
+_COMPARED = 96
 """Number of images with which that is found out."""
 _FEWEST = 16
 """Fewest images of some classes on which a trigger is searched for, and on which it is checked."""
