@@ -83,7 +83,7 @@ class Race:
         """Search, and compare the classes with each other. The result of the probes is the last of the results."""
         active = {family: list(self._inspected) for family in self._families}
         results: tuple[FamilyResult, ...] = ()
-        for parts in (1,) if self._full else (2, 1):
+        for parts in (1,) if self._full else (2, 1):  # all steps, or first half of them
             for family, classes in active.items():
                 began = time.monotonic()
                 settings = divided(self._settings, family)

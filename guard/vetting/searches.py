@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from math import inf
 from typing import Any
 
@@ -28,6 +29,8 @@ _HALF = 0.5
 Under the whole strength the images of most classes come near to it."""
 _COMPARED = 96
 """Number of images with which that is found out."""
+_FEWEST_OF_A_CLASS = 3
+"""Fewest of these that say where the images of a class are."""
 _FEWEST = 16
 """Fewest images of some classes on which a trigger is searched for, and on which it is checked."""
 CLASS_BATCH = 16
@@ -197,11 +200,15 @@ class Searches:
             ]
         self.passes += len(index) * self._lead.towers
         distances, predicted = torch.cat(parts), self._lead.predicted[index]
-        means = {k: float(distances[predicted == k].mean()) for k in predicted.unique().tolist() if k != target}
+        means = {
+            k: float(distances[predicted == k].mean())
+            for k, count in zip(*(each.tolist() for each in predicted.unique(return_counts=True)), strict=True)
+            if k != target and count >= _FEWEST_OF_A_CLASS
+        }
         nearest = sorted(means, key=lambda k: means[k])[: max(1, len(means) // 3)]
         sources = tuple(sorted(nearest))
         lead, held_out = self._images_of(sources)
-        if min(len(lead.images), len(held_out)) < _FEWEST:
+        if not sources or min(len(lead.images), len(held_out)) < _FEWEST:
             return inf, ()
         return sum(means[k] for k in sources) / len(sources), sources
 
@@ -209,14 +216,17 @@ class Searches:
         """Return what is searched on and what is held out of the images that the suspect sees in some classes."""
         if sources not in self._of_some:
             wanted = torch.tensor(sources)
-            held_out = self.classifier.predict(self.classifier.embed(self._held_out)).cpu()
-            self.passes += len(self._held_out)
             searched = self._searched[torch.isin(self._lead.predicted, wanted)]
             self._of_some[sources] = (
                 Lead(self.classifier, searched, self._reference_model),
-                self._held_out[torch.isin(held_out, wanted)],
+                self._held_out[torch.isin(self._held_out_answers, wanted)],
             )
         return self._of_some[sources]
+
+    @cached_property
+    def _held_out_answers(self) -> Tensor:
+        self.passes += len(self._held_out)
+        return self.classifier.predict(self.classifier.embed(self._held_out)).cpu()
 
     def reconstruct(
         self,
