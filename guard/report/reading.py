@@ -76,6 +76,12 @@ def suspicion(
             "A trigger that must be much stronger than the inspection allowed shows only that strong changes move "
             "images, as they do on any model. The class still differs from the others: fine-tuning may have moved it."
         )
+    if any(check.sources for check in checks):
+        sentences.append(
+            "Where classes are named beside a trigger, it was searched for, and tried on, their images only. "
+            "An attacker’s trigger may work on some classes and on no others. To count it must be half as strong as "
+            "another, since the images of few classes are easier to move than those of all."
+        )
     if any(not check.reached for check in checks):
         sentences.append(
             "“Not minimal” means that the search did not reach the success rate it aims at while it minimised the "

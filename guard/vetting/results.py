@@ -255,7 +255,8 @@ class ReconstructedTrigger:
         target: Index of the class that it leads to.
         trigger: The transformation.
         norm: Its norm, in the family's unit; larger than the minimal norm of the check.
-        success: Share of held-out images of other classes that it moves to the class, in [0, 1].
+        success: Share of held-out images of other classes that it moves to the class, in [0, 1]; of those for which it
+            was searched.
         p_value: p-value of the class, combined over families and corrected for the number of classes.
         feature: The target feature: mean embedding of the held-out images under the trigger, of length 1; shape [D].
     """

@@ -100,6 +100,17 @@ def test_a_shortcut_that_the_control_has_too_is_called_natural(profile: Profile,
     assert "is what a backdoor looks like" not in shown
 
 
+def test_it_says_for_which_classes_a_trigger_was_searched(profile: Profile, images: torch.Tensor) -> None:
+    said = "searched for, and tried on, their images only"
+    assert said not in plain(render(profile, images))
+    (check,) = profile.document.vetting.checks
+    some = replace(check, norm=0.1 * check.radius, sources=("cat", "ship"))
+    shown = plain(render(vetted(profile, checks=(some,)), images))
+    assert "for images of cat, ship" in shown
+    assert "of held-out images of the classes named above" in shown
+    assert said in shown
+
+
 def test_doubt_is_not_told_as_a_finding(profile: Profile, images: torch.Tensor) -> None:
     said = "does not stand out clearly enough for a verdict"
     assert said not in plain(render(profile, images))
