@@ -11,7 +11,7 @@ from guard.vetting.budgets import SearchSettings
 from guard.vetting.inversion import Reconstruction
 from guard.vetting.probes import Probe
 from guard.vetting.reconstruction import reconstruct_suspects
-from guard.vetting.results import PROBES
+from guard.vetting.results import PROBES, Check, ReconstructedTrigger
 from guard.vetting.searches import Searches
 from guard.vetting.verdict import judge
 from tests.conftest import CLASSES
@@ -69,12 +69,11 @@ def suspected(p_values: Mapping[str, float]) -> Sequence[Any]:
     ]
 
 
-@pytest.mark.parametrize(("under_probes", "outcome"), [(0.02, "inconclusive"), (0.005, "backdoored")])
-def test_a_probe_accuses_only_a_class_that_stands_out_under_probes(under_probes: float, outcome: str) -> None:
-    """A natural feature of the class may work as a probe too, while the class stands out for something else."""
-    results = suspected({"colour map": 1e-5, "patch": 0.02, "warp": 0.4, PROBES: under_probes})
-    searches = Reconstructing()
-    checks, triggers = reconstruct_suspects(
+def reconstructed(
+    searches: Reconstructing, results: Sequence[Any]
+) -> tuple[tuple[Check, ...], tuple[ReconstructedTrigger, ...]]:
+    """What the stand-in's searches lead to, against a base."""
+    return reconstruct_suspects(
         cast(Searches, searches),
         results,
         lambda *_: {"raw": torch.zeros(1)},
@@ -83,6 +82,14 @@ def test_a_probe_accuses_only_a_class_that_stands_out_under_probes(under_probes:
         "base",
         everything=False,
     )
+
+
+@pytest.mark.parametrize(("under_probes", "outcome"), [(0.02, "inconclusive"), (0.005, "backdoored")])
+def test_a_probe_accuses_only_a_class_that_stands_out_under_probes(under_probes: float, outcome: str) -> None:
+    """A natural feature of the class may work as a probe too, while the class stands out for something else."""
+    results = suspected({"colour map": 1e-5, "patch": 0.02, "warp": 0.4, PROBES: under_probes})
+    searches = Reconstructing()
+    checks, triggers = reconstructed(searches, results)
     assert searches.tried == [("colour map", ()), ("patch", ())], "under warps the class does not stand out"
     assert (judge(results, checks).outcome, triggers) == (outcome, ())
 
@@ -91,15 +98,7 @@ def test_where_no_trigger_for_all_images_works_one_for_some_classes_is_tried() -
     """First in the families under which their images come nearest, and no longer once one is enough to accuse."""
     results = suspected({"colour map": 1e-5, "patch": 0.2, "warp": 0.4, "blend": 0.4, PROBES: 0.5})
     searches = Reconstructing({"warp": -0.2, "patch": 0.1, "blend": 0.4})
-    checks, triggers = reconstruct_suspects(
-        cast(Searches, searches),
-        results,
-        lambda *_: {"raw": torch.zeros(1)},
-        lambda _: SINUSOID,
-        SearchSettings(),
-        "base",
-        everything=False,
-    )
+    checks, triggers = reconstructed(searches, results)
     assert searches.tried == [("colour map", ()), ("warp", (1, 2)), ("patch", (1, 2))]
     assert [check.sources for check in checks] == [(), *[(CLASSES.names[1], CLASSES.names[2])] * 2]
     verdict = judge(results, checks)
