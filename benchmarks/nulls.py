@@ -6,7 +6,8 @@ python -m benchmarks.nulls --measured FILE --compare DIR
 
 Measures what FILE lacks, then writes what it has into guard/vetting/nulls.json; entries that it has nothing for stay,
 but for those of steps at which `quick` no longer stops.
-With --only FAMILY one family is measured anew, for instance after its search has changed.
+With --only FAMILY one family is measured anew, for instance after its search has changed. Rows of FILE do not say how
+many images a step had: start a new FILE then.
 With --add it is added to the models that an entry was made of, which must have as many classes.
 Prompt learners (`benchmarks.prompts`) are compared with prompts that are tuned anew on their towers, kind `towers`.
 With --compare the table stays, and a result in DIR says how what was measured compares with it.
@@ -158,9 +159,8 @@ def _measure(zoo: Zoo, name: str, kind: ReferenceKind, only: str | None) -> dict
         row[PROBES] = probe_classes(
             classifier, searched, listed_probes(), reference_model=reference_model
         ).statistics.tolist()
-    for family in FAMILIES if kind != "classes" and only != PROBES else ():
-        if only not in {None, "families", family}:
-            continue
+    families = [family for family in FAMILIES if kind != "classes" and only in {None, "families", family}]
+    for family in families:
         inspector = Inspector(lead, FAMILIES[family], targets, divided(QUICK, family))
         for steps in _steps(family):
             row[f"{family}/{steps}"] = [item.lead for item in inspector.run(steps, targets.tolist())]
@@ -228,17 +228,17 @@ def compare(rows: list[dict[str, Any]], out: Path) -> None:
 
 def _sources(rows: list[dict[str, Any]]) -> dict[str, tuple[int, str]]:
     """How many models of which zoos were measured, by kind of reference model and part of the table."""
-    found = {}
-    for kind in sorted({row["kind"] for row in rows}):
-        whole = [row for row in rows if all(f"{family}/{_steps(family)[0]}" in row for family in FAMILIES)]
-        single = [(family, f"{family}/{_steps(family)[0]}") for family in FAMILIES]
-        for part, key in ((PROBES, PROBES), ("families", single[0][1]), *single):
-            among = whole if part == "families" else [row for row in rows if part == PROBES or row not in whole]
-            measured = [row for row in among if row["label"] == "clean" and row["kind"] == kind and key in row]
-            if measured:
-                zoos = ", ".join(sorted({row["zoo"] for row in measured}))
-                found[f"{kind}/{part}"] = len({(row["zoo"], row["name"]) for row in measured}), zoos
-    return found
+    found: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for row in rows:
+        for part in _parts(row) if row["label"] == "clean" else ():
+            found[f"{row['kind']}/{part}"].add((row["zoo"], row["name"]))
+    return {part: (len(models), ", ".join(sorted({zoo for zoo, _ in models}))) for part, models in found.items()}
+
+
+def _parts(row: dict[str, Any]) -> list[str]:
+    """What of the table a row is of: probes, and all families or single ones."""
+    searched = [family for family in FAMILIES if f"{family}/{_steps(family)[0]}" in row]
+    return [*([PROBES] if PROBES in row else ()), *(["families"] if len(searched) == len(FAMILIES) else searched)]
 
 
 if __name__ == "__main__":

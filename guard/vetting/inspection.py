@@ -45,7 +45,7 @@ most natural shortcuts. Chosen on the zoo `small` of seed 0."""
 DIVIDED: Mapping[str, int] = MappingProxyType({"large patch": 2})
 """Families for which each step is divided into so many with fewer images, at the same cost. The place of a large patch
 is found late and at once: of a LoREx attack and of one with near misses, of which 64 steps of 8 images see nothing, 128
-of 4 do. Other families find no more with it."""
+of 4 do. `additive` finds no more with it."""
 
 HEAD_START = 0.5
 """Share of a class's lead on untouched images that is taken from its lead under the trigger. Images are nearer to some
